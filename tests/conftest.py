@@ -1,0 +1,41 @@
+"Fixtures and marks that every test file shares."
+import json, os
+from pathlib import Path
+
+import pytest
+from gac import study
+
+ROOT = Path(__file__).resolve().parent.parent
+os.chdir(ROOT)
+
+HEAD = """profile: str = 'smoke'  # name of the profile
+seed: int = 0  # reaches every random number
+run_dir: str = ''  # artefacts of this run
+reports_dir: str = ''  # tables and figures
+data: str = ''  # folder of real tiles
+"""
+
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'slow: takes longer than a change should wait for (make test-slow)')
+
+@pytest.fixture(scope='session')
+def real_data() -> Path:
+    "The folder of real chips; tests that ask for it are skipped where there is none."
+    folder = study.real_data()
+    if folder is None: pytest.skip('no real chips: set GAC_REAL_DATA or run `gac data examples`')
+    return folder
+
+@pytest.fixture
+def make_notebook():
+    "Writes a small stage notebook: parameters, start of the run, then the given cells."
+    def make(path:Path, parameters:str, *cells:str, tag:str='parameters') -> Path:
+        def code(source, tags=()):
+            return dict(cell_type='code', id=f'c{abs(hash(source)) % 10**8}', source=source, outputs=[], execution_count=None,
+                        metadata=dict(tags=list(tags)) if tags else {})
+        begin = f"from gac import study\nrun = study.Run.open('{path.stem}', profile, seed, run_dir, reports_dir, data)"
+        cells = [code(HEAD + parameters, [tag]), code(begin), *map(code, cells)]
+        spec = dict(name='python3', display_name='python3', language='python')
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dict(cells=cells, metadata=dict(kernelspec=spec), nbformat=4, nbformat_minor=5)))
+        return path
+    return make

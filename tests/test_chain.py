@@ -1,0 +1,200 @@
+"The chain runner: skipping, resuming, refusing, reporting; and the study itself at profile smoke."
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from gac import study
+
+ROWS = "import pandas as pd\nrun.save_table(pd.DataFrame({'x': range(n)}), 'rows', 'Some rows & more.')"
+FIGURE = ("import matplotlib.pyplot as plt\nfig, ax = plt.subplots(figsize=(2, 1))\nax.plot([0, 1, 4])\nax.set_title('a line')\n"
+          "run.save_figure(fig, 'line', 'A line.')")
+
+@pytest.fixture
+def chain(tmp_path, make_notebook):
+    "Three toy notebooks; the second fails as long as a file says so."
+    (tmp_path/'params').mkdir()
+    (tmp_path/'params'/'toy.yaml').write_text('description: three toys\ncommon: {seed: 1}\n00_first: {n: 4}\n')
+    make_notebook(tmp_path/'00_first.ipynb', 'n: int = 2  # rows [1, 9]', ROWS, "run.artefact('rows.bin').write_bytes(bytes(n))")
+    make_notebook(tmp_path/'01_second.ipynb', 'k: float = 1.  # a factor', "print('before')",
+                  f"from pathlib import Path\nassert not Path({str(tmp_path/'break')!r}).exists(), 'told to fail'", FIGURE)
+    make_notebook(tmp_path/'02_third.ipynb', '', "run.missing('lpips', 'no backbone <weights>')\nrun.note('seed', seed)")
+    return tmp_path
+
+def go(chain, profile='toy', **kw):
+    return study.run_chain(profile, nbs=chain, reports=chain/'report', runs=chain/'run', **kw).status.tolist()
+
+def test_chain_skips_resumes_and_reports(chain, capsys):
+    (chain/'break').touch()
+    with pytest.raises(study.GacError, match='(?s)01_second failed in cell.*told to fail.*01_second.failed.ipynb.*resumes'): go(chain)
+    partial = json.loads((chain/'report/notebooks/01_second.failed.ipynb').read_text())
+    assert any('before' in ''.join(o.get('text', '')) for c in partial['cells'] for o in c.get('outputs', []))
+    assert not (chain/'report/index.html').exists()
+
+    (chain/'break').unlink()
+    assert go(chain) == ['unchanged', 'ran', 'ran']
+    assert not (chain/'report/notebooks/01_second.failed.ipynb').exists()
+    printed = capsys.readouterr().out
+    assert '[1/3] 00_first: unchanged' in printed and 'Done in' in printed and '| 02_third' in printed
+
+    page = (chain/'report/index.html').read_text()
+    for there in ('Some rows &amp; more.', 'figures/line.png', 'no backbone &lt;weights&gt;', 'notebooks/00_first.ipynb', 'provenance.json'):
+        assert there in page
+    about = json.loads((chain/'report/provenance.json').read_text())
+    assert about['notebooks']['02_third']['notes'] == {'seed': 1} and about['notebooks']['00_first']['parameters']['n'] == 4
+    for text in (page, json.dumps(about), *(p.read_text() for p in (chain/'report/notebooks').glob('*.ipynb'))):
+        assert str(study.root()) not in text and str(Path.home()) not in text
+
+    # whatever happens later, a failing notebook leaves the report that was there
+    (chain/'break').touch()
+    with pytest.raises(study.GacError): go(chain, only='01')
+    assert (chain/'report/index.html').read_text() == page
+
+def test_chain_runs_again_what_it_must(chain):
+    assert go(chain) == ['ran']*3
+    plan = lambda **kw: go(chain, dry_run=True, **kw)
+    assert plan() == ['unchanged']*3
+    for lost in ('report/tables/rows.md', 'run/rows.bin', 'report/notebooks/00_first.ipynb'):
+        (chain/lost).rename(chain/'aside')
+        assert plan() == ['to run', 'unchanged', 'unchanged'], lost
+        (chain/'aside').rename(chain/lost)
+    assert plan(start='2') == ['left alone', 'left alone', 'to run']
+    assert plan(only='00_first') == ['to run', 'left alone', 'left alone']
+    assert plan(force=True) == ['to run']*3
+    assert plan(sets={'k': 2}) == ['unchanged', 'to run', 'to run']
+    assert plan(sets={'01_second.seed': 9}) == ['unchanged', 'to run', 'to run']
+
+    # a table that is no longer made leaves the report
+    path = chain/'00_first.ipynb'
+    path.write_text(path.read_text().replace("'rows', 'Some", "'lines', 'Some"))
+    assert plan() == ['to run']*3
+    assert go(chain, only='2') == ['left alone', 'left alone', 'ran']  # on what the old notebooks left
+    assert plan() == ['to run']*3
+    assert go(chain, only='0') == ['ran', 'left alone', 'left alone']
+    assert {p.name for p in (chain/'report/tables').iterdir()} == {'lines.csv', 'lines.md', 'lines.tex'}
+    assert plan() == ['unchanged', 'to run', 'to run']
+
+@pytest.mark.parametrize('profile, kw, message', [
+    ('mini!', {}, 'No profile'), ('bad_name', {}, 'Did you mean k?'), ('bad_type', {}, 'bad_type.yaml, 00_first: n is .many.'),
+    ('bad_range', {}, 'expected 1 to 9'), ('bad_stage', {}, 'Did you mean 02_third?'), ('toy', dict(sets={'n': 12}), 'expected 1 to 9'),
+    ('toy', dict(start='7'), '--from 7'), ('toy', dict(only='first'), '--only first'), ('toy', dict(data='/nowhere/at/all'), 'no such file'),
+    ('bad_runner', {}, "'data'")])
+def test_refused_before_anything_runs(chain, profile, kw, message):
+    bad = {'bad_name': 'common: {kk: 2}', 'bad_type': '00_first: {n: many}', 'bad_range': '00_first: {n: 0}',
+           'bad_stage': '02_thrid: {}', 'bad_runner': '00_first: {data: here}'}
+    for name, text in bad.items(): (chain/'params'/f'{name}.yaml').write_text(f'description: wrong\n{text}\n')
+    with pytest.raises(study.GacError, match=message): go(chain, profile, **kw)
+    assert not (chain/'run').exists() and not (chain/'report').exists()
+
+def test_two_parameters_cells_are_refused(chain, make_notebook):
+    make_notebook(chain/'03_none.ipynb', '', tag='other')
+    with pytest.raises(study.GacError, match='03_none.ipynb: 0 cells are tagged parameters'): go(chain)
+
+def test_real_data_gets_its_own_report(chain, monkeypatch, tmp_path):
+    import types
+    folder = tmp_path/'some_tiles'
+    folder.mkdir()
+    monkeypatch.setitem(sys.modules, 'gac.tiles', types.SimpleNamespace(recognise=lambda path: 'npz'))
+    report, run = study._places('mini', study._recognise(str(folder))[0], '', '')
+    assert (report, run) == (study.root()/'reports/real/some_tiles', study.root()/'runs/real/some_tiles')
+    assert study._recognise(str(folder))[1] == 'npz'
+
+def test_one_chain_at_a_time(chain):
+    other = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])
+    try:
+        study._write(chain/'run/chain.lock', json.dumps({'pid': other.pid}))
+        with pytest.raises(study.GacError, match=f'process {other.pid} is running this chain'): go(chain)
+    finally:
+        other.kill()
+        other.wait()
+    assert go(chain, only='2')[2] == 'ran'  # its owner is dead: taken over
+
+def test_killed_chain_resumes(chain):
+    "A chain killed in its second notebook keeps the first and goes on from there."
+    path = chain/'01_second.ipynb'
+    text = path.read_text()
+    path.write_text(text.replace("print('before')", "import time, pathlib; pathlib.Path('started').touch(); time.sleep(300)"))
+    code = f"from gac import study; study.run_chain('toy', nbs={str(chain)!r}, reports={str(chain/'report')!r}, runs={str(chain/'run')!r})"
+    process = subprocess.Popen([sys.executable, '-c', code], start_new_session=True, stdout=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            if (chain/'started').exists(): break
+            time.sleep(.1)
+        assert (chain/'started').exists()
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    path.write_text(text)
+    assert go(chain) == ['unchanged', 'ran', 'ran']
+
+DETERMINISM = """
+import sys, pandas as pd, numpy as np, matplotlib; matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+from gac import study
+study.style()
+run = study.Run.open('00_toy', 'toy', 3, sys.argv[1] + '/run', sys.argv[1] + '/report', '')
+rng = np.random.default_rng(3)
+df = pd.DataFrame({'method': ['a_b', 'c%'], 'psnr': rng.random(2)*30, 'n': [1, 2], 'none': [None, float('nan')]})
+run.save_table(df, 'table', 'A caption, 50 %.')
+fig, axs = plt.subplots(1, 2)
+axs[0].imshow(rng.random((8, 8))); axs[1].plot(rng.random(9)); axs[1].set_title('title')
+run.save_figure(fig, 'figure')
+"""
+
+def test_tables_and_figures_are_the_same_bytes_in_two_processes(tmp_path):
+    for name in 'ab': subprocess.run([sys.executable, '-c', DETERMINISM, str(tmp_path/name)], check=True, cwd=study.root())
+    files = sorted(p.relative_to(tmp_path/'a') for p in (tmp_path/'a/report').rglob('*.*'))
+    assert [p.name for p in files] == ['figure.png', 'figure.svg', 'table.csv', 'table.md', 'table.tex']
+    for p in files: assert (tmp_path/'a'/p).read_bytes() == (tmp_path/'b'/p).read_bytes(), p
+    text = (tmp_path/'a/report/tables/table.csv').read_text()
+    assert text.endswith('n/a\n') and '\r' not in text
+    assert '50 \\%' in (tmp_path/'a/report/tables/table.tex').read_text()
+
+def test_the_study_at_profile_smoke(tmp_path):
+    "Every notebook of the chain in order, on a report of its own, and then nothing to do."
+    kw = dict(reports=str(tmp_path/'report'), runs=str(tmp_path/'run'))
+    first = study.run_chain('smoke', **kw)
+    print(first.to_string())
+    assert set(first.status) == {'ran'}
+    began = time.perf_counter()
+    assert set(study.run_chain('smoke', **kw).status) == {'unchanged'}
+    assert time.perf_counter() - began < 20
+    assert (tmp_path/'report/index.html').exists()
+    tables = {p.stem for p in (tmp_path/'report/tables').glob('*.csv')}
+    for name in tables - {'efficiency'}:
+        columns = pd.read_csv(tmp_path/f'report/tables/{name}.csv', nrows=1).columns
+        timed = [c for c in columns if c in ('seconds', 'time', 'ms_per_tile', 'tiles_per_s', 'minutes')]
+        assert not timed, f'{name}.csv holds times ({timed}): they belong to efficiency.csv'
+
+@pytest.fixture
+def house(tmp_path, make_notebook, monkeypatch):
+    "A repository of its own with one toy notebook and the report it made."
+    (tmp_path/'settings.ini').write_text((study.root()/'settings.ini').read_text())
+    (tmp_path/'gac').mkdir()
+    make_notebook(tmp_path/'nbs/00_first.ipynb', 'n: int = 2  # rows [1, 9]',
+                  "import pandas as pd\ndf = pd.DataFrame({'data': ['world', 'real: x'], 'method': ['a', 'b'], 'psnr': [20., 30.]})\n"
+                  "run.save_table(df, 'results')\nrun.save_table(df, 'efficiency')")
+    (tmp_path/'nbs/params').mkdir()
+    (tmp_path/'nbs/params/toy.yaml').write_text('description: a toy\n')
+    (tmp_path/'nbs/params/tolerances.yaml').write_text((study.root()/'nbs/params/tolerances.yaml').read_text())
+    monkeypatch.chdir(tmp_path)
+    assert study.root() == tmp_path
+    study.run_chain('toy')
+    return tmp_path
+
+def test_verify(house, monkeypatch, capsys):
+    monkeypatch.delenv('GAC_REAL_DATA', raising=False)
+    (house/'reports/real/some_chips/tables').mkdir(parents=True)
+    study.verify('toy')
+    printed = capsys.readouterr().out
+    assert 'reports/real/some_chips: skipped' in printed and 'reports/toy/tables/results: as committed' in printed
+    assert 'efficiency' not in printed
+    table = house/'reports/toy/tables/results.csv'
+    compare = lambda real: study.compare_reports(house/'reports/toy', house/'runs/verify/0-report', TOLERANCES, real)
+    TOLERANCES = {'skip': ['efficiency'], 'default': {'abs': 1e-4}, 'columns': {'psnr': {'abs': 0.05}}}
+    table.write_text(table.read_text().replace('20.0000', '20.0400').replace('30.0000', '31.0000'))
+    assert compare(False) == {'results': []}, 'rows on real chips are skipped without them'
+    assert compare(True) == {'results': ['row 2, psnr: 30.0000, expected 31.0000']}
+    table.write_text(table.read_text().replace('20.0400', '21.0000'))
+    with pytest.raises(study.GacError, match='reports/toy/tables/results: row 1, psnr: 20.0000, expected 21.0000'): study.verify('toy')
+    with pytest.raises(study.GacError, match='holds no tables'): study.verify('mini')

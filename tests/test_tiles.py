@@ -1,0 +1,457 @@
+"The tile store under faults, and the readers under every trap we know of."
+import json, os, pickle, random, signal, subprocess, sys, time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import rasterio, rasterio.warp, rasterio.windows
+import zarr
+from gac import study, tiles
+from gac.study import GacError, OPT_BANDS, S2_BANDS
+from gac.tiles import Store, convert
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiles_layouts as layouts
+import tiles_writer as writer
+
+@pytest.fixture(scope='session')
+def unbroken(tmp_path_factory) -> dict:
+    "What a writer leaves that nobody stops."
+    path = tmp_path_factory.mktemp('unbroken')/'store'
+    writer.work(path)
+    return writer.tree(path)
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    "Flushing to the disk guards against a power cut, which no test can make; without it they are faster."
+    monkeypatch.setattr(os, 'fsync', lambda fd: None)
+
+# ---- a writer that is killed ----------------------------------------------------------------------------------------
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork and SIGKILL')
+def test_killed_writers_leave_the_bytes_of_an_unbroken_run(tmp_path, unbroken, capsys):
+    path, rng, kills, notices = tmp_path/'store', random.Random(0), 0, []
+    nursery = subprocess.Popen([sys.executable, writer.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def start():
+        nursery.stdin.write(f'{path}\n'), nursery.stdin.flush()
+        return int(nursery.stdout.readline())
+    try:
+        assert nursery.stdout.readline() == 'ready\n'
+        for _ in range(12):
+            pid = start()
+            until = time.time() + 10
+            while not list((path/'journal').glob('*.lock')) and time.time() < until: time.sleep(.002)  # it is writing
+            time.sleep(rng.uniform(0, .12))
+            try: os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError: pass
+            if int(nursery.stdout.readline()) == 0: break  # it was done before the signal
+            kills += 1
+            if (path/'table.parquet').exists():
+                before = len(Store(path))
+                assert before % writer.BATCH == 0 or before == writer.N  # whole batches only
+        assert kills >= 4
+        stopped = [p.name for p in (path/'journal').glob('*.lock')]
+        writer.work(path)
+    finally:
+        nursery.stdin.close(), nursery.wait()
+    assert ('was stopped' in capsys.readouterr().out) == bool(stopped)
+    assert writer.tree(path) == unbroken
+
+class Stopped(BaseException): "What a kill looks like from inside."
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+def test_a_stop_before_any_step_on_the_disk_is_harmless(tmp_path, unbroken, monkeypatch, capsys):
+    real = {name: getattr(os, name) for name in ('replace', 'unlink', 'fsync')}
+    left = [0]
+    def counted(name):
+        def step(*args, **kw):
+            left[0] -= 1
+            if left[0] == 0: raise Stopped(name)
+            if left[0] < 0 and name != 'fsync': raise Stopped(name)  # a dead process does nothing more
+            return real[name](*args, **kw)
+        return step
+    def run(steps, path):
+        left[0] = steps
+        with monkeypatch.context() as m:
+            for name in real: m.setattr(os, name, counted(name))
+            try: writer.work(path)
+            except BaseException:  # what follows a stop in a live process does not count
+                if left[0] > 0: raise
+                return False
+        return True
+    assert run(10**6, tmp_path/'all')
+    total = 10**6 - left[0]
+    assert writer.tree(tmp_path/'all') == unbroken
+    for n, steps in enumerate([*range(1, total - 9, 13), *range(total - 9, total)]):
+        path = tmp_path/f's{n}'
+        finished = run(steps, path)
+        assert not finished
+        for lock in (path/'journal').glob('*.lock'):  # its process is gone
+            lock.write_text(json.dumps({**json.loads(lock.read_text()), 'started': 0.}))
+        writer.work(path)
+        assert writer.tree(path) == unbroken, f'stopped before step {steps} of {total}'
+
+def test_the_next_run_says_what_was_lost(tmp_path, capsys):
+    store = Store.create(tmp_path/'s', writer.ARRAYS, shard=8)
+    store.append([writer.record(i) for i in range(3)])
+    (tmp_path/'s'/'journal'/'tiles.0of1.000000001.3-5.part').write_bytes(b'half a batch')
+    lock, = (tmp_path/'s'/'journal').glob('*.lock')
+    lock.write_text(json.dumps({**json.loads(lock.read_text()), 'pid': 2**22 + 1}))
+    again = Store(tmp_path/'s')
+    again.append([writer.record(3)])
+    assert len(again) == 4
+    said = capsys.readouterr().out
+    assert f'process {2**22 + 1}' in said and '3 tiles are safe' in said and 'tiles 3-5 was cut short' in said and 'done again' in said
+    assert again.notices and not list((tmp_path/'s'/'journal').glob('*.part'))
+
+def test_ranks_write_the_bytes_of_one_writer(tmp_path, unbroken):
+    writer.work(tmp_path/'s', ranks=3)
+    assert writer.tree(tmp_path/'s') == unbroken
+
+# ---- locks --------------------------------------------------------------------------------------------------------------
+
+def test_a_second_writer_is_refused_and_told_who_writes(tmp_path):
+    path = tmp_path/'s'
+    Store.create(path, writer.ARRAYS, shard=8)
+    hold = ('import sys; from gac.tiles import Store; s = Store(sys.argv[1]); s.acquire(); print("held", flush=True); sys.stdin.read()')
+    other = subprocess.Popen([sys.executable, '-c', hold, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == 'held\n'
+        with pytest.raises(GacError, match=f'process {other.pid} on {tiles.socket.gethostname()} writes tiles'): Store(path).append([writer.record(0)])
+        assert len(Store(path)) == 0  # readers are welcome
+    finally: other.kill(), other.wait()
+    with Store(path) as store: store.append([writer.record(0)])  # its process is gone: taken over
+    assert len(Store(path)) == 1
+
+def test_a_lock_of_another_machine_stands_and_says_how_to_go_on(tmp_path):
+    store = Store.create(tmp_path/'s', writer.ARRAYS)
+    store.journal.mkdir()
+    lock = store.journal/'tiles.0of1.lock'
+    lock.write_text(json.dumps(dict(pid=1, host='elsewhere', started=0.)))
+    with pytest.raises(GacError, match='process 1 on elsewhere.*delete .*tiles.0of1.lock'): store.append([writer.record(0)])
+
+def test_a_lock_goes_with_its_store(tmp_path):
+    store = Store.create(tmp_path/'s', writer.ARRAYS)
+    store.append([writer.record(0)])
+    del store  # a notebook cell run twice
+    Store(tmp_path/'s').append([writer.record(1)])
+
+# ---- reading ------------------------------------------------------------------------------------------------------------
+
+def test_values_come_back_from_shards_and_journal_alike(tmp_path):
+    path = tmp_path/'s'
+    writer.work(path)
+    store = Store(path)
+    order = np.random.default_rng(0).integers(0, writer.N, 60)
+    want = {n: np.stack([writer.record(i)[n] for i in order]) for n in ('s1', 's2')}
+    for n in want: np.testing.assert_array_equal(store.read(n, order), want[n])
+    np.testing.assert_array_equal(store.read('opt_v1', order), writer.drawn(order))
+    for n in ('s1', 's2', 'opt_v1'): np.testing.assert_array_equal(zarr.open_array(path/'arrays'/n, mode='r')[:], store.read(n, slice(None)))
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(store)).read('s1', order), want['s1'])  # as loader workers do
+    reader = Store(path)
+    store.append([writer.record(i) for i in (90, 91)])
+    np.testing.assert_array_equal(store.read('s1', [-1])[0], writer.record(91)['s1'])
+    reader.refresh()  # sees the journal of another writer,
+    store.close()  # which folds it away
+    np.testing.assert_array_equal(reader.read('s1', [-1])[0], writer.record(91)['s1'])
+    assert store.pending('opt_v1').tolist() == [writer.N, writer.N + 1] and not store.complete('opt_v1')
+
+def test_damage_is_named(tmp_path):
+    path = tmp_path/'s'
+    writer.work(path)
+    shard = path/'arrays/s1/c/0/0/0/0'
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-50])
+    with pytest.raises(GacError, match='shard is damaged'): Store(path).read('s1', [0])
+    shard.write_bytes(b'\xff'*64 + whole[64:])
+    with pytest.raises(GacError, match='tile 0 of s1 is damaged'): Store(path).read('s1', [0])
+    (path/'journal'/'opt_v1.0of1.000000099.0-3.safetensors').write_bytes(b'junk')
+    with pytest.raises(GacError, match='damaged journal entry'): Store(path)
+
+def test_xarray_sees_what_is_in_the_journal(tmp_path):
+    store = Store.create(tmp_path/'s', writer.ARRAYS, shard=8)
+    store.append([writer.record(i) for i in range(5)])
+    data = store.xarray()
+    np.testing.assert_array_equal(data['s2'].values, store.read('s2', slice(None)))
+    assert data['id'].values.tolist() == [f't{i:03d}' for i in range(5)] and data['transform'].values[3, 2] == 6e5 + 3
+
+def test_padding_and_cropping_are_exact():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        h, w, m = rng.integers(1, 70, 3)
+        x = rng.normal(size=(h, w))
+        y, crop = tiles.pad_to_multiple(x, int(m))
+        assert y.shape == (-(-h//m)*m, -(-w//m)*m)
+        np.testing.assert_array_equal(tiles.crop_back(y, crop), x)
+        if min(h, w) > m: np.testing.assert_array_equal(y, np.pad(x, [((-n % m)//2, -n % m - (-n % m)//2) for n in (h, w)], mode='reflect'))
+
+def test_a_world_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    calls = []
+    scene = tiles.scene
+    def stops(seed, size):
+        calls.append(seed)
+        if len(calls) == 6: raise KeyboardInterrupt
+        return scene(seed, size)
+    monkeypatch.setattr(tiles, 'scene', stops)
+    with pytest.raises(KeyboardInterrupt): tiles.from_world(tmp_path/'a', 4, 2, 2, size=32, batch=2)
+    assert len(Store(tmp_path/'a')) == 4
+    tiles.from_world(tmp_path/'a', 4, 2, 2, size=32, batch=2)
+    monkeypatch.undo()
+    tiles.from_world(tmp_path/'b', 4, 2, 2, size=32, batch=3)
+    assert writer.tree(tmp_path/'a') == writer.tree(tmp_path/'b')
+    assert sorted(set(calls)) == [0, 1, 2, 3, 800_000, 800_001, 900_000, 900_001]
+
+# ---- readers: what is right is taken -----------------------------------------------------------------------------------------
+
+def errors(report:pd.DataFrame) -> dict:
+    "id -> reason of the tiles that were not taken."
+    bad = report[report['status'] == 'error']
+    return dict(zip(bad['id'], bad['reason']))
+
+def test_bigearthnet(tmp_path):
+    table = layouts.bigearthnet(tmp_path/'ben', 4, contains_cloud_or_shadow=[False, False, False, True])
+    assert tiles.recognise(tmp_path/'ben') == 'bigearthnet_v2'
+    report = convert(tmp_path/'ben', tmp_path/'out')
+    assert report['status'].tolist() == ['ok']*3 + ['excluded'] and report['reason'].iloc[3] == 'cloud or shadow'
+    store = Store(tmp_path/'out')
+    assert store.table['split'].tolist() == ['train', 'val', 'test'] and store.table['month'].tolist() == [6]*3 and store.table['biome'].tolist() == [4]*3
+    np.testing.assert_array_equal(store.read('s1', [1])[0], layouts.radar(1))
+    np.testing.assert_array_equal(store.read('s2', [2], OPT_BANDS)[0], layouts.optical(2)[[1, 2, 3, 7]])
+    b05 = layouts.optical(2)[4, ::2, ::2].repeat(2, 0).repeat(2, 1)
+    np.testing.assert_array_equal(store.read('s2', [2], ('B05',))[0, 0], b05)
+    assert store.table['transform'].iloc[2][2] == 6e5 + 2400 and store.attrs['s1_product'] == 'S1GRD'
+    assert len(convert(tmp_path/'ben', tmp_path/'all', keep_snow_cloud=True).query('status == "ok"')) == len(table)
+
+def test_bigearthnet_with_the_official_table_and_a_part_of_the_folders(tmp_path):
+    table = layouts.bigearthnet(tmp_path/'ben', 2)
+    more = table.assign(patch_id=table['patch_id'].str.replace('29UPU', '29UPV'), s1_name=table['s1_name'].str.replace('29UPU', '29UPV'))
+    pd.concat([table, more]).to_parquet(tmp_path/'ben'/'metadata.parquet')
+    report = convert(tmp_path/'ben', tmp_path/'out', strict=True)
+    assert report['status'].tolist() == ['ok', 'ok', 'excluded'] and report['reason'].iloc[2].startswith('2 rows')
+
+def test_geotiff_cut_with_its_georeference(tmp_path):
+    layouts.geotiff(tmp_path/'tif', 2, size=224)
+    report = convert(tmp_path/'tif', tmp_path/'out')
+    assert report['id'].tolist()[:4] == ['a0_0_0', 'a0_0_104', 'a0_104_0', 'a0_104_104'] and (report['status'] == 'ok').all()
+    store = Store(tmp_path/'out')
+    np.testing.assert_array_equal(store.read('s2', [7])[0], layouts.optical(1, 224)[:, 104:, 104:])
+    assert list(store.table['transform'].iloc[7]) == [10, 0, 6e5 + 2240 + 1040, 0, -10, 5.8e6 - 1040]
+    row = store.table.iloc[7]
+    lon, lat = rasterio.warp.transform('EPSG:32629', 'EPSG:4326', [6e5 + 2240 + 1040 + 600], [5.8e6 - 1040 - 600])
+    assert abs(row['lon'] - lon[0]) < 1e-6 and abs(row['lat'] - lat[0]) < 1e-6
+    assert row['month'] == 8 and row['scene'] == 'a1' and row['split'] == 'test'  # the optical image's month
+    assert store.read('dem', [7])[0, 0, 0] == 51
+
+@pytest.mark.parametrize('how', ['one file, stacked', 'folder', 'vv and vh'])
+def test_npz(tmp_path, how):
+    s1, s2 = (np.stack([f(i) for i in range(3)]) for f in (layouts.radar, lambda i: layouts.optical(i, count=4)))
+    if how == 'folder': src = layouts.npz(tmp_path/'npz')
+    else:
+        src = tmp_path/'c.npz'
+        given = dict(s1_vv=s1[:, 0], s1_vh=s1[:, 1], s2_real=s2) if how == 'vv and vh' else dict(s1=s1, s2=s2)
+        np.savez(src, month=[1, 2, 3], ids=['x', 'y', 'z'], biome=[4, 4, 6], **given)
+    assert (convert(src, tmp_path/'out')['status'] == 'ok').all()
+    store = Store(tmp_path/'out')
+    np.testing.assert_array_equal(store.read('s1', slice(None)), s1)
+    np.testing.assert_array_equal(store.read('s2', slice(None), OPT_BANDS), s2)
+    assert store.table['month'].tolist() == [1, 2, 3]
+
+def test_units_are_converted_and_said(tmp_path, capsys):
+    layouts.geotiff(tmp_path/'a', s1=lambda x, i: 10**(x/10), s2=lambda x, i: x.astype('f4')/1e4)
+    convert(tmp_path/'a', tmp_path/'A')
+    assert 'Sentinel-1 in linear; Sentinel-2 as reflectance, offset 0' in capsys.readouterr().out
+    layouts.geotiff(tmp_path/'b', s2=lambda x, i: x + 1000)
+    convert(tmp_path/'b', tmp_path/'B', s2_offset=1000)
+    for out in 'AB':
+        store = Store(tmp_path/out)
+        np.testing.assert_allclose(store.read('s1', [2])[0], layouts.radar(2), atol=1e-4)
+        np.testing.assert_array_equal(store.read('s2', [2])[0], layouts.optical(2))
+
+def test_bands_come_by_name(tmp_path):
+    layouts.geotiff(tmp_path/'a', 1, s1=lambda x, i: x[::-1], names=('VH', 'VV'))
+    (tmp_path/'a/S2L2A/a0.tif').unlink()
+    layouts.write_tif(tmp_path/'a/S2L2A/a0.tif', layouts.optical(0)[::-1], names=S2_BANDS[::-1])
+    convert(tmp_path/'a', tmp_path/'out', strict=True)
+    store = Store(tmp_path/'out')
+    np.testing.assert_array_equal(store.read('s1', [0])[0], layouts.radar(0))
+    np.testing.assert_array_equal(store.read('s2', [0])[0], layouts.optical(0))
+
+def test_a_stopped_conversion_goes_on_with_the_same_bytes(tmp_path, monkeypatch):
+    layouts.geotiff(tmp_path/'tif', 5)
+    convert(tmp_path/'tif', tmp_path/'whole', batch=2)
+    load = tiles._geotiff_source
+    def stops(name, *rest):
+        if name == 'a4' and stops.armed: raise KeyboardInterrupt
+        return load(name, *rest)
+    monkeypatch.setattr(tiles, '_samples', lambda jobs, n=16: [j.load() for j in jobs[:2]])
+    monkeypatch.setattr(tiles, '_geotiff_source', stops)
+    stops.armed = True
+    with pytest.raises(KeyboardInterrupt): convert(tmp_path/'tif', tmp_path/'part', batch=2)
+    assert len(Store(tmp_path/'part')) == 4 and not (tmp_path/'part'/'report.csv').exists()
+    stops.armed = False
+    convert(tmp_path/'tif', tmp_path/'part', batch=2)
+    a, b = (writer.tree(tmp_path/n) for n in ('whole', 'part'))
+    a.pop('report.csv'), b.pop('report.csv')
+    assert a == b
+
+def test_a_run_keeps_its_real_store_until_data_or_options_change(tmp_path, monkeypatch, capsys):
+    run = study.Run('02_tiles', 'smoke', 0, tmp_path/'run', tmp_path/'reports', str(layouts.npz(tmp_path/'npz')))
+    assert len(tiles.real_store(run)) == 3
+    capsys.readouterr()
+    assert len(tiles.real_store(run)) == 3 and capsys.readouterr().out == ''
+    assert tiles.real_store(run, size=96).arrays['s1'].shape[0] == 12
+    assert len(tiles.real_store(run, str(layouts.npz(tmp_path/'other'/'npz', 2)))) == 2
+    run.data = ''
+    assert tiles.real_store(run) is None
+
+# ---- readers: what is wrong is a row of the report, and the rest goes on --------------------------------------------------------
+
+def geotiff_trap(path:Path, trap:str) -> tuple: # the id that fails, what the report says
+    "GeoTIFF folders in which one of three sources is wrong."
+    x1, x2 = layouts.radar(1), layouts.optical(1)
+    f = layouts.geotiff(path)
+    put = lambda kind, x, **kw: layouts.write_tif(f/kind/'a1.tif', x, **{**dict(west=6e5 + 1200), **kw})
+    if trap == 'NaN': put('S1GRD', np.where(x1 > -9, np.nan, x1))
+    elif trap == 'nodata': put('S1GRD', np.where(x1 > -9, -9999, x1), nodata=-9999)
+    elif trap == 'integer nodata': put('S2L2A', np.where(x2 < 200, 7, x2).astype('u2'), nodata=7)
+    elif trap == 'S2 zero': put('S2L2A', x2*(np.arange(120) > 5).astype('u2'))
+    elif trap == 'S1 zero': put('S1GRD', x1*(np.arange(120) > 5).astype('f4'))
+    elif trap == 'missing file': (f/'S1GRD'/'a1.tif').unlink()
+    elif trap == 'missing band': put('S2L2A', x2[:11])
+    elif trap == 'size': put('S1GRD', x1[:, :100], north=5.8e6)
+    elif trap == 'CRS': put('S1GRD', x1, crs='EPSG:32630')
+    elif trap == 'place': put('S1GRD', x1, west=6e5 + 1260)
+    elif trap == 'duplicate': put('S1GRD', x1).rename(f/'S1GRD'/'a1.tiff'), put('S1GRD', x1)
+    elif trap == 'truncated': (f/'S2L2A'/'a1.tif').write_bytes((f/'S2L2A'/'a1.tif').read_bytes()[:9000])
+    elif trap == 'not a TIFF': (f/'S2L2A'/'a1.tif').write_bytes(b'hello')
+    elif trap == 'linear among dB': put('S1GRD', 10**(x1/10))
+    elif trap == 'offset among none': put('S2L2A', x2 + 1000)
+    elif trap == 'swapped': put('S1GRD', x1[::-1])
+    elif trap == 'small': [put(k, x[..., :90, :90]) for k, x in (('S1GRD', x1), ('S2L2A', x2), ('DEM', np.zeros((120, 120), 'i2')))]
+    elif trap == 'DEM': put('DEM', np.full((120, 120), -32768, 'i2'))
+    elif trap == 'not finite': put('S2L2A', np.where(x2 < 200, np.inf, x2).astype('f4'))
+    return f
+
+GEOTIFF_TRAPS = {'NaN': 'px are NaN', 'nodata': 'px are NaN or without data', 'integer nodata': 'px without data (nodata 7)', 'S2 zero': '720 px are 0 in every band',
+    'S1 zero': 'px are exactly 0', 'missing file': 'missing file a1.tif', 'missing band': '11 bands without names', 'size': '100×120 px', 'CRS': 'CRS EPSG:32630, expected EPSG:32629',
+    'place': 'expected the place of', 'duplicate': 'duplicate id a1', 'truncated': 'cannot be read', 'not a TIFF': 'cannot be read', 'linear among dB': 's1_units=',
+    'offset among none': 's2_offset=1000', 'swapped': 's1_bands=VH,VV', 'small': 'size=90', 'DEM': 'outside -500 to 9000', 'not finite': 'px are NaN'}
+
+@pytest.mark.parametrize('trap', GEOTIFF_TRAPS)
+def test_geotiff_traps(tmp_path, trap):
+    src = geotiff_trap(tmp_path/'tif', trap)
+    report = convert(src, tmp_path/'out')
+    assert list(errors(report)) == ['a1'] and GEOTIFF_TRAPS[trap] in errors(report)['a1']
+    assert Store(tmp_path/'out').table['id'].tolist() == ['a0', 'a2']  # the rest goes on
+    with pytest.raises(GacError, match='a1'): convert(src, tmp_path/'strict', strict=True)
+
+def ben_trap(path:Path, trap:str) -> None:
+    "BigEarthNet in which the second of three patches is wrong."
+    table = layouts.bigearthnet(path)
+    s2, s1 = table['patch_id'][1], table['s1_name'][1]
+    f2 = path/'BigEarthNet-S2'/s2.rsplit('_', 2)[0]/s2
+    f1 = path/'BigEarthNet-S1'/s1.rsplit('_', 3)[0]/s1
+    if trap == 'missing band': (f2/f'{s2}_B11.tif').unlink()
+    elif trap == 'missing folder': f1.rename(path/'away')
+    elif trap == 'native size': layouts.write_tif(f2/f'{s2}_B05.tif', layouts.optical(1)[4], west=6e5 + 1200)
+    elif trap == 'CRS': layouts.write_tif(f1/f'{s1}_VV.tif', layouts.radar(1)[0], crs='EPSG:32635', west=6e5 + 1200)
+    elif trap == 'path': table.loc[1, 'patch_id'] = '../../outside_00_01'
+    elif trap == 's1 path': table.loc[1, 's1_name'] = '/etc/passwd_1_2_3'
+    elif trap == 'split': table.loc[1, 'split'] = 'somewhere'
+    elif trap == 'duplicate': table = pd.concat([table, table.iloc[[1]]])
+    table.to_parquet(path/'metadata.parquet')
+
+BEN_TRAPS = {'missing band': 'missing band B11', 'missing folder': 'missing file', 'native size': 'expected 60×60', 'CRS': 'CRS EPSG:32635', 'path': 'field id', 's1 path': 'field id',
+             'split': "split 'somewhere'", 'duplicate': 'duplicate id'}
+
+@pytest.mark.parametrize('trap', BEN_TRAPS)
+def test_bigearthnet_traps(tmp_path, trap):
+    ben_trap(tmp_path/'ben', trap)
+    report = convert(tmp_path/'ben', tmp_path/'out')
+    (reason,) = errors(report).values()
+    assert BEN_TRAPS[trap] in reason and len(Store(tmp_path/'out')) == (3 if trap == 'duplicate' else 2)
+    with pytest.raises(GacError): convert(tmp_path/'ben', tmp_path/'strict', strict=True)
+
+NPZ_TRAPS = {'pickled': (dict(s1=np.array([{}, None], object)), 'pickled objects'), 'no s1': (dict(s1=None), 'missing array s1'), 'bands': (dict(s2=layouts.optical(1, count=5)), '5 bands'),
+    'NaN': (dict(s1=np.full((2, 120, 120), np.nan)), 'NaN'), 'escaping id': (dict(id='../../x'), 'field id'), 'absolute id': (dict(id='/etc/x'), 'field id'), 'duplicate id': (dict(id='n0'), 'duplicate id n0'),
+    'month': (dict(month=13), 'month 13'), 'sizes': (dict(s1=layouts.radar(1, 100)), 'of one size')}
+
+@pytest.mark.parametrize('trap', NPZ_TRAPS)
+def test_npz_traps(tmp_path, trap):
+    change, reason = NPZ_TRAPS[trap]
+    src = layouts.npz(tmp_path/'npz', change=lambda i: change if i == 1 else {})
+    report = convert(src, tmp_path/'out')
+    assert len(errors(report)) == 1 and reason in report.loc[report['status'] == 'error', 'reason'].iloc[0] and len(Store(tmp_path/'out')) == 2
+
+def test_a_pickle_in_disguise_is_never_loaded(tmp_path):
+    class Evil:
+        def __reduce__(self): return (Path.touch, (tmp_path/'ran',))
+    layouts.npz(tmp_path/'npz', 2)
+    (tmp_path/'npz'/'n1.npz').write_bytes(pickle.dumps(Evil()))
+    assert 'pickled' in errors(convert(tmp_path/'npz', tmp_path/'out'))['n1'] and not (tmp_path/'ran').exists()
+
+# ---- what is ambiguous for the whole data set is refused, with the option that settles it --------------------------------------------
+
+@pytest.mark.parametrize('change, asks, settle', [
+    (dict(s2=lambda x, i: x + 1000), 's2_offset=1000', dict(s2_offset=1000)),
+    (dict(s2=lambda x, i: x/1000), 's2_units=dn', dict(s2_units='dn', s2_offset=0)),
+    (dict(s1=lambda x, i: -x), 's1_units=dB', None),
+    (dict(s1=lambda x, i: (10**(x/20)*1e4).astype('u2')), 's1_units=dB, linear', None)])
+def test_ambiguous_units(tmp_path, change, asks, settle):
+    src = layouts.geotiff(tmp_path/'tif', **change)
+    with pytest.raises(GacError, match=asks) as e: convert(src, tmp_path/'out')
+    assert str(src) in str(e.value) and ' to ' in str(e.value)  # the place and the range seen
+    assert not (tmp_path/'out').exists()
+    if settle: assert (convert(src, tmp_path/'out', **settle)['status'] == 'ok').all()
+
+def test_no_layout_and_no_option_by_guess(tmp_path):
+    (tmp_path/'x').mkdir()
+    (tmp_path/'x'/'photo.jpg').touch()
+    with pytest.raises(GacError, match='photo.jpg') as e: tiles.recognise(tmp_path/'x')
+    assert all(k in str(e.value) for k in tiles.LAYOUTS)
+    src = layouts.npz(tmp_path/'npz', 1)
+    with pytest.raises(GacError, match='there are size'): convert(src, tmp_path/'o', tile_size=96)
+    for wrong in (dict(s1_units='decibel'), dict(s2_units='raw'), dict(s2_offset='yes')):
+        with pytest.raises(GacError, match=next(iter(wrong))): convert(src, tmp_path/'o', **wrong)
+    np.savez(tmp_path/'npz'/'n0.npz', s1=np.zeros(3))
+    with pytest.raises(GacError, match='no tile of 1 can be read'): convert(src, tmp_path/'o')
+
+# ---- real chips -----------------------------------------------------------------------------------------------------------------
+
+def test_real_terramesh(tmp_path, real_data):
+    report = convert(real_data/'terramesh_tiles', tmp_path/'out')
+    assert (report['status'] == 'ok').all() and len(report) == 20
+    store = Store(tmp_path/'out')
+    assert store.attrs['s1_product'] == 'S1RTC' and set(store.arrays) == {'s1', 's2', 'dem', 'lulc', 'ndvi'} and set(store.table['split']) == {'test'}
+    first = store.table.groupby('scene').first()
+    assert first['month'].to_dict() == {'282D_485L_3_3': 7, '38D_378R_2_3': 6, '433D_629L_3_1': 4, '609U_541L_3_0': 1, '637U_59R_1_3': 10}
+    i = store.table.index[store.table['id'] == '38D_378R_2_3_104_0'][0]
+    with rasterio.open(real_data/'terramesh_tiles/S1RTC/38D_378R_2_3.tif') as f:
+        np.testing.assert_array_equal(store.read('s1', [i])[0], f.read()[:, 104:, :120].astype('f4'))
+        assert np.allclose(list(f.window_transform(rasterio.windows.Window(0, 104, 120, 120)))[:6], store.table['transform'][i])
+
+def test_the_stray_offset_of_a_public_chip_is_seen(tmp_path, real_data, monkeypatch):
+    monkeypatch.setattr(tiles, 'KNOWN_OFFSETS', {})
+    report = convert(real_data/'terramesh_tiles', tmp_path/'out')
+    assert list(errors(report)) == ['433D_629L_3_1'] and '969 to 7668' in errors(report)['433D_629L_3_1']
+    report = convert(real_data/'terramesh_tiles', tmp_path/'settled', s2_offset={'433D_629L_3_1': 1000})
+    store = Store(tmp_path/'settled')
+    rows = {s: np.flatnonzero(store.table['scene'] == s) for s in ('282D_485L_3_3', '433D_629L_3_1', '637U_59R_1_3')}
+    trees = {s: np.median(store.read('s2', i, ('B04',))[:, 0][store.read('lulc', i) == 2]) for s, i in rows.items()}
+    assert not errors(report) and all(100 < v < 500 for v in trees.values())  # red of trees: alike once it is off
+
+def test_real_bigearthnet(tmp_path, real_data):
+    report = convert(real_data/'bigearthnet_v2', tmp_path/'out')
+    assert report['status'].tolist() == ['ok', 'ok', 'ok', 'excluded'] and report['reason'].iloc[3] == 'seasonal snow'
+    store = Store(tmp_path/'out')
+    assert store.table['split'].tolist() == ['train', 'train', 'val'] and store.table['month'].tolist() == [6, 6, 9] and store.table['biome'].tolist() == [4, 4, 6]
+    s1 = store.read('s1', [1])[0]
+    assert (np.median(s1[0]), np.median(s1[1])) == (pytest.approx(-11.159, abs=1e-3), pytest.approx(-16.117, abs=1e-3))  # VV before VH, in dB, not cut to whole numbers
+    assert store.read('s2', [1], ('B02', 'B08')).max(axis=(0, 2, 3)).tolist() == [2013, 7525]
+
+def test_real_power_and_amplitude_are_told_apart(real_data):
+    chips = []
+    for path in sorted((real_data/'terramesh_tiles'/'S1RTC').glob('*.tif')):
+        with rasterio.open(path) as f: chips.append(f.read())
+    for x in ([c] for c in chips): assert tiles.s1_unit(x) == 'dB' and tiles.s1_unit([10**(x[0]/10)]) == 'linear' and tiles.s1_unit([10**(x[0]/20)]) == 'amplitude'

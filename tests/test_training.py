@@ -1,0 +1,163 @@
+"Runs that are killed, checkpoints that are broken, several processes: what the training notebook cannot show in one process."
+import multiprocessing, os, pickle, random, signal
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from gac import training
+from gac.metrics import read_torch
+from gac.study import GacError
+from gac.training import Order, Settings, Task, export_best, fit, inject_lora, load_checkpoint, load_trained, to_int8, unfreeze
+
+SETTINGS = Settings(lr=.01, max_steps=11, batch_size=2, grad_accum_steps=2, warmup=.2, val_every=3, save_every=3, log_every=1,
+                    num_workers=0, accelerator='cpu')
+
+
+class Tiles(Dataset):
+    "Small tiles, flipped and noised by all the generators an augmentation may use."
+    def __init__(self, n): self.x = torch.rand(n, 4, 16, 16, generator=torch.Generator().manual_seed(n))
+    def __len__(self): return len(self.x)
+    def __getitem__(self, i):
+        x = self.x[i].flip(-1) if random.random() < .5 else self.x[i]
+        return x + .05*torch.randn_like(x), x.mean()[None]
+
+
+def vit(int8=False):
+    "A small vision transformer of timm with dropout; adapters and the head train."
+    import timm
+    torch.manual_seed(5)
+    model = timm.create_model('vit_tiny_patch16_224', img_size=16, patch_size=8, in_chans=4, num_classes=1, depth=2, embed_dim=48, num_heads=3, drop_rate=.1)
+    if int8: to_int8(model, skip=('head',))
+    inject_lora(model, r'blocks\.\d+\.attn\.(qkv|proj)', r=2, dropout=.1)
+    unfreeze(model, r'head\.')
+    return model
+
+
+def step(model, batch): return {'loss': (model(batch[0]) - batch[1]).square().mean()}
+
+
+class Killer:
+    "Kills its process with SIGKILL at one moment of a training."
+    def __init__(self, moment, count): self.moment, self.count = moment, count
+
+    def tick(self, moment):
+        if moment != self.moment: return
+        self.count -= 1
+        if self.count == 0: os.kill(os.getpid(), signal.SIGKILL)
+
+    def step(self, model, batch):
+        self.tick('training' if model.training else 'validation')
+        return step(model, batch)
+
+    def replace(self, source, target):
+        self.tick(f'before {os.path.basename(target)}')
+        self.move(source, target)
+        self.tick(f'after {os.path.basename(target)}')
+
+
+def _attempt(folder, settings, int8, moment, count):
+    killer = Killer(moment, count)
+    killer.move, training.os.replace = os.replace, killer.replace
+    torch.set_num_threads(1)
+    fit(vit(int8), killer.step, Tiles(10), Tiles(6), settings, folder, every=0)
+
+
+def attempt(*args):
+    "The exit code of a training in a process of its own."
+    process = multiprocessing.get_context('fork').Process(target=_attempt, args=args)
+    process.start()
+    process.join(120)
+    return process.exitcode
+
+
+DEATHS = [('training', 3, 0), ('validation', 2, 0), ('training', 9, 2), ('before last.ckpt', 1, 0), ('after best.ckpt', 1, 0), ('before last.ckpt', 2, 2), ('never', 0, 0)]
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork and SIGKILL')
+@pytest.mark.parametrize('int8', [False, True], ids=['float32', 'int8'])
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, int8):
+    torch.set_num_threads(1)
+    whole = fit(vit(int8), step, Tiles(10), Tiles(6), SETTINGS, tmp_path/'whole', every=0)
+    broken = tmp_path/'broken'
+    for moment, count, workers in DEATHS[3:] if int8 else DEATHS:  # dropout, augmentation and order must survive, with workers as without
+        code = attempt(broken, replace(SETTINGS, num_workers=workers), int8, moment, count)
+        assert code == (0 if moment == 'never' else -signal.SIGKILL), (moment, code)
+    again = fit(vit(int8), step, Tiles(10), Tiles(6), SETTINGS, broken, every=0)  # finished: only loaded
+    assert again.steps == again.resumed_at == 11
+    assert again.curve.to_csv() == whole.curve.to_csv()
+    logged = [(p/'curve'/'metrics.csv').read_text() for p in (tmp_path/'whole', broken)]
+    assert logged[0] == logged[1]
+    for name in ('last.ckpt', 'best.ckpt'):
+        a, b = (read_torch(p/name)['state_dict'] for p in (tmp_path/'whole', broken))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
+    assert not any('base_layer' in k for k in a)  # frozen weights stay out of the checkpoint
+
+
+def test_early_stopping_is_final(tmp_path):
+    settings = replace(SETTINGS, lr=0., max_steps=60, early_stopping_patience=2)  # nothing moves, so nothing improves
+    result = fit(vit(), step, Tiles(10), Tiles(6), settings, tmp_path, every=0)
+    assert result.steps == 9  # the first validation and two without improvement
+    again = fit(vit(), step, Tiles(10), Tiles(6), settings, tmp_path, every=0)
+    assert (again.steps, again.resumed_at) == (9, 9)
+
+
+def test_no_validation_needs_no_best(tmp_path):
+    result = fit(vit(), step, Tiles(10), None, SETTINGS, tmp_path, every=0)
+    assert result.best is None and result.steps == 11 and list(result.curve.step) == list(range(1, 12))
+    state, meta = load_checkpoint(export_best(tmp_path, tmp_path/'out.safetensors', 'stage2', 'vit'), kind='stage2')
+    load_trained(vit(), state)
+    assert meta['steps'] == 11 and meta['params']['lr'] == .01
+    with pytest.raises(GacError, match='does not fit the model: missing'): load_trained(nn.Linear(3, 2), state)
+
+
+def test_broken_training_checkpoint_is_named(tmp_path):
+    fit(vit(), step, Tiles(10), None, SETTINGS, tmp_path, every=0)
+    last = tmp_path/'last.ckpt'
+    last.write_bytes(last.read_bytes()[:3000])
+    with pytest.raises(GacError, match=r'last\.ckpt is no readable Torch file'): fit(vit(), step, Tiles(10), None, SETTINGS, tmp_path, every=0)
+    torch.save({'state_dict': {}}, last)
+    with pytest.raises(GacError, match='not written by this study'): fit(vit(), step, Tiles(10), None, SETTINGS, tmp_path, every=0)
+
+
+class Bomb:
+    def __reduce__(self): return os.mkdir, (os.environ['BOMB'],)
+
+
+def test_checkpoint_cannot_run_code(tmp_path, monkeypatch):
+    monkeypatch.setenv('BOMB', str(tmp_path/'exploded'))
+    torch.save({'state_dict': Bomb()}, tmp_path/'last.ckpt')
+    (tmp_path/'plain.ckpt').write_bytes(pickle.dumps(Bomb()))
+    for name in ('last.ckpt', 'plain.ckpt'):
+        with pytest.raises(GacError, match=name.replace('.', r'\.')): read_torch(tmp_path/name)
+    assert not (tmp_path/'exploded').exists()
+
+
+@pytest.mark.parametrize('world', [2, 3])
+def test_devices_share_the_sequence(monkeypatch, world):
+    order, whole = Order(7, per_round=4, seed=1), Order(7, per_round=4*world, seed=1)
+    for r in range(3):
+        shares = []
+        for rank in range(world):
+            monkeypatch.setattr(training, '_rank', lambda: (rank, world))
+            order.set_epoch(r)
+            shares.append(list(order))
+        monkeypatch.setattr(training, '_rank', lambda: (0, 1))
+        whole.set_epoch(r)
+        assert [item for turn in zip(*shares) for item in turn] == list(whole)
+
+
+def test_frozen_weights_do_not_move(tmp_path):
+    model = vit()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    fit(model, step, Tiles(10), None, SETTINGS, tmp_path, every=0)
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_resumed_accounts_for_every_key():
+    task = Task(vit(), step, SETTINGS, 11)
+    checkpoint = {'state_dict': {k: v for k, v in training.trained_state(task).items() if 'lora_B' not in k}}
+    with pytest.raises(GacError, match='missing: .*lora_B'): task.on_load_checkpoint(checkpoint)
