@@ -14,10 +14,10 @@ __all__ = ['MODALITIES', 'BAND_NAMES', 'HLS_NAMES', 'LULC_LABELS', 'SIZE', 'PATC
            'tile_generator', 'draw', 'own_randomness', 'top_p_tokens', 'steps_run', 'scheduler_for', 'diffuse',
            'Generator', 'build_generator', 'features', 'reach', 'clip_error', 'true_tiles']
 
-# %% ../nbs/04_foundations.ipynb #80fc04f0
+# %% ../nbs/04_foundations.ipynb #1d817898
 from . import study  # first: it mends a torchvision built for another torch
 
-import copy, hashlib, json, logging, math, os, random, re, warnings
+import hashlib, json, logging, math, os, random, re, warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from . import tiles
 
-# %% ../nbs/04_foundations.ipynb #a1cae4fb
+# %% ../nbs/04_foundations.ipynb #e2a79077
 with warnings.catch_warnings():
     warnings.simplefilter('ignore'); logging.disable(logging.WARNING)  # optional parts that are not installed say so at length
     from terratorch.models.backbones import prithvi_vit
@@ -53,7 +53,7 @@ with warnings.catch_warnings():
     from terratorch.registry import TERRATORCH_BACKBONE_REGISTRY, TERRATORCH_FULL_MODEL_REGISTRY
     logging.disable(logging.NOTSET)
 
-# %% ../nbs/04_foundations.ipynb #b98be53a
+# %% ../nbs/04_foundations.ipynb #dc892eff
 MODALITIES = {  # modality -> (key of its input, key of its tokens)
     'S1GRD': ('untok_sen1grd@224', 'tok_sen1grd@224'), 'S1RTC': ('untok_sen1rtc@224', 'tok_sen1rtc@224'),
     'S2L2A': ('untok_sen2l2a@224', 'tok_sen2l2a@224'), 'DEM': ('untok_dem@224', 'tok_dem@224'),
@@ -79,7 +79,7 @@ def band_names(
     if unknown: raise study.GacError(f'Unknown band {", ".join(map(str, unknown))}: known are {", ".join(names)}.')
     return [names[b] for b in bands]
 
-# %% ../nbs/04_foundations.ipynb #bbc8adf9
+# %% ../nbs/04_foundations.ipynb #3bb8eade
 SIZE, PATCH = 120, 6  # pixels of a pretraining scene and of a token
 LEVELS = dict(s2l2a='8-6-5-5', lulc='5-5-5', ndvi='8-5-5')  # levels of each tokenizer's quantiser; their product is its vocabulary
 KEYS = {m.lower(): MODALITIES[m][1] for m in ('S2L2A', 'LULC', 'NDVI')}  # tokenizer -> key of its tokens
@@ -92,7 +92,7 @@ PRITHVI = dict(img_size=SIZE, num_frames=1, patch_size=(1, 8, 8), in_chans=6, em
                coords_scale_learn=True, mask_ratio=.75, norm_pix_loss=False)
 PRITHVI_BANDS = ('B02', 'B03', 'B04', 'B8A', 'B11', 'B12')  # the six bands Prithvi was pretrained on, in its order
 
-# %% ../nbs/04_foundations.ipynb #4ae32b56
+# %% ../nbs/04_foundations.ipynb #f1339ae9
 def vocab(levels:str) -> int: # levels of a quantiser, e.g. 8-5-5-5
     "Number of codes of a finite scalar quantiser."
     return math.prod(map(int, levels.split('-')))
@@ -109,7 +109,7 @@ def mini_modalities() -> Iterator[dict]:
     finally:
         for k, v in old.items(): MODALITY_INFO[k].clear(); MODALITY_INFO[k].update(v)
 
-# %% ../nbs/04_foundations.ipynb #bc658b67
+# %% ../nbs/04_foundations.ipynb #b54045a7
 def vit_mini_enc(**kw) -> nn.Module: return vit_models.ViTEncoder(**kw | dict(dim_tokens=128, depth=2, num_heads=4))
 def vit_nano_enc(**kw) -> nn.Module: return vit_models.ViTEncoder(**kw | dict(dim_tokens=64, depth=2, num_heads=2))
 def vit_nano_dec(**kw) -> nn.Module: return vit_models.ViTDecoder(**kw | dict(dim_tokens=64, depth=2, num_heads=2))
@@ -121,7 +121,7 @@ def unet_nano(**kw) -> nn.Module: return _unet(model_channels=64, num_res_blocks
 for f in (vit_mini_enc, vit_nano_enc, vit_nano_dec): setattr(vit_models, f.__name__, f)
 for f in (unet_mini, unet_nano): setattr(unet, f.__name__, f)
 
-# %% ../nbs/04_foundations.ipynb #2a5596c8
+# %% ../nbs/04_foundations.ipynb #81d7930c
 def mini_tokenizer(
     mod:str, # s2l2a, lulc or ndvi
     **kw, # for the class
@@ -148,7 +148,7 @@ def mini_prithvi() -> PrithviMAE:
     "The untrained miniature masked autoencoder, six bands, with place and date."
     return PrithviMAE(**PRITHVI)
 
-# %% ../nbs/04_foundations.ipynb #17d4d065
+# %% ../nbs/04_foundations.ipynb #8ac56e3c
 TERRAMIND_KEY_STATS = {  # modality key -> mean and standard deviation per band, in DN, dB, m
     k: ([*map(float, mean)], [*map(float, terramind_register.v1_pretraining_std[k])])
     for k, mean in terramind_register.v1_pretraining_mean.items()}
@@ -163,7 +163,7 @@ MINI_STATS = {  # modality key -> mean and standard deviation per band over 300 
     'untok_dem@224': ([251.957], [310.0]), 'tok_lulc@224': ([0.], [1.]), 'tok_ndvi@224': ([0.], [1.]),
     'prithvi': ([_mean[i] for i in _six], [_std[i] for i in _six])}
 
-# %% ../nbs/04_foundations.ipynb #a2e6cf91
+# %% ../nbs/04_foundations.ipynb #d52600bb
 @dataclass(frozen=True)
 class Entry:
     "One model the study can build."
@@ -206,7 +206,7 @@ def entry(name:str) -> Entry:
     hint = f' Did you mean {" or ".join(near)}?' if near else ''
     raise study.GacError(f'Unknown model {name!r}.{hint} `gac info` lists them all.')
 
-# %% ../nbs/04_foundations.ipynb #9ff8fe39
+# %% ../nbs/04_foundations.ipynb #225aac5d
 def _register_mini(name:str, cls:type, **fixed) -> Callable:
     "Enter a miniature of a TerraTorch class under `name` in TerraTorch's registry."
     def builder(pretrained:bool=False, weights:str='', bands:Sequence[str]|None=None, **kw) -> nn.Module:
@@ -241,7 +241,7 @@ def prithvi_mini(pretrained:bool=False, weights:str='', bands:Sequence|None=None
     if pretrained: return build('prithvi_mini', weights=weights, bands=bands, **kw)
     return prithvi_vit._create_prithvi('prithvi_mini', model_bands=bands, **kw)
 
-# %% ../nbs/04_foundations.ipynb #dfb7b892
+# %% ../nbs/04_foundations.ipynb #8e1ca8fc
 @contextmanager
 def without_memory() -> Iterator[None]:
     "Parameters made here live on the meta device; buffers (position tables, code books) are real."
@@ -281,7 +281,7 @@ def blank(
         model = e.registry.build(name, pretrained=False, **kw)
     return select_bands(model, bands) if bands and memory else model
 
-# %% ../nbs/04_foundations.ipynb #b960f1ac
+# %% ../nbs/04_foundations.ipynb #ade4efd4
 def select_bands(
     model:TerraMindViT, # its S2L2A input has 12 bands
     bands:Sequence[str], # those it will be given, in this order
@@ -294,7 +294,7 @@ def select_bands(
     model.bands = tuple(bands)
     return model
 
-# %% ../nbs/04_foundations.ipynb #5f038ad5
+# %% ../nbs/04_foundations.ipynb #192f7b88
 def _part(name:str) -> str:
     "The part of a model a parameter belongs to."
     name = name.removeprefix('sampler.model.')
@@ -330,7 +330,7 @@ def describe(
     lines.append('  memory of the weights  ' + ', '.join(f'{k} {v:,.0f} MB' for k, v in i['memory_mb'].items()))
     return '\n'.join(lines + [f'  needs  {f["file"]}  ({f["hub"]})' for f in i['files']])
 
-# %% ../nbs/04_foundations.ipynb #cc319bee
+# %% ../nbs/04_foundations.ipynb #73d367ee
 @dataclass(frozen=True)
 class WeightFile:
     "One file of weights and where its tensors belong."
@@ -354,7 +354,7 @@ def needed_files(
         files.append(WeightFile(tok.file, tok.repo, 'tokenizer', (f'tokenizer.{modality_key(mod, tokens=True)}.',)))
     return files
 
-# %% ../nbs/04_foundations.ipynb #b36e72d2
+# %% ../nbs/04_foundations.ipynb #eb7189a2
 def _cache() -> Path:
     "The Hugging Face cache, by its own environment variables."
     home = os.environ.get('HF_HOME') or Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'huggingface'
@@ -411,7 +411,7 @@ def locate(
         lines.append(f'  {w.file}{f" ({why})" if why else ""}: put it at {place/w.file}{hub}')
     raise study.GacError('\n'.join([*lines, 'Or name the folder that holds them: weights=FOLDER.']))
 
-# %% ../nbs/04_foundations.ipynb #8471e875
+# %% ../nbs/04_foundations.ipynb #c12a84b9
 _BOTH = r'\.(weight|bias)'
 _EMBEDDING = r'(pos_emb|mod_emb|proj\.weight|token_emb\.weight|to_logits\.weight)'  # tensors of a modality's embedding
 _TERRAMIND_DECODER = '|'.join([r'decoder\.\d+\..+', 'decoder_norm' + _BOTH, 'decoder_proj_context' + _BOTH, 'mask_token',
@@ -452,7 +452,7 @@ def read_weights(path:Path) -> dict[str, Tensor]:
         raise study.GacError(f'{path} holds something else than a table of tensors: expected the state dict as published on the Hub.')
     return state
 
-# %% ../nbs/04_foundations.ipynb #606dfc4d
+# %% ../nbs/04_foundations.ipynb #c837cc3d
 def _ties(model:nn.Module) -> list[list[str]]:
     "Names that share one parameter."
     names = {}
@@ -517,7 +517,7 @@ def load_checked(
     for names in ties: _tie(model, names)
     return model
 
-# %% ../nbs/04_foundations.ipynb #f51478e2
+# %% ../nbs/04_foundations.ipynb #eb7ee36b
 def build(
     name:str, # a name of `available()`
     pretrained:bool=True, # with its weights; else random ones
@@ -571,7 +571,7 @@ def save_weights(
     if card is not None: path.with_suffix('.json').write_text(json.dumps(card, indent=1) + '\n', encoding='utf-8')
     return path
 
-# %% ../nbs/04_foundations.ipynb #c2b59834
+# %% ../nbs/04_foundations.ipynb #40c52f0b
 class Units(nn.Module):
     "House units to a model's standardised input and back."
     def __init__(self,
@@ -619,7 +619,7 @@ class Units(nn.Module):
         y = y.float()*std + mean
         return y[:, [study.S2_BANDS.index(b) for b in bands if band_names([b])]]*study.REFLECTANCE if 'sen2' in key else y
 
-# %% ../nbs/04_foundations.ipynb #209e69d1
+# %% ../nbs/04_foundations.ipynb #cd847ef5
 def tile_identity(x:Tensor) -> list[str]: # (B,C,H,W)
     "A name for each tile of a batch, made of its pixels alone."
     return [hashlib.blake2b(t.contiguous().numpy().tobytes(), digest_size=8).hexdigest() for t in x.detach().float().cpu()]
@@ -642,7 +642,7 @@ def draw(
     "Random numbers for a batch, each tile from its own generator; the same on every device."
     return torch.stack([sampler(*shape, generator=g) for g in generators]).to(device)
 
-# %% ../nbs/04_foundations.ipynb #df95e9dc
+# %% ../nbs/04_foundations.ipynb #1b795692
 @contextmanager
 def own_randomness(seed:int=0) -> Iterator[None]:
     "Run something that uses Python's and PyTorch's global random numbers without leaving a trace in them."
@@ -652,7 +652,7 @@ def own_randomness(seed:int=0) -> Iterator[None]:
         try: yield
         finally: random.setstate(python)
 
-# %% ../nbs/04_foundations.ipynb #b8f9efaa
+# %% ../nbs/04_foundations.ipynb #c032c158
 def top_p_tokens(
     logits:Tensor, # (B,N,V)
     u:Tensor, # (B,N) uniform numbers in [0, 1)
@@ -666,7 +666,7 @@ def top_p_tokens(
     pick = torch.searchsorted(cumulated, u[..., None]*mass, right=True).minimum(kept - 1)
     return order.gather(-1, pick)[..., 0]
 
-# %% ../nbs/04_foundations.ipynb #04442b85
+# %% ../nbs/04_foundations.ipynb #18942ffc
 CLAMPS = ('pretraining', 'off')
 
 def steps_run(
@@ -707,7 +707,7 @@ def diffuse(
         image = scheduler.step(out.float(), t, image).prev_sample
     return image
 
-# %% ../nbs/04_foundations.ipynb #9dbebb34
+# %% ../nbs/04_foundations.ipynb #fc833016
 TOKENS = ('sample', 'argmax', 'expected')
 
 class Generator(nn.Module):
@@ -892,7 +892,7 @@ def build_generator(
         if not tokenizer_encoder and key not in read: del tok.encoder, tok.quant_proj
     return Generator(core, timesteps)
 
-# %% ../nbs/04_foundations.ipynb #e9c3f728
+# %% ../nbs/04_foundations.ipynb #182b4658
 def features(
     model:nn.Module|str, # from `build`; or a name, built with its weights
     inputs:dict[str, Tensor], # modality -> tensor in house units; S2L2A in reflectance, 12 bands or those of the model
@@ -924,7 +924,7 @@ def _prithvi_input(x:Tensor, bands:Sequence[str], stats:tuple) -> Tensor: # (B,C
     mean, std = (torch.tensor(v, device=x.device)[at][:, None, None] for v in stats)
     return (x.float()/study.REFLECTANCE - mean)/std
 
-# %% ../nbs/04_foundations.ipynb #848a8a7b
+# %% ../nbs/04_foundations.ipynb #7a38ecfa
 def reach(
     stats:tuple, # (mean, std) per band, in DN
 ) -> tuple[Tensor, Tensor]: # (C,) and (C,) in DN
@@ -945,7 +945,7 @@ def clip_error(
     return pd.DataFrame(dict(band=bands, lowest=lo[at, 0, 0], highest=hi[at, 0, 0], clipped=(x != clipped)[at].mean((1, 2)),
                              rmse=np.sqrt(((x - clipped)[at]**2).mean((1, 2)))))
 
-# %% ../nbs/04_foundations.ipynb #560a44f8
+# %% ../nbs/04_foundations.ipynb #a5768627
 def true_tiles(
     n:int=5, # at most
     seed:int=0, # of the procedural world

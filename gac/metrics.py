@@ -7,7 +7,7 @@ __all__ = ['PSNR_MAX', 'SSIM_WINDOW', 'RGB_TOP', 'ALEXNET_FILE', 'MEASURES', 'HI
            'mae', 'psnr', 'ssim', 'sam_deg', 'standardised', 'tile_range', 'rgb', 'alexnet_path', 'read_torch',
            'read_alexnet', 'LPIPS', 'tile_metrics', 'bootstrap_ci', 'paired_gain', 'summary']
 
-# %% ../nbs/03_metrics.ipynb #6c9e1d55
+# %% ../nbs/03_metrics.ipynb #43ef43f9
 import pickle, warnings
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from .study import GacError, OPT_BANDS, REFLECTANCE, S2_BANDS, TERRAMIND_STATS, root, sha256
 from torchmetrics.functional.image import peak_signal_noise_ratio, spectral_angle_mapper, structural_similarity_index_measure
 
-# %% ../nbs/03_metrics.ipynb #10e02a5b
+# %% ../nbs/03_metrics.ipynb #93c74059
 def check_pair(
     pred, # (B, C, H, W) array or tensor
     truth, # the same shape
@@ -41,7 +41,7 @@ def check_pair(
                        f'{int((counts > 0).sum())} of {len(x)} tiles are affected. Mask or leave out these tiles first.')
     return pair[0], pair[1].to(pair[0].device)
 
-# %% ../nbs/03_metrics.ipynb #30cf8d6c
+# %% ../nbs/03_metrics.ipynb #e60cd189
 PSNR_MAX = 100.  # dB: an RMSE of 1e-5, a tenth of a digital number
 
 def _axes(per_band:bool) -> tuple[int, ...]:
@@ -76,7 +76,7 @@ def psnr(
     pred, truth = check_pair(pred, truth)
     return peak_signal_noise_ratio(pred, truth, data_range, reduction='none', dim=_axes(per_band)).clamp(max=PSNR_MAX)
 
-# %% ../nbs/03_metrics.ipynb #10db22f7
+# %% ../nbs/03_metrics.ipynb #cf756e91
 SSIM_WINDOW = 11  # px
 
 def ssim(
@@ -94,7 +94,7 @@ def ssim(
     score = score.reshape(B, C)
     return score if per_band else score.mean(1)
 
-# %% ../nbs/03_metrics.ipynb #c32f6921
+# %% ../nbs/03_metrics.ipynb #71e087b3
 def sam_deg(
     pred, # (B, C, H, W) reflectance, C ≥ 2
     truth, # the same shape
@@ -106,7 +106,7 @@ def sam_deg(
     angle = angle.nan_to_num(torch.pi/2).masked_fill(both_dark, 0)
     return angle.rad2deg().mean((1, 2)).float()
 
-# %% ../nbs/03_metrics.ipynb #8e623cd1
+# %% ../nbs/03_metrics.ipynb #9247ed24
 def standardised(
     x, # (B, C, H, W) reflectance
     bands=OPT_BANDS, # the names of the C bands
@@ -121,7 +121,7 @@ def tile_range(x) -> Tensor:
     x = torch.as_tensor(x)
     return (x.amax((1, 2, 3)) - x.amin((1, 2, 3))).clamp_min(1e-6).reshape(-1, 1, 1, 1)
 
-# %% ../nbs/03_metrics.ipynb #10cf5af2
+# %% ../nbs/03_metrics.ipynb #66a6dfce
 RGB_TOP = .3  # reflectance shown as white
 
 def rgb(
@@ -131,7 +131,7 @@ def rgb(
     "The true-colour image, stretched linearly and cut at 0 and 1."
     return (torch.as_tensor(x).float()[..., [OPT_BANDS.index(b) for b in ('B04', 'B03', 'B02')], :, :]/top).clamp(0, 1)
 
-# %% ../nbs/03_metrics.ipynb #777d66a9
+# %% ../nbs/03_metrics.ipynb #8e5dd03e
 ALEXNET_FILE = 'alexnet-owt-7be5be79.pth'  # torchvision's name: it ends in the first 8 digits of the file's SHA-256
 
 def alexnet_path(
@@ -171,7 +171,7 @@ def read_alexnet(
         raise GacError(f"{path} is not torchvision's AlexNet: " + '; '.join(f'{k} {v}' for k, v in wrong.items() if v) + '.')
     return state
 
-# %% ../nbs/03_metrics.ipynb #06bd6de6
+# %% ../nbs/03_metrics.ipynb #400fcde9
 class LPIPS:
     "The perceptual distance, or n/a and the reason."
     def __init__(self,
@@ -205,7 +205,7 @@ class LPIPS:
         self.net.to(pred.device)
         return self.net(2*rgb(pred) - 1, 2*rgb(truth) - 1).flatten()
 
-# %% ../nbs/03_metrics.ipynb #d982527c
+# %% ../nbs/03_metrics.ipynb #08aa5430
 MEASURES = {'psnr': psnr, 'ssim': ssim, 'sam_deg': sam_deg, 'mse': mse, 'rmse': rmse, 'mae': mae}  # name → function(pred, truth)
 HIGHER_IS_BETTER = ('psnr', 'ssim', 'psnr_std', 'ssim_std')
 
@@ -242,7 +242,7 @@ def tile_metrics(
     table.index = pd.Index(range(len(table)) if names is None else list(names), name='id')
     return table
 
-# %% ../nbs/03_metrics.ipynb #014c78b0
+# %% ../nbs/03_metrics.ipynb #fec71d36
 def bootstrap_ci(
     values, # (N,) or (N, K): one row per tile, one column per measure
     n:int=2000, # resamples
@@ -270,7 +270,7 @@ def bootstrap_ci(
     lo, hi = np.quantile(np.concatenate(means), [(1 - level)/2, (1 + level)/2], axis=0) if S > 1 else np.full((2, x.shape[1]), np.nan)
     return tuple(float(v[0]) if flat else v for v in (x.mean(0), lo, hi))
 
-# %% ../nbs/03_metrics.ipynb #4d078dac
+# %% ../nbs/03_metrics.ipynb #1fa3ef2d
 def paired_gain(
     a, # (N,) or (N, K): a measure of each tile by one method
     b, # the same tiles by the method it is compared with

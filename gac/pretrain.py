@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['STAGES', 'FILES', 'HELD_OUT', 'N', 'RECIPES', 'LOSS_WEIGHTS', 'Plan', 'Scenes', 'standardise', 'inputs_of',
            'band_weights', 'diffusion_times', 'spread', 'quantised', 'divae_loss', 'vqvae_loss', 'prithvi_loss',
-           'masked_input', 'core_batch', 'tokenise', 'core_loss', 'rate', 'build_stage', 'stage_loss', 'save_state',
-           'pretrain', 'export_weights', 'load_stage', 'load_plans', 'pretrain_all', 'held_out', 'optical',
-           'pixel_features', 'pixel_regression', 'token_accuracy', 'patch_majority', 'probe', 'probe_encoder']
+           'masked_input', 'core_batch', 'tokenise', 'core_loss', 'rate', 'look_alike', 'build_stage', 'stage_loss',
+           'save_state', 'pretrain', 'export_weights', 'load_stage', 'load_plans', 'pretrain_all', 'held_out',
+           'optical', 'pixel_features', 'pixel_regression', 'token_accuracy', 'patch_majority', 'probe',
+           'probe_encoder', 'judge']
 
-# %% ../nbs/pretrain_mini.ipynb #e0c8da35
+# %% ../nbs/pretrain_mini.ipynb #2391b5dc
 import json, os, time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from . import study, world, metrics
 from . import foundations
 from .foundations import KEYS, LEVELS, MINI_STATS, OUTPUTS, PATCH, PRITHVI_BANDS, SIZE, mini_core, mini_prithvi, mini_tokenizer
 
-# %% ../nbs/pretrain_mini.ipynb #8c8cf666
+# %% ../nbs/pretrain_mini.ipynb #6c441878
 @dataclass
 class Plan:
     "One stage of the pretraining."
@@ -38,13 +39,14 @@ class Plan:
     precision: str = 'bf16-mixed'
     workers: int = 1  # processes that draw scenes
     save_every: int = 500  # steps
+    stop: int = 0  # leave after this step, as an interruption would; 0: go on to the end
 
 STAGES = ('s2l2a', 'lulc', 'ndvi', 'prithvi', 'core')
 FILES = dict(s2l2a='terramind_mini_tokenizer_s2l2a', lulc='terramind_mini_tokenizer_lulc', ndvi='terramind_mini_tokenizer_ndvi',
              core='terramind_mini', prithvi='prithvi_mini')
 HELD_OUT = 9*world.PRETRAIN_BASE  # seeds from here on are never drawn in training
 
-# %% ../nbs/pretrain_mini.ipynb #60b77ee3
+# %% ../nbs/pretrain_mini.ipynb #5e9d5bb5
 class Scenes(IterableDataset):
     "Batches of procedural scenes, numbered by optimiser step."
     def __init__(self, first_seed:int, # seed of the first scene of step 0
@@ -79,7 +81,7 @@ def inputs_of(scene:dict, # batch of scenes from world.stream
             'temporal': torch.stack([torch.full((len(scene['month']),), 2018.), (torch.as_tensor(np.asarray(scene['month'])).float()-.5)*30.4], -1)[:, None],
             'location': torch.stack([torch.as_tensor(np.asarray(scene[k])).float() for k in ('lat', 'lon')], -1)}
 
-# %% ../nbs/pretrain_mini.ipynb #57d53091
+# %% ../nbs/pretrain_mini.ipynb #9065dbd2
 def band_weights():
     "Weight of each of the 12 bands in the tokenizer's loss, mean 1."
     var = torch.tensor(MINI_STATS['tok_sen2l2a@224'][1])**2
@@ -122,7 +124,7 @@ def prithvi_loss(mae, d): # PrithviMAE; batch of inputs_of
     coords = (d['temporal'], d['location']) if torch.rand(()) < .5 else (None, None)
     return mae(d['prithvi'], *coords)[0]['loss']
 
-# %% ../nbs/pretrain_mini.ipynb #4da017c5
+# %% ../nbs/pretrain_mini.ipynb #954a9e53
 N = (SIZE//PATCH)**2  # tokens of one modality
 RECIPES = (  # probability, shown tokens per input, asked tokens per output
     (.50, {'untok_sen1grd@224': N}, (160, 40, 20)),
@@ -171,15 +173,30 @@ def core_loss(core, tokenizers, d): # TerraMind; tokenizers by name; batch of in
     _, losses = core(mod_dict, n_in, n_out)
     return sum(LOSS_WEIGHTS[k]*v.mean() for k, v in losses.items()), {k: v.item() for k, v in losses.items()}
 
-# %% ../nbs/pretrain_mini.ipynb #85751dae
+# %% ../nbs/pretrain_mini.ipynb #728e34ec
 def rate(step:int, p:Plan) -> float:
     "Learning rate relative to its peak: rise, plateau, fall."
     fall = p.steps*p.decay
     return min((step+1)/p.warmup, 1, max(p.steps-step, 0)/fall if fall else 1)
 
+@torch.no_grad()
+def look_alike(core, # TerraMind
+               gain:float=3., # of the position's share in queries and keys
+               waves:int=9): # sine waves per axis and phase that tell places of a 20x20 grid apart; the others are nearly constant on it
+    """Start the decoder's cross-attention at equal query and key maps of the position, so that each token first looks at its own place
+    (after the mimetic initialisation of Trockman and Kolter 2023, arXiv 2305.09828). Without it the token model stayed at the marginal distribution."""
+    dim, heads = core.dim, core.decoder[0].cross_attn.num_heads
+    useful = torch.cat([torch.arange(waves)+k*dim//4 for k in range(4)])
+    core.decoder_proj_context.weight.mul_(.15)  # position first, content later
+    for block in core.decoder:
+        turn = torch.zeros(dim, dim)
+        turn[:, useful] = torch.cat([torch.linalg.qr(torch.randn(len(useful), dim//heads))[0].T for _ in range(heads)])*gain
+        block.cross_attn.q.weight.copy_(turn); block.cross_attn.kv.weight[:dim].copy_(turn)
+    return core
+
 def build_stage(stage:str): # one of STAGES
     "The untrained model of a stage."
-    if stage in ('core', 'prithvi'): return mini_core() if stage == 'core' else mini_prithvi()
+    if stage in ('core', 'prithvi'): return look_alike(mini_core()) if stage == 'core' else mini_prithvi()
     tok = mini_tokenizer(stage)
     with torch.no_grad(): tok.quant_proj.weight.mul_(.3)  # start in the middle of the quantiser, where its gradient lives
     return tok
@@ -211,7 +228,7 @@ def pretrain(p:Plan, # what to learn
         model.load_state_dict(state['model']); opt.load_state_dict(state['optimizer']); step, log, seconds = state['step'], state['log'], state['seconds']
     began, first, seen = time.time(), step, []
     model.train()
-    for scene in DataLoader(Scenes(p.first_seed, p.batch, step, p.steps), batch_size=None, num_workers=p.workers, prefetch_factor=4 if p.workers else None):
+    for scene in DataLoader(Scenes(p.first_seed, p.batch, step, p.stop or p.steps), batch_size=None, num_workers=p.workers, prefetch_factor=4 if p.workers else None):
         torch.manual_seed(p.first_seed % 2**31+step)
         d = {k: v.to(device) for k, v in inputs_of(scene).items()}
         for g in opt.param_groups: g['lr'] = p.lr*rate(step, p)
@@ -222,11 +239,11 @@ def pretrain(p:Plan, # what to learn
             log.append({'step': step, **{k: float(np.mean([s[k] for s in seen if k in s])) for k in set().union(*seen)}}); seen = []
             speed = (step-first)*p.batch/(time.time()-began)
             print(f'{p.stage} {step}/{p.steps} '+' '.join(f'{k.split("@")[0]} {v:.4f}' for k, v in sorted(log[-1].items()) if k != 'step')+f' {speed:.1f} scenes/s, {(p.steps-step)*p.batch/speed/60:.0f} min left', flush=True)
-        if step % p.save_every == 0 or step == p.steps:
+        if step % p.save_every == 0 or step in (p.steps, p.stop):
             save_state(path, model=model.state_dict(), optimizer=opt.state_dict(), step=step, log=log, seconds=seconds+time.time()-began, plan=asdict(p))
     return model.eval(), log
 
-# %% ../nbs/pretrain_mini.ipynb #c309502e
+# %% ../nbs/pretrain_mini.ipynb #977c9045
 def export_weights(out:Path, # folder of checkpoints
                    stage:str, # one of STAGES
                    dest:Path|None=None): # data/weights/mini
@@ -265,7 +282,7 @@ def pretrain_all(plans:list[Plan], out:Path, device:str='cpu', threads:int=1, on
         cards.append(export_weights(out, p.stage, dest))
     return cards
 
-# %% ../nbs/pretrain_mini.ipynb #ae076203
+# %% ../nbs/pretrain_mini.ipynb #e739d02c
 def held_out(n:int, # scenes
              offset:int=0) -> dict: # first scene after HELD_OUT
     "A batch of scenes no stage has seen."
@@ -323,3 +340,34 @@ def probe_encoder(name:str, scene:dict, train:int, pretrained:bool, modalities=(
     model = foundations.build(name, pretrained, **({} if name.startswith('prithvi') else dict(modalities=list(modalities))))
     x = foundations.features(model.eval(), {m: v for m, v in inputs.items() if m in modalities})
     return probe(x.flatten(0, 1).numpy(), patch_majority(scene['lulc'], patch), train*x.shape[1], seed=seed)
+
+@torch.no_grad()
+def judge(n:int=96, # held-out scenes; half as many again, disjoint, fit the regression and the probes
+          seed:int=0):
+    "The four marks, one row each: what, value, 95 % interval over scenes, wanted."
+    import pandas as pd
+    fit, test = held_out(max(n//2, 4), 10_000), held_out(n)
+    truth, s1 = optical(test, study.OPT_BANDS), torch.from_numpy(test['s1grd'])
+    gen = foundations.build_generator(timesteps=1)
+    trip = gen.decode(gen.tokenize(optical(test)), SIZE, timesteps=1, clamp='off', seed=seed)
+    v1 = gen.generate(s1, timesteps=1, tokens='expected', clamp='off', seed=seed)
+    regression = pixel_regression(fit, test)
+    score = {k: metrics.psnr(v, truth) for k, v in dict(trip=trip, v1=v1, regression=regression).items()}
+    partial = foundations.build_generator(input_modalities=('S1GRD', 'S2L2A'))
+    rows = []
+    def row(what, unit, value, lo, hi, wanted): rows.append(dict(mark=what, unit=unit, value=value, lo=lo, hi=hi, wanted=wanted, met=value >= wanted, n_scenes=n))
+    def interval(what, unit, values, wanted): row(what, unit, *metrics.bootstrap_ci(values, seed=seed), wanted)
+    interval('S2L2A round trip, one step', 'dB PSNR', score['trip'], 33.)
+    interval('Stage 1 (expected code) over per-pixel regression', 'dB PSNR', score['v1']-score['regression'], 1.)
+    interval('Stage 1 (expected code), as such', 'dB PSNR', score['v1'], float('nan'))
+    interval('per-pixel regression, as such', 'dB PSNR', score['regression'], float('nan'))
+    for share in (0., .5):
+        a = token_accuracy(partial.net, {'s2l2a': partial.tokenizer()}, test, share, seed)
+        for which in (('all', 'hidden') if share else ('all',)):
+            row(f'token accuracy, S1 and {share:.0%} of S2 shown, {which} tokens', 'share', a[which], float('nan'), float('nan'), .6 if share and which == 'all' else float('nan'))
+    both = {k: np.concatenate([fit[k], test[k]]) for k in ('s1grd', 's2', 'lulc')}
+    for name, modalities in (('terramind_mini', ('S1GRD', 'S2L2A')), ('terramind_mini', ('S1GRD',)), ('prithvi_mini', ('S2L2A',))):
+        known, chance = (probe_encoder(name, both, len(fit['s2']), p, modalities, seed) for p in (True, False))
+        row(f'land-cover probe, {name} on {"+".join(modalities)}: gain over random weights', 'pp mIoU', 100*(known-chance), float('nan'), float('nan'), float('nan') if modalities == ('S1GRD',) else 15.)
+        row(f'land-cover probe, {name} on {"+".join(modalities)}', 'mIoU', known, float('nan'), float('nan'), float('nan'))
+    return pd.DataFrame(rows)

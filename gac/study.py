@@ -10,7 +10,7 @@ __all__ = ['S2_BANDS', 'OPT_BANDS', 'OPT_INDEX', 'S1_BANDS', 'REFLECTANCE', 'LUL
            'check_parameters', 'modules_used', 'code_of', 'Stage', 'outputs', 'chain_notebooks', 'plan', 'run_chain',
            'write_report', 'compare_tables', 'compare_reports', 'verify', 'fetch_examples', 'render_readme', 'uphill']
 
-# %% ../nbs/00_study.ipynb #f7d21aee
+# %% ../nbs/00_study.ipynb #6c34dab9
 import ast, hashlib, importlib.abc, importlib.util, io, json, os, platform, random, re, subprocess, sys, tempfile, time, tokenize
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-# %% ../nbs/00_study.ipynb #d14aa902
+# %% ../nbs/00_study.ipynb #55b16c62
 S2_BANDS = ('B01', 'B02', 'B03', 'B04', 'B05', 'B06', 'B07', 'B08', 'B8A', 'B09', 'B11', 'B12')  # S2L2A as TerraMind orders it
 OPT_BANDS = ('B02', 'B03', 'B04', 'B08')  # blue, green, red, broad near infrared: what the study generates
 OPT_INDEX = tuple(S2_BANDS.index(b) for b in OPT_BANDS)
@@ -37,7 +37,7 @@ BIOMES = {0: 'unknown', 1: 'tropical moist broadleaf forest', 2: 'tropical dry b
           9: 'flooded grassland, savanna', 10: 'montane grassland, shrubland', 11: 'tundra',
           12: 'mediterranean forest, woodland, scrub', 13: 'desert, xeric shrubland', 14: 'mangrove'}
 
-# %% ../nbs/00_study.ipynb #7a7b6e38
+# %% ../nbs/00_study.ipynb #2fb4861e
 TERRAMIND_STATS = {  # modality -> (mean per band, standard deviation per band)
     'S2L2A': ([1390.458, 1503.317, 1718.197, 1853.91, 2199.1, 2779.975, 2987.011, 3083.234, 3132.22, 3162.988, 2424.884, 1857.648],
               [2106.761, 2141.107, 2038.973, 2134.138, 2085.321, 1889.926, 1820.257, 1871.918, 1753.829, 1797.379, 1434.261, 1334.311]),
@@ -48,11 +48,11 @@ TERRAMIND_STATS = {  # modality -> (mean per band, standard deviation per band)
     'NDVI': ([0.327], [0.322]),
 }
 
-# %% ../nbs/00_study.ipynb #aafe78c5
+# %% ../nbs/00_study.ipynb #d7676522
 class GacError(ValueError):
     "A mistake in a file, an option or a setting; the message says what was expected and what to do."
 
-# %% ../nbs/00_study.ipynb #f6cdef80
+# %% ../nbs/00_study.ipynb #23818379
 def _is_root(path:Path) -> bool:
     "Whether `path` holds the settings of this package."
     ini = path/'settings.ini'
@@ -71,7 +71,7 @@ def real_data() -> Path|None:
     path = path if path.is_absolute() else root()/path
     return path if path.is_dir() else None
 
-# %% ../nbs/00_study.ipynb #a66f579a
+# %% ../nbs/00_study.ipynb #9b70defc
 def mend_torchvision() -> bool:
     "Declare torchvision's operators where its library cannot be loaded beside this torch; True where that was needed."
     import torch
@@ -96,7 +96,7 @@ class _TorchvisionHook(importlib.abc.MetaPathFinder):
 if 'torchvision' not in sys.modules and not any(type(f).__name__ == '_TorchvisionHook' for f in sys.meta_path):
     sys.meta_path.insert(0, _TorchvisionHook())
 
-# %% ../nbs/00_study.ipynb #9d36cb62
+# %% ../nbs/00_study.ipynb #7c784b83
 def seed_everything(
     seed:int, # any whole number from 0 to 2**32 - 1
     deterministic:bool=True, # ask Torch for deterministic algorithms (warns where there is none)
@@ -112,7 +112,7 @@ def seed_everything(
         torch.backends.cudnn.benchmark = False
     return seed
 
-# %% ../nbs/00_study.ipynb #9d51c610
+# %% ../nbs/00_study.ipynb #b150889b
 def _clock(seconds:float) -> str:
     "Seconds as people read them: 9.3 s, 4 min 10 s, 2 h 05 min."
     if seconds < 60: return f'{seconds:.1f} s'
@@ -142,7 +142,7 @@ def progress(
     spent = time.perf_counter() - start
     print(f'{desc}: {done} {unit} in {_clock(spent)} ({done/max(spent, 1e-9):.3g} {unit}/s)', flush=True)
 
-# %% ../nbs/00_study.ipynb #7a10bb66
+# %% ../nbs/00_study.ipynb #f14666f3
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#F0E442')  # Okabe and Ito, colour-blind safe
 
 def style() -> None:
@@ -171,7 +171,7 @@ def _name(name:str) -> str:
         raise GacError(f'{name!r} cannot be a file name: letters, digits, "_", "-" and "." only.')
     return name
 
-# %% ../nbs/00_study.ipynb #be2e2f8f
+# %% ../nbs/00_study.ipynb #d1c514ce
 def format_table(
     df, # a pandas DataFrame
     digits:int|dict|None=None, # decimals, for all or by column; None: 4
@@ -185,7 +185,7 @@ def format_table(
         return str(x)
     return pd.DataFrame({c: [cell(x, decimals(c)) for x in df[c]] for c in df.columns}, dtype=str)
 
-# %% ../nbs/00_study.ipynb #3007bec9
+# %% ../nbs/00_study.ipynb #14ae77b3
 @dataclass
 class Run:
     "One notebook of one run: where its artefacts and its report go, and what it has written so far."
@@ -271,7 +271,7 @@ def start(
     style()
     return Run.open(notebook, profile, seed, run_dir, reports_dir, data)
 
-# %% ../nbs/00_study.ipynb #6fa0ac31
+# %% ../nbs/00_study.ipynb #0a64e815
 def requirements() -> list[str]:
     "What the package and its development need, as settings.ini says."
     from configparser import ConfigParser
@@ -308,7 +308,7 @@ def provenance() -> dict:
                 commit=_git('rev-parse', 'HEAD') or 'n/a', changed=bool(_git('status', '--porcelain', '--', 'nbs', 'gac')),
                 weights=weights(), packages={n: found(n) for n in ['gac', *names]})
 
-# %% ../nbs/00_study.ipynb #1ac5560f
+# %% ../nbs/00_study.ipynb #afd58d24
 @dataclass(frozen=True)
 class Parameter:
     "One declared parameter of a notebook."
@@ -341,7 +341,7 @@ def declared(source:str) -> dict[str, Parameter]:
                                           **_limits(help))
     return found
 
-# %% ../nbs/00_study.ipynb #7438f805
+# %% ../nbs/00_study.ipynb #325ce8e2
 def read_notebook(path:str|Path) -> dict:
     "The JSON of a notebook."
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
@@ -356,7 +356,7 @@ def notebook_parameters(path:str|Path) -> dict[str, Parameter]:
     try: return declared(cells[0])
     except (GacError, ValueError, SyntaxError) as e: raise GacError(f'{Path(path).name}: {e}') from e
 
-# %% ../nbs/00_study.ipynb #0bf0c1cf
+# %% ../nbs/00_study.ipynb #644f44af
 _KINDS = {'int': int, 'float': (int, float), 'str': str, 'bool': bool, 'list': (list, tuple), 'tuple': (list, tuple), 'dict': dict}
 
 def _coerce(value, kind:str):
@@ -384,7 +384,7 @@ def check_value(
             raise GacError(f'{where}: {p.name} is {v!r}, expected {p.low:g} to {p.high:g}.')
     return value
 
-# %% ../nbs/00_study.ipynb #2c6ab2b5
+# %% ../nbs/00_study.ipynb #2284e00c
 def profiles(
     folder:str|Path='', # folder of the YAML files; empty: nbs/params
 ) -> dict[str, str]: # name -> description
@@ -411,7 +411,7 @@ def load_profile(
         if not isinstance(v, dict): raise GacError(f'{path.name}: section {k} is {v!r}, expected names and values.')
     return sections
 
-# %% ../nbs/00_study.ipynb #24b94eda
+# %% ../nbs/00_study.ipynb #65e3428c
 RUNNER_SETS = ('profile', 'run_dir', 'reports_dir', 'data')  # parameters that belong to the runner
 
 def check_parameters(
@@ -443,7 +443,7 @@ def check_parameters(
         put(stage, name, value, '--set') if dot else everywhere(key, value, '--set')
     return values
 
-# %% ../nbs/00_study.ipynb #29930da8
+# %% ../nbs/00_study.ipynb #1926f0bb
 def _imports(source:str) -> set[str]:
     "The modules of gac that a piece of Python imports, at any depth."
     found = set()
@@ -475,7 +475,7 @@ def code_of(notebook:dict) -> list[str]:
     cells = [''.join(c['source']) for c in notebook['cells'] if c['cell_type'] == 'code' and 'parameters' not in _tags(c)]
     return [re.sub(r'(?m)^\s*[%!].*$', '', c) for c in cells]
 
-# %% ../nbs/00_study.ipynb #3de4172c
+# %% ../nbs/00_study.ipynb #94624f54
 def _fingerprint(path:str) -> list:
     "Names, sizes and times of what lies at `path`, one level deep: enough to see that data were exchanged."
     if not path: return []
@@ -522,7 +522,7 @@ def outputs(stage:str, runs:Path, reports:Path) -> list[Path]:
             *(reports/'figures'/f'{n}.{s}' for n in record.get('figures', {}) for s in ('png', 'svg')),
             *(runs/a for a in record.get('artefacts', [])), reports/'notebooks'/f'{stage}.ipynb']
 
-# %% ../nbs/00_study.ipynb #2faac258
+# %% ../nbs/00_study.ipynb #f83e2ba6
 def _scrub(text:str) -> str:
     "Text without the folders of this machine."
     for path, name in sorted({str(root()): '.', str(Path(sys.prefix)): 'env', str(Path(tempfile.gettempdir())): 'tmp',
@@ -550,18 +550,19 @@ def _execute(stage:Stage, runs:Path, reports:Path, verbose:bool) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             papermill.execute_notebook(str(stage.path), str(tmp), stage.values, kernel_name='python3', language='python',
-                                       cwd=str(stage.path.parent), progress_bar=False, extra_arguments=['--IPKernelApp.log_level=50'],
+                                       cwd=str(stage.path.parent), progress_bar=False, start_timeout=600,
+                                       extra_arguments=['--IPKernelApp.log_level=50'],  # its remarks on transport and shutdown
                                        stdout_file=sys.stdout if verbose else None, stderr_file=sys.stderr if verbose else None)
-    except papermill.PapermillExecutionError as e:
-        _keep(tmp, failed)
-        raise GacError(f'{stage.name} failed in cell {e.exec_count}: {e.ename}: {e.evalue}\n'
-                       f'As far as it got: {_shown(failed)}. The same command resumes here.') from None
+    except (papermill.PapermillExecutionError, RuntimeError) as e:
+        if tmp.exists(): _keep(tmp, failed)
+        why = f'in cell {e.exec_count}: {e.ename}: {e.evalue}' if hasattr(e, 'ename') else f'with its kernel (out of memory?): {e}'
+        raise GacError(f'{stage.name} failed {why}\nAs far as it got: {_shown(failed)}. The same command resumes here.') from None
     _keep(tmp, place)
     failed.unlink(missing_ok=True)
     for old in before - set(outputs(stage.name, runs, reports)):  # what this notebook no longer makes
         if old.is_file() and reports in old.parents: old.unlink()
 
-# %% ../nbs/00_study.ipynb #3b75a564
+# %% ../nbs/00_study.ipynb #2d09da0a
 def chain_notebooks(nbs:Path) -> list[Path]:
     "The notebooks of the chain, in order: two digits and a name."
     found = sorted(p for p in nbs.glob('*.ipynb') if re.match(r'\d\d_', p.name))
@@ -615,7 +616,7 @@ def plan(
         stages.append(stage)
     return stages
 
-# %% ../nbs/00_study.ipynb #bea186a2
+# %% ../nbs/00_study.ipynb #724cfcc6
 class _Lock:
     "One chain at a time in a run directory; a lock left by a dead process is taken over."
     def __init__(self, folder:Path): self.path = folder/'chain.lock'
@@ -689,7 +690,7 @@ def _run_stage(stage:Stage, stages:list[Stage], run:Path, report:Path, verbose:b
     done = _read_json(run/'chain.json') | {stage.name: dict(key=stage.key, seconds=stage.seconds)}
     _write(run/'chain.json', json.dumps(done, indent=1) + '\n')
 
-# %% ../nbs/00_study.ipynb #ada510b5
+# %% ../nbs/00_study.ipynb #7ecbd918
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
 <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:62em;margin:2em auto;padding:0 1em;color:#222}}
@@ -746,7 +747,7 @@ def write_report(
     body = '\n'.join([head, *(_html_stage(n, e, report) for n, e in entries.items())])
     return _write(report/'index.html', _PAGE.format(title=escape(title), body=body))
 
-# %% ../nbs/00_study.ipynb #6c5efd11
+# %% ../nbs/00_study.ipynb #ea6568fd
 def compare_tables(
     expected, # DataFrame as committed
     got, # DataFrame of a fresh run
@@ -765,7 +766,7 @@ def compare_tables(
         wrong += [f'row {i + 1}, {col}: {got[col].iloc[i]}, expected {expected[col].iloc[i]}' for i in np.flatnonzero(~(close | same))]
     return wrong
 
-# %% ../nbs/00_study.ipynb #ae810ef8
+# %% ../nbs/00_study.ipynb #56fef285
 def compare_reports(
     expected:Path, # folder of the committed report
     got:Path, # folder of the fresh one
@@ -809,7 +810,7 @@ def verify(
     if wrong: raise GacError('\n'.join(['The fresh run differs:', *(f'{t}: {line}' for t, lines in wrong.items() for line in lines)]))
     print('Every table is as committed.')
 
-# %% ../nbs/00_study.ipynb #6c4a3917
+# %% ../nbs/00_study.ipynb #1840b08b
 def _bigearthnet_members(members:dict, archives:list[Path], dest:Path) -> None:
     "Take the listed files out of the archives, by name, each held against its checksum."
     import tarfile
@@ -883,7 +884,7 @@ def _fetch(
         raise GacError(f'{url}: could not be fetched ({type(e).__name__}). Is there a network? What has arrived is kept; '
                        f'run the command again to go on. {e}') from None
 
-# %% ../nbs/00_study.ipynb #3d6300b3
+# %% ../nbs/00_study.ipynb #2921c924
 def render_readme() -> str:
     "nbs/index.ipynb as the README's markdown."
     import nbformat
@@ -895,7 +896,7 @@ def render_readme() -> str:
     text, _ = MarkdownExporter(preprocessors=[hide]).from_notebook_node(nb)
     return re.sub(r'\n{3,}', '\n\n', text.replace('](../', '](').replace('src="../', 'src="')).strip() + '\n'
 
-# %% ../nbs/00_study.ipynb #dc23a40c
+# %% ../nbs/00_study.ipynb #c7d1d3de
 ROOMS = ('study', 'world', 'tiles', 'metrics', 'foundations', 'training', 'pretrain', 'gradients', 'stage1', 'stage2', 'stage3',
          'evaluate', 'ablations', 'downstream', 'nyc', 'efficiency', 'claims', 'cli')
 

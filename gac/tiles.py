@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['BIOME_BOXES', 'BIGEARTHNET', 'EARTH', 'FORMAT', 'SHARD', 'ABSENT', 'CODEC', 'COLUMNS', 'SPLITS', 'SPLIT_STARTS',
-           'S2_OFFSET', 'LEVELS', 'APART', 'KNOWN_OFFSETS', 'S1_UNITS', 'S2_UNITS', 'BEN_PIXELS', 'EXTRA', 'NPZ_KEYS',
-           'LAYOUTS', 'READERS', 'pad_to_multiple', 'crop_back', 'to_reflectance', 'to_dn', 'parse_date', 'month_of',
-           'biome_of', 'read_ecoregions', 'split_by_block', 'split_distance', 'shard_index', 'write_shard', 'Entry',
-           'Store', 'check_id', 'tile_arrays', 'from_world', 'study_store', 's1_unit', 's2_unit', 'has_baseline',
-           's2_offset', 'Options', 'Source', 'Job', 'windows', 'read_bigearthnet', 'read_geotiff', 'read_npz',
-           'recognise', 'Units', 'find_units', 'records_of', 'convert', 'real_store']
+           'S2_OFFSET', 'LEVELS', 'APART', 'KNOWN_OFFSETS', 'S1_UNITS', 'S2_UNITS', 'BEN_PIXELS', 'EXTRA', 'NPZ_META',
+           'NPZ_KEYS', 'LAYOUTS', 'READERS', 'pad_to_multiple', 'crop_back', 'to_reflectance', 'to_dn', 'parse_date',
+           'month_of', 'biome_of', 'read_ecoregions', 'split_by_block', 'split_distance', 'shard_index', 'write_shard',
+           'Entry', 'Store', 'check_id', 'tile_arrays', 'from_world', 'study_store', 's1_unit', 's2_unit',
+           'has_baseline', 's2_offset', 'Options', 'Source', 'Job', 'windows', 'read_bigearthnet', 'read_geotiff',
+           'read_npz', 'recognise', 'Units', 'find_units', 'records_of', 'convert', 'real_store']
 
-# %% ../nbs/02_tiles.ipynb #2a24047c
+# %% ../nbs/02_tiles.ipynb #1e22762c
 import hashlib, io, json, os, re, shutil, socket, weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import google_crc32c
@@ -35,7 +36,7 @@ from . import study
 from .study import GacError, OPT_BANDS, S1_BANDS, S2_BANDS
 from .world import scene
 
-# %% ../nbs/02_tiles.ipynb #5c2b9bc1
+# %% ../nbs/02_tiles.ipynb #7daf66ce
 def _reflected(n:int, before:int, after:int) -> np.ndarray:
     "Indices that extend 0…n-1 on both sides by reflection about the border pixels."
     period = max(2*(n - 1), 1)
@@ -63,7 +64,7 @@ def crop_back(
     top, left, h, w = crop
     return y[..., top:top+h, left:left+w]
 
-# %% ../nbs/02_tiles.ipynb #34941634
+# %% ../nbs/02_tiles.ipynb #ac74dc63
 def to_reflectance(
     dn:np.ndarray, # digital numbers, any integer type
 ) -> np.ndarray: # reflectance, float32
@@ -78,7 +79,7 @@ def to_dn(
     info = np.iinfo(dtype)
     return np.clip(np.rint(np.asarray(reflectance, np.float64)/study.REFLECTANCE), info.min, info.max).astype(dtype)
 
-# %% ../nbs/02_tiles.ipynb #c4634f41
+# %% ../nbs/02_tiles.ipynb #a147f1ee
 def parse_date(
     text:str, # an ISO date, or any Sentinel name such as S2A_MSIL2A_20170617T113321_…
 ) -> str: # ISO date and time, '' where there is none
@@ -97,7 +98,7 @@ def month_of(
     found = parse_date(date)
     return int(found[5:7]) if found else 0
 
-# %% ../nbs/02_tiles.ipynb #f750b9a5
+# %% ../nbs/02_tiles.ipynb #4346a318
 BIOME_BOXES = (  # west, east, south, north in degrees, biome: the first box that holds the place decides
     (4.9, 7.6, 43.8, 46.3, 5), (6.8, 10.6, 45.7, 46.8, 5), (9.5, 14.6, 46.4, 47.8, 5), (14.6, 15.9, 46.8, 47.8, 5),  # Alps
     (16.2, 24.5, 47.4, 48.2, 4), (-11, 2.0, 43.0, 46.0, 4),  # Pannonia; Cantabria, Aquitaine
@@ -106,7 +107,8 @@ BIOME_BOXES = (  # west, east, south, north in degrees, biome: the first box tha
     (13, 29, 68.6, 71.5, 11), (5, 15, 60.0, 66.0, 6), (11, 32, 60.4, 70.0, 6), (-25, -13, 63, 67, 6),  # Fennoscandia, Iceland
     (-11, 40, 41.0, 60.4, 4), (40, 62, 53, 59, 4), (28, 90, 46, 53, 8),  # Europe, the steppe
     (-82, -66, -30, -17, 13), (-73, -66, -22, -14, 10), (-76, -70, -37, -30, 12), (-76, -70.5, -56, -37, 4),  # Andes, Chile
-    (-70, -62, -52, -38, 8), (-65, -57, -39, -30, 8), (-55, -39, -30, -22, 1), (-43, -36, -17, -3, 13), (-60, -43, -24, -8, 7),  # east of the Andes
+    (-70, -62, -52, -38, 8), (-65, -57, -39, -30, 8), (-55, -39, -30, -22, 1), (-43, -36, -17, -3, 13),
+    (-60, -43, -24, -8, 7),  # east of the Andes
     (8, 30, -5, 5, 1), (-15, 8, 4, 8, 1), (-18, 40, 17, 31, 13), (-18, 52, -20, 17, 7), (11, 26, -31, -20, 13),  # Africa
     (26, 33, -35, -20, 10), (17, 26, -35, -31, 12), (43, 51, -26, -12, 1), (34, 62, 12, 32, 13), (44, 76, 24, 46, 13),
     (74, 104, 28, 38, 10), (76, 112, 38, 46, 13), (68, 88, 8, 28, 2), (88, 155, -11, 24, 1),  # Asia
@@ -141,10 +143,11 @@ def read_ecoregions(
     import geopandas
     frame = geopandas.read_file(path)
     if 'BIOME' not in frame.columns:
-        raise GacError(f'{path}: no column BIOME (there are {", ".join(map(str, frame.columns))}). Give the ecoregions of Olson et al. 2001.')
+        raise GacError(f'{path}: no column BIOME (there are {", ".join(map(str, frame.columns))}). Give the ecoregions of Olson et al. '
+                       '2001.')
     return frame.to_crs(4326)
 
-# %% ../nbs/02_tiles.ipynb #2760dd79
+# %% ../nbs/02_tiles.ipynb #d63610c7
 EARTH = 6371.  # km
 
 def _on_sphere(table) -> np.ndarray:
@@ -191,7 +194,7 @@ def split_distance(
         if len(ia) and len(ib): rows.append((a, b, float(cKDTree(points[ia]).query(points[ib])[0].min())))
     return pd.DataFrame(rows, columns=['split', 'other', 'km'])
 
-# %% ../nbs/02_tiles.ipynb #363de5f3
+# %% ../nbs/02_tiles.ipynb #4fd6e87f
 FORMAT = 1  # of the folder
 SHARD = 128  # tiles in a shard file
 ABSENT = np.uint64(2**64 - 1)  # in a shard's index: no such chunk
@@ -220,7 +223,8 @@ def shard_index(
     f.seek(max(size - length, 0))
     tail = f.read()
     if len(tail) != length or google_crc32c.value(tail[:-4]) != int.from_bytes(tail[-4:], 'little'):
-        raise GacError(f'{f.name}: this shard is damaged (its index fails the checksum). Restore the file, or delete it and run the stage that wrote it again.')
+        raise GacError(f'{f.name}: this shard is damaged (its index fails the checksum). Restore the file, or delete it and run the stage '
+                       'that wrote it again.')
     return np.frombuffer(tail[:-4], '<u8').reshape(shard, 2)
 
 def write_shard(
@@ -243,7 +247,7 @@ def write_shard(
     tail = index.tobytes()
     _write_whole(path, b''.join([*(chunks[i] for i in sorted(chunks)), tail, google_crc32c.value(tail).to_bytes(4, 'little')]))
 
-# %% ../nbs/02_tiles.ipynb #44e74a34
+# %% ../nbs/02_tiles.ipynb #c5eb7902
 def _me() -> dict:
     "This process, as a lock names it."
     return dict(pid=os.getpid(), host=socket.gethostname(), started=psutil.Process().create_time())
@@ -260,8 +264,9 @@ def _excludes(a:tuple, b:tuple) -> bool:
     "Whether two writers (array, rank, world) exclude each other; `tiles` adds tiles and excludes everybody."
     return 'tiles' in (a[0], b[0]) or (a[0] == b[0] and (a[2] != b[2] or a[1] == b[1]))
 
-# %% ../nbs/02_tiles.ipynb #34580894
-COLUMNS = dict(id='', split='test', month=0, biome=0, lon=np.nan, lat=np.nan, country='', crs='', transform=(np.nan,)*6, date='', source='', scene='')
+# %% ../nbs/02_tiles.ipynb #da88e106
+COLUMNS = dict(id='', split='test', month=0, biome=0, lon=np.nan, lat=np.nan, country='', crs='',
+               transform=(np.nan,)*6, date='', source='', scene='')
 SPLITS = ('train', 'val', 'test')
 
 @dataclass
@@ -289,10 +294,12 @@ class Store:
         self.path, self.held, self.notices, self._left, self._stamp = Path(path), {}, [], {}, None
         self.journal = self.path/'journal'
         if not (self.path/'table.parquet').is_file():
-            raise GacError(f'{self.path} is no tile store (no table.parquet). Make one with tiles.convert, tiles.from_world or Store.create.')
+            raise GacError(f'{self.path} is no tile store (no table.parquet). Make one with tiles.convert, tiles.from_world or '
+                           'Store.create.')
         self.refresh()
         if self.attrs.get('format') != FORMAT:
-            raise GacError(f'{self.path}: tile store of format {self.attrs.get("format")}, this version reads {FORMAT}. Convert the tiles again.')
+            raise GacError(f'{self.path}: tile store of format {self.attrs.get("format")}, this version reads {FORMAT}. Convert the tiles '
+                           'again.')
 
     @classmethod
     def create(cls,
@@ -303,7 +310,8 @@ class Store:
     ): # the store, empty
         "Make an empty store."
         path = Path(path)
-        if (path/'table.parquet').exists(): raise GacError(f'{path} holds a tile store already. Open it with Store(path), or delete it first.')
+        if (path/'table.parquet').exists():
+            raise GacError(f'{path} holds a tile store already. Open it with Store(path), or delete it first.')
         group = zarr.create_group(path/'arrays', overwrite=True)
         group.attrs.update(dict(format=FORMAT, shard=int(shard), tiles=list(arrays), **(attrs or {})))
         for name, spec in arrays.items(): _new_array(group, name, 0, shard, *spec)
@@ -319,7 +327,8 @@ class Store:
         for path in sorted(self.journal.glob('*.safetensors')):
             try: entries.append(_read_entry(path))
             except FileNotFoundError: continue  # folded in meanwhile, so the table read below has it
-            except Exception as e: raise GacError(f'{path}: damaged journal entry ({e}). Delete it; its batch is done again by the next run.')
+            except Exception as e:
+                raise GacError(f'{path}: damaged journal entry ({e}). Delete it; its batch is done again by the next run.')
         self._look_at_table()
         self.entries, self._tail, self._journalled = sorted(entries, key=lambda e: (e.array, e.number)), [], {}
         for e in self.entries:
@@ -359,8 +368,8 @@ def _frame(rows:list) -> pd.DataFrame:
     frame = pd.DataFrame(rows)
     if not len(frame): frame = pd.DataFrame({c: [] for c in COLUMNS})
     frame = frame[[*COLUMNS, *sorted(c for c in frame.columns if c not in COLUMNS)]]
-    kinds = {c: 'int64' if isinstance(v, int) else 'float64' if isinstance(v, float) else 'object' if isinstance(v, tuple) else 'str' for c, v in COLUMNS.items()}
-    return frame.astype(kinds)
+    kinds = {int: 'int64', float: 'float64', tuple: 'object', str: 'str'}
+    return frame.astype({c: kinds[type(v)] for c, v in COLUMNS.items()})
 
 def _write_table(path:Path, frame:pd.DataFrame) -> None:
     "Write table.parquet, whole or not at all."
@@ -377,10 +386,11 @@ def _new_array(group, name:str, n:int, shard:int, shape:tuple, dtype, attrs:dict
         raise GacError(f'{name!r} cannot be the name of an array: small letters, digits and "_", not "tiles" or "rows".')
     plane = ('y', 'x') if len(shape) > 1 else ()
     axes = ('tile', *(f'{name}_{a}' for a in ('band', 'axis2', 'axis3')[:len(shape) - len(plane)]), *plane)
-    return group.create_array(name, shape=(n, *shape), dtype=dtype, chunks=(1, *shape), shards=(shard, *shape), fill_value=0, attributes=attrs or {},
-        compressors=zarr.codecs.BloscCodec(cname='zstd', clevel=1, shuffle='bitshuffle'), dimension_names=axes, overwrite=True)
+    codec = zarr.codecs.BloscCodec(cname='zstd', clevel=1, shuffle='bitshuffle')
+    return group.create_array(name, shape=(n, *shape), dtype=dtype, chunks=(1, *shape), shards=(shard, *shape), fill_value=0,
+                              compressors=codec, attributes=attrs or {}, dimension_names=axes, overwrite=True)
 
-# %% ../nbs/02_tiles.ipynb #5671ecb2
+# %% ../nbs/02_tiles.ipynb #821c58d1
 @patch
 def _guard(self:Store):
     "Held for the moment in which locks are looked at and set."
@@ -415,7 +425,7 @@ def acquire(self:Store,
         for path, who, holder in self._writers():
             if _alive(holder):
                 if _excludes(me, who):
-                    here = ' (this very process: close the other store first)' if holder['pid'] == os.getpid() and holder['host'] == socket.gethostname() else ''
+                    here = ' (this very process: close the other store first)' if holder == _me() else ''
                     raise GacError(f'{self.path} is being written: process {holder["pid"]} on {holder["host"]} writes {who[0]}{here}. '
                                    f'Wait until it is done; if that machine no longer runs it, delete {path}.')
                 others.append(who)
@@ -431,13 +441,15 @@ def acquire(self:Store,
 def _recover(self:Store, array:str, stopped:list, others:list) -> None:
     "Say and sweep up what stopped writers left."
     busy = {f'{a}.{r}of{w}' for a, r, w in others}
-    lost = [p for p in sorted(self.journal.glob('*.part')) if '.'.join(p.name.split('.')[:2]) not in busy and (array == 'tiles' or p.name.startswith(f'{array}.'))]
+    lost = [p for p in sorted(self.journal.glob('*.part' if array == 'tiles' else f'{array}.*.part'))
+            if '.'.join(p.name.split('.')[:2]) not in busy]
     self.refresh()
-    for path, (name, *_), holder in stopped:
+    for _, (name, *_), holder in stopped:
         safe = len(self) if name == 'tiles' else int(self.written(name).sum()) if name in self.arrays else 0
         ranges = [p.name.split('.')[3] for p in lost if p.name.startswith(f'{name}.')]
-        said = f'the batch of tiles {", ".join(ranges)} was cut short' if ranges else 'the batch it was on was not written'
-        self.notices.append(f'{name}: the last writer (process {holder["pid"]} on {holder["host"]}) was stopped. {safe} tiles are safe, {said}: it is done again.')
+        said = f'the batch of tiles {", ".join(ranges)} was cut short and' if ranges else 'what it may have begun beyond them'
+        self.notices.append(f'{name}: the last writer (process {holder["pid"]} on {holder["host"]}) was stopped. '
+                            f'{safe} tiles are safe; {said} is done again.')
         print(self.notices[-1], flush=True)
     for path, *_ in stopped: path.unlink(missing_ok=True)
     for path in lost: path.unlink(missing_ok=True)
@@ -454,7 +466,7 @@ def close(self:Store) -> None:
         self._fold(array, None if alone else (rank, world))
         self.held.pop((array, rank, world))()
 
-# %% ../nbs/02_tiles.ipynb #f66ea821
+# %% ../nbs/02_tiles.ipynb #3c2f99d6
 @patch
 def _enter(self:Store, array:str, rank:int, world:int, rows:np.ndarray, values:dict, table:list=()) -> None:
     "Journal one batch."
@@ -514,12 +526,13 @@ def append(self:Store,
     self.acquire()
     seen = set()
     for r in records:
-        if check_id(r.get('id', '')) in seen or r['id'] in self._ids: raise GacError(f'{self.path}: tile {r["id"]!r} is there already (field id).')
+        if check_id(r.get('id', '')) in seen or r['id'] in self._ids:
+            raise GacError(f'{self.path}: tile {r["id"]!r} is there already (field id).')
         seen.add(r['id'])
         if r.get('split', 'test') not in SPLITS: raise GacError(f'Tile {r["id"]}: split {r["split"]!r}; it is one of {", ".join(SPLITS)}.')
     values = {n: np.stack([_fit(r, n, self.arrays[n]) for r in records]) for n in self.attrs['tiles']}
-    table = [{**COLUMNS, **{k: v for k, v in r.items() if k not in values}} for r in records]
-    table = [{k: [float(x) for x in v] if k == 'transform' else v.item() if isinstance(v, np.generic) else v for k, v in t.items()} for t in table]
+    plain = lambda k, v: [float(x) for x in v] if k == 'transform' else v.item() if isinstance(v, np.generic) else v
+    table = [{k: plain(k, v) for k, v in {**COLUMNS, **r}.items() if k not in values} for r in records]
     for t in table: t['scene'] = t['scene'] or t['id']
     self._enter('tiles', 0, 1, np.arange(len(self), len(self) + len(records)), values, table)
     if len(self) - self.folded >= self.shard: self._fold('tiles')
@@ -542,7 +555,7 @@ def _fit(record:dict, name:str, z) -> np.ndarray:
         raise GacError(f'Tile {record["id"]}: {name} is {x.dtype}, the store holds {z.dtype}.')
     return x.astype(z.dtype, copy=False)
 
-# %% ../nbs/02_tiles.ipynb #a1af2de0
+# %% ../nbs/02_tiles.ipynb #e1e0b053
 @patch
 def bands(self:Store,
     name:str, # an array
@@ -592,13 +605,14 @@ def _read(self:Store, name:str, rows:np.ndarray, bands) -> np.ndarray:
                     f.seek(int(offset))
                     try: tile = np.frombuffer(CODEC.decode(f.read(int(length))), z.dtype).reshape(z.shape[1:])
                     except (RuntimeError, ValueError) as e:
-                        raise GacError(f'{path}: tile {rows[n]} of {name} is damaged ({e}). Restore the file, or delete it and run the stage that wrote it again.')
+                        raise GacError(f'{path}: tile {rows[n]} of {name} is damaged ({e}). Restore the file, or delete it and run the '
+                                       'stage that wrote it again.')
                     tiles[n] = tile[bands]
     if missing:
         if name in self.attrs['tiles']: raise FileNotFoundError(f'{self.path}: {name} lacks tile {rows[min(missing)]}; a shard is missing.')
         first = rows[min(missing)]
-        raise GacError(f'{self.path}: {name} is not written for {len(missing)} of the {len(rows)} tiles asked for (first: tile {first}, {self.table["id"].iloc[first]}). '
-                       f'Run the stage that makes {name} to its end.')
+        raise GacError(f'{self.path}: {name} is not written for {len(missing)} of the {len(rows)} tiles asked for '
+                       f'(first: tile {first}, {self.table["id"].iloc[first]}). Run the stage that makes {name} to its end.')
     return np.stack(tiles) if tiles else np.empty((0, *np.empty(z.shape[1:], z.dtype)[bands].shape), z.dtype)
 
 @patch
@@ -613,7 +627,7 @@ def disk(self:Store) -> int: # bytes
     "What the store takes on the disk."
     return sum(p.stat().st_size for p in self.path.rglob('*') if p.is_file())
 
-# %% ../nbs/02_tiles.ipynb #7535313f
+# %% ../nbs/02_tiles.ipynb #fd237311
 @patch
 def settle(self:Store) -> bool: # whether the journal is empty now
     "Fold what is journalled, by this writer or by one that was stopped; while others write, leave it."
@@ -627,7 +641,7 @@ def settle(self:Store) -> bool: # whether the journal is empty now
     self.refresh()
     return not self.entries
 
-# %% ../nbs/02_tiles.ipynb #3bdefa87
+# %% ../nbs/02_tiles.ipynb #fe77ab6a
 @patch
 def ensure_array(self:Store,
     name:str, # of the new array
@@ -648,7 +662,9 @@ def ensure_array(self:Store,
     have = dict(shape=list(z.shape[1:]), dtype=str(z.dtype), **dict(z.attrs))
     want = dict(shape=list(shape), dtype=str(np.dtype(dtype)), **attrs)
     differ = [f'{k}={have.get(k)!r}, now {want[k]!r}' for k in want if have.get(k) != want[k]]
-    if differ: raise GacError(f'{self.path}: {name} was begun with {"; ".join(differ)}. Use the same settings, another output name, or drop({name!r}) first.')
+    if differ:
+        raise GacError(f'{self.path}: {name} was begun with {"; ".join(differ)}. Use the same settings, another output name, or '
+                       f'drop({name!r}) first.')
 
 @patch
 def written(self:Store,
@@ -658,7 +674,8 @@ def written(self:Store,
     done = np.zeros(-(-len(self)//self.shard)*self.shard, bool)
     for s in range(len(done)//self.shard):
         try:
-            with open(self._shard_file(name, s), 'rb') as f: done[s*self.shard:(s + 1)*self.shard] = shard_index(f, self.shard)[:, 0] != ABSENT
+            with open(self._shard_file(name, s), 'rb') as f:
+                done[s*self.shard:(s + 1)*self.shard] = shard_index(f, self.shard)[:, 0] != ABSENT
         except FileNotFoundError: pass
     done[list(self._journalled.get(name, {}))] = True
     return done[:len(self)]
@@ -691,13 +708,14 @@ def write(self:Store,
     rank:int=0, # of this writer
     world:int=1, # writers that share the array
 ) -> None:
-    "Write a batch of a later array: journalled at once, in the shards when a shard's worth is there, nothing is left, or the store is closed."
+    "Write a batch of a later array: journalled at once, in the shards when a shard is full, nothing is left, or the store is closed."
     if name not in self.arrays: raise GacError(f'{self.path} has no array {name!r}: call ensure_array first.')
     if name in self.attrs['tiles']: raise GacError(f'{self.path}: {name} came with the tiles and is not written again.')
     rows, z, values = np.atleast_1d(np.arange(len(self))[idx]), self.arrays[name], np.asarray(values)
     if values.shape != (len(rows), *z.shape[1:]) or values.dtype != z.dtype:
         raise GacError(f'{name}: expected {z.dtype}{(len(rows), *z.shape[1:])}, got {values.dtype}{values.shape}.')
-    if (rows//self.shard % world != rank).any(): raise GacError(f'{name}: tiles that belong to another rank than {rank} of {world}; take them from pending(name, rank, world).')
+    if (rows//self.shard % world != rank).any():
+        raise GacError(f'{name}: tiles that belong to another rank than {rank} of {world}; take them from pending(name, rank, world).')
     if not len(rows): return
     first = (name, rank, world) not in self.held
     self.acquire(name, rank, world)
@@ -719,20 +737,21 @@ def drop(self:Store,
     self.held.pop((name, 0, 1))()
     self.refresh()
 
-# %% ../nbs/02_tiles.ipynb #0b676c20
+# %% ../nbs/02_tiles.ipynb #a67b30ce
 @patch
 def xarray(self:Store): # xarray.Dataset, values read when they are used
     "The store as one Dataset: arrays as variables, the table as coordinates, bands by name."
     import xarray as xr
     if not self.settle(): print(f'{self.path.name} is being written; shown are the {self.folded} tiles that are in the shards.')
     data, table = xr.open_zarr(self.path/'arrays', consolidated=False, chunks=None), self._folded
-    coords = {c: ('tile', table[c].to_numpy(dtype=None if table[c].dtype.kind in 'if' else object)) for c in table.columns if c != 'transform'}
+    numbers = lambda column: column.to_numpy(dtype=None if column.dtype.kind in 'if' else object)
+    coords = {c: ('tile', numbers(table[c])) for c in table.columns if c != 'transform'}
     coords['transform'] = (('tile', 'affine'), np.array(table['transform'].tolist(), float).reshape(-1, 6))
     for name, z in self.arrays.items():
         if z.attrs.get('bands') and f'{name}_band' in data.dims: coords[f'{name}_band'] = list(z.attrs['bands'])
     return data.assign_coords(coords)
 
-# %% ../nbs/02_tiles.ipynb #364f4af4
+# %% ../nbs/02_tiles.ipynb #9c8a8725
 SPLIT_STARTS = dict(train=0, val=800_000, test=900_000)  # first scene of each split, after seed·10⁶
 
 def _utm(lon:float, lat:float, size:int) -> tuple: # CRS, transform
@@ -751,7 +770,8 @@ def tile_arrays(
     known = dict(dem=((size, size), 'float32', dict(units='m')), ndvi=((size, size), 'float32', dict(units='1')),
                  lulc=((size, size), 'uint8', dict(classes={str(k): v for k, v in study.LULC_CLASSES.items()})))
     return dict(s1=((2, size, size), 'float32', dict(bands=list(S1_BANDS), units='dB')),
-                s2=((len(s2_bands), size, size), 'uint16', dict(bands=list(s2_bands), units='reflectance x 10000')), **{k: known[k] for k in extra})
+                s2=((len(s2_bands), size, size), 'uint16', dict(bands=list(s2_bands), units='reflectance x 10000')),
+                **{k: known[k] for k in extra})
 
 def from_world(
     path:str|Path, # the folder of the store; an unfinished one is gone on with
@@ -766,7 +786,8 @@ def from_world(
     "A store of procedural scenes, written as they are made."
     want = [(split, i) for split, n in zip(SPLITS, (n_train, n_val, n_test)) for i in range(n)]
     made = dict(source='world', s1_product='S1GRD', seed=seed, size=size, n_train=n_train, n_val=n_val, n_test=n_test)
-    if not 0 <= seed <= 9 or max(n_train, 0) > 800_000 or max(n_val, n_test) > 100_000: raise GacError('The study has seeds 0–9, with 800,000 scenes to train on and 100,000 each for val and test.')
+    if not 0 <= seed <= 9 or n_train > 800_000 or max(n_val, n_test) > 100_000:
+        raise GacError('The study has seeds 0–9, with 800,000 scenes to train on and 100,000 each for val and test.')
     store = _resume(path, made) or Store.create(path, tile_arrays(size), made, shard)
     todo = want[len(store):]
     if not todo: return store
@@ -780,8 +801,9 @@ def _world_tile(seed:int, split:str, size:int) -> dict:
     "One procedural scene as a record of the store."
     s = scene(seed, size)
     crs, transform = _utm(s['lon'], s['lat'], size)
-    return dict(id=f'world-{seed}', split=split, month=s['month'], biome=s['biome'], lon=s['lon'], lat=s['lat'], country=str(s.get('region', '')), crs=crs,
-                transform=transform, source=f'world scene {seed}', s1=s['s1grd'], s2=s['s2'], dem=s['dem'], lulc=s['lulc'])
+    meta = {k: s[k] for k in ('month', 'biome', 'lon', 'lat')}
+    return dict(meta, id=f'world-{seed}', split=split, country=str(s.get('region', '')), crs=crs, transform=transform,
+                source=f'world scene {seed}', s1=s['s1grd'], s2=s['s2'], dem=s['dem'], lulc=s['lulc'])
 
 def _resume(path, made:dict) -> Store|None:
     "Open a store that is there, if it was begun in the same way."
@@ -808,7 +830,7 @@ def study_store(
         elif any(begun[k] != v for k, v in asked.items()): shutil.rmtree(path)
     return from_world(path, **asked)
 
-# %% ../nbs/02_tiles.ipynb #954b4ff9
+# %% ../nbs/02_tiles.ipynb #78b2c824
 S2_OFFSET = 1000  # DN that processing baselines from 04.00 add
 LEVELS = dict(VV=(-28, 2), VH=(-38, -4))  # medians over a few tiles, dB
 APART = (4, 10)  # median of VV less median of VH over land, dB
@@ -845,8 +867,8 @@ def s1_unit(
         apart = abs(level['VV'] - level['VH'])
         if all(a <= level[p] <= b for p, (a, b) in LEVELS.items()) and (unit == 'dB' or APART[0] <= apart <= APART[1]): fits.append(unit)
     if len(fits) == 1: return fits[0]
-    raise GacError(f'{where}: Sentinel-1 values from {_range(samples)} (medians {vv:.4g} VV, {vh:.4g} VH) fit {"no unit" if not fits else " and ".join(fits)}. '
-                   f'Say s1_units=dB, linear (power) or amplitude.')
+    raise GacError(f'{where}: Sentinel-1 values from {_range(samples)} (medians {vv:.4g} VV, {vh:.4g} VH) '
+                   f'fit {" and ".join(fits) or "no unit"}. Say s1_units=dB, linear (power) or amplitude.')
 
 def s2_unit(
     samples:list, # arrays (C, H, W) as they came
@@ -860,7 +882,8 @@ def s2_unit(
     high = max((np.percentile(s[np.isfinite(s)], 99.9) for s in samples if np.isfinite(s).any()), default=0)
     if high > 50: return 'dn'
     if 0 < high <= 2 and all(s.dtype.kind == 'f' for s in samples): return 'reflectance'
-    raise GacError(f'{where}: Sentinel-2 values from {_range(samples)} ({samples[0].dtype}) are neither DN nor reflectance for sure. Say s2_units=dn or reflectance.')
+    raise GacError(f'{where}: Sentinel-2 values from {_range(samples)} ({samples[0].dtype}) are neither DN nor reflectance for sure. Say '
+                   's2_units=dn or reflectance.')
 
 def _floor(dn:np.ndarray) -> float:
     "The darkest tenth of a percent of an image, DN; no-data pixels left out."
@@ -883,10 +906,11 @@ def s2_offset(
     floors = [_floor(s) for s in samples]
     if min(floors) < S2_OFFSET: return 0
     if all(map(has_baseline, names)): return S2_OFFSET
-    raise GacError(f'{where}: Sentinel-2 has hardly a value under {S2_OFFSET} DN (it goes from {_range(samples)}): bright scenes, or the {S2_OFFSET} DN that processing baseline '
-                   f'04.00 adds. Say s2_offset={S2_OFFSET} to take them off, or s2_offset=0.')
+    raise GacError(f'{where}: Sentinel-2 has hardly a value under {S2_OFFSET} DN (it goes from {_range(samples)}): '
+                   f'bright scenes, or the {S2_OFFSET} DN that processing baseline 04.00 adds. '
+                   f'Say s2_offset={S2_OFFSET} to take them off, or s2_offset=0.')
 
-# %% ../nbs/02_tiles.ipynb #b1734bf7
+# %% ../nbs/02_tiles.ipynb #a0150c16
 @dataclass
 class Options:
     "How real tiles are read."
@@ -942,7 +966,8 @@ def _in_order(names:Iterable, count:int, asked:tuple, known:tuple, option:str) -
         return tuple(asked)
     if count == len(known): return known
     if known is S2_BANDS and count == 4: return OPT_BANDS
-    raise GacError(f'{count} bands without names; expected {len(known)}{" or 4" if known is S2_BANDS else ""}. Say {option}= with the name of every band in order.')
+    raise GacError(f'{count} bands without names; expected {len(known)}{" or 4" if known is S2_BANDS else ""}. Say {option}= with the '
+                   'name of every band in order.')
 
 def _pick(x:np.ndarray, names:tuple, wanted:tuple) -> np.ndarray:
     "Bands in the order wanted."
@@ -950,7 +975,7 @@ def _pick(x:np.ndarray, names:tuple, wanted:tuple) -> np.ndarray:
     if missing: raise GacError(f'missing band {", ".join(missing)} (there are {", ".join(names)}).')
     return x if tuple(names) == tuple(wanted) else x[[names.index(b) for b in wanted]]
 
-# %% ../nbs/02_tiles.ipynb #262e6fa5
+# %% ../nbs/02_tiles.ipynb #11b1ef0e
 def _raster(path:Path) -> tuple: # values, crs, transform, band names, tags
     "All bands of a GeoTIFF; no-data pixels of a float become NaN, of an integer an error."
     import rasterio
@@ -965,14 +990,16 @@ def _raster(path:Path) -> tuple: # values, crs, transform, band names, tags
                 names = f.descriptions
     except rasterio.errors.RasterioError as e: raise GacError(f'{path}: cannot be read as a raster ({str(e).splitlines()[0]}).')
     if nodata is not None and not np.isnan(nodata) and x.dtype.kind == 'f': x = np.where(x == x.dtype.type(nodata), np.nan, x)
-    elif nodata is not None and x.dtype.kind != 'f' and (x == nodata).any(): raise GacError(f'{path}: {int((x == nodata).any(0).sum())} px without data (nodata {nodata:g}).')
+    elif nodata is not None and x.dtype.kind != 'f' and (x == nodata).any():
+        raise GacError(f'{path}: {int((x == nodata).any(0).sum())} px without data (nodata {nodata:g}).')
     return x, crs, t if crs else (np.nan,)*6, names, tags
 
 def _same_place(a:tuple, b:tuple, what:str) -> None:
     "Two rasters (values, crs, transform, …) must cover the same pixels of 10 m, or multiples of them."
     if a[1] != b[1]: raise GacError(f'{what}: CRS {b[1] or "none"}, expected {a[1] or "none"}.')
     ratio = a[0].shape[-1]/b[0].shape[-1]
-    if a[0].shape[-2] != b[0].shape[-2]*ratio: raise GacError(f'{what}: {b[0].shape[-2]}×{b[0].shape[-1]} px do not fit {a[0].shape[-2]}×{a[0].shape[-1]} px.')
+    if a[0].shape[-2] != b[0].shape[-2]*ratio:
+        raise GacError(f'{what}: {b[0].shape[-2]}×{b[0].shape[-1]} px do not fit {a[0].shape[-2]}×{a[0].shape[-1]} px.')
     if a[1] and not np.allclose(np.array(a[2])*[ratio, ratio, 1, ratio, ratio, 1], b[2], rtol=0, atol=.1*abs(a[2][0])):
         raise GacError(f'{what}: transform {tuple(b[2])}, expected the place of {tuple(a[2])}.')
 
@@ -980,12 +1007,13 @@ BEN_PIXELS = {**{b: 120 for b in OPT_BANDS}, **{b: 60 for b in ('B05', 'B06', 'B
 
 def _bigearthnet_patch(row:dict, s2_dir:Path, s1_dir:Path) -> Source:
     "Load one patch of BigEarthNet v2."
-    first, s2 = None, []
+    s2 = []
     for band in S2_BANDS:
         path = s2_dir/f'{row["patch_id"]}_{band}.tif'
         if not path.is_file(): raise GacError(f'{path}: missing band {band}.')
         x = _raster(path)
-        if x[0].shape != (1, BEN_PIXELS[band], BEN_PIXELS[band]): raise GacError(f'{path}: {x[0].shape[1]}×{x[0].shape[2]} px, expected {BEN_PIXELS[band]}×{BEN_PIXELS[band]}.')
+        if x[0].shape != (1, BEN_PIXELS[band], BEN_PIXELS[band]):
+            raise GacError(f'{path}: {x[0].shape[1]}×{x[0].shape[2]} px, expected {BEN_PIXELS[band]}×{BEN_PIXELS[band]}.')
         step = 120//BEN_PIXELS[band]
         s2.append((x, path, x[0][0].repeat(step, 0).repeat(step, 1)))
     first = s2[S2_BANDS.index('B02')][0]
@@ -995,7 +1023,8 @@ def _bigearthnet_patch(row:dict, s2_dir:Path, s1_dir:Path) -> Source:
         if x[0].shape != (1, 120, 120): raise GacError(f'{path}: {x[0].shape[1]}×{x[0].shape[2]} px, expected 120×120.')
     meta = dict(date=parse_date(row['patch_id']), country=row['country'], split=dict(validation='val').get(row['split'], row['split']),
                 labels='|'.join(row['labels']), source=f'BigEarthNet v2, {row["s1_name"]}')
-    return Source(row['patch_id'], np.concatenate([x[0] for x, _ in s1]), np.stack([x for *_, x in s2]), S2_BANDS, 'S1GRD', True, {}, meta, first[1], first[2])
+    return Source(row['patch_id'], np.concatenate([x[0] for x, _ in s1]), np.stack([x for *_, x in s2]), S2_BANDS, 'S1GRD', meta=meta,
+                  crs=first[1], transform=first[2])
 
 def read_bigearthnet(
     src:Path, # folder with BigEarthNet-S1, BigEarthNet-S2 and metadata.parquet
@@ -1003,23 +1032,26 @@ def read_bigearthnet(
 ) -> list: # of Job
     "The patches of BigEarthNet v2."
     need = ['patch_id', 's1_name', 'split', 'country', 'labels', 'contains_seasonal_snow', 'contains_cloud_or_shadow']
-    tables = [pd.read_parquet(p) for p in (src/'metadata.parquet', src/'metadata_for_patches_with_snow_cloud_or_shadow.parquet') if p.is_file()]
+    names = ('metadata.parquet', 'metadata_for_patches_with_snow_cloud_or_shadow.parquet')
+    tables = [pd.read_parquet(src/n) for n in names if (src/n).is_file()]
     for table in tables:
         lacks = [c for c in need if c not in table.columns]
         if lacks: raise GacError(f'{src}/metadata.parquet: no column {", ".join(lacks)}. Take the metadata of BigEarthNet v2.')
     known2, known1 = _folders(src/'BigEarthNet-S2'), _folders(src/'BigEarthNet-S1')
     jobs, absent = [], 0
     for row in pd.concat(tables, ignore_index=True)[need].to_dict('records'):
-        s2_dir, s1_dir = row['patch_id'].rsplit('_', 2)[0], row['s1_name'].rsplit('_', 3)[0]
-        job = Job(row['patch_id'], str(src/'BigEarthNet-S2'/s2_dir/row['patch_id']), None)
+        s2_at = (row['patch_id'].rsplit('_', 2)[0], row['patch_id'])
+        s1_at = (row['s1_name'].rsplit('_', 3)[0], row['s1_name'])
+        folders = src.joinpath('BigEarthNet-S2', *s2_at), src.joinpath('BigEarthNet-S1', *s1_at)
+        job = Job(row['patch_id'], str(folders[0]), None)
         why = [w for w, c in (('seasonal snow', 'contains_seasonal_snow'), ('cloud or shadow', 'contains_cloud_or_shadow')) if row[c]]
         try: check_id(row['patch_id']), check_id(row['s1_name'])
         except GacError as e: job.load = _failing(e)
         else:
-            if (s2_dir, row['patch_id']) not in known2 and (s1_dir, row['s1_name']) not in known1:
+            if s2_at not in known2 and s1_at not in known1:
                 absent += 1
                 continue
-            job.load = lambda row=row, a=src/'BigEarthNet-S2'/s2_dir/row['patch_id'], b=src/'BigEarthNet-S1'/s1_dir/row['s1_name']: _bigearthnet_patch(row, a, b)
+            job.load = partial(_bigearthnet_patch, row, *folders)
             if why and not opt.keep_snow_cloud: job.excluded = ' and '.join(why)
         jobs.append(job)
     if absent: jobs.append(Job('', str(src/'metadata.parquet'), None, f'{absent:,} rows of the table have no folder here'))
@@ -1027,7 +1059,9 @@ def read_bigearthnet(
 
 def _folders(base:Path) -> set:
     "The (product, patch) folders under one side of BigEarthNet."
-    if not base.is_dir(): raise GacError(f'{base}: missing folder. Unpack BigEarthNet v2 with BigEarthNet-S1, BigEarthNet-S2 and metadata.parquet side by side.')
+    if not base.is_dir():
+        raise GacError(f'{base}: missing folder. Unpack BigEarthNet v2 with BigEarthNet-S1, BigEarthNet-S2 and metadata.parquet side by '
+                       'side.')
     return {(a.name, b.name) for a in os.scandir(base) if a.is_dir() for b in os.scandir(a.path)}
 
 def _failing(e:Exception) -> Callable:
@@ -1035,7 +1069,7 @@ def _failing(e:Exception) -> Callable:
     def load(): raise e
     return load
 
-# %% ../nbs/02_tiles.ipynb #5250a1a6
+# %% ../nbs/02_tiles.ipynb #962017d4
 EXTRA = dict(DEM='dem', LULC='lulc', NDVI='ndvi')
 
 def _geotiff_source(name:str, files:dict, product:str, opt:Options) -> Source:
@@ -1043,14 +1077,16 @@ def _geotiff_source(name:str, files:dict, product:str, opt:Options) -> Source:
     rasters = {kind: _raster(path) for kind, path in files.items()}
     s2, s1 = rasters['S2L2A'], rasters[product]
     for kind, x in rasters.items():
-        if x[0].shape[1:] != s2[0].shape[1:]: raise GacError(f'{files[kind]}: {x[0].shape[1]}×{x[0].shape[2]} px, S2L2A has {s2[0].shape[1]}×{s2[0].shape[2]}.')
+        if x[0].shape[1:] != s2[0].shape[1:]:
+            raise GacError(f'{files[kind]}: {x[0].shape[1]}×{x[0].shape[2]} px, S2L2A has {s2[0].shape[1]}×{s2[0].shape[2]}.')
         _same_place(s2, x, str(files[kind]))
     try: bands1 = _in_order(s1[3], len(s1[0]), tuple(opt.s1_bands), S1_BANDS, 's1_bands')
     except GacError as e: raise GacError(f'{files[product]}: {e}')
     try: bands2 = _in_order(s2[3], len(s2[0]), tuple(opt.s2_bands), S2_BANDS, 's2_bands')
     except GacError as e: raise GacError(f'{files["S2L2A"]}: {e}')
-    dates = [parse_date(x[4].get('datetime') or x[4].get('TIFFTAG_DATETIME', '').replace(':', '-', 2)) for kind, x in rasters.items() if kind != 'DEM']
-    meta = dict(date=next((d for d in [parse_date(name), *dates] if d), ''), split=opt.split, source=f'{product} and S2L2A, {name}')
+    tags = [x[4] for kind, x in rasters.items() if kind != 'DEM']
+    dates = [parse_date(name), *(parse_date(t.get('datetime') or t.get('TIFFTAG_DATETIME', '').replace(':', '-', 2)) for t in tags)]
+    meta = dict(date=next(filter(None, dates), ''), split=opt.split, source=f'{product} and S2L2A, {name}')
     extra = {EXTRA[kind]: x[0][0] for kind, x in rasters.items() if kind in EXTRA}
     named = bool(opt.s1_bands) or set(S1_BANDS) <= {str(n or '').upper() for n in s1[3]}
     return Source(name, _pick(s1[0], bands1, S1_BANDS), s2[0], bands2, product, named, extra, meta, s2[1], s2[2])
@@ -1077,20 +1113,23 @@ def read_geotiff(
                 if not paths: raise GacError(f'{src/k}: missing file {name}.tif.')
                 if len(paths) > 1: raise GacError(f'{src/k}: duplicate id {name} ({", ".join(p.name for p in paths)}).')
         except GacError as e: job.load = _failing(e)
-        else: job.load = lambda name=name, files={k: p[0] for k, p in files.items()}: _geotiff_source(name, files, product, opt)
+        else: job.load = partial(_geotiff_source, name, {k: p[0] for k, p in files.items()}, product, opt)
         jobs.append(job)
     return jobs
 
-# %% ../nbs/02_tiles.ipynb #151fbbd3
-NPZ_KEYS = {'id': ('id', 'ids', 'tile_id'), 's1': ('s1',), 's1_vv': ('s1_vv',), 's1_vh': ('s1_vh',), 's2': ('s2', 's2_real'), **{k: (k, f'{k}s') for k in
-            ('month', 'biome', 'lon', 'lat', 'date', 'split', 'country', 'crs', 'transform')}, **{k: (k,) for k in EXTRA.values()}}
+# %% ../nbs/02_tiles.ipynb #414e6cd1
+NPZ_META = ('month', 'biome', 'lon', 'lat', 'date', 'split', 'country', 'crs', 'transform')
+NPZ_KEYS = {'id': ('id', 'ids', 'tile_id'), 's1': ('s1',), 's1_vv': ('s1_vv',), 's1_vh': ('s1_vh',), 's2': ('s2', 's2_real'),
+            **{k: (k, f'{k}s') for k in NPZ_META}, **{k: (k,) for k in EXTRA.values()}}
 
 def _npz(path:Path) -> dict:
     "The arrays of a catalogue under the names of the house, each stacked over its N sources."
     try:
         with np.load(path, allow_pickle=False) as f: have = {k: f[n] for k, names in NPZ_KEYS.items() for n in names if n in f.files}
     except ValueError as e:
-        if 'pickle' in str(e).lower(): raise GacError(f'{path}: holds pickled objects, which could run code and are never loaded. Save plain arrays (np.savez with numbers and text).')
+        if 'pickle' in str(e).lower():
+            raise GacError(f'{path}: holds pickled objects, which could run code and are never loaded. Save plain arrays (np.savez with '
+                           'numbers and text).')
         raise GacError(f'{path}: cannot be read ({e}).')
     except Exception as e: raise GacError(f'{path}: cannot be read as NPZ ({type(e).__name__}: {e}).')
     if 's1' not in have and {'s1_vv', 's1_vh'} <= set(have): have['s1'] = np.stack([have.pop('s1_vv'), have.pop('s1_vh')], -3)
@@ -1110,17 +1149,22 @@ def _npz_source(path:Path, i:int, name:str, opt:Options, cache:dict) -> Source:
         cache[path] = _npz(path)
     have = cache[path]
     s1, s2 = have['s1'][i], have['s2'][i]
-    if s1.ndim != 3 or s2.ndim != 3 or s1.shape[1:] != s2.shape[1:]: raise GacError(f'{path}: s1 {s1.shape} and s2 {s2.shape} are not (2, H, W) and (C, H, W) of one size.')
+    if s1.ndim != 3 or s2.ndim != 3 or s1.shape[1:] != s2.shape[1:]:
+        raise GacError(f'{path}: s1 {s1.shape} and s2 {s2.shape} are not (2, H, W) and (C, H, W) of one size.')
     extra = {k: have[k][i] for k in EXTRA.values() if k in have}
     for k, v in extra.items():
         if v.squeeze().shape != s2.shape[1:]: raise GacError(f'{path}: {k} has shape {v.shape}, s2 {s2.shape}.')
-    try: bands1, bands2 = _in_order((), len(s1), tuple(opt.s1_bands), S1_BANDS, 's1_bands'), _in_order((), len(s2), tuple(opt.s2_bands), S2_BANDS, 's2_bands')
+    try:
+        bands1 = _in_order((), len(s1), tuple(opt.s1_bands), S1_BANDS, 's1_bands')
+        bands2 = _in_order((), len(s2), tuple(opt.s2_bands), S2_BANDS, 's2_bands')
     except GacError as e: raise GacError(f'{path}: {e}')
-    meta = {k: have[k][i].item() for k in ('month', 'biome', 'lon', 'lat', 'date', 'split', 'country') if k in have}
+    meta = {k: have[k][i].item() for k in NPZ_META[:-2] if k in have}
     meta = dict(dict(split=opt.split, source=path.name), **meta)
     meta['split'] = dict(validation='val').get(str(meta['split']), str(meta['split']))
-    place = dict(crs=str(have['crs'][i]), transform=tuple(float(v) for v in np.ravel(have['transform'][i])[:6])) if {'crs', 'transform'} <= set(have) else {}
-    return Source(name, _pick(s1, bands1, S1_BANDS), s2, bands2, opt.s1_product, bool(opt.s1_bands), {k: v.squeeze() for k, v in extra.items()}, meta, **place)
+    placed = {'crs', 'transform'} <= set(have)
+    place = dict(crs=str(have['crs'][i]), transform=tuple(np.ravel(have['transform'][i])[:6].tolist())) if placed else {}
+    extra = {k: v.squeeze() for k, v in extra.items()}
+    return Source(name, _pick(s1, bands1, S1_BANDS), s2, bands2, opt.s1_product, bool(opt.s1_bands), extra, meta, **place)
 
 def read_npz(
     src:Path, # an NPZ file or a folder of them
@@ -1131,16 +1175,17 @@ def read_npz(
     for path in [src] if src.is_file() else sorted(src.glob('*.npz')):
         try:
             have = _npz(path)
-            n, single = len(have['s2']), len(have['s2']) == 1
-            names = [str(v) for v in have['id'].ravel()] if 'id' in have else [path.stem if single else f'{path.stem}-{i:06d}' for i in range(n)]
+            n = len(have['s2'])
+            names = [path.stem] if n == 1 else [f'{path.stem}-{i:06d}' for i in range(n)]
+            if 'id' in have: names = [str(v) for v in have['id'].ravel()]
             if len(names) != n: raise GacError(f'{path}: {len(names)} ids, s2 has {n} entries.')
         except GacError as e:
             jobs.append(Job(path.stem, str(path), _failing(e)))
             continue
-        jobs += [Job(name, str(path), lambda path=path, i=i, name=name: _npz_source(path, i, name, opt, cache)) for i, name in enumerate(names)]
+        jobs += [Job(name, str(path), partial(_npz_source, path, i, name, opt, cache)) for i, name in enumerate(names)]
     return jobs
 
-# %% ../nbs/02_tiles.ipynb #088dece8
+# %% ../nbs/02_tiles.ipynb #133e2f2a
 LAYOUTS = dict(
     store='a folder with table.parquet and arrays/: a tile store of this project',
     bigearthnet_v2='a folder with BigEarthNet-S1/, BigEarthNet-S2/ and metadata.parquet',
@@ -1160,9 +1205,10 @@ def recognise(
     if has('S2L2A') and (has('S1GRD') or has('S1RTC')): return 'geotiff'
     if path.suffix == '.npz' or (path.is_dir() and any(path.glob('*.npz'))): return 'npz'
     inside = ', '.join(sorted(p.name for p in path.iterdir())[:8]) if path.is_dir() else 'a file'
-    raise GacError(f'{path}: no layout that is known here (it holds: {inside or "nothing"}). Known are:\n' + '\n'.join(f'  {k}: {v}' for k, v in LAYOUTS.items()))
+    known = '\n'.join(f'  {k}: {v}' for k, v in LAYOUTS.items())
+    raise GacError(f'{path}: no layout that is known here (it holds: {inside or "nothing"}). Known are:\n{known}')
 
-# %% ../nbs/02_tiles.ipynb #0e706856
+# %% ../nbs/02_tiles.ipynb #8d1433d4
 @dataclass
 class Units:
     "What a data set was found, or said, to hold."
@@ -1181,7 +1227,8 @@ def find_units(
     s2 = s2_unit([s.s2 for s in samples], opt.s2_units, where)
     by_name = opt.s2_offset if isinstance(opt.s2_offset, dict) else KNOWN_OFFSETS if opt.s2_offset == 'auto' else {}
     if isinstance(opt.s2_offset, (int, float)): return Units(s1, s2, int(opt.s2_offset), True)
-    if opt.s2_offset != 'auto' and not isinstance(opt.s2_offset, dict): raise GacError(f's2_offset={opt.s2_offset!r}: a number of DN, or auto.')
+    if opt.s2_offset != 'auto' and not isinstance(opt.s2_offset, dict):
+        raise GacError(f's2_offset={opt.s2_offset!r}: a number of DN, or auto.')
     free = [s for s in samples if s.name not in by_name]
     scale = 1e4 if s2 == 'reflectance' else 1
     return Units(s1, s2, s2_offset([s.s2*scale for s in free], [s.name for s in free], where) if free else 0, False)
@@ -1190,8 +1237,11 @@ def _clean_s1(x:np.ndarray, unit:str) -> np.ndarray:
     "One tile's Sentinel-1 in dB, or what is wrong with it."
     if not np.isfinite(x).all(): raise GacError(f'Sentinel-1: {int((~np.isfinite(x)).any(0).sum())} px are NaN or without data.')
     if (x == 0).mean() > .01: raise GacError(f'Sentinel-1: {int((x == 0).any(0).sum())} px are exactly 0, which marks no data.')
-    if unit == 'dB' and x.min() >= 0: raise GacError(f'Sentinel-1 from {_range([x])}: no negative value in a data set of dB. Say s1_units= or convert this tile apart.')
-    if unit != 'dB' and x.min() <= 0: raise GacError(f'Sentinel-1 from {_range([x])}: not above zero in a data set of {unit} values. Say s1_units= or convert this tile apart.')
+    if unit == 'dB' and x.min() >= 0:
+        raise GacError(f'Sentinel-1 from {_range([x])}: no negative value in a data set of dB. Say s1_units= or convert this tile apart.')
+    if unit != 'dB' and x.min() <= 0:
+        raise GacError(f'Sentinel-1 from {_range([x])}: not above zero in a data set of {unit} values. Say s1_units= or convert this tile '
+                       'apart.')
     db = S1_UNITS[unit](x.astype('float64'))
     if db.min() < -100 or db.max() > 60: raise GacError(f'Sentinel-1 from {_range([db])} dB: outside −100 to 60 dB.')
     return db.astype('float32')
@@ -1206,7 +1256,8 @@ def _clean_s2(x:np.ndarray, offset:int) -> np.ndarray:
 
 def _clean_extra(name:str, x:np.ndarray) -> np.ndarray:
     "One tile's DEM, land cover or NDVI, or what is wrong with it."
-    if x.dtype.kind == 'f' and not np.isfinite(x).all(): raise GacError(f'{name}: {int((~np.isfinite(x)).sum())} px are NaN or without data.')
+    if x.dtype.kind == 'f' and not np.isfinite(x).all():
+        raise GacError(f'{name}: {int((~np.isfinite(x)).sum())} px are NaN or without data.')
     low, high = dict(dem=(-500, 9000), lulc=(0, 9), ndvi=(-1.01, 1.01))[name]
     if x.min() < low or x.max() > high: raise GacError(f'{name} from {_range([x])}: outside {low} to {high}.')
     return x.astype(dict(dem='float32', lulc='uint8', ndvi='float32')[name])
@@ -1218,7 +1269,8 @@ def _offset_of(source:Source, units:Units, opt:Options) -> int:
     if units.settled: return units.offset
     floor = _floor(source.s2*(1e4 if units.s2 == 'reflectance' else 1))
     if (floor >= S2_OFFSET) != (units.offset == S2_OFFSET):
-        raise GacError(f'Sentinel-2 from {_range([source.s2])} has {"hardly a value" if floor >= S2_OFFSET else "values"} under {S2_OFFSET} DN in a data set that has {"some" if units.offset == 0 else "none"}: '
+        here, there = ('hardly a value', 'some') if floor >= S2_OFFSET else ('values', 'none')
+        raise GacError(f'Sentinel-2 from {_range([source.s2])} has {here} under {S2_OFFSET} DN in a data set that has {there}: '
                        f'a bright scene, or another offset. Say s2_offset={S2_OFFSET} or 0 for {source.name}.')
     return units.offset
 
@@ -1236,7 +1288,8 @@ def records_of(
     for k in arrays.keys() - {'s1', 's2', *source.extra}: raise GacError(f'{k} is missing, which the tiles before had.')
     if source.meta.get('split', 'test') not in SPLITS: raise GacError(f'split {source.meta["split"]!r}; it is one of {", ".join(SPLITS)}.')
     if not source.s1_named and np.isfinite(source.s1).any() and _median(source.s1[0]) <= _median(source.s1[1]):
-        raise GacError('Sentinel-1: the first band (VV) is darker than the second (VH), so they look swapped. Say s1_bands=VH,VV, or VV,VH to keep the order.')
+        raise GacError('Sentinel-1: the first band (VV) is darker than the second (VH), so they look swapped. '
+                       'Say s1_bands=VH,VV, or VV,VH to keep the order.')
     s2 = _pick(source.s2, source.s2_bands, tuple(arrays['s2'][2]['bands']))
     for r, c in windows(h, w, size):
         name = source.name if (h, w) == (size, size) else f'{source.name}_{r}_{c}'
@@ -1250,13 +1303,15 @@ def records_of(
                 meta['lon'], meta['lat'] = Transformer.from_crs(source.crs, 'EPSG:4326', always_xy=True).transform(*centre)
             meta['month'] = int(meta.get('month') or month_of(meta['date']))
             meta['biome'] = int(meta.get('biome') or biome_of(meta['lon'], meta['lat'], meta['country'], ecoregions))
-            if not 0 <= meta['month'] <= 12 or meta['biome'] not in study.BIOMES: raise GacError(f'month {meta["month"]} or biome {meta["biome"]} is out of range.')
+            if not 0 <= meta['month'] <= 12 or meta['biome'] not in study.BIOMES:
+                raise GacError(f'month {meta["month"]} or biome {meta["biome"]} is out of range.')
             scaled = cut(s2)*1e4 if units.s2 == 'reflectance' else cut(s2)
-            yield name, dict(meta, id=name, scene=source.name, crs=source.crs, transform=place, s1=_clean_s1(cut(source.s1), units.s1), s2=_clean_s2(scaled, offset),
-                             **{k: _clean_extra(k, cut(source.extra[k])) for k in arrays.keys() - {'s1', 's2'}})
+            clean = dict(s1=_clean_s1(cut(source.s1), units.s1), s2=_clean_s2(scaled, offset),
+                         **{k: _clean_extra(k, cut(source.extra[k])) for k in arrays.keys() - {'s1', 's2'}})
+            yield name, dict(meta, id=name, scene=source.name, crs=source.crs, transform=place, **clean)
         except ValueError as e: yield name, GacError(str(e))
 
-# %% ../nbs/02_tiles.ipynb #8f4ee429
+# %% ../nbs/02_tiles.ipynb #52d5167b
 def convert(
     src:str|Path, # folder or file of real tiles
     dst:str|Path, # folder of the store
@@ -1273,7 +1328,7 @@ def convert(
     if layout not in READERS: raise GacError(f'{src}: layout {layout!r} cannot be converted; known are {", ".join(READERS)}.')
     jobs = READERS[layout](src, opt)
     store, units, report, ecoregions = None, None, [], read_ecoregions(opt.ecoregions) if opt.ecoregions else None
-    made = dict(source=src.name, place=_place(src), layout=layout, options={k: list(v) if isinstance(v, tuple) else v for k, v in asdict(opt).items()}, size=opt.size)
+    made = dict(source=src.name, place=_place(src), layout=layout, options=_as_json(opt), size=opt.size)
     (dst/'report.csv').unlink(missing_ok=True)
     if (dst/'table.parquet').exists():
         store = _resume(dst, made)
@@ -1284,14 +1339,16 @@ def convert(
             units = find_units(samples, opt, str(src))
             every = min((set(s.s2_bands) for s in samples), key=len)
             s2_bands = next((b for b in (S2_BANDS, OPT_BANDS) if set(b) <= every), None)
-            if s2_bands is None: raise GacError(f'{src}: Sentinel-2 bands {", ".join(sorted(every))}; the study needs at least {", ".join(OPT_BANDS)}.')
+            if s2_bands is None:
+                raise GacError(f'{src}: Sentinel-2 bands {", ".join(sorted(every))}; the study needs at least {", ".join(OPT_BANDS)}.')
             extra = tuple(k for k in ('dem', 'lulc', 'ndvi') if all(k in s.extra for s in samples))
             product = samples[0].product or opt.s1_product or 'S1GRD'
             store = Store.create(dst, tile_arrays(opt.size, s2_bands, extra), dict(made, units=asdict(units), s1_product=product))
     if store is None:
         reasons = [f'{j.name}: {j.excluded}' if j.excluded else f'{j.name}: {_why(j)}' for j in jobs[:3]]
         raise GacError(f'{src}: no tile of {len(jobs)} can be read. The first: ' + '; '.join(reasons or ['there is none']) + '.')
-    print(f'{src.name}: layout {layout}; Sentinel-1 in {units.s1}; Sentinel-2 as {units.s2}, offset {units.offset} DN{"" if units.settled else " (found by the rules)"}', flush=True)
+    found = '' if units.settled else ' (found by the rules)'
+    print(f'{src.name}: layout {layout}; Sentinel-1 in {units.s1}; Sentinel-2 as {units.s2}, offset {units.offset} DN{found}', flush=True)
     arrays = {n: (z.shape[1:], z.dtype, dict(z.attrs)) for n, z in store.arrays.items() if n in store.attrs['tiles']}
     held, done, waiting = set(store.table['id']), set(store.table['scene']), []
     report = [(i, s, 'ok', '') for i, s in zip(store.table['id'], store.table['source'])]
@@ -1322,6 +1379,10 @@ def convert(
     print(f'{src.name}: ' + ', '.join(f'{n} {s}' for s, n in report['status'].value_counts().items()), flush=True)
     return report
 
+def _as_json(opt:Options) -> dict:
+    "Options as a store keeps them."
+    return json.loads(json.dumps(asdict(opt)))
+
 def _place(src:Path) -> str:
     "A mark of where data lie, which does not spell the path out."
     return hashlib.sha256(str(Path(src).resolve()).encode()).hexdigest()[:12]
@@ -1331,7 +1392,8 @@ def _loaded(job:Job) -> Source:
     check_id(job.name)
     try: return job.load()
     except GacError: raise
-    except (OSError, ValueError, KeyError, IndexError, TypeError, MemoryError) as e: raise GacError(f'{job.file}: cannot be read ({type(e).__name__}: {e}).')
+    except (OSError, ValueError, KeyError, IndexError, TypeError, MemoryError) as e:
+        raise GacError(f'{job.file}: cannot be read ({type(e).__name__}: {e}).')
 
 def _why(job:Job) -> str:
     "What is wrong with a source."
@@ -1349,7 +1411,7 @@ def _samples(jobs:list, n:int=16) -> list:
         except GacError: continue
     return found
 
-# %% ../nbs/02_tiles.ipynb #28d8099f
+# %% ../nbs/02_tiles.ipynb #6c9d2d23
 def real_store(
     run:study.Run, # of this notebook
     data:str='', # folder or file of real tiles, relative to the repository; empty: that of the run
@@ -1361,7 +1423,6 @@ def real_store(
     if recognise(src) == 'store': return Store(src)
     if (dst/'table.parquet').exists():
         have = Store(dst).attrs
-        want = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(Options(**options)).items()}
-        if (have.get('place'), have.get('options')) != (_place(src), want): shutil.rmtree(dst)
+        if (have.get('place'), have.get('options')) != (_place(src), _as_json(Options(**options))): shutil.rmtree(dst)
     if not (dst/'report.csv').exists(): convert(src, dst, **options)
     return Store(dst)

@@ -8,7 +8,7 @@ __all__ = ['FREE_TO_CHANGE', 'Settings', 'cosine_warmup', 'Order', 'seeded', 'Se
            'save_checkpoint', 'load_checkpoint', 'trained_state', 'load_trained', 'Task', 'StepSeed', 'Finish',
            'Rounds', 'Curve', 'AtomicIO', 'trainer', 'Fit', 'fit', 'export_best']
 
-# %% ../nbs/05_training.ipynb #6d02de6b
+# %% ../nbs/05_training.ipynb #7ffe61f8
 import json, logging, math, os, random, re, time, warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 
 logging.getLogger('bitsandbytes').setLevel(logging.ERROR)  # it reports optional kernels it could not find
 
-# %% ../nbs/05_training.ipynb #f93d52c4
+# %% ../nbs/05_training.ipynb #4f29a13f
 @dataclass(frozen=True)
 class Settings:
     "How a model is trained; steps are optimizer steps throughout."
@@ -87,7 +87,7 @@ class Settings:
         if tiles < 1: raise GacError('No training tiles.')
         return self.max_steps or math.ceil(self.epochs*tiles/(self.batch_size*self.grad_accum_steps*self.world))
 
-# %% ../nbs/05_training.ipynb #0a680972
+# %% ../nbs/05_training.ipynb #7c9fd2c5
 def cosine_warmup(
     optimizer:torch.optim.Optimizer,
     total_steps:int, # optimizer steps of the whole training
@@ -100,7 +100,7 @@ def cosine_warmup(
         return .5*(1 + math.cos(math.pi*min(1, (step - rise)/max(1, total_steps - rise))))
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
-# %% ../nbs/05_training.ipynb #7179acc6
+# %% ../nbs/05_training.ipynb #a4abfb5e
 def _rank() -> tuple[int, int]:
     "This process among all of a distributed run."
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -133,7 +133,7 @@ class Order(Sampler):
             if position//self.n != number: number, order = position//self.n, self.permutation(position//self.n)
             yield int(order[position % self.n]), position
 
-# %% ../nbs/05_training.ipynb #f70e1018
+# %% ../nbs/05_training.ipynb #aaca3464
 @contextmanager
 def seeded(*seed:int):
     "Python, NumPy and Torch under this seed inside the block, as they were before after it."
@@ -176,7 +176,7 @@ def loader(
                       persistent_workers=workers > 0, collate_fn=collate or default_collate, pin_memory=torch.cuda.is_available(),
                       generator=torch.Generator().manual_seed(seed))  # the loader's own draw leaves Torch's generator alone
 
-# %% ../nbs/05_training.ipynb #4c11e7dc
+# %% ../nbs/05_training.ipynb #7590b2e5
 def _linears(model:nn.Module) -> dict[str, nn.Linear]:
     "The linear layers of a model by name."
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -223,7 +223,7 @@ def unfreeze(
     for p in hit: p.requires_grad_(True)
     return sum(p.numel() for p in hit)
 
-# %% ../nbs/05_training.ipynb #42bb1db4
+# %% ../nbs/05_training.ipynb #db8ab165
 _PEFT_PREFIX = 'base_model.model.'  # how peft names the wrapped model
 
 def save_adapters(
@@ -267,7 +267,7 @@ def merge_lora(model:nn.Module) -> nn.Module:
     if hasattr(model, 'peft_config'): del model.peft_config
     return model
 
-# %% ../nbs/05_training.ipynb #4546e02d
+# %% ../nbs/05_training.ipynb #1494b07d
 def _account(
     state:Mapping, # name → tensor, as read
     expected:Mapping, # name → tensor, as the model wants them
@@ -291,7 +291,7 @@ def read_safetensors(
     except (SafetensorError, OSError) as e:
         raise GacError(f'{path} is no readable safetensors file ({e}): it may be truncated. Copy or write it again.') from e
 
-# %% ../nbs/05_training.ipynb #e1b32ab8
+# %% ../nbs/05_training.ipynb #d74e21f0
 def _int8_class() -> type:
     "bitsandbytes' 8-bit layer, made safe to move; imported when needed, because the import takes seconds."
     if 'made' in _int8_class.__dict__: return _int8_class.made
@@ -328,7 +328,7 @@ def to_int8(
     model.is_loaded_in_8bit = is_int8(model)
     return model
 
-# %% ../nbs/05_training.ipynb #1ba61fd6
+# %% ../nbs/05_training.ipynb #4e7cc6fc
 def weigh(
     model:nn.Module,
 ) -> dict: # params, trainable, share in %, mb of weights and buffers
@@ -340,7 +340,7 @@ def weigh(
     held = sum(t.numel()*t.element_size() for t in [*params, *model.buffers(), *scales])
     return {'params': total, 'trainable': trainable, 'share_%': 100*trainable/max(1, total), 'mb': held/1e6}
 
-# %% ../nbs/05_training.ipynb #496b4123
+# %% ../nbs/05_training.ipynb #eae85a72
 def save_checkpoint(
     path:str|Path, # a .safetensors file
     state:Mapping, # name → tensor
@@ -395,7 +395,7 @@ def load_trained(
     model.load_state_dict(state, strict=False)
     return model
 
-# %% ../nbs/05_training.ipynb #7a3b6ecb
+# %% ../nbs/05_training.ipynb #ee968dc2
 class Task(LightningModule):
     "A model, and how a batch becomes a loss."
     def __init__(self,
@@ -435,7 +435,7 @@ class Task(LightningModule):
     def on_load_checkpoint(self, checkpoint:dict) -> None:
         _account(checkpoint['state_dict'], trained_state(self), 'The checkpoint', optional=[n for n, _ in self.named_parameters()])
 
-# %% ../nbs/05_training.ipynb #7dfd646e
+# %% ../nbs/05_training.ipynb #40740fd9
 class StepSeed(Callback):
     "Every batch draws its random numbers from its own seed."
     def __init__(self, seed:int): self.seed = seed
@@ -515,7 +515,7 @@ class Curve(Callback):
         left = study._clock((self.total - row['step'])/rate)
         print(f"{self.name}: step {row['step']} of {self.total}  {values}  ({rate:.2g} steps/s, {left} left)", flush=True)
 
-# %% ../nbs/05_training.ipynb #9488852c
+# %% ../nbs/05_training.ipynb #31c33a81
 class AtomicIO(TorchCheckpointIO):
     "Checkpoints that are there wholly or not at all."
     def save_checkpoint(self, checkpoint, path, storage_options=None):
@@ -551,7 +551,7 @@ def trainer(
                    logger=CSVLogger(str(out_dir), name='', version='curve'), default_root_dir=str(out_dir), use_distributed_sampler=False,
                    num_sanity_val_steps=0, limit_val_batches=None if validate else 0, enable_progress_bar=False, enable_model_summary=False)
 
-# %% ../nbs/05_training.ipynb #52f0db8c
+# %% ../nbs/05_training.ipynb #704eb32a
 @dataclass
 class Fit:
     "What came out of a training."
@@ -590,7 +590,9 @@ def fit(
     total = s.steps(len(train))
     last, start, checkpoint = out_dir/'last.ckpt', 0, None
     task = Task(model, step, s, total)
-    if resume and last.exists():
+    if not resume:
+        for stale in (last, out_dir/'best.ckpt'): stale.unlink(missing_ok=True)
+    if last.exists():
         checkpoint = read_torch(last)
         _check_resume(last, checkpoint, s, total)
         start = checkpoint['global_step']

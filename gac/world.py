@@ -26,7 +26,7 @@ import numpy as np
 from scipy import fft
 from scipy.ndimage import gaussian_filter, uniform_filter
 
-from .study import BIOMES, GacError, LULC_CLASSES, OPT_INDEX, S1_BANDS, S2_BANDS, real_data, root
+from .study import GacError, S1_BANDS, S2_BANDS, root
 
 # %% ../nbs/01_world.ipynb #9de4259d
 STUDY_SEEDS = range(0, 10**7)  # the study's tiles: training, validation, test

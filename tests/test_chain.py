@@ -74,6 +74,11 @@ def test_chain_runs_again_what_it_must(chain):
     assert {p.name for p in (chain/'report/tables').iterdir()} == {'lines.csv', 'lines.md', 'lines.tex'}
     assert plan() == ['unchanged', 'to run', 'to run']
 
+def test_dead_kernel_is_told(chain, make_notebook):
+    make_notebook(chain/'00_first.ipynb', 'n: int = 2  # rows', "import os\nos._exit(1)")
+    with pytest.raises(study.GacError, match='(?s)00_first failed with its kernel.*00_first.failed.ipynb'): go(chain)
+    assert (chain/'report/notebooks/00_first.failed.ipynb').exists()
+
 @pytest.mark.parametrize('profile, kw, message', [
     ('mini!', {}, 'No profile'), ('bad_name', {}, 'Did you mean k?'), ('bad_type', {}, 'bad_type.yaml, 00_first: n is .many.'),
     ('bad_range', {}, 'expected 1 to 9'), ('bad_stage', {}, 'Did you mean 02_third?'), ('toy', dict(sets={'n': 12}), 'expected 1 to 9'),

@@ -20,6 +20,7 @@ def unbroken(tmp_path_factory) -> dict:
     "What a writer leaves that nobody stops."
     path = tmp_path_factory.mktemp('unbroken')/'store'
     writer.work(path)
+    assert not list((path/'journal').glob('*.*'))  # nothing is left to fold
     return writer.tree(path)
 
 @pytest.fixture(autouse=True)
@@ -156,6 +157,7 @@ def test_values_come_back_from_shards_and_journal_alike(tmp_path):
     store.close()  # which folds it away
     np.testing.assert_array_equal(reader.read('s1', [-1])[0], writer.record(91)['s1'])
     assert store.pending('opt_v1').tolist() == [writer.N, writer.N + 1] and not store.complete('opt_v1')
+    with pytest.raises(GacError, match='opt_v1 is not written for 2 of the 3 tiles'): store.read('opt_v1', [0, writer.N, -1])
 
 def test_damage_is_named(tmp_path):
     path = tmp_path/'s'
@@ -235,10 +237,10 @@ def test_geotiff_cut_with_its_georeference(tmp_path):
     report = convert(tmp_path/'tif', tmp_path/'out')
     assert report['id'].tolist()[:4] == ['a0_0_0', 'a0_0_104', 'a0_104_0', 'a0_104_104'] and (report['status'] == 'ok').all()
     store = Store(tmp_path/'out')
-    np.testing.assert_array_equal(store.read('s2', [7])[0], layouts.optical(1, 224)[:, 104:, 104:])
-    assert list(store.table['transform'].iloc[7]) == [10, 0, 6e5 + 2240 + 1040, 0, -10, 5.8e6 - 1040]
-    row = store.table.iloc[7]
-    lon, lat = rasterio.warp.transform('EPSG:32629', 'EPSG:4326', [6e5 + 2240 + 1040 + 600], [5.8e6 - 1040 - 600])
+    np.testing.assert_array_equal(store.read('s2', [6])[0], layouts.optical(1, 224)[:, 104:, :120])
+    row = store.table.iloc[6]
+    assert list(row['transform']) == [10, 0, 6e5 + 2240, 0, -10, 5.8e6 - 1040]
+    lon, lat = rasterio.warp.transform('EPSG:32629', 'EPSG:4326', [6e5 + 2240 + 600], [5.8e6 - 1040 - 600])
     assert abs(row['lon'] - lon[0]) < 1e-6 and abs(row['lat'] - lat[0]) < 1e-6
     assert row['month'] == 8 and row['scene'] == 'a1' and row['split'] == 'test'  # the optical image's month
     assert store.read('dem', [7])[0, 0, 0] == 51
@@ -290,7 +292,8 @@ def test_a_stopped_conversion_goes_on_with_the_same_bytes(tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt): convert(tmp_path/'tif', tmp_path/'part', batch=2)
     assert len(Store(tmp_path/'part')) == 4 and not (tmp_path/'part'/'report.csv').exists()
     stops.armed = False
-    convert(tmp_path/'tif', tmp_path/'part', batch=2)
+    report = convert(tmp_path/'tif', tmp_path/'part', batch=2)
+    assert (report['status'] == 'ok').all() and sorted(report['id']) == [f'a{i}' for i in range(5)]
     a, b = (writer.tree(tmp_path/n) for n in ('whole', 'part'))
     a.pop('report.csv'), b.pop('report.csv')
     assert a == b
@@ -301,7 +304,7 @@ def test_a_run_keeps_its_real_store_until_data_or_options_change(tmp_path, monke
     capsys.readouterr()
     assert len(tiles.real_store(run)) == 3 and capsys.readouterr().out == ''
     assert tiles.real_store(run, size=96).arrays['s1'].shape[0] == 12
-    assert len(tiles.real_store(run, str(layouts.npz(tmp_path/'other'/'npz', 2)))) == 2
+    assert len(tiles.real_store(run, str(layouts.npz(tmp_path/'other'/'npz', 2)), size=96)) == 8
     run.data = ''
     assert tiles.real_store(run) is None
 
@@ -383,6 +386,7 @@ def test_npz_traps(tmp_path, trap):
     src = layouts.npz(tmp_path/'npz', change=lambda i: change if i == 1 else {})
     report = convert(src, tmp_path/'out')
     assert len(errors(report)) == 1 and reason in report.loc[report['status'] == 'error', 'reason'].iloc[0] and len(Store(tmp_path/'out')) == 2
+    assert errors(convert(src, tmp_path/'out')) == errors(report)  # the second time too
 
 def test_a_pickle_in_disguise_is_never_loaded(tmp_path):
     class Evil:

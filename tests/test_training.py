@@ -96,6 +96,27 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, int8):
     assert not any('base_layer' in k for k in a)  # frozen weights stay out of the checkpoint
 
 
+def test_mixed_precision_trains_adapters_on_8_bit_weights(tmp_path):
+    result = fit(vit(int8=True), step, Tiles(10), Tiles(6), replace(SETTINGS, precision='bf16-mixed'), tmp_path, every=0)
+    assert result.curve.train_loss.iloc[-3:].mean() < result.curve.train_loss.iloc[:3].mean()
+
+
+def test_beginning_anew_forgets_the_old(tmp_path):
+    fit(vit(), step, Tiles(10), Tiles(6), SETTINGS, tmp_path, every=0)
+    with pytest.raises(ZeroDivisionError): fit(vit(), lambda m, b: 1/0, Tiles(10), Tiles(6), SETTINGS, tmp_path, resume=False, every=0)
+    assert not (tmp_path/'last.ckpt').exists() and not (tmp_path/'best.ckpt').exists()
+
+
+def test_rounds_follow_one_sequence(tmp_path):
+    class Recorded(Tiles):
+        def __getitem__(self, i):
+            seen.append(i)
+            return super().__getitem__(i)
+    seen = []
+    fit(vit(), step, Recorded(10), None, SETTINGS, tmp_path, every=0)
+    assert seen == [i for i, _ in Order(10, per_round=11*2*2)]  # four full passes and a piece, over four rounds
+
+
 def test_early_stopping_is_final(tmp_path):
     settings = replace(SETTINGS, lr=0., max_steps=60, early_stopping_patience=2)  # nothing moves, so nothing improves
     result = fit(vit(), step, Tiles(10), Tiles(6), settings, tmp_path, every=0)

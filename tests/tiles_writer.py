@@ -30,9 +30,9 @@ def work(path, ranks:int=1) -> Store:
     return store
 
 def tree(path) -> dict:
-    "What a finished store holds, byte by byte: all but its journal."
+    "What a store holds, byte by byte."
     path = Path(path)
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob('*')) if p.is_file() and p.parent.name != 'journal'}
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob('*')) if p.is_file() and p.name != 'guard'}
 
 if __name__ == '__main__':
     print('ready', flush=True)

@@ -1,0 +1,110 @@
+"The command line: help of every command, quick and complete; refusals in one line; the whole way from tiles to opt_v1."
+import configparser, os, re, resource, subprocess, sys
+
+import pytest
+from gac import cli, study, tiles
+
+import tiles_layouts
+
+GAC = [sys.executable, '-c', 'import sys; from gac.cli import main; sys.exit(main())']
+
+def call(capsys, *words) -> tuple: # exit code, stdout, stderr
+    "Run a command in this process."
+    try: code = cli.main([str(w) for w in words])
+    except SystemExit as e: code = e.code
+    return code, *capsys.readouterr()
+
+@pytest.mark.parametrize('name', ['', *cli.COMMANDS, *cli.GROUPS])
+def test_help(name, capsys):
+    code, out, err = call(capsys, *name.split(), '--help')
+    assert (code, err) == (0, '') and out.startswith(f'usage: gac {name}'.strip())
+
+def test_the_top_lists_every_command(capsys):
+    out = call(capsys, '--help')[1]
+    for name in cli.COMMANDS: assert re.search(rf'^\s+{name.split()[0]}\s+\S', out, re.M), name
+
+def test_every_option_says_what_it_is():
+    for name, (f, options) in cli.COMMANDS.items():
+        for names, kwargs in options: assert len(kwargs.get('help', '')) > 5, (name, names)
+
+def test_stage1_options_are_those_of_the_documents(capsys):
+    out = call(capsys, 'precompute', '--help')[1]
+    for option in ('data-dir', 'output-dir', 'batch-size', 'timesteps', 'max-tiles', 'tokens', 'clamp', 'seed', 'rank', 'world-size', 'weights', 'name'):
+        assert f'--{option}' in out, option
+    assert 'diffusion steps (default: 10)' in ' '.join(out.split())
+
+def test_help_loads_no_model_library():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    code = "import sys; from gac.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint([m for m in ('numpy', 'torch', 'terratorch', 'pandas') if m in sys.modules])"
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert out.splitlines()[-1] == '[]'
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1  # seconds of processor
+
+def test_the_package_installs_the_command():
+    ini = configparser.ConfigParser()
+    ini.read(study.root()/'settings.ini')
+    assert ini['DEFAULT']['console_scripts'] == 'gac=gac.cli:main'
+
+def test_a_mistake_is_one_line_without_traceback():
+    done = subprocess.run([*GAC, 'data', 'info', 'no/such/folder'], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ''
+    assert done.stderr.count('\n') == 1 and done.stderr.startswith('gac: ') and 'Traceback' not in done.stderr
+
+@pytest.mark.parametrize('words, said', [
+    (('run', '--profil', 'mini'), 'unrecognized arguments'), (('precompute',), 'required: --data-dir'), (('fly',), 'invalid choice'),
+    (('precompute', '--data-dir', 'x', '--tokens', 'best'), 'invalid choice'), (('precompute', '--data-dir', 'x', '--batch-size', 'many'), 'invalid int'),
+    (('data',), 'required: command'), ((), 'required: command'),
+    (('precompute', '--data-dir', 'no/such'), 'does not exist'), (('run', '--profile', 'huge'), 'huge'), (('run', '--set', 'x'), 'KEY=VALUE'),
+    (('run', '--profile', 'smoke', '--set', 'lerning_rate=1', '--dry-run'), 'lerning_rate'), (('info', 'terramind_v9'), 'terramind_v9'),
+    (('pretrain', '--params', 'toaster'), 'toaster'), (('data', 'convert', 'no/such', 'x'), 'no/such'), (('data', 'examples', 'mars'), 'mars')])
+def test_refusals(words, said, capsys):
+    code, out, err = call(capsys, *words)
+    assert code == 2 and said in err and 'Traceback' not in err
+
+def test_several_lines_of_an_error_become_one(capsys, monkeypatch):
+    def broken(*args, **kwargs): raise study.GacError('first\n  second')
+    monkeypatch.setattr(study, 'verify', broken)
+    assert call(capsys, 'verify') == (2, '', 'gac: first second\n')
+
+def test_interruption(capsys, monkeypatch):
+    def stopped(*args, **kwargs): raise KeyboardInterrupt
+    monkeypatch.setattr(study, 'run_chain', stopped)
+    code, _, err = call(capsys, 'run')
+    assert code == 130 and 'goes on' in err
+
+def test_run_hands_everything_over(capsys, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(study, 'run_chain', lambda profile, **kw: seen.update(kw, profile=profile))
+    code, *_ = call(capsys, 'run', '--profile', 'paper', '--data', 'd', '--reports', 'r', '--from', '07', '--only', '10', '--set', 'seed=3',
+                    '--set', '07_stage1.steps=[1, 4]', '--force', '--dry-run')
+    assert code == 0
+    assert seen == dict(profile='paper', data='d', reports='r', start='07', only='10', sets={'seed': 3, '07_stage1.steps': [1, 4]}, force=True, dry_run=True)
+
+def test_version(capsys):
+    code, out, _ = call(capsys, 'version')
+    assert code == 0 and re.match(r'gac \d+\.\d+\.\d+, torch ', out)
+
+def test_info(capsys):
+    code, out, _ = call(capsys, 'info')
+    assert code == 0 and 'terramind_v1_large_generate' in out and 'prithvi_mini' in out
+    code, out, _ = call(capsys, 'info', 'terramind_mini_generate', '--modalities', 'S1GRD,DEM')
+    assert code == 0 and 'terramind_mini_tokenizer_s2l2a.safetensors' in out and 'int8' in out
+
+def test_world_and_data_info(tmp_path, capsys):
+    words = ('world', '--output-dir', tmp_path/'tiles', '--train', 2, '--val', 1, '--test', 1, '--tile-size', 48, '--seed', 3)
+    assert call(capsys, *words)[0] == 0
+    store = tiles.Store(tmp_path/'tiles')
+    assert list(store.table.split) == ['train', 'train', 'val', 'test'] and store.table.id[0] == 'world-3000000'
+    code, out, _ = call(capsys, 'data', 'info', tmp_path/'tiles')
+    assert code == 0 and 's1_product: S1GRD' in out and 's2: 4 of 4 tiles' in out
+    assert call(capsys, *words[:-1], 4)[0] == 2  # another seed does not go into the same store
+
+def test_convert_reports_and_options_reach_the_reader(tmp_path, capsys):
+    tiles_layouts.npz(tmp_path/'real', n=3)
+    code, out, _ = call(capsys, 'data', 'convert', tmp_path/'real', tmp_path/'store', '--split', 'val', '--s1-units', 'dB', '--s2-offset', '0')
+    store = tiles.Store(tmp_path/'store')
+    assert code == 0 and set(store.table.split) == {'val'} and store.attrs['options']['s2_offset'] == 0
+    tiles_layouts.npz(tmp_path/'bad', n=3, change=lambda i: dict(s1=tiles_layouts.radar(i)*float('nan')) if i == 1 else {})
+    assert call(capsys, 'data', 'convert', tmp_path/'bad', tmp_path/'some')[0] == 1  # one tile left out: done in part
+    assert call(capsys, 'data', 'convert', tmp_path/'bad', tmp_path/'none', '--strict')[0] == 2
