@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['STAGES', 'FILES', 'HELD_OUT', 'N', 'RECIPES', 'LOSS_WEIGHTS', 'Plan', 'Scenes', 'standardise', 'inputs_of',
            'band_weights', 'diffusion_times', 'spread', 'quantised', 'divae_loss', 'vqvae_loss', 'prithvi_loss',
-           'masked_input', 'core_batch', 'tokenise', 'core_loss', 'rate', 'look_alike', 'build_stage', 'stage_loss',
-           'save_state', 'pretrain', 'export_weights', 'load_stage', 'load_plans', 'pretrain_all', 'held_out',
-           'optical', 'pixel_features', 'pixel_regression', 'token_accuracy', 'patch_majority', 'probe',
+           'masked_input', 'core_batch', 'tokenise', 'core_loss', 'rate', 'look_alike', 'order_codes', 'build_stage',
+           'stage_loss', 'save_state', 'pretrain', 'export_weights', 'load_stage', 'load_plans', 'pretrain_all',
+           'held_out', 'optical', 'pixel_features', 'pixel_regression', 'token_accuracy', 'patch_majority', 'probe',
            'probe_encoder', 'judge']
 
-# %% ../nbs/pretrain_mini.ipynb #2391b5dc
+# %% ../nbs/pretrain_mini.ipynb #5a9bf223
 import json, os, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from . import study, world, metrics
 from . import foundations
 from .foundations import KEYS, LEVELS, MINI_STATS, OUTPUTS, PATCH, PRITHVI_BANDS, SIZE, mini_core, mini_prithvi, mini_tokenizer
 
-# %% ../nbs/pretrain_mini.ipynb #6c441878
+# %% ../nbs/pretrain_mini.ipynb #c1351aa9
 @dataclass
 class Plan:
     "One stage of the pretraining."
@@ -46,7 +46,7 @@ FILES = dict(s2l2a='terramind_mini_tokenizer_s2l2a', lulc='terramind_mini_tokeni
              core='terramind_mini', prithvi='prithvi_mini')
 HELD_OUT = 9*world.PRETRAIN_BASE  # seeds from here on are never drawn in training
 
-# %% ../nbs/pretrain_mini.ipynb #5e9d5bb5
+# %% ../nbs/pretrain_mini.ipynb #a8609852
 class Scenes(IterableDataset):
     "Batches of procedural scenes, numbered by optimiser step."
     def __init__(self, first_seed:int, # seed of the first scene of step 0
@@ -81,7 +81,7 @@ def inputs_of(scene:dict, # batch of scenes from world.stream
             'temporal': torch.stack([torch.full((len(scene['month']),), 2018.), (torch.as_tensor(np.asarray(scene['month'])).float()-.5)*30.4], -1)[:, None],
             'location': torch.stack([torch.as_tensor(np.asarray(scene[k])).float() for k in ('lat', 'lon')], -1)}
 
-# %% ../nbs/pretrain_mini.ipynb #9065dbd2
+# %% ../nbs/pretrain_mini.ipynb #5606d37b
 def band_weights():
     "Weight of each of the 12 bands in the tokenizer's loss, mean 1."
     var = torch.tensor(MINI_STATS['tok_sen2l2a@224'][1])**2
@@ -124,7 +124,7 @@ def prithvi_loss(mae, d): # PrithviMAE; batch of inputs_of
     coords = (d['temporal'], d['location']) if torch.rand(()) < .5 else (None, None)
     return mae(d['prithvi'], *coords)[0]['loss']
 
-# %% ../nbs/pretrain_mini.ipynb #954a9e53
+# %% ../nbs/pretrain_mini.ipynb #949cd18a
 N = (SIZE//PATCH)**2  # tokens of one modality
 RECIPES = (  # probability, shown tokens per input, asked tokens per output
     (.50, {'untok_sen1grd@224': N}, (160, 40, 20)),
@@ -173,7 +173,7 @@ def core_loss(core, tokenizers, d): # TerraMind; tokenizers by name; batch of in
     _, losses = core(mod_dict, n_in, n_out)
     return sum(LOSS_WEIGHTS[k]*v.mean() for k, v in losses.items()), {k: v.item() for k, v in losses.items()}
 
-# %% ../nbs/pretrain_mini.ipynb #728e34ec
+# %% ../nbs/pretrain_mini.ipynb #aedcceac
 def rate(step:int, p:Plan) -> float:
     "Learning rate relative to its peak: rise, plateau, fall."
     fall = p.steps*p.decay
@@ -194,9 +194,25 @@ def look_alike(core, # TerraMind
         block.cross_attn.q.weight.copy_(turn); block.cross_attn.kv.weight[:dim].copy_(turn)
     return core
 
+@torch.no_grad()
+def order_codes(core, # TerraMind
+                scale:float=.5): # length of a class vector
+    """Start the output layer with the quantiser's geometry: the score of a code is a sum over its dimensions, near levels have near vectors.
+    A softmax over a thousand unordered classes learns each on its own; this one learns 24 levels at once."""
+    for mod, key in KEYS.items():
+        layer, levels = core.decoder_embeddings[key].to_logits, [int(l) for l in LEVELS[mod].split('-')]
+        basis = torch.linalg.qr(torch.randn(layer.in_features, sum(levels)))[0].T.split(levels)
+        index, weight = torch.arange(layer.out_features), 0
+        for n, b in zip(levels, basis):
+            near = torch.exp(-.5*(torch.arange(n)[:, None]-torch.arange(n))**2)
+            vectors = near/near.norm(dim=1, keepdim=True) @ b
+            weight, index = weight+vectors[index % n], index//n
+        layer.weight.copy_(scale*weight+.01*torch.randn_like(weight))
+    return core
+
 def build_stage(stage:str): # one of STAGES
     "The untrained model of a stage."
-    if stage in ('core', 'prithvi'): return look_alike(mini_core()) if stage == 'core' else mini_prithvi()
+    if stage in ('core', 'prithvi'): return order_codes(look_alike(mini_core())) if stage == 'core' else mini_prithvi()
     tok = mini_tokenizer(stage)
     with torch.no_grad(): tok.quant_proj.weight.mul_(.3)  # start in the middle of the quantiser, where its gradient lives
     return tok
@@ -240,13 +256,14 @@ def pretrain(p:Plan, # what to learn
             speed = (step-first)*p.batch/(time.time()-began)
             print(f'{p.stage} {step}/{p.steps} '+' '.join(f'{k.split("@")[0]} {v:.4f}' for k, v in sorted(log[-1].items()) if k != 'step')+f' {speed:.1f} scenes/s, {(p.steps-step)*p.batch/speed/60:.0f} min left', flush=True)
         if step % p.save_every == 0 or step in (p.steps, p.stop):
-            save_state(path, model=model.state_dict(), optimizer=opt.state_dict(), step=step, log=log, seconds=seconds+time.time()-began, plan=asdict(p))
+            save_state(path, model=model.state_dict(), optimizer=opt.state_dict(), step=step, log=log, seconds=seconds+time.time()-began, plan=asdict(p), device=device)
     return model.eval(), log
 
-# %% ../nbs/pretrain_mini.ipynb #977c9045
+# %% ../nbs/pretrain_mini.ipynb #e7803176
 def export_weights(out:Path, # folder of checkpoints
                    stage:str, # one of STAGES
-                   dest:Path|None=None): # data/weights/mini
+                   dest:Path|None=None, # data/weights/mini
+                   history:str=''): # what the plan does not say: prolongations, changes on the way
     "Write a stage's weights (safetensors, float16) and its card; returns the card."
     dest = Path(dest or study.root()/'data/weights/mini')
     state = torch.load(Path(out)/f'{stage}.ckpt', weights_only=True, map_location='cpu')
@@ -254,7 +271,7 @@ def export_weights(out:Path, # folder of checkpoints
     card = dict(name=FILES[stage], stage=stage, parameters=sum(v.numel() for v in state['model'].values()), dtype='float16', levels=LEVELS.get(stage),
                 plan=plan, steps_done=state['step'], scenes_seen=state['step']*plan['batch'],
                 seeds=[plan['first_seed'], plan['first_seed']+state['step']*plan['batch']-1], hours=round(state['seconds']/3600, 2),
-                device=state.get('device', 'cpu'), torch=torch.__version__, log=[{k: round(v, 4) for k, v in r.items()} for r in log])
+                device=str(state.get('device', 'cpu')), torch=torch.__version__, history=history, log=[{k: round(v, 4) for k, v in r.items()} for r in log])
     foundations.save_weights(dest/f'{FILES[stage]}.safetensors', state['model'], card)
     return card
 
@@ -282,7 +299,7 @@ def pretrain_all(plans:list[Plan], out:Path, device:str='cpu', threads:int=1, on
         cards.append(export_weights(out, p.stage, dest))
     return cards
 
-# %% ../nbs/pretrain_mini.ipynb #e739d02c
+# %% ../nbs/pretrain_mini.ipynb #42c66250
 def held_out(n:int, # scenes
              offset:int=0) -> dict: # first scene after HELD_OUT
     "A batch of scenes no stage has seen."

@@ -6,9 +6,9 @@
 __all__ = ['SPEC', 'COLUMNS', 'build_terramind_generator', 'tm_sar2opt', 'Decoding', 'tile_number', 'draw', 'batches', 'unusable',
            'read_radar', 'disk_forecast', 'settings', 'precompute', 'drop_other', 'companion', 'open_tiles',
            'read_tiles', 'drawn', 'stored', 'measure', 'summarise', 's1_composite', 'white_of', 'picture',
-           'decoding_grid', 'chosen', 'images_of']
+           'decoding_grid', 'chosen', 'shelf', 'images_of']
 
-# %% ../nbs/07_stage1.ipynb #1594a951
+# %% ../nbs/07_stage1.ipynb #0687ddef
 import hashlib, json, shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from . import study, tiles, metrics, foundations
 from .study import GacError
 
-# %% ../nbs/07_stage1.ipynb #c1971b8b
+# %% ../nbs/07_stage1.ipynb #d5826755
 def build_terramind_generator(
     input_modalities=('S1GRD',), # what the generator sees: S1GRD or S1RTC
     output_modalities=('S2L2A',), # what it draws
@@ -32,7 +32,7 @@ def build_terramind_generator(
     "The pretrained generator that Stage 1 runs and Stage 3 grounds."
     return foundations.build_generator(name, input_modalities, output_modalities, timesteps, pretrained, weights)
 
-# %% ../nbs/07_stage1.ipynb #8796640d
+# %% ../nbs/07_stage1.ipynb #38c121d4
 @torch.no_grad()
 def tm_sar2opt(
     model, # from build_terramind_generator
@@ -43,7 +43,7 @@ def tm_sar2opt(
     "Draw the optical image of each radar tile."
     return model.generate(torch.as_tensor(np.ascontiguousarray(s1), dtype=torch.float32), timesteps=timesteps, **kwargs)
 
-# %% ../nbs/07_stage1.ipynb #1bcea7ce
+# %% ../nbs/07_stage1.ipynb #efb35ff1
 @dataclass(frozen=True)
 class Decoding:
     "How the generator's distribution over codes becomes an image."
@@ -63,7 +63,7 @@ class Decoding:
 
 SPEC = Decoding()  # what TerraMind does when it is only asked to generate
 
-# %% ../nbs/07_stage1.ipynb #a623a996
+# %% ../nbs/07_stage1.ipynb #38f15add
 def tile_number(
     tile:str, # id of the tile
 ) -> int: # 0 to 2**63 - 1
@@ -80,7 +80,7 @@ def draw(
     "What Stage 1 makes of some tiles."
     return tm_sar2opt(model, s1, **asdict(decoding), seed=seed, tile_seeds=[tile_number(i) for i in ids]).cpu().numpy()
 
-# %% ../nbs/07_stage1.ipynb #93708e1c
+# %% ../nbs/07_stage1.ipynb #883468c6
 def batches(
     n:int, # tiles
     batch_size:int, # tiles at a time
@@ -94,7 +94,7 @@ def batches(
     shards = [range(s, min(s + shard, n)) for s in range(0, n, shard)]
     return [s[i:i + batch_size] for s in shards[rank::world_size] for i in range(0, len(s), batch_size)]
 
-# %% ../nbs/07_stage1.ipynb #d7c3d09f
+# %% ../nbs/07_stage1.ipynb #34eb54da
 def unusable(
     s1, # (2, H, W) dB
 ) -> str: # the reason, empty if there is none
@@ -122,7 +122,7 @@ def read_radar(
     good = [i for i, r in enumerate(rows) if int(r) not in errors]
     return np.stack([s1[i] for i in good]) if good else np.empty((0, 2, 0, 0), np.float32), rows[good], errors
 
-# %% ../nbs/07_stage1.ipynb #ba36144c
+# %% ../nbs/07_stage1.ipynb #bb980360
 def disk_forecast(
     n:int, # tiles still to be written
     shape, # of one tile, e.g. (4, 120, 120)
@@ -136,7 +136,7 @@ def disk_forecast(
                        f'Free some space, write elsewhere (--output-dir) or take fewer tiles (--max-tiles).')
     return dict(need=need, free=free)
 
-# %% ../nbs/07_stage1.ipynb #c0960b2b
+# %% ../nbs/07_stage1.ipynb #2dcb530a
 def settings(
     model, # from build_terramind_generator
     decoding:Decoding,
@@ -174,7 +174,7 @@ def precompute(
     disk = disk_forecast(len(left), shape, into.path)
     into.ensure_array(output, shape, 'int16', settings(model, decoding, seed))
     print(f'{output}: {len(left)} of {len(mine)} tiles to draw ({decoding}), up to {disk["need"]/1e6:.4g} MB', flush=True)
-    errors, left = {}, set(left.tolist())
+    errors, drawn_now, left = {}, 0, set(left.tolist())
     todo = [b for b in todo if left & set(b)]
     try:
         for batch in study.progress(todo, len(left), output, 'tiles', size=lambda b: len(left & set(b))) if todo else ():
@@ -187,11 +187,12 @@ def precompute(
             sound = np.isfinite(images).all((1, 2, 3))
             errors |= {int(r): 'the model drew values that are not finite' for r in rows[~sound]}
             into.write(output, rows[sound], tiles.to_dn(images[sound]), rank, world_size)
+            drawn_now += len(left & set(rows[sound].tolist()))
     finally: into.close()
     failed = pd.DataFrame([dict(id=store.table.id.iloc[r], error=why) for r, why in sorted(errors.items())], columns=['id', 'error'])
     for row in failed.head(10).itertuples(): print(f'{output}: {row.id} was left out: {row.error}', flush=True)
     if len(failed) > 10: print(f'{output}: and {len(failed) - 10} more', flush=True)
-    return dict(processed=len(left - set(errors)), errors=len(failed), output=str(into.path/'arrays'/output), skipped=len(mine) - len(left), failed=failed)
+    return dict(processed=drawn_now, errors=len(failed), output=str(into.path/'arrays'/output), skipped=len(mine) - len(left), failed=failed)
 
 def drop_other(
     store, # tiles.Store
@@ -205,7 +206,7 @@ def drop_other(
     store.drop(output)
     return True
 
-# %% ../nbs/07_stage1.ipynb #70349766
+# %% ../nbs/07_stage1.ipynb #8f5a18cc
 def companion(
     store, # tiles.Store
     path, # folder of the companion, new or begun before
@@ -236,7 +237,7 @@ def open_tiles(
     store = tiles.Store(data_dir)
     return store, companion(store, output_dir) if output_dir and Path(output_dir).resolve() != data_dir.resolve() else store
 
-# %% ../nbs/07_stage1.ipynb #03f1f8bc
+# %% ../nbs/07_stage1.ipynb #78ab1f99
 def read_tiles(
     store, # tiles.Store
     rows, # positions in the store
@@ -290,7 +291,7 @@ def summarise(
     rows = [dict(method=name) | metrics.summary(part[list(columns)], scenes=part.scene, seed=seed) for name, part in measured.groupby(level='method', sort=False)]
     return pd.DataFrame(rows)
 
-# %% ../nbs/07_stage1.ipynb #7b90617e
+# %% ../nbs/07_stage1.ipynb #70b999ce
 def s1_composite(
     s1, # (2, H, W) dB
 ) -> np.ndarray: # (H, W, 3), 0–1
@@ -311,7 +312,7 @@ def picture(
     "The true-colour image for a figure."
     return metrics.rgb(np.asarray(x), white).numpy().transpose(1, 2, 0)
 
-# %% ../nbs/07_stage1.ipynb #9c92884d
+# %% ../nbs/07_stage1.ipynb #8c7c3fc7
 def decoding_grid(
     steps=(1, 2, 10), # diffusion steps
     samples:int=4, # images of a mean
@@ -320,7 +321,7 @@ def decoding_grid(
     single = [Decoding(t, k, c) for c in foundations.CLAMPS for k in foundations.TOKENS for t in steps]
     return single + [Decoding(t, 'sample', 'pretraining', samples) for t in steps if samples > 1 and t*samples <= max(steps)]
 
-# %% ../nbs/07_stage1.ipynb #800e5c33
+# %% ../nbs/07_stage1.ipynb #b33e706c
 def chosen(
     run, # study.Run
 ) -> tuple: # name of the generator, folder of its weights, Decoding
@@ -329,13 +330,22 @@ def chosen(
     made = json.loads(path.read_text(encoding='utf-8')) if path.exists() else dict(name='terramind_mini_generate', weights='', **asdict(Decoding(1, 'expected')))
     return made.pop('name'), made.pop('weights'), Decoding(**made)
 
+def shelf(
+    run, # study.Run
+    store, # tiles.Store
+): # tiles.Store
+    "Where arrays of later stages go: into a store that belongs to the run; beside one that belongs to the user."
+    return store if store.path.resolve().is_relative_to(run.dir) else companion(store, run.dir/'real_stages')
+
 def images_of(
     run, # study.Run
     store, # tiles.Store
-    model=None, # generator for tiles that are not drawn yet; None: built when needed
-): # method: tiles -> (n, 4, H, W) reflectance
-    "opt_v1 of a store: as it lies there, else drawn on the spot in the way of this run."
-    if 'opt_v1' in store.arrays: return stored(store)
+    rows, # positions in the store
+    model=None, # generator for a store nothing is drawn for yet; None: built when needed
+) -> tuple: # method: tiles -> (n, 4, H, W) reflectance; those of the rows it has an image for
+    "opt_v1 of a store: as it was precomputed, else drawn on the spot in the way of this run."
+    place, rows = shelf(run, store), np.asarray(rows)
+    if 'opt_v1' in place.arrays: return stored(place), rows[place.written('opt_v1')[rows]]
     name, weights, decoding = chosen(run)
-    model = model or build_terramind_generator(input_modalities=(store.attrs.get('s1_product', 'S1GRD'),), name=name, weights=weights)
-    return drawn(model, decoding, run.seed)
+    model = model or build_terramind_generator((store.attrs.get('s1_product', 'S1GRD'),), name=name, weights=weights)
+    return drawn(model, decoding, run.seed), rows
