@@ -7,10 +7,10 @@ __all__ = ['COMMANDS', 'GROUPS', 'PROFILE', 'SEED', 'WEIGHTS', 'STRICT', 'LAYOUT
            'run', 'verify', 'version', 'info', 'pretrain', 'pretrain_params', 'world', 'data_convert', 'data_examples',
            'data_info', 'precompute']
 
-# %% ../nbs/cli.ipynb #f7fe62d3
+# %% ../nbs/cli.ipynb #1e205714
 import argparse, sys
 
-# %% ../nbs/cli.ipynb #88363a43
+# %% ../nbs/cli.ipynb #f33065f8
 COMMANDS = {}  # 'data convert' -> (function, options)
 
 def opt(*names, **kwargs) -> tuple: # as for argparse's add_argument
@@ -58,7 +58,7 @@ def main(
         return 130
     return 2
 
-# %% ../nbs/cli.ipynb #12dcbca5
+# %% ../nbs/cli.ipynb #0e0058a8
 GROUPS = {'data': 'real and procedural tiles: convert, fetch examples, look inside'}
 
 PROFILE = opt('--profile', default='mini', help='profile in nbs/params: smoke, mini, paper, …')
@@ -102,7 +102,7 @@ def version():
     import gac
     print(f'gac {gac.__version__}', *(f'{name} {of(name)}' for name in ('torch', 'terratorch', 'numpy')), sep=', ')
 
-# %% ../nbs/cli.ipynb #7453f4de
+# %% ../nbs/cli.ipynb #e1fec75e
 def _words(text:str) -> list[str]: return [w for w in text.split(',') if w]  # S1GRD,S2L2A
 
 WEIGHTS = opt('--weights', default='', metavar='DIR', help='folder of weight files, or hub; nothing: data/weights, then the Hugging Face cache and Hub')
@@ -136,7 +136,7 @@ def pretrain_params(name:str): # cpu, gpu or a file
         if path.is_file(): return path
     raise study.GacError(f'--params {name}: neither {places[0].relative_to(study.root())} nor a file of that name is there.')
 
-# %% ../nbs/cli.ipynb #d165321a
+# %% ../nbs/cli.ipynb #064601ed
 @command(opt('--output-dir', required=True, metavar='DIR', help='folder of the new tile store'),
     opt('--train', type=int, default=192, metavar='N', help='tiles to train on'),
     opt('--val', type=int, default=48, metavar='N', help='tiles to validate on'),
@@ -192,7 +192,7 @@ def data_info(path):
     print(store.table.groupby('split', sort=False).agg(tiles=('id', 'size'), scenes=('scene', 'nunique'), months=('month', 'nunique'), biomes=('biome', 'nunique')).to_string())
     for name in store.arrays: print(f'{name}: {store.written(name).sum()} of {len(store)} tiles')
 
-# %% ../nbs/cli.ipynb #9bd415ee
+# %% ../nbs/cli.ipynb #5a4072b2
 @command(opt('--data-dir', required=True, metavar='DIR', help='tile store, or real tiles in a known layout (converted into the output folder first)'),
     opt('--output-dir', default='', metavar='DIR', help='where new arrays go; nothing: into the store at --data-dir'),
     opt('--batch-size', type=int, default=8, metavar='N', help='tiles at a time'),

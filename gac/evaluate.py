@@ -7,7 +7,7 @@ __all__ = ['REGRESSIONS', 'ERROR_TOP', 'CHIPS', 'MeanBy', 'pixel_features', 'Pix
            'floors', 'results', 'gains', 'band_table', 'spread', 'measure_stage1', 'false_colour', 'by_rule', 'panels',
            'real_sets']
 
-# %% ../nbs/10_evaluate.ipynb #fd687f31
+# %% ../nbs/10_evaluate.ipynb #4d50d011
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from . import study, tiles, metrics, stage1
 from .study import GacError, OPT_BANDS
 
-# %% ../nbs/10_evaluate.ipynb #3252ee85
+# %% ../nbs/10_evaluate.ipynb #04a4db53
 class MeanBy:
     "The mean spectrum of the training tiles that share some property with the tile; without properties: of all."
     def __init__(self, *keys): # month, biome
@@ -34,7 +34,7 @@ class MeanBy:
         spectra = np.stack([self.means.get(g, self.mean) for g in self._groups(batch)]).astype(np.float32)
         return spectra[:, :, None, None]*np.ones(batch['truth'].shape[2:], np.float32)
 
-# %% ../nbs/10_evaluate.ipynb #0874db54
+# %% ../nbs/10_evaluate.ipynb #10f8d150
 def pixel_features(
     s1, # (n, 2, H, W) dB
     window:int=5, # px, side of the local mean; the border is mirrored
@@ -66,7 +66,7 @@ class PixelRegression:
         n, _, h, w = batch['s1'].shape
         return np.moveaxis(self.model.predict(self._rows(batch['s1'])).reshape(n, h, w, 4), -1, 1).astype(np.float32)
 
-# %% ../nbs/10_evaluate.ipynb #3219fc0a
+# %% ../nbs/10_evaluate.ipynb #c8d5049c
 class Recalibration:
     "A gain and an offset per band."
     def fit(self, images, truth): # (n, 4, H, W) reflectance both
@@ -79,7 +79,7 @@ class Recalibration:
         gain, offset = (v[:, None, None].astype(np.float32) for v in (self.gain, self.offset))
         return images*gain + offset
 
-# %% ../nbs/10_evaluate.ipynb #2526a06a
+# %% ../nbs/10_evaluate.ipynb #08af2bbc
 def round_trip(
     model, # from stage1.build_terramind_generator
     decoding, # stage1.Decoding; its steps and clamp count
@@ -92,7 +92,7 @@ def round_trip(
                             [stage1.tile_number(i) for i in batch['id']]).cpu().numpy()
     return method
 
-# %% ../nbs/10_evaluate.ipynb #b44bfe1a
+# %% ../nbs/10_evaluate.ipynb #06f89c30
 REGRESSIONS = ('pixel regression, linear', 'pixel regression, trees')
 
 def floors(
@@ -142,7 +142,7 @@ def band_table(
     means = measured.drop(columns='scene').groupby(level='method', sort=False).mean()
     return pd.DataFrame([dict(data=data, method=m, band=b) | {c: means.loc[m, f'{c}_{b}'] for c in columns} for m in means.index for b in OPT_BANDS])
 
-# %% ../nbs/10_evaluate.ipynb #965aca08
+# %% ../nbs/10_evaluate.ipynb #02333209
 def spread(
     rows, # positions in a store
     n:int, # how many at most; 0: all
@@ -177,7 +177,7 @@ def measure_stage1(
     else: run.missing('tokenizer round trip', f'{store.path.name} holds {store.arrays["s2"].shape[1]} Sentinel-2 bands, the tokenizer reads all 12')
     return stage1.measure(store, rows, fitted | methods, batch_size, lpips, per_band=True), dict.fromkeys(fitted, len(train_rows))
 
-# %% ../nbs/10_evaluate.ipynb #579c2b25
+# %% ../nbs/10_evaluate.ipynb #0b97f3ef
 ERROR_TOP = .1  # reflectance, the end of every error map's scale
 
 def false_colour(
@@ -205,7 +205,7 @@ def panels(
     labels, last, truth = batch['id'] if labels is None else labels, list(images.values())[-1], batch['truth']
     error = np.abs(last - truth).mean(1)  # (n, H, W)
     titles = ['radar', *images, 'truth', 'near infrared', 'its truth', 'error']
-    fig, axes = plt.subplots(len(truth), len(titles), figsize=(1.5*len(titles) + .8, 1.48*len(truth) + .3), squeeze=False)
+    fig, axes = plt.subplots(len(truth), len(titles), figsize=(1.5*len(titles) + .8, 1.48*len(truth) + .3), squeeze=False, dpi=70)
     for i, line in enumerate(axes):
         white, red = stage1.white_of(truth[i]), max(.2, float(np.quantile(truth[i][3], .99)))
         shown = [stage1.s1_composite(batch['s1'][i]), *(stage1.picture(x[i], white) for x in (*images.values(), truth)),
@@ -220,7 +220,7 @@ def panels(
     fig.colorbar(drawn, ax=axes[:, -1], label='mean absolute error, reflectance', extend='max', shrink=.8)
     return fig
 
-# %% ../nbs/10_evaluate.ipynb #5e09606c
+# %% ../nbs/10_evaluate.ipynb #88c10f2c
 CHIPS = ('terramesh_tiles', 'bigearthnet_v2')  # folders of real chips that are measured where they are at hand
 
 def real_sets(

@@ -10,8 +10,8 @@ __all__ = ['STAGES', 'FILES', 'HELD_OUT', 'N', 'RECIPES', 'LOSS_WEIGHTS', 'Plan'
            'held_out', 'optical', 'pixel_features', 'pixel_regression', 'token_accuracy', 'patch_majority', 'probe',
            'probe_encoder', 'judge']
 
-# %% ../nbs/pretrain_mini.ipynb #5a9bf223
-import json, os, time
+# %% ../nbs/pretrain_mini.ipynb #2af5faf8
+import json, os, random, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from . import study, world, metrics
 from . import foundations
 from .foundations import KEYS, LEVELS, MINI_STATS, OUTPUTS, PATCH, PRITHVI_BANDS, SIZE, mini_core, mini_prithvi, mini_tokenizer
 
-# %% ../nbs/pretrain_mini.ipynb #c1351aa9
+# %% ../nbs/pretrain_mini.ipynb #939f6ce8
 @dataclass
 class Plan:
     "One stage of the pretraining."
@@ -46,7 +46,7 @@ FILES = dict(s2l2a='terramind_mini_tokenizer_s2l2a', lulc='terramind_mini_tokeni
              core='terramind_mini', prithvi='prithvi_mini')
 HELD_OUT = 9*world.PRETRAIN_BASE  # seeds from here on are never drawn in training
 
-# %% ../nbs/pretrain_mini.ipynb #a8609852
+# %% ../nbs/pretrain_mini.ipynb #a983277d
 class Scenes(IterableDataset):
     "Batches of procedural scenes, numbered by optimiser step."
     def __init__(self, first_seed:int, # seed of the first scene of step 0
@@ -81,7 +81,7 @@ def inputs_of(scene:dict, # batch of scenes from world.stream
             'temporal': torch.stack([torch.full((len(scene['month']),), 2018.), (torch.as_tensor(np.asarray(scene['month'])).float()-.5)*30.4], -1)[:, None],
             'location': torch.stack([torch.as_tensor(np.asarray(scene[k])).float() for k in ('lat', 'lon')], -1)}
 
-# %% ../nbs/pretrain_mini.ipynb #5606d37b
+# %% ../nbs/pretrain_mini.ipynb #4b8417e1
 def band_weights():
     "Weight of each of the 12 bands in the tokenizer's loss, mean 1."
     var = torch.tensor(MINI_STATS['tok_sen2l2a@224'][1])**2
@@ -124,7 +124,7 @@ def prithvi_loss(mae, d): # PrithviMAE; batch of inputs_of
     coords = (d['temporal'], d['location']) if torch.rand(()) < .5 else (None, None)
     return mae(d['prithvi'], *coords)[0]['loss']
 
-# %% ../nbs/pretrain_mini.ipynb #949cd18a
+# %% ../nbs/pretrain_mini.ipynb #156a5e0b
 N = (SIZE//PATCH)**2  # tokens of one modality
 RECIPES = (  # probability, shown tokens per input, asked tokens per output
     (.50, {'untok_sen1grd@224': N}, (160, 40, 20)),
@@ -173,7 +173,7 @@ def core_loss(core, tokenizers, d): # TerraMind; tokenizers by name; batch of in
     _, losses = core(mod_dict, n_in, n_out)
     return sum(LOSS_WEIGHTS[k]*v.mean() for k, v in losses.items()), {k: v.item() for k, v in losses.items()}
 
-# %% ../nbs/pretrain_mini.ipynb #aedcceac
+# %% ../nbs/pretrain_mini.ipynb #0fab2202
 def rate(step:int, p:Plan) -> float:
     "Learning rate relative to its peak: rise, plateau, fall."
     fall = p.steps*p.decay
@@ -245,7 +245,7 @@ def pretrain(p:Plan, # what to learn
     began, first, seen = time.time(), step, []
     model.train()
     for scene in DataLoader(Scenes(p.first_seed, p.batch, step, p.stop or p.steps), batch_size=None, num_workers=p.workers, prefetch_factor=4 if p.workers else None):
-        torch.manual_seed(p.first_seed % 2**31+step)
+        torch.manual_seed(p.first_seed % 2**31+step); random.seed(p.first_seed+step)  # TerraMind shuffles its outputs with Python's
         d = {k: v.to(device) for k, v in inputs_of(scene).items()}
         for g in opt.param_groups: g['lr'] = p.lr*rate(step, p)
         with torch.autocast(device, torch.bfloat16, enabled=p.precision.startswith('bf16')): loss, parts = stage_loss(p, model, d, tokenizers)
@@ -259,7 +259,7 @@ def pretrain(p:Plan, # what to learn
             save_state(path, model=model.state_dict(), optimizer=opt.state_dict(), step=step, log=log, seconds=seconds+time.time()-began, plan=asdict(p), device=device)
     return model.eval(), log
 
-# %% ../nbs/pretrain_mini.ipynb #e7803176
+# %% ../nbs/pretrain_mini.ipynb #2f0c1505
 def export_weights(out:Path, # folder of checkpoints
                    stage:str, # one of STAGES
                    dest:Path|None=None, # data/weights/mini
@@ -299,7 +299,7 @@ def pretrain_all(plans:list[Plan], out:Path, device:str='cpu', threads:int=1, on
         cards.append(export_weights(out, p.stage, dest))
     return cards
 
-# %% ../nbs/pretrain_mini.ipynb #42c66250
+# %% ../nbs/pretrain_mini.ipynb #59d1f943
 def held_out(n:int, # scenes
              offset:int=0) -> dict: # first scene after HELD_OUT
     "A batch of scenes no stage has seen."

@@ -6,9 +6,9 @@
 __all__ = ['SPEC', 'COLUMNS', 'build_terramind_generator', 'tm_sar2opt', 'Decoding', 'tile_number', 'draw', 'batches', 'unusable',
            'read_radar', 'disk_forecast', 'settings', 'precompute', 'drop_other', 'companion', 'open_tiles',
            'read_tiles', 'drawn', 'stored', 'measure', 'summarise', 's1_composite', 'white_of', 'picture',
-           'decoding_grid', 'chosen', 'shelf', 'images_of']
+           'decoding_grid', 'cheapest', 'chosen', 'shelf', 'images_of']
 
-# %% ../nbs/07_stage1.ipynb #0687ddef
+# %% ../nbs/07_stage1.ipynb #95379e58
 import hashlib, json, shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from . import study, tiles, metrics, foundations
 from .study import GacError
 
-# %% ../nbs/07_stage1.ipynb #d5826755
+# %% ../nbs/07_stage1.ipynb #e3526e34
 def build_terramind_generator(
     input_modalities=('S1GRD',), # what the generator sees: S1GRD or S1RTC
     output_modalities=('S2L2A',), # what it draws
@@ -32,7 +32,7 @@ def build_terramind_generator(
     "The pretrained generator that Stage 1 runs and Stage 3 grounds."
     return foundations.build_generator(name, input_modalities, output_modalities, timesteps, pretrained, weights)
 
-# %% ../nbs/07_stage1.ipynb #38c121d4
+# %% ../nbs/07_stage1.ipynb #0a68cdce
 @torch.no_grad()
 def tm_sar2opt(
     model, # from build_terramind_generator
@@ -43,7 +43,7 @@ def tm_sar2opt(
     "Draw the optical image of each radar tile."
     return model.generate(torch.as_tensor(np.ascontiguousarray(s1), dtype=torch.float32), timesteps=timesteps, **kwargs)
 
-# %% ../nbs/07_stage1.ipynb #efb35ff1
+# %% ../nbs/07_stage1.ipynb #d05eadcf
 @dataclass(frozen=True)
 class Decoding:
     "How the generator's distribution over codes becomes an image."
@@ -63,7 +63,7 @@ class Decoding:
 
 SPEC = Decoding()  # what TerraMind does when it is only asked to generate
 
-# %% ../nbs/07_stage1.ipynb #38f15add
+# %% ../nbs/07_stage1.ipynb #279b1fc8
 def tile_number(
     tile:str, # id of the tile
 ) -> int: # 0 to 2**63 - 1
@@ -80,7 +80,7 @@ def draw(
     "What Stage 1 makes of some tiles."
     return tm_sar2opt(model, s1, **asdict(decoding), seed=seed, tile_seeds=[tile_number(i) for i in ids]).cpu().numpy()
 
-# %% ../nbs/07_stage1.ipynb #883468c6
+# %% ../nbs/07_stage1.ipynb #87a0e698
 def batches(
     n:int, # tiles
     batch_size:int, # tiles at a time
@@ -94,7 +94,7 @@ def batches(
     shards = [range(s, min(s + shard, n)) for s in range(0, n, shard)]
     return [s[i:i + batch_size] for s in shards[rank::world_size] for i in range(0, len(s), batch_size)]
 
-# %% ../nbs/07_stage1.ipynb #34eb54da
+# %% ../nbs/07_stage1.ipynb #67aa6b16
 def unusable(
     s1, # (2, H, W) dB
 ) -> str: # the reason, empty if there is none
@@ -122,7 +122,7 @@ def read_radar(
     good = [i for i, r in enumerate(rows) if int(r) not in errors]
     return np.stack([s1[i] for i in good]) if good else np.empty((0, 2, 0, 0), np.float32), rows[good], errors
 
-# %% ../nbs/07_stage1.ipynb #bb980360
+# %% ../nbs/07_stage1.ipynb #f7816fa2
 def disk_forecast(
     n:int, # tiles still to be written
     shape, # of one tile, e.g. (4, 120, 120)
@@ -136,7 +136,7 @@ def disk_forecast(
                        f'Free some space, write elsewhere (--output-dir) or take fewer tiles (--max-tiles).')
     return dict(need=need, free=free)
 
-# %% ../nbs/07_stage1.ipynb #2dcb530a
+# %% ../nbs/07_stage1.ipynb #54238e78
 def settings(
     model, # from build_terramind_generator
     decoding:Decoding,
@@ -206,7 +206,7 @@ def drop_other(
     store.drop(output)
     return True
 
-# %% ../nbs/07_stage1.ipynb #8f5a18cc
+# %% ../nbs/07_stage1.ipynb #7956cdce
 def companion(
     store, # tiles.Store
     path, # folder of the companion, new or begun before
@@ -237,7 +237,7 @@ def open_tiles(
     store = tiles.Store(data_dir)
     return store, companion(store, output_dir) if output_dir and Path(output_dir).resolve() != data_dir.resolve() else store
 
-# %% ../nbs/07_stage1.ipynb #78ab1f99
+# %% ../nbs/07_stage1.ipynb #86147aa0
 def read_tiles(
     store, # tiles.Store
     rows, # positions in the store
@@ -291,7 +291,7 @@ def summarise(
     rows = [dict(method=name) | metrics.summary(part[list(columns)], scenes=part.scene, seed=seed) for name, part in measured.groupby(level='method', sort=False)]
     return pd.DataFrame(rows)
 
-# %% ../nbs/07_stage1.ipynb #70b999ce
+# %% ../nbs/07_stage1.ipynb #26f8c348
 def s1_composite(
     s1, # (2, H, W) dB
 ) -> np.ndarray: # (H, W, 3), 0–1
@@ -312,7 +312,7 @@ def picture(
     "The true-colour image for a figure."
     return metrics.rgb(np.asarray(x), white).numpy().transpose(1, 2, 0)
 
-# %% ../nbs/07_stage1.ipynb #8c7c3fc7
+# %% ../nbs/07_stage1.ipynb #5e1ea2c4
 def decoding_grid(
     steps=(1, 2, 10), # diffusion steps
     samples:int=4, # images of a mean
@@ -321,7 +321,17 @@ def decoding_grid(
     single = [Decoding(t, k, c) for c in foundations.CLAMPS for k in foundations.TOKENS for t in steps]
     return single + [Decoding(t, 'sample', 'pretraining', samples) for t in steps if samples > 1 and t*samples <= max(steps)]
 
-# %% ../nbs/07_stage1.ipynb #b33e706c
+# %% ../nbs/07_stage1.ipynb #d53a342c
+def cheapest(
+    grid, # Decodings
+    psnr, # their mean PSNR, dB
+    tolerance:float=.2, # dB
+) -> Decoding:
+    "The decoding with the fewest diffusion steps in all, among those within `tolerance` of the best; the better one where they cost the same."
+    near = [(d.timesteps*d.n_samples, -p, i) for i, (d, p) in enumerate(zip(grid, psnr)) if p >= max(psnr) - tolerance]
+    return grid[min(near)[-1]]
+
+# %% ../nbs/07_stage1.ipynb #0168a91a
 def chosen(
     run, # study.Run
 ) -> tuple: # name of the generator, folder of its weights, Decoding

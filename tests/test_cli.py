@@ -1,5 +1,5 @@
 "The command line: help of every command, quick and complete; refusals in one line; the whole way from tiles to opt_v1."
-import configparser, os, re, resource, subprocess, sys
+import configparser, re, resource, subprocess, sys
 
 import pytest
 from gac import cli, study, tiles
