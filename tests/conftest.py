@@ -1,5 +1,9 @@
 "Fixtures and marks that every test file shares."
-import json, os
+import os
+
+os.environ['OMP_NUM_THREADS'] = '1'  # before torch: several tests fork, and a pool of OpenMP threads does not survive that
+
+import json
 from pathlib import Path
 
 import pytest
