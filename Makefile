@@ -43,14 +43,14 @@ lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir=nbs
 
 verify: $(READY)
-	@$(BIN)/python -m gac.study verify $(PROFILE)
+	@$(BIN)/gac verify --profile $(PROFILE)
 
 # torch brings the accelerator runtime of its platform, so the lock leaves that open
 lock: $(READY)
-	$(BIN)/python -m gac.study requirements > $(VENV)/requirements.in
+	$(BIN)/python -c "from gac import study; print(*study.requirements(), sep=chr(10))" > $(VENV)/requirements.in
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --no-header --no-annotate \
 	  $(VENV)/requirements.in | grep -v -E '^(nvidia-|cuda-|triton==)' > $(VENV)/requirements.lock
 	mv $(VENV)/requirements.lock requirements.lock
 
 readme: $(READY)
-	$(BIN)/python -m gac.study readme > .README.md && mv .README.md README.md
+	$(BIN)/python -c "import sys; from gac import study; sys.stdout.write(study.render_readme())" > .README.md && mv .README.md README.md
