@@ -39,11 +39,11 @@ def test_killed_writers_leave_the_bytes_of_an_unbroken_run(tmp_path, unbroken, c
         return int(nursery.stdout.readline())
     try:
         assert nursery.stdout.readline() == 'ready\n'
-        for _ in range(12):
+        for _ in range(20):
             pid = start()
             until = time.time() + 10
             while not list((path/'journal').glob('*.lock')) and time.time() < until: time.sleep(.002)  # it is writing
-            time.sleep(rng.uniform(0, .12))
+            time.sleep(rng.uniform(0, .015))  # an unbroken run takes tenths of a second on a free machine
             try: os.kill(pid, signal.SIGKILL)
             except ProcessLookupError: pass
             if int(nursery.stdout.readline()) == 0: break  # it was done before the signal
@@ -51,7 +51,7 @@ def test_killed_writers_leave_the_bytes_of_an_unbroken_run(tmp_path, unbroken, c
             if (path/'table.parquet').exists():
                 before = len(Store(path))
                 assert before % writer.BATCH == 0 or before == writer.N  # whole batches only
-        assert kills >= 4
+        assert kills >= 3
         stopped = [p.name for p in (path/'journal').glob('*.lock')]
         writer.work(path)
     finally:
