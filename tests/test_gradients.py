@@ -1,0 +1,168 @@
+"The generation path's barriers as TerraTorch ships them, their removal one by one, and how far adapters and routes reach."
+import functools
+
+import numpy as np
+import pytest
+import torch
+from gac import foundations, gradients, study, training
+from terratorch.models.backbones.terramind.model.generate import GenerationSampler
+from terratorch.models.backbones.terramind.model.terramind import TerraMind
+from terratorch.models.backbones.terramind.tokenizer.scheduling.diffusion_pipeline import PipelineCond
+
+TOKEN_MODEL = {'encoder embeddings', 'encoder', 'cross-attention', 'decoder', 'output embedding'}
+EXPECTED = {'as shipped': set(), '− pipeline no_grad': {'UNet'}, '− code lookup': {'UNet'}, '− choice': {'UNet'},
+            '− sampler no_grad': TOKEN_MODEL | {'codes', 'UNet'}, '− clamp': TOKEN_MODEL | {'codes', 'UNet'},
+            'only pipeline no_grad left': set(), 'only code lookup left': {'UNet'}, 'only choice left': {'UNet'}, 'only sampler no_grad left': {'UNet'}}
+
+@pytest.fixture(scope='module')
+def generator():
+    "The miniature with random numbers in it: no property below depends on its training."
+    with training.seeded(0): model = foundations.build_generator(pretrained=False)
+    gradients.wake(model)
+    return model
+
+@pytest.fixture(scope='module')
+def encoder():
+    with training.seeded(0): return foundations.build('terramind_mini', pretrained=False, modalities=['S1GRD'])
+
+def tile(generator, size=24, n=1):
+    r = np.random.default_rng(0)
+    return gradients.make_batch(generator, r.normal(-15, 3, (n, 2, size, size)), r.uniform(0, .5, (n, 12, size, size)), size)
+
+@pytest.fixture(scope='module')
+def batch(generator): return tile(generator)
+
+def reached(table) -> set: return set(table.module[table.params_with_grad > 0])
+
+def dissected(generator, batch) -> dict: return {k: reached(t) for k, t in gradients.dissect(generator, batch, steps=2).items()}
+
+def test_the_library_has_these_barriers_and_each_is_one_by_itself(generator, batch):
+    assert dissected(generator, batch) == EXPECTED
+    shipped = gradients.probe(generator, batch)
+    assert 'does not require grad' in shipped.attrs['error'] and set(shipped.verdict) == {'backward raises', 'not on this route'}
+
+@pytest.mark.parametrize('method', ['forward_encoder', 'forward_decoder', 'forward_logits'])
+def test_another_barrier_on_the_path_would_be_seen(generator, batch, method, monkeypatch):
+    plain = getattr(TerraMind, method)
+    monkeypatch.setattr(TerraMind, method, torch.no_grad()(plain))
+    assert dissected(generator, batch) != EXPECTED
+
+@pytest.mark.parametrize('owner, name, barrier', [(GenerationSampler, 'generate', 'sampler no_grad'), (PipelineCond, '__call__', 'pipeline no_grad')])
+def test_a_barrier_that_is_gone_is_named(generator, batch, owner, name, barrier, monkeypatch):
+    monkeypatch.setattr(owner, name, gradients.undecorated(getattr(owner, name)))
+    with pytest.raises(study.GacError, match=r'not under torch.no_grad\(\)'): gradients.probe(generator, batch, [barrier])
+
+def test_a_clamp_that_is_gone_is_named(generator, batch):
+    scheduler = generator.tokenizer().noise_scheduler
+    old = dict(thresholding=scheduler.config.thresholding, clip_sample=scheduler.config.clip_sample)
+    scheduler.register_to_config(thresholding=False, clip_sample=False)
+    try:
+        with pytest.raises(study.GacError, match='does not limit'): gradients.probe(generator, batch, ['clamp'])
+    finally: scheduler.register_to_config(**old)
+
+def test_a_choice_made_elsewhere_is_noticed(generator, batch, monkeypatch):
+    "Were tokens permuted after the choice, the tape would not fit them."
+    step = GenerationSampler.roar_step_batched
+    def shuffled(self, mod_dict, target, *args, **kw):
+        out = step(self, mod_dict, target, *args, **kw)
+        out[target]['tensor'] = out[target]['tensor'].flip(-1)
+        return out
+    monkeypatch.setattr(GenerationSampler, 'roar_step_batched', shuffled)
+    with pytest.raises(study.GacError, match='disagree'): gradients.probe(generator, batch, gradients.STOPS)
+
+@pytest.mark.parametrize('temperature', [1., 0.])
+def test_removal_changes_no_value_and_leaves_nothing_behind(generator, batch, temperature, monkeypatch):
+    "At temperature 0 the choice is torch.argmax, else torch.multinomial."
+    monkeypatch.setattr(generator.core, 'temps', temperature)
+    quantiser, scheduler = generator.tokenizer().quantize, generator.tokenizer().noise_scheduler
+    state = lambda: (PipelineCond.__call__, GenerationSampler.generate, torch.multinomial, torch.argmax, list(vars(quantiser)), list(vars(generator.core.sampler)),
+                     dict(scheduler.config))
+    before = state()
+    shipped, _ = gradients.generate_through(generator, batch)
+    for k in range(1, len(gradients.STOPS) + 1):
+        image, tape = gradients.generate_through(generator, batch, gradients.STOPS[:k])
+        assert torch.allclose(image, shipped, atol=1e-4), gradients.STOPS[:k]
+    image.square().mean().backward()
+    assert tape.codes.grad.abs().sum() > 0 and generator.net.mask_token.grad.abs().sum() > 0
+    with pytest.raises(ZeroDivisionError):
+        with gradients.opened(generator, gradients.BARRIERS): 1/0
+    assert all(a == b for a, b in zip(state(), before))
+    assert torch.equal(gradients.generate_through(generator, batch)[0], shipped)
+
+def test_the_clamp_takes_the_gradient_of_what_it_holds(generator):
+    scheduler = foundations.scheduler_for(generator.tokenizer())
+    scheduler.set_timesteps(1, mode='trailing')
+    out = torch.tensor([.5, 3.]).reshape(1, 1, 1, 2).requires_grad_()
+    scheduler.step(out, scheduler.timesteps[0], torch.zeros_like(out)).prev_sample.sum().backward()
+    assert (out.grad != 0).flatten().tolist() == [True, False]
+
+@pytest.mark.parametrize('name', gradients.ROUTES)
+def test_a_route_reaches_all_it_passes_and_nothing_else(generator, encoder, batch, name):
+    route = gradients.Route(name, encoder if name == 'encoder' else generator, generator, steps=2)
+    table = gradients.reach(route, batch)
+    assert reached(table) == set(gradients.ROUTES[name])
+    assert (table.verdict[~table.module.isin(gradients.ROUTES[name])] == 'not on this route').all()
+
+def adapted(name, lora=True):
+    with training.seeded(0):
+        model = foundations.build('terramind_mini', pretrained=False, modalities=['S1GRD']) if name == 'encoder' else foundations.build_generator(pretrained=False)
+    gradients.wake(model)
+    reads = foundations.build_generator(pretrained=False) if name == 'encoder' else model
+    route = gradients.Route(name, model, reads)
+    return route, gradients.with_lora(route, lora=lora)
+
+@pytest.mark.parametrize('name', gradients.ROUTES)
+def test_adapters_sit_where_they_should_all_learn_and_the_loss_falls(name):
+    route, hit = adapted(name)
+    depth = foundations.CORE['encoder_depth' if name == 'encoder' else 'decoder_depth']
+    assert len(hit) == depth*(2 if name == 'encoder' else 3)
+    groups = {gradients.group_of(n) for n in gradients.trainable(route)}
+    assert groups == ({'encoder', 'head'} if name == 'encoder' else {'cross-attention'} | ({'head'} if 'head' in gradients.ROUTES[name] else set()))
+    frozen = {n: p.detach().clone() for n, p in route.named_parameters() if not p.requires_grad}
+    losses = gradients.train(route, tile(route.reads), 4)
+    assert losses[-1] < losses[0] and gradients.unreached(route) == []
+    assert all(torch.equal(p, frozen[n]) for n, p in route.named_parameters() if n in frozen)
+
+def test_adapters_out_of_reach_are_named():
+    "The decoder's cross-attention is not on the encoder's way to its head, nor anything on the way of a generator under no_grad."
+    route, _ = adapted('tokens')
+    with torch.no_grad(): route(tile(route.reads))
+    assert len(gradients.unreached(route)) == len(gradients.trainable(route)) > 0
+
+def test_the_shipped_generator_gives_its_adapters_nothing(generator, batch):
+    route, _ = adapted('tokens')
+    image, _ = gradients.generate_through(route.model, tile(route.model))
+    assert not image.requires_grad
+    with pytest.raises(RuntimeError, match='does not require grad'): image.mean().backward()
+
+def test_without_adapters_only_the_head_learns():
+    route, hit = adapted('features', lora=False)
+    assert hit.empty and {gradients.group_of(n) for n in gradients.trainable(route)} == {'head'}
+
+def test_memory_grows_with_the_diffusion_steps():
+    route, _ = adapted('expected code')
+    rows = [gradients.cost_of(route, tile(route.reads), k, 1) for k in (1, 4)]
+    assert rows[1]['peak_memory_mb'] > rows[0]['peak_memory_mb'] > sum(p.numel() for p in route.parameters())*4e-6
+    assert list(rows[0]) == ['device', 'method', 'steps', 'precision', 'batch', 'ms_per_tile', 'tiles_per_s', 'peak_memory_mb', 'params', 'trainable']
+
+def test_the_score_function_estimate_agrees_with_the_exact_gradient():
+    "One token, 5 codes, a quadratic loss: the gradient by θ is known."
+    p, book = torch.tensor([.1, .2, .3, .25, .15]), torch.linspace(0, 1, 5)[:, None]
+    theta = torch.zeros(1, requires_grad=True)
+    q = (p.log() + book @ theta).softmax(-1)
+    exact, = torch.autograd.grad((q*(book[:, 0] - .8)**2).sum(), theta)
+    picked = book[torch.multinomial(p, 200_000, True, generator=torch.Generator().manual_seed(0))][:, None]
+    estimate = gradients.score_function((picked[:, 0, 0] - .8)**2, picked, (p @ book)[None])
+    assert float(estimate) == pytest.approx(float(exact), abs=2e-3)
+
+@pytest.mark.slow
+def test_the_library_itself_has_the_same_barriers_and_routes():
+    "terramind_v1_tiny_generate as TerraTorch builds it, 300 M random parameters, one tile of 96 px."
+    with training.seeded(0):
+        big = foundations.build_generator('terramind_v1_tiny_generate', pretrained=False)
+        encoder = foundations.build('terramind_v1_tiny', pretrained=False, modalities=['S1GRD'])
+    gradients.wake(big)
+    flow, notes = gradients.survey(big, encoder, tile(big, 96), 'library')
+    got = {route: reached(part) for route, part in flow.groupby('route')}
+    assert got == EXPECTED | {k: set(v) for k, v in gradients.ROUTES.items()}
+    assert 'does not require grad' in notes['as shipped']['error']
