@@ -10,7 +10,7 @@ __all__ = ['GROUPS', 'BARRIERS', 'STOPS', 'ROUTES', 'CROSS_ATTENTION', 'ENCODER_
            'survey', 'diagram', 'heat_map', 'statements']
 
 # %% ../nbs/06_gradient_flow.ipynb #gf002
-import math, statistics, time
+import math, os, statistics, time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -363,6 +363,16 @@ def unreached(module:nn.Module) -> list[str]:
     return [n for n, p in trainable(module).items() if p.grad is None or not p.grad.abs().sum() > 0]
 
 # %% ../nbs/06_gradient_flow.ipynb #gf028
+@contextmanager
+def _hushed() -> Iterator[None]:
+    "The profiler speaks below Python, to file descriptor 2: let it speak to nobody."
+    old, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try: yield
+    finally:
+        os.dup2(old, 2)
+        for fd in (old, null): os.close(fd)
+
 def peak_mb(
     step:Callable, # one pass
     module:nn.Module, # whose weights it holds
@@ -373,7 +383,7 @@ def peak_mb(
         torch.cuda.reset_peak_memory_stats(device)
         step()
         return torch.cuda.max_memory_allocated(device)/1e6
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile: step()
+    with _hushed(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile: step()
     moves = sorted((e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == '[memory]')
     held = np.cumsum([b for _, b in moves]).max() if moves else 0
     return (sum(p.numel()*p.element_size() for p in module.parameters()) + held)/1e6
@@ -493,7 +503,7 @@ def diagram():
     fig, ax = plt.subplots(figsize=(9.5, 3.9))
     for name, (a, b) in SHADES.items():
         ax.add_patch(plt.Rectangle((a, -.48), b - a, .96, fc='#dddddd', ec='.6', lw=.8, zorder=0))
-        ax.text(a + .05, -.54, name.replace(' no_grad', ': torch.no_grad'), va='top', fontsize=8, color='.25')
+        ax.text(a, .53, name.replace(' no_grad', ': torch.no_grad'), va='bottom', fontsize=8, color='.25')
     for k, (label, _) in enumerate(STATIONS):
         ax.text(k, 0, label, ha='center', va='center', fontsize=8, bbox=dict(boxstyle='round,pad=.3', fc='white', ec='.2'), zorder=3)
         if k: ax.annotate('', (k - .36, 0), (k - .64, 0), arrowprops=dict(arrowstyle='->', color='.2'), zorder=2)
