@@ -7,7 +7,7 @@ __all__ = ['REACH', 'WINDOWS', 'STEP', 'ROUTES', 'CODES', 'KINDS', 'PAINT', 'MAR
            'ERROR_TOP', 'adapt', 'despeckled', 'GroundingHead', 'tapped', 'without_adapters', 'Stage3GroundingModel',
            'check_inputs', 'build_stage3_model', 'identity', 'texture', 'texture_agreement', 'steepness', 'Stage3Loss',
            'shape_mask', 'ring', 'contrast', 'plant', 'taken_back', 'Triples', 'remember', 'padded', 'watch', 'window',
-           'stage3_step', 'train_stage3', 'save_stage3', 'read_stage3', 'check_stage2', 'load_stage3',
+           'whole', 'stage3_step', 'train_stage3', 'save_stage3', 'read_stage3', 'check_stage2', 'load_stage3',
            'stage3_inference', 'stage3_batch_inference', 'compute_stage3_metrics', 'grounded', 'model_info',
            'fingerprint', 'precompute_stage3', 'images_of', 'read_images', 'radar_in', 'image_in', 'infer_files',
            'stage3_info', 'run_stage3', 'by_gain', 'panels', 'save_panels', 'lie_test', 'lie_table']
@@ -57,7 +57,7 @@ def despeckled(
     power = F.pad(10**(s1/10), [window//2]*4, mode='reflect')
     return 10*F.avg_pool2d(power, window, 1).clamp_min(1e-6).log10()
 
-# %% ../nbs/09_stage3.ipynb #03ab0402
+# %% ../nbs/09_stage3.ipynb #38ee59f0
 STEP = .1  # reflectance, the unit of a correction
 
 class GroundingHead(nn.Module):
@@ -72,7 +72,7 @@ class GroundingHead(nn.Module):
     ):
         super().__init__()
         self.know = nn.Sequential(nn.LayerNorm(dim), nn.Dropout(dropout), nn.Linear(dim, 2*width))
-        self.half = nn.Conv2d(4*pixels, width, 3, padding=1)
+        self.coarse = nn.Conv2d(4*pixels, width, 3, padding=1)
         self.blocks = nn.ModuleList(stage2.ConvNeXtBlock(width, dropout=dropout) for _ in range(depth))
         self.up = nn.Conv2d(width, 2*width, 1)
         self.fine = nn.Conv2d(pixels, width//2, 3, padding=1)
@@ -83,14 +83,14 @@ class GroundingHead(nn.Module):
         x:Tensor, # (B, pixels, H, W) standardised, even sides
         features:Tensor, # (B, dim, h, w)
     ) -> Tensor: # (B, bands, H, W), in units of STEP
-        half = self.half(F.pixel_unshuffle(x, 2))  # (B, width, H/2, W/2)
+        half = self.coarse(F.pixel_unshuffle(x, 2))  # (B, width, H/2, W/2)
         known = self.know(features.movedim(1, -1)).movedim(-1, 1)  # (B, 2 width, h, w)
         gain, shift = F.interpolate(known, half.shape[-2:], mode='bilinear').chunk(2, 1)
         half = half*(1 + gain) + shift
         for block in self.blocks: half = block(half)
         return self.out(F.gelu(F.pixel_shuffle(self.up(half), 2) + self.fine(x)))
 
-# %% ../nbs/09_stage3.ipynb #6096ba66
+# %% ../nbs/09_stage3.ipynb #86df0808
 ROUTES = ('features', 'tokens', 'soft')
 CODES = ('expected', 'rounded', 'argmax')  # the codes that are painted
 
@@ -134,7 +134,8 @@ class Stage3GroundingModel(nn.Module):
         for what, known in ((route, ROUTES), (codes, CODES)):
             if what not in known: raise GacError(f'{what!r}: expected one of {", ".join(known)}.')
         self.radar = next(m for m in generator.inputs if m != 'S2L2A')
-        self.generator, self.route, self.timesteps, self.standardize, self.see, self.kind = generator.eval(), route, timesteps, standardize, see, codes
+        self.generator, self.route, self.timesteps = generator.eval(), route, timesteps
+        self.standardize, self.see, self.kind = standardize, see, codes
         self.taps = min(taps, len(generator.net.decoder))
         self.at = [study.S2_BANDS.index(b) for b in OPT_BANDS]
         dim, pixels = generator.net.mask_token.shape[-1], 2*(1 + len(WINDOWS)) + len(OPT_BANDS)
@@ -233,9 +234,10 @@ def check_inputs(s1:Tensor, opt_v2:Tensor) -> None:
     if s1.ndim != 4 or s1.shape[1] != 2: raise GacError(f's1 is {tuple(s1.shape)}: expected (tiles, 2, height, width), VV and VH in dB.')
     if opt_v2.ndim != 4 or opt_v2.shape[1] != len(OPT_BANDS):
         raise GacError(f'opt_v2 is {tuple(opt_v2.shape)}: expected (tiles, {len(OPT_BANDS)}, height, width) with the bands {", ".join(OPT_BANDS)}.')
-    if s1.shape[::2] != opt_v2.shape[::2] or s1.shape[-1] != opt_v2.shape[-1]: raise GacError(f's1 {tuple(s1.shape)} and opt_v2 {tuple(opt_v2.shape)} are not of the same tiles.')
+    if (len(s1), *s1.shape[2:]) != (len(opt_v2), *opt_v2.shape[2:]):
+        raise GacError(f's1 {tuple(s1.shape)} and opt_v2 {tuple(opt_v2.shape)} are not of the same tiles.')
 
-# %% ../nbs/09_stage3.ipynb #84717b2f
+# %% ../nbs/09_stage3.ipynb #f4d9649d
 def build_stage3_model(
     timesteps:int=10, # diffusion steps of the token routes unless a call says otherwise
     standardize:bool=True, # inputs in house units; False: already standardised
@@ -252,10 +254,10 @@ def build_stage3_model(
 ) -> Stage3GroundingModel: # in evaluation mode
     "A grounding model by the name of its generator."
     if radar not in ('S1GRD', 'S1RTC'): raise GacError(f'radar {radar!r}: expected S1GRD or S1RTC.')
-    config = dict(timesteps=timesteps, standardize=standardize, pretrained=pretrained, name=name, radar=radar, route=route, lora_r=lora_r, lora_alpha=lora_alpha,
-                  reach=reach, seed=seed, **more)
+    config = dict(timesteps=timesteps, standardize=standardize, pretrained=pretrained, name=name, radar=radar, route=route,
+                  lora_r=lora_r, lora_alpha=lora_alpha, reach=reach, seed=seed, **more)
     with training.seeded(seed):
-        generator = foundations.build_generator(name, (radar, 'S2L2A'), ('S2L2A',), timesteps, pretrained, weights, tokenizer_encoder=route != 'features')
+        generator = foundations.build_generator(name, (radar, 'S2L2A'), ('S2L2A',), timesteps, pretrained, weights, route != 'features')
         adapters = adapt(generator, reach, lora_r, lora_alpha)
         model = Stage3GroundingModel(generator, route, timesteps, standardize, **more)
     model.config, model.adapters = config, adapters
@@ -268,7 +270,7 @@ def identity(
     files = foundations.weights_checksums(model.generator.core)
     return {k: v[:16] for k, v in files.items()} or {'random': str(model.config['seed'])}
 
-# %% ../nbs/09_stage3.ipynb #72cd2842
+# %% ../nbs/09_stage3.ipynb #0d9d2ae9
 def texture(
     x:Tensor, # (B, C, H, W)
     window:int=9, # px
@@ -291,7 +293,8 @@ def steepness(
 ) -> Tensor: # (B, 1, H, W), 1 on the average of a tile
     "Relative size of the gradient after a little smoothing, mean over channels."
     x = F.avg_pool2d(F.pad(x, [1]*4, mode='replicate'), 3, 1)
-    dx, dy = (F.pad(d, pad, mode='replicate') for d, pad in ((x[..., 2:] - x[..., :-2], (1, 1, 0, 0)), (x[..., 2:, :] - x[..., :-2, :], (0, 0, 1, 1))))
+    dx = F.pad(x[..., 2:] - x[..., :-2], (1, 1, 0, 0), mode='replicate')
+    dy = F.pad(x[..., 2:, :] - x[..., :-2, :], (0, 0, 1, 1), mode='replicate')
     size = (dx.square() + dy.square() + 1e-12).sqrt().mean(1, keepdim=True)
     return size/size.mean((2, 3), keepdim=True).clamp_min(1e-6)
 
@@ -307,7 +310,8 @@ class Stage3Loss(nn.Module):
     ):
         super().__init__()
         self.weights = dict(l1=l1, sar=sar, identity=identity, spectral=spectral, lpips=lpips)
-        if min(self.weights.values()) < 0 or not any(self.weights.values()): raise GacError(f'Loss weights {self.weights}: expected none below 0 and one above.')
+        if min(self.weights.values()) < 0 or not any(self.weights.values()):
+            raise GacError(f'Loss weights {self.weights}: expected none below 0 and one above.')
         self.perceptual = metrics.LPIPS(lpips_weights) if lpips else None
         if lpips and not self.perceptual.available:
             print(f'the loss goes without LPIPS: {self.perceptual.reason}', flush=True)
@@ -332,7 +336,7 @@ class Stage3Loss(nn.Module):
         terms = {k: self.term(k, pred, truth, opt_v2, s1) for k, w in self.weights.items() if w}
         return {'loss': sum(self.weights[k]*v for k, v in terms.items())} | terms
 
-# %% ../nbs/09_stage3.ipynb #f56049f5
+# %% ../nbs/09_stage3.ipynb #3b931627
 KINDS = ('road added', 'field added', 'road erased', 'field erased')
 PAINT = {'road': (.09, .10, .11, .16), 'soil': (.09, .12, .16, .24), 'crop': (.03, .06, .04, .42)}  # reflectance of the four bands
 
@@ -370,7 +374,8 @@ def plant(
 ) -> tuple: # (4, H, W) with the lie; (H, W) bool: where it is
     "Tell a lie: where the radar shows least (added) or most (erased)."
     what, how = kind.split()
-    rng, smooth = np.random.default_rng(seed), despeckled(torch.from_numpy(np.ascontiguousarray(s1))[None], 3)[0].numpy()
+    rng = np.random.default_rng(seed)
+    smooth = despeckled(torch.from_numpy(np.ascontiguousarray(s1, dtype=np.float32))[None], 3)[0].numpy()
     places = [m for m in (shape_mask(rng, opt_v2.shape[-1], what) for _ in range(candidates)) if m.sum() >= 16]
     told = [contrast(smooth, m) for m in places]
     mask = places[int(np.argmin(told) if how == 'added' else np.argmax(told))]
@@ -392,7 +397,7 @@ def taken_back(
     d = delta[:, mask].astype(np.float64)
     return float(1 - ((lied - clean)[:, mask]*d).sum()/(d*d).sum())
 
-# %% ../nbs/09_stage3.ipynb #a0802f24
+# %% ../nbs/09_stage3.ipynb #dd3c7c4d
 class Triples(Dataset):
     "Radar, refined image and truth, as Stage 3 is trained on them."
     def __init__(self,
@@ -412,7 +417,8 @@ class Triples(Dataset):
         "A tile without its lie."
         if i in self.held: return self.held[i]
         batch = stage1.read_tiles(self.store, self.rows[i:i + 1])
-        one = {k: torch.from_numpy(np.ascontiguousarray(x[0], dtype=np.float32)) for k, x in (('s1', batch['s1']), ('opt_v2', self.images(batch)), ('truth', batch['truth']))}
+        given = dict(s1=batch['s1'], opt_v2=self.images(batch), truth=batch['truth'])
+        one = {k: torch.from_numpy(np.ascontiguousarray(x[0], dtype=np.float32)) for k, x in given.items()}
         if len(self.held) < self.keep: self.held[i] = one
         return one
 
@@ -440,7 +446,8 @@ def remember(
         some = range(k, min(k + batch_size, len(data)))
         s1, v2 = (torch.stack([data[i][n] for i in some]).to(model.device) for n in ('s1', 'opt_v2'))
         s1, v2 = padded(model, s1), padded(model, v2)
-        parts.append(model.features(s1, v2).half().cpu() if what == 'features' else model.generator.tokenize(data.s2(list(some)), 'S2L2A').cpu())
+        new = model.features(s1, v2).half() if what == 'features' else model.generator.tokenize(data.s2(list(some)), 'S2L2A')
+        parts.append(new.cpu())
     data.more[what] = torch.cat(parts)
     return data
 
@@ -448,7 +455,7 @@ def padded(model:Stage3GroundingModel, x:Tensor) -> Tensor:
     "Extended by reflection to what the generator reads."
     return tiles.pad_to_multiple(x, model.generator.multiple('S2L2A'))[0]
 
-# %% ../nbs/09_stage3.ipynb #ba092ca4
+# %% ../nbs/09_stage3.ipynb #479240d9
 MARKS = {'gap': lambda t: t['sar_edge_gap'], 'raw': lambda t: t['sar_edge'], 'psnr': lambda t: -t['psnr']/100}  # what decides, lower is better
 
 def watch(
@@ -459,8 +466,8 @@ def watch(
     select:str='gap', # of MARKS
 ) -> dict: # psnr, psnr_v2, sar_edge, sar_edge_gap and monitor, scalars
     "What validation looks at."
-    terms = dict(psnr=metrics.psnr(pred, truth).mean(), psnr_v2=metrics.psnr(opt_v2, truth).mean(), sar_edge=metrics.sar_edge(pred, s1).mean(),
-                 sar_edge_gap=metrics.sar_edge_gap(pred, truth, s1).mean())
+    terms = dict(psnr=metrics.psnr(pred, truth).mean(), psnr_v2=metrics.psnr(opt_v2, truth).mean(),
+                 sar_edge=metrics.sar_edge(pred, s1).mean(), sar_edge_gap=metrics.sar_edge_gap(pred, truth, s1).mean())
     return terms | dict(monitor=MARKS[select](terms) + F.relu(terms['psnr_v2'] - terms['psnr']))
 
 def window(
@@ -479,6 +486,16 @@ def window(
         return x[..., top*p:(top + n)*p, left*p:(left + n)*p].flip(axes)
     return {k: cut(v) for k, v in batch.items()}
 
+def whole(
+    model:Stage3GroundingModel,
+    batch:dict, # s1, opt_v2; features where they were computed before
+) -> Tensor: # (B, 4, H, W) opt_v3
+    "Whole tiles while training."
+    s1, v2 = batch['s1'], batch['opt_v2']
+    if 'features' not in batch: return model(s1, v2, timesteps=1)
+    out = model.grounded(padded(model, s1), padded(model, v2), features=batch['features'].float())
+    return tiles.crop_back(out, tiles.pad_to_multiple(s1, model.generator.multiple('S2L2A'))[1])
+
 def stage3_step(
     loss:Stage3Loss,
     crop:int=60, # px of the window the head trains on; 0: the whole tile
@@ -489,7 +506,7 @@ def stage3_step(
     def step(model, batch):
         s1, v2, truth = batch['s1'], batch['opt_v2'], batch['truth']
         if not model.training:
-            pred = model(s1, v2, timesteps=1)
+            pred = whole(model, batch)
             return loss(pred, truth, v2, s1) | watch(pred, truth, v2, s1, select)
         s1, v2, truth = (padded(model, x) for x in (s1, v2, truth))
         if model.route == 'tokens':
@@ -523,8 +540,9 @@ def train_stage3(
     if select not in MARKS: raise GacError(f'select {select!r}: expected {", ".join(MARKS)}.')
     out_dir, loss, step = Path(out_dir), loss or Stage3Loss(), stage3_step(loss or Stage3Loss(), crop, augment, select)
     settings = replace(settings, monitor='val_monitor', mode='min')
-    made = json.loads(json.dumps(dict(model=model.config, weights=identity(model), loss=loss.weights, crop=crop, augment=augment, select=select, frozen=frozen,
-                                      settings=asdict(settings), train=_mark(train), val=_mark(val) if val else 0)))
+    made = dict(model=model.config, weights=identity(model), loss=loss.weights, crop=crop, augment=augment, select=select, frozen=frozen,
+                settings=asdict(settings), train=_mark(train), val=_mark(val) if val else 0)
+    made = json.loads(json.dumps(made))
     resume = resume and _same(out_dir, made, overwrite)
     study._write(out_dir/'made.json', json.dumps(made, indent=1) + '\n')
     fits, best = [], (math.inf, None)
@@ -533,13 +551,13 @@ def train_stage3(
         fit = training.fit(model.train(), step, train, val, some, out_dir/name, resume, f'stage 3, {name}', every=every)
         state = metrics.read_torch(fit.best or fit.last)
         mark = state['gac']['metrics'].get('val_monitor', -math.inf)
-        if mark < best[0] or best[1] is None: best = mark, state
+        if mark <= best[0]: best = mark, state
         training.load_trained(model, {k.removeprefix('model.'): v for k, v in best[1]['state_dict'].items()}, out_dir/name)
         fits.append(fit)
     steps = np.cumsum([0, *(f.steps for f in fits)])
     curve = pd.concat([f.curve.assign(step=f.curve.step + s) for f, s in zip(fits, steps)], ignore_index=True)
-    save_stage3(model.eval(), out_dir, best[1]['gac']['metrics'], settings=asdict(settings), loss=loss.weights, steps=int(steps[-1]), select=select, pairs=len(train),
-                stage2=None if stage2_card is None else {k: stage2_card[k] for k in ('backbone', 'bands')})
+    save_stage3(model.eval(), out_dir, best[1]['gac']['metrics'], settings=asdict(settings), loss=loss.weights, steps=int(steps[-1]),
+                select=select, pairs=len(train), stage2=None if stage2_card is None else {k: stage2_card[k] for k in ('backbone', 'bands')})
     return replace(fits[-1], curve=curve, steps=int(steps[-1]), resumed_at=sum(f.resumed_at for f in fits))
 
 def _parts(model, settings, n:int, frozen:float) -> dict: # name -> settings
@@ -547,14 +565,16 @@ def _parts(model, settings, n:int, frozen:float) -> dict: # name -> settings
     total = settings.steps(n)
     rest = not len(model.adapters) or model.route == 'features' and not model.see
     head = total if rest else round(frozen*total) if model.route == 'features' else 0
-    cut = lambda steps: replace(settings, max_steps=steps, val_every=min(settings.val_every, steps), save_every=settings.save_every if settings.val_every <= steps else steps)
+    def cut(steps):
+        return settings if steps >= settings.val_every and steps == settings.max_steps else replace(settings, max_steps=steps,
+            val_every=min(settings.val_every, steps), save_every=settings.save_every if settings.val_every <= steps else steps)
     return {k: cut(s) for k, s in (('head', head), ('adapters', total - head)) if s}
 
 def _prepare(data, model, part:str) -> None:
     "Keep with the tiles what this part of the training does not change."
     if data is None: return
     data.more.pop('features', None)
-    if part == 'head' and model.route == 'features' and data.lies <= 1: remember(data, model, 'features')
+    if part == 'head' and model.route == 'features': remember(data, model, 'features')
     if model.route == 'tokens' and 'tokens' not in data.more: remember(data, model, 'tokens')
 
 def _mark(data:Triples) -> list:
@@ -572,7 +592,7 @@ def _same(out_dir:Path, made:dict, overwrite:bool) -> bool:
         raise GacError(f'{out_dir} belongs to a training with other {", ".join(changed)}: choose another folder, or replace it (overwrite).')
     return not changed
 
-# %% ../nbs/09_stage3.ipynb #f80eba7a
+# %% ../nbs/09_stage3.ipynb #b6eb7e29
 HEAD_FILE, ADAPTERS = 'grounding.safetensors', 'adapters'  # in the folder of a checkpoint
 
 def save_stage3(
@@ -616,8 +636,10 @@ def load_stage3(
     if stage2_checkpoint: check_stage2(stage2_checkpoint, card)
     model = build_stage3_model(weights=weights, **card['params'] | ({} if timesteps is None else dict(timesteps=timesteps)))
     if identity(model) != card['weights']:
-        raise GacError(f'{path} was trained on other weights of {card["backbone"]}: {card["weights"]}, here {identity(model)}. Train it again, or name their folder.')
-    if len(model.adapters): training.load_adapters(model.generator, (Path(path) if Path(path).is_dir() else Path(path).parent)/ADAPTERS)
+        raise GacError(f'{path} was trained on other weights of {card["backbone"]}: {card["weights"]}, here {identity(model)}. '
+                       'Train it again, or name their folder.')
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    if len(model.adapters): training.load_adapters(model.generator, folder/ADAPTERS)
     training._account(state, {k: v for k, v in model.state_dict().items() if k.startswith('head.')}, path)
     model.load_state_dict(state, strict=False)
     return model.eval()
@@ -695,7 +717,7 @@ def model_info(
     table = pd.DataFrame(rows)
     return table.assign(**{'share_%': 100*table.trainable/table.params.clip(lower=1)})
 
-# %% ../nbs/09_stage3.ipynb #8d0be5b4
+# %% ../nbs/09_stage3.ipynb #6ce23c0b
 def fingerprint(model:Stage3GroundingModel) -> str: # 16 digits
     "A digest of what was trained."
     import hashlib
@@ -728,7 +750,8 @@ def precompute_stage3(
     shape, every = into.arrays[source].shape[1:], np.array([r for b in mine for r in b], int)
     stage1.disk_forecast(int((there & ~done)[every].sum()), shape, into.path)
     into.ensure_array(output, shape, 'int16', made)
-    todo, good = [rows for b in mine if len(rows := np.array([r for r in b if there[r]], int)) and not done[rows].all()], 0
+    todo = [rows for b in mine if len(rows := np.array([r for r in b if there[r]], int)) and not done[rows].all()]
+    good = 0
     try:
         for rows in study.progress(todo, sum(map(len, todo)), output, 'tiles', size=len) if todo else ():
             s1, rows, _ = stage1.read_radar(store, rows)
@@ -827,7 +850,7 @@ def stage3_info(
     text = [f'{k}: {v}' for k, v in facts.items()]
     return '\n'.join([model_info(model).round(2).to_string(index=False), f'adapted layers: {len(model.adapters)} ({model.config["reach"]})', *text])
 
-# %% ../nbs/09_stage3.ipynb #d1bf64ed
+# %% ../nbs/09_stage3.ipynb #a735b58d
 def run_stage3(
     data_dir, # tile store with radar and truth
     output_dir, # of the training: adapters, head, card, curves
@@ -857,12 +880,15 @@ def run_stage3(
     there, images = place.written('opt_v2'), stage1.stored(place, 'opt_v2')
     rows = {s: (r := store.rows(s))[there[r]] for s in ('train', 'val')}
     if not len(rows['train']): raise GacError(f'{store.path} has no training tile with opt_v2.')
-    settings = training.Settings(lr=lr, epochs=float(epochs), max_steps=max_steps, batch_size=batch_size, grad_accum_steps=grad_accum_steps, precision=precision,
-        val_every=val_every, save_every=save_every, early_stopping=early_stopping, early_stopping_patience=early_stopping_patience, seed=seed, **more)
-    model = build_stage3_model(timesteps, name=name, weights=weights, radar=store.attrs.get('s1_product', 'S1GRD'), route=route, lora_r=0 if freeze_backbone else lora_rank,
-                               lora_alpha=lora_alpha, reach='cross' if lora_cross_attention_only else 'linear', seed=seed)
+    settings = training.Settings(lr=lr, epochs=float(epochs), max_steps=max_steps, batch_size=batch_size, grad_accum_steps=grad_accum_steps,
+                                 precision=precision, val_every=val_every, save_every=save_every, early_stopping=early_stopping,
+                                 early_stopping_patience=early_stopping_patience, seed=seed, **more)
+    model = build_stage3_model(timesteps, name=name, weights=weights, radar=store.attrs.get('s1_product', 'S1GRD'), route=route,
+                               lora_r=0 if freeze_backbone else lora_rank, lora_alpha=lora_alpha,
+                               reach='cross' if lora_cross_attention_only else 'linear', seed=seed)
     train, val = Triples(store, rows['train'][:max_tiles or None], images, lies, seed), Triples(store, rows['val'], images)
-    fit = train_stage3(model, train, val if len(val) else None, settings, output_dir, Stage3Loss(l1, sar, identity_weight, spectral, lpips), frozen, tile_size, select=select,
+    loss = Stage3Loss(l1, sar, identity_weight, spectral, lpips)
+    fit = train_stage3(model, train, val if len(val) else None, settings, output_dir, loss, frozen, tile_size, select=select,
                        stage2_card=card, overwrite=overwrite)
     if save_visualizations and len(val): save_panels(model, val, Path(output_dir)/'panels.png')
     return dict(steps=fit.steps, resumed_at=fit.resumed_at, metrics=read_stage3(output_dir)[1]['metrics'], output=str(output_dir))
@@ -919,7 +945,7 @@ def save_panels(
     plt.close(fig)
     return path
 
-# %% ../nbs/09_stage3.ipynb #8d6318a0
+# %% ../nbs/09_stage3.ipynb #9eaa68fe
 def lie_test(
     methods:dict, # name -> function: (s1 (n, 2, H, W), opt_v2 (n, 4, H, W)) -> (n, 4, H, W)
     s1:np.ndarray, # (n, 2, H, W) dB
@@ -935,7 +961,8 @@ def lie_test(
         lied = np.stack([x for x, _ in told])
         for m, f in methods.items():
             made = np.asarray(f(s1, lied))
-            rows += [dict(method=m, kind=kind, id=i, share=taken_back(clean[m][n], made[n], lied[n] - opt_v2[n], told[n][1])) for n, i in enumerate(ids)]
+            rows += [dict(method=m, kind=kind, id=i, share=taken_back(clean[m][n], made[n], lied[n] - opt_v2[n], told[n][1]))
+                     for n, i in enumerate(ids)]
     return pd.DataFrame(rows)
 
 def lie_table(
