@@ -276,11 +276,11 @@ def measure(
     for i in range(0, len(rows), batch_size):
         batch = read_tiles(store, rows[i:i + batch_size])
         for name, method in methods.items():
-            table = metrics.tile_metrics(method(batch), batch['truth'], batch['id'], lpips, per_band)
+            table = metrics.tile_metrics(method(batch), batch['truth'], batch['id'], lpips, per_band, s1=batch['s1'])
             parts.append(table.assign(scene=batch['scene'], method=name).set_index('method', append=True).swaplevel())
     return pd.concat(parts).loc[list(methods)]
 
-COLUMNS = ('psnr', 'ssim', 'lpips', 'sam_deg', 'mse', 'rmse', 'mae')  # of a table of results, in this order
+COLUMNS = ('psnr', 'ssim', 'lpips', 'sam_deg', *metrics.SAR_MEASURES, 'mse', 'rmse', 'mae')  # of a table of results, in this order
 
 def summarise(
     measured:pd.DataFrame, # from measure

@@ -9,7 +9,8 @@ import torchvision
 from hypothesis import given, settings, strategies as st
 
 from gac import metrics
-from gac.metrics import ALEXNET_FILE, LPIPS, MEASURES, bootstrap_ci, mae, paired_gain, psnr, rgb, rmse, sam_deg, ssim, summary, tile_metrics
+from gac.metrics import (ALEXNET_FILE, LPIPS, MEASURES, SAR_MEASURES, bootstrap_ci, edge_agreement, edge_recall, hallucination, mae, paired_gain, psnr, rgb,
+                         rmse, sam_deg, sar_edge, sar_edge_gap, ssim, summary, tile_metrics)
 from gac.study import GacError
 
 
@@ -147,3 +148,98 @@ def test_summary_is_one_row_of_a_table():
     table = pd.DataFrame({'psnr': [20., 30., 40.], 'lpips': [np.nan]*3})
     row = summary(table, n=200)
     assert row['n_tiles'] == 3 and row['psnr'] == 30. and row['psnr_lo'] < 30 < row['psnr_hi'] and np.isnan(row['lpips_lo'])
+
+
+def radar(n=2, size=64, seed=0):
+    "Radar tiles in dB with a bright field each, under speckle."
+    g = torch.Generator().manual_seed(seed)
+    s1 = torch.full((n, 2, size, size), -14.)
+    for i in range(n):
+        r, c = torch.randint(12, size - 28, (2,), generator=g).tolist()
+        s1[i, :, r:r + 16, c:c + 16] += 6
+    return s1 + 1.5*torch.randn(s1.shape, generator=g)
+
+
+def as_image(s1, contrast=.12): return (torch.exp(contrast*(s1.mean(1, keepdim=True) + 20))*.05).repeat(1, 4, 1, 1)
+
+
+def test_edge_agreement_orders_what_it_must():
+    s1 = radar(8, 96)
+    clean = as_image(torch.nn.functional.avg_pool2d(s1, 5, 1, 2, count_include_pad=False))
+    order = [clean, clean.roll((3, 3), (-2, -1)), clean.roll((20, 14), (-2, -1)), torch.full_like(clean, .2)]
+    values = torch.stack([sar_edge(x, s1).mean() for x in order])
+    assert (values[:3].diff() > .05).all() and values[2] <= values[3] + 1e-6 and values[3] == pytest.approx(1, abs=1e-4) and values[0] < .4
+    assert ((0 <= values) & (values <= 1)).all()
+
+
+def test_edge_measures_by_hand():
+    "The correlation of gradients of a smoothed image, as SciPy computes them."
+    from scipy import ndimage
+    s1, x = radar(1, 48, 3).double(), tiles(1, 48, 4).double()
+    def strength(a):
+        g = [ndimage.gaussian_filter(c, 2, order=o, truncate=3) for c in a for o in ((0, 1), (1, 0))]
+        return np.sqrt(np.square(g).sum(0)/len(a))[6:-6, 6:-6]
+    by_hand = 1 - np.corrcoef(strength(s1[0].numpy()).ravel(), strength(np.log(x[0].numpy() + .02)).ravel())[0, 1]
+    assert float(edge_agreement(x, s1)) == pytest.approx(by_hand, abs=5e-3)
+
+
+def test_copy_of_the_radar_has_a_low_value_and_a_large_gap():
+    s1 = radar(6, 96)
+    truth, copy = as_image(radar(6, 96) * 0 + torch.nn.functional.avg_pool2d(s1, 9, 1, 4, count_include_pad=False)) + .02*tiles(6, 96, 9), as_image(s1)
+    raw, gap = sar_edge(copy, s1), sar_edge_gap(copy, truth, s1)
+    assert (raw < sar_edge(truth, s1)).all() and (gap > .05).all()
+    assert torch.allclose(sar_edge_gap(truth, truth, s1), torch.zeros(6))
+    assert torch.allclose(gap, (raw - sar_edge(truth, s1)).abs())
+
+
+def test_edges_nobody_else_has_are_hallucinations_and_lost_ones_are_missed():
+    clean = radar(1, 80)*0 - 14
+    clean[..., 20:36, 20:36] += 6
+    s1 = clean + .3*torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
+    truth = as_image(clean)
+    road = truth.clone()
+    road[..., 60:66, :] *= 3
+    lost = as_image(clean*0 - 14)
+    assert hallucination(road, truth, s1) > .3 and hallucination(truth, truth, s1) == 0 and hallucination(lost, truth, s1) == 0
+    assert edge_recall(truth, s1) > .9 and edge_recall(lost, s1) == 0
+    assert hallucination(road, road, s1) == 0  # the truth backs it
+    seen = s1.clone()
+    seen[..., 60:66, :] += 9
+    assert hallucination(road, truth, seen) < .15  # so does the radar
+
+
+def test_gradient_of_the_agreement_lowers_it_and_never_breaks():
+    s1 = radar(2, 48)
+    x = (tiles(2, 48, 7) + .05).requires_grad_()
+    before = edge_agreement(x, s1)
+    grad, = torch.autograd.grad(before.sum(), x)
+    assert grad.isfinite().all() and (grad.flatten(1).norm(dim=1) > 0).all()
+    after = edge_agreement(x.detach() - 1e-3*grad/grad.abs().max(), s1)
+    assert (after < before).all()
+    for dull in (torch.zeros(2, 4, 48, 48), torch.full((2, 4, 48, 48), -.1), torch.full((2, 4, 48, 48), .3)):
+        x = dull.requires_grad_()
+        edge_agreement(x, s1).sum().backward()
+        assert x.grad.isfinite().all()
+    with torch.autocast('cpu', torch.bfloat16): assert torch.equal(edge_agreement(tiles(2, 48, 7), s1), edge_agreement(tiles(2, 48, 7), s1).float())
+    with torch.autocast('cpu', torch.bfloat16): half = edge_agreement(tiles(2, 48, 7), s1)
+    assert torch.allclose(half, edge_agreement(tiles(2, 48, 7), s1), atol=1e-5)
+
+
+def test_edge_columns_and_their_direction():
+    none = LPIPS.__new__(LPIPS)
+    none.net = None
+    s1, truth = radar(5, 48), tiles(5, 48, 1)
+    pred = truth + .05*tiles(5, 48, 2)
+    whole, parts = (tile_metrics(pred, truth, lpips=none, s1=s1, chunk=c) for c in (32, 2))
+    pd.testing.assert_frame_equal(whole, parts, check_exact=False, rtol=1e-4)
+    assert set(SAR_MEASURES) <= set(whole) and not set(SAR_MEASURES) & set(tile_metrics(pred, truth, lpips=none))
+    np.testing.assert_allclose(whole.edge_recall, edge_recall(pred, s1), atol=1e-6)
+    np.testing.assert_allclose(whole.hallucination, hallucination(pred, truth, s1), atol=1e-6)
+    better, worse = np.full(20, .6) + np.linspace(0, .1, 20), np.full(20, .3)
+    assert paired_gain(better, worse, 'edge_recall')[1] > 0
+    for measure in ('sar_edge', 'sar_edge_gap', 'hallucination'): assert paired_gain(better, worse, measure)[2] < 0, measure
+    broken = s1.clone()
+    broken[3, 0, 0, 0] = torch.nan
+    for bad, message in ((10**(s1/10), 'linear power'), (s1[:, :, :40], 'VV and VH'), (broken, 'Tile 3')):
+        with pytest.raises(GacError, match=message): tile_metrics(pred, truth, lpips=none, s1=bad)
+    with pytest.raises(GacError, match='24 px or more'): tile_metrics(pred[..., :20, :20], truth[..., :20, :20], lpips=none, s1=s1[..., :20, :20])
