@@ -63,7 +63,8 @@ def test_recalibration_undoes_gain_and_offset_and_nothing_else():
 
 def measured(**psnr) -> pd.DataFrame:
     "A measured table with given PSNRs; two tiles to a scene."
-    rows = [dict(method=m, id=f't{i}', scene=f's{i//2}', psnr=v, ssim=v/40, sam_deg=40 - v, rmse=1/v, mae=1/v, lpips=np.nan, mse=1/v**2)
+    rows = [dict(method=m, id=f't{i}', scene=f's{i//2}', psnr=v, ssim=v/40, sam_deg=40 - v, rmse=1/v, mae=1/v, lpips=np.nan, mse=1/v**2,
+                 sar_edge=.4 + 1/v, sar_edge_gap=1/v, edge_recall=v/100, hallucination=1/v)
             for m, values in psnr.items() for i, v in enumerate(values)]
     return pd.DataFrame(rows).set_index(['method', 'id'])
 
@@ -71,8 +72,9 @@ def test_gains_are_paired_and_positive_when_better():
     table = measured(a=[20., 24, 30, 28], b=[21., 25, 31, 29])
     gain = evaluate.gains(table, 'world', [('a', 'b')]).set_index('metric')
     assert gain.loc['psnr', ['gain', 'lo', 'hi']].tolist() == pytest.approx([1, 1, 1])  # the tiles differ by 10 dB, the methods always by one
-    assert (gain.gain > 0).all() and gain.n_scenes.eq(2).all() and gain.loc['sam_deg', 'gain'] == pytest.approx(1)
-    assert (evaluate.gains(table, 'world', [('b', 'a')]).gain < 0).all()
+    assert gain.gain.isna().tolist() == [m == 'lpips' for m in stage1.COLUMNS] and (gain.gain.dropna() > 0).all() and gain.n_scenes.eq(2).all() and gain.loc['sam_deg', 'gain'] == pytest.approx(1)
+    assert (evaluate.gains(table, 'world', [('b', 'a')]).gain.dropna() < 0).all()
+    assert evaluate.gains(table, 'world', {'1→2': ('a', 'b')}, seeds=3)[['step', 'seeds']].drop_duplicates().values.tolist() == [['1→2', 3]]
 
 def test_results_have_the_columns_of_the_study():
     table = evaluate.results(measured(a=[20., 24, 30, 28]), 'world', {'a': 7})
@@ -109,3 +111,116 @@ def test_real_chips_are_found_and_measured(real_data, tmp_path, monkeypatch):
 def test_without_real_chips_there_are_no_sets(tmp_path, monkeypatch):
     monkeypatch.setattr(study, 'real_data', lambda: None)
     assert evaluate.real_sets(study.start('10_evaluate', 'smoke', 0, str(tmp_path/'run'), str(tmp_path/'reports'))) == {}
+
+def test_ranks_follow_the_gap_and_not_the_raw_value():
+    table = measured(copy=[20., 21, 22, 23], honest=[25., 26, 27, 28], truth=[100.]*4)
+    table['sar_edge'] = [.1]*4 + [.45]*4 + [.5]*4
+    table['sar_edge_gap'] = [.4]*4 + [.05]*4 + [0.]*4
+    table = table.rename(index=dict(copy='Stage 1', honest='Stage 1+2'))
+    ranks = evaluate.ranking(table, 'world').set_index('method')
+    assert list(ranks.index) == ['Stage 1+2', 'Stage 1'] and ranks['rank'].tolist() == [1, 2] and ranks.rank_raw.tolist() == [2, 1] and ranks.rank_psnr.tolist() == [1, 2]
+    assert ranks.sar_edge_truth.eq(.5).all()
+    kept = evaluate.results(table, 'world', {}, seeds=3).set_index('method')
+    assert 'truth' not in kept.index and kept.seeds.to_dict() == {'Stage 1': 1, 'Stage 1+2': 3}  # nothing is trained in Stage 1
+
+def test_mean_of_seeds_is_taken_tile_by_tile():
+    one, two = measured(a=[20., 24, 30, 28]), measured(a=[22., 24, 30, 20])
+    mean = evaluate.mean_of_seeds([one, two])
+    assert mean.psnr.tolist() == [21, 24, 30, 24] and list(mean.scene) == list(one.scene) and list(mean.index) == list(one.index)
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    "A run with a store, Stage 1 and briefly trained Stages 2 and 3."
+    home = tmp_path_factory.mktemp('trained')
+    run = study.start('10_evaluate', 'smoke', 0, str(home/'run'), str(home/'reports'))
+    store = tiles.study_store(run, 6, 2, 4, size=48)
+    stage1.precompute(store, stage1.build_terramind_generator(), timesteps=1, tokens='expected')
+    evaluate.fit_chain(store, stage1.stored(store), evaluate.brief_recipe(4), run.dir, 0, no_refinement=False)
+    return run, store
+
+def test_recipe_is_read_back_and_repeats_the_training(trained, tmp_path):
+    run, store = trained
+    recipe = evaluate.recipe_of(run)
+    assert (recipe.pairs, recipe.lies, recipe.val_tiles) == (4, .25, 2) and recipe.how3 == evaluate.brief_recipe(4).how3
+    again = evaluate.fit_chain(store, stage1.stored(store), evaluate.replace(recipe, crop=48), tmp_path, 0, no_refinement=False)
+    stages, rows = evaluate.stage_methods(run, store, store.rows('test'))
+    batch = stage1.read_tiles(store, rows)
+    assert list(stages) == ['Stage 1', 'Stage 1+2', 'Stage 1+2+3']
+    for name in again: np.testing.assert_allclose(again[name](batch), stages[name](batch), atol=1e-5)
+    evaluate.fit_stage3(store, again['Stage 1+2'], recipe, tmp_path/'other', 5)
+    made = study._read_json(tmp_path/'other'/'made.json')
+    assert (made['settings']['seed'], made['model']['seed'], made['train'][-1]) == (5, 5, 5)  # another seed reaches everything
+
+def test_stored_images_are_preferred_and_missing_ones_leave_the_tile_out(trained):
+    run, store = trained
+    place = stage1.shelf(run, store)
+    place.ensure_array('opt_v3_no2', (4, 48, 48), 'int16', {})
+    rows = store.rows('test')
+    try:
+        with place: place.write('opt_v3_no2', rows[:2], np.full((2, 4, 48, 48), 1234, 'int16'))
+        stages, seen = evaluate.stage_methods(run, store, rows)
+        assert list(seen) == list(rows[:2]) and np.allclose(stages['Stage 1+3'](stage1.read_tiles(store, seen)), .1234)
+    finally: place.drop('opt_v3_no2')
+
+def test_grounding_of_the_other_radar_product_keeps_what_was_learned(trained):
+    run, store = trained
+    same, other = (evaluate.grounder(run.dir/'stage3', product) for product in ('S1GRD', 'S1RTC'))
+    assert (same.radar, other.radar) == ('S1GRD', 'S1RTC')
+    learned = {k: v for k, v in same.state_dict().items() if 'lora_' in k or k.startswith('head.')}
+    assert any('lora_' in k for k in learned) and any(k == 'head.out.weight' for k in learned)
+    for k, v in learned.items(): assert evaluate.torch.equal(other.state_dict()[k], v), k
+
+def test_floors_see_the_radar_product_of_the_tiles(trained):
+    run, store = trained
+    model = stage1.build_terramind_generator(('S1RTC',))
+    train, v1 = evaluate.training_tiles(run, store, 'S1RTC', 4, model)
+    own = stage1.read_tiles(store, store.rows('train')[:1])
+    assert len(train['idx']) == 1 and v1.shape == own['truth'].shape
+    assert np.abs(train['s1'] - own['s1']).mean() > .1  # the same scene, another product
+    np.testing.assert_array_equal(train['truth'], own['truth'])
+
+def test_random_chain_holds_no_pretrained_weight_and_controls_see_what_they_say(trained, tmp_path, monkeypatch):
+    run, store = trained
+    asked = []
+    for place, name in ((stage1, 'build_terramind_generator'), (evaluate.stage2, 'build_prithvi_refiner'), (evaluate.stage3, 'build_stage3_model')):
+        real = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *a, real=real, who=name, **kw: asked.append((who, kw)) or real(*a, **kw))
+    recipe = evaluate.replace(evaluate.recipe_of(run), crop=48)
+    random = evaluate.variant_methods(run, store, 'random', recipe, tmp_path, 0)
+    assert list(random) == ['opt_v1', 'opt_v2', 'opt_v3'] and {n for n, _ in asked} == {'build_terramind_generator', 'build_prithvi_refiner', 'build_stage3_model'}
+    assert all(kw['pretrained'] is False for _, kw in asked)
+    asked.clear()
+    blind = evaluate.variant_methods(run, store, 'pixel head on S1 alone', recipe, tmp_path, 0)
+    assert list(blind) == ['opt_v3'] and [kw['see'] for n, kw in asked if n == 'build_stage3_model'] == [False]
+    batch = stage1.read_tiles(store, store.rows('test')[:2])
+    np.testing.assert_array_equal(blind['opt_v3'](batch), blind['opt_v3'](batch | dict(id=batch['id'].copy(), truth=batch['truth']*.1)))  # no image gets in
+    with pytest.raises(study.GacError, match='expected one of pretrained'): evaluate.variant_methods(run, store, 'x', recipe, tmp_path)
+
+def test_knowledge_goes_on_where_it_stopped_and_starts_anew_when_asked_for_something_else(trained, monkeypatch):
+    run, store = trained
+    trained_ = []
+    def quick(run, store, variant, recipe, out_dir, seed=0):
+        trained_.append((recipe.pairs, seed, variant))
+        if len(trained_) == 3: raise KeyboardInterrupt
+        return dict(opt_v3=lambda b: b['truth']*(.9 if variant == 'pretrained' else .8))
+    monkeypatch.setattr(evaluate, 'variant_methods', quick)
+    recipe, rows, ask = evaluate.recipe_of(run), store.rows('test'), dict(pairs=[2, 4], seeds=[0, 1], variants=('pretrained', 'random'))
+    with pytest.raises(KeyboardInterrupt): evaluate.knowledge(run, store, rows, recipe, **ask)
+    told = evaluate.knowledge(run, store, rows, recipe, **ask)
+    assert len(trained_) == 9 and len(set(trained_)) == 8  # the interrupted one twice
+    evaluate.knowledge(run, store, rows, recipe, **ask)
+    assert len(trained_) == 9
+    evaluate.knowledge(run, store, rows, evaluate.replace(recipe, lies=.5), **ask | dict(pairs=[2], seeds=[0]))
+    assert len(trained_) == 11
+    table, gain = evaluate.knowledge_table(told), evaluate.knowledge_gains(told)
+    assert len(table) == 8 and list(table)[:5] == ['pairs', 'variant', 'seed', 'output', 'n_tiles'] and table.n_tiles.eq(4).all()
+    gain = gain[gain.metric == 'psnr']
+    assert gain.seeds.eq(2).all() and gain.pairs.tolist() == [2, 4] and gain.gain.tolist() == pytest.approx([20*np.log10(2)]*2, abs=1e-4)
+
+def test_evaluation_of_a_folder(trained, tmp_path):
+    run, store = trained
+    with pytest.raises(study.GacError, match='does not exist'): evaluate.run_evaluate(tmp_path/'nothing', tmp_path/'out')
+    table = evaluate.run_evaluate(store.path, tmp_path/'out', stage3_checkpoint=run.dir/'stage3', max_tiles=2)
+    assert table.method.tolist() == ['Stage 1', 'Stage 1+3'] and table.data.eq('world').all() and table.n_tiles.eq(2).all()
+    assert {p.name for p in (tmp_path/'out').iterdir()} == {'tiles.csv', 'results.csv', 'stage_gains.csv'}
+    assert pd.read_csv(tmp_path/'out'/'stage_gains.csv').step.eq('1→3').all()
