@@ -39,7 +39,7 @@ def weights_of(model) -> dict: return {k: v.clone() for k, v in model.state_dict
 def test_every_route_changes_adapters_and_head_and_nothing_else(store, tmp_path, route, options):
     model = stage3.build_stage3_model(1, route=route, **SMALL, **options)
     before = weights_of(model)
-    fit = stage3.train_stage3(model, *sets(store), QUICK, tmp_path/'out', crop=24, every=0)
+    fit = stage3.train_stage3(model, *sets(store), QUICK, tmp_path/'out', crop=24, strength=False, every=0)
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert changed and all(k.startswith('head.') or ('cross_attn' in k and 'lora_' in k) for k in changed), changed
     assert any('lora_' in k for k in changed) and any(k.startswith('head.') for k in changed) == (route == 'features')
@@ -82,7 +82,16 @@ def test_best_checkpoint_never_trades_psnr(store):
     bad = stage3.watch(batch['truth'] + .2, batch['truth'], batch['opt_v2'], batch['s1'])  # its edges are fine, its brightness is not
     same = stage3.watch(batch['opt_v2'], batch['truth'], batch['opt_v2'], batch['s1'])
     assert good['monitor'] < same['monitor'] < bad['monitor']
-    assert same['monitor'] == same['sar_edge_gap'] and bad['monitor'] > 1
+    assert same['monitor'] == same['sar_edge_gap'] == same['monitor_v2'] and bad['monitor'] > 1
+
+def test_a_harmful_training_leaves_the_image_as_it_is(store, tmp_path, capsys):
+    model = stage3.build_stage3_model(**SMALL)
+    train, val = sets(store)
+    harmful = replace(QUICK, lr=3., max_steps=2)
+    stage3.train_stage3(model, train, val, harmful, tmp_path/'out', frozen=1., crop=24, every=0)
+    assert 'stays as it is' in capsys.readouterr().out and json.loads((tmp_path/'out'/'grounding.json').read_text())['strength'] == 0
+    s1, v2 = (train[0][k][None] for k in ('s1', 'opt_v2'))
+    with torch.no_grad(): assert torch.equal(stage3.load_stage3(tmp_path/'out')(s1, v2), v2)
 
 def test_interrupted_training_gives_the_same_curve(store, tmp_path):
     def trained(out, stop=None):
@@ -97,7 +106,7 @@ def test_interrupted_training_gives_the_same_curve(store, tmp_path):
                 return step(m, b)
             return f
         stage3.stage3_step = fragile
-        try: return stage3.train_stage3(model, *sets(store, .5), replace(QUICK, max_steps=8), out, frozen=.5, crop=24, every=0), model
+        try: return stage3.train_stage3(model, *sets(store, .5), replace(QUICK, max_steps=8), out, frozen=.5, crop=24, strength=False, every=0), model
         finally: stage3.stage3_step = original_step
     whole, a = trained(tmp_path/'whole')
     with pytest.raises(BaseException): trained(tmp_path/'broken', stop=3)  # in the first part
