@@ -195,7 +195,7 @@ def grounder(
     model = stage3.load_stage3(folder)
     if model.radar == product: return model
     other = stage3.build_stage3_model(**model.config | dict(radar=product))
-    learned = {k: v for k, v in model.state_dict().items() if 'lora_' in k or k.startswith('head.')}
+    learned = {k: v for k, v in model.state_dict().items() if 'lora_' in k or not k.startswith('generator.')}  # the rest is pretrained
     if other.load_state_dict(learned, strict=False).unexpected_keys: raise GacError(f'{folder} does not fit a model that reads {product}.')
     return other.eval()
 
@@ -295,7 +295,7 @@ class Recipe:
     grounding: dict # of build_stage3_model
     settings3: dict # of training.Settings
     loss3: dict # of Stage3Loss
-    how3: dict # frozen, crop, augment, select of train_stage3
+    how3: dict # frozen, crop, augment, select, strength of train_stage3
     pairs: int # training tiles
     crop: int = 64 # px of Stage 2's training windows
     val_tiles: int = 8 # validation tiles
@@ -321,7 +321,7 @@ def recipe_of(
     card, made = stage2.read_stage2(run.dir/'stage2')[1], study._read_json(run.dir/'stage3'/'made.json')
     lies, val = (made['train'][3], made['val'][0]) if made['val'] else (made['train'][3], 0)
     return Recipe(card['params'], card['settings'], card['loss'], made['model'], made['settings'], made['loss'],
-                  {k: made[k] for k in ('frozen', 'crop', 'augment', 'select')}, int(card['pairs']), int(card.get('crop', 64)), val, lies)
+                  {k: made[k] for k in ('frozen', 'crop', 'augment', 'select', 'strength') if k in made}, int(card['pairs']), int(card.get('crop', 64)), val, lies)
 
 def _settings(kept:dict, seed:int): return training.Settings(**kept | dict(seed=seed))
 
@@ -504,16 +504,17 @@ def panels(
     batch:dict, # tiles as of stage1.read_tiles
     images:dict, # title -> (n, 4, H, W) reflectance
     labels=None, # n texts at the left; None: ids
+    nir:bool=True, # the last image and the truth in false colour as well
 ): # matplotlib Figure
-    "Radar, images and truth of some tiles in true colour, the last image and the truth in false colour, and the error of every image."
+    "Radar, images and truth of some tiles in true colour, and the error of every image."
     import matplotlib.pyplot as plt
     labels, last, truth = batch['id'] if labels is None else labels, list(images.values())[-1], batch['truth']
-    titles = ['radar', *images, 'truth', 'near infrared', 'its truth', *(f'error {k}' for k in images)]
-    fig, axes = plt.subplots(len(truth), len(titles), figsize=(1.25*len(titles) + .8, 1.3*len(truth) + .3), squeeze=False, dpi=70)
+    titles = ['radar', *images, 'truth', *['near infrared', 'its truth']*nir, *(f'error {k}' for k in images)]
+    fig, axes = plt.subplots(len(truth), len(titles), figsize=(1.25*len(titles) + .8, 1.3*len(truth) + .3), squeeze=False, dpi=60)
     for i, line in enumerate(axes):
         white, red = stage1.white_of(truth[i]), max(.2, float(np.quantile(truth[i][3], .99)))
         shown = [stage1.s1_composite(batch['s1'][i]), *(stage1.picture(x[i], white) for x in (*images.values(), truth)),
-                 false_colour(last[i], red), false_colour(truth[i], red)]
+                 *(false_colour(x[i], red) for x in (last, truth) if nir)]
         for ax, picture in zip(line, shown): ax.imshow(picture)
         for ax, x in zip(line[len(shown):], images.values()): drawn = ax.imshow(np.abs(x[i] - truth[i]).mean(0), cmap='magma', vmin=0, vmax=ERROR_TOP)
         line[0].set_ylabel(labels[i], fontsize=8)
@@ -576,6 +577,7 @@ def panel_of(
     store, # tiles.Store
     measured:pd.DataFrame, # from stage1.measure
     methods:dict, # name -> method; the rule looks at the last
+    nir:bool=True, # false colours as well
 ) -> tuple: # matplotlib Figure, best, median, worst -> id
     "The panel of one data set, its tiles chosen by rule."
     last = list(methods)[-1]
@@ -583,7 +585,7 @@ def panel_of(
     ids = list(store.table.id)
     batch = stage1.read_tiles(store, [ids.index(i) for i in shown.values()])
     text = [f'{k}: {measured.loc[(last, i)].psnr:.1f} dB\nmonth {m}' for (k, i), m in zip(shown.items(), batch['month'])]
-    return panels(batch, {STAGES.get(k, k): f(batch) for k, f in methods.items()}, text), shown
+    return panels(batch, {STAGES.get(k, k): f(batch) for k, f in methods.items()}, text, nir), shown
 
 def save_panels(store, measured, methods, path) -> Path:
     "Write the panel of a data set."

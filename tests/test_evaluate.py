@@ -162,12 +162,16 @@ def test_stored_images_are_preferred_and_missing_ones_leave_the_tile_out(trained
         assert list(seen) == list(rows[:2]) and np.allclose(stages['Stage 1+3'](stage1.read_tiles(store, seen)), .1234)
     finally: place.drop('opt_v3_no2')
 
-def test_grounding_of_the_other_radar_product_keeps_what_was_learned(trained):
+def test_grounding_of_the_other_radar_product_keeps_what_was_learned(trained, tmp_path):
     run, store = trained
     same, other = (evaluate.grounder(run.dir/'stage3', product) for product in ('S1GRD', 'S1RTC'))
     assert (same.radar, other.radar) == ('S1GRD', 'S1RTC')
-    learned = {k: v for k, v in same.state_dict().items() if 'lora_' in k or k.startswith('head.')}
-    assert any('lora_' in k for k in learned) and any(k == 'head.out.weight' for k in learned)
+    for p in same.parameters(): p.data.add_(.01)
+    same.strength.fill_(.7)
+    evaluate.stage3.save_stage3(same, tmp_path/'stage3')
+    same, other = (evaluate.grounder(tmp_path/'stage3', product) for product in ('S1GRD', 'S1RTC'))
+    learned = {k: v for k, v in same.state_dict().items() if 'lora_' in k or k.startswith('head.') or k == 'strength'}
+    assert any('lora_' in k for k in learned) and float(other.strength) == pytest.approx(.7) and any(k == 'head.out.weight' for k in learned)
     for k, v in learned.items(): assert evaluate.torch.equal(other.state_dict()[k], v), k
 
 def test_floors_see_the_radar_product_of_the_tiles(trained):
