@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'GROUPS', 'PROFILE', 'SEED', 'WEIGHTS', 'STRICT', 'LAYOUT', 'READING', 'opt', 'command', 'parser', 'main',
            'run', 'verify', 'version', 'info', 'pretrain', 'pretrain_params', 'world', 'data_convert', 'data_examples',
-           'data_info', 'precompute']
+           'data_info', 'precompute', 'train_stage2', 'train_stage3', 'stage3_info', 'stage3_infer']
 
 # %% ../nbs/cli.ipynb #1e205714
 import argparse, sys
@@ -17,10 +17,10 @@ def opt(*names, **kwargs) -> tuple: # as for argparse's add_argument
     "One option or argument of a command."
     return names, kwargs
 
-def command(*options):
+def command(*options, name=''): # name: of the subcommand, where the function's does not say it
     "Make a function a subcommand; `data_convert` becomes `gac data convert`."
     def register(f):
-        COMMANDS[f.__name__.strip('_').replace('_', ' ')] = f, options
+        COMMANDS[name or f.__name__.strip('_').replace('_', ' ')] = f, options
         return f
     return register
 
@@ -59,7 +59,8 @@ def main(
     return 2
 
 # %% ../nbs/cli.ipynb #0e0058a8
-GROUPS = {'data': 'real and procedural tiles: convert, fetch examples, look inside'}
+GROUPS = {'data': 'real and procedural tiles: convert, fetch examples, look inside',
+          'stage3': 'the grounded model: what it is, and its answer for tensors in files'}
 
 PROFILE = opt('--profile', default='mini', help='profile in nbs/params: smoke, mini, paper, …')
 
@@ -223,3 +224,91 @@ code is then 1."""
     if report['errors']: report['failed'].to_csv(into.path/f'{options["output"]}_errors.csv', index=False)
     print('processed {processed}, already there {skipped}, errors {errors}, output {output}'.format(**report))
     return int(report['errors'] > 0)
+
+# %% ../nbs/cli.ipynb #81bcf6f9
+def _training(epochs:int, lr:float) -> tuple: # defaults of a stage
+    "Options both trainings share."
+    return (opt('--output-dir', required=True, metavar='DIR', help='adapters, head, card and curve; called again after a stop, the training goes on from there'),
+        opt('--epochs', type=float, default=epochs, metavar='N', help='passes over the training pairs'),
+        opt('--max-steps', type=int, default=0, metavar='N', help='optimizer steps; 0: as many as the epochs need'),
+        opt('--batch-size', type=int, default=1, metavar='N', help='tiles per backward pass'),
+        opt('--grad-accum-steps', type=int, default=8, metavar='N', help='backward passes to an optimizer step'),
+        opt('--lr', type=float, default=lr, metavar='RATE', help='peak learning rate'),
+        opt('--precision', choices=('32-true', 'bf16-mixed', '16-mixed'), default='32-true', help='arithmetic; 16-mixed needs a GPU'),
+        opt('--lora-rank', type=int, default=8, metavar='R', help='rank of the adapters'),
+        opt('--lora-alpha', type=int, default=16, metavar='A', help='their scale is alpha/rank'),
+        opt('--freeze-backbone', action='store_true', help='no adapters: only the head trains'),
+        opt('--max-tiles', type=int, default=0, metavar='N', help='training pairs; 0: all'),
+        opt('--val-every', type=int, default=500, metavar='N', help='optimizer steps between validations'),
+        opt('--save-every', type=int, default=2500, metavar='N', help='optimizer steps between checkpoints, a multiple of --val-every'),
+        opt('--early-stopping', action=argparse.BooleanOptionalAction, default=True, help='stop when validation no longer improves'),
+        opt('--early-stopping-patience', type=int, default=10, metavar='N', help='validations without improvement'),
+        opt('--save-visualizations', action='store_true', help='panels.png in the output folder'),
+        opt('--num-workers', type=int, default=0, metavar='N', help='processes that load tiles; none on Windows'),
+        opt('--devices', type=int, default=1, metavar='N', help='GPUs per node'), opt('--num-nodes', type=int, default=1, metavar='N', help='machines'),
+        opt('--strategy', default='auto', help='ddp for several devices'),
+        opt('--overwrite', action='store_true', help='replace a training that was made with other settings'), SEED, WEIGHTS)
+
+def _trained(report:dict) -> None:
+    "The last line of a training."
+    values = ', '.join(f'{k} {v:.4g}' for k, v in report['metrics'].items() if isinstance(v, float))
+    print(f"{report['steps']} steps (begun at {report['resumed_at']}), best on validation: {values}, output {report['output']}")
+
+@command(opt('--data-dir', required=True, metavar='DIR', help='tile store with radar and truth'),
+    opt('--stage1-dir', '--stage1-outputs-dir', default='', metavar='DIR', help='store with opt_v1 (gac precompute --output-dir); nothing: the one at --data-dir'),
+    opt('--backbone', default='prithvi_mini', help='Prithvi by the name of gac info, e.g. prithvi_eo_v2_600_tl'),
+    opt('--load-in-8bit', action='store_true', help='frozen linear layers in 8 bits (bitsandbytes)'),
+    opt('--unfreeze-last-n-blocks', type=int, default=0, metavar='N', help='blocks of the encoder that train in full'),
+    opt('--metadata', type=_words, default=['month', 'biome'], metavar='A,B', help='what the refiner is told: month,biome, one of them, or none'),
+    opt('--tile-size', type=int, default=0, metavar='PX', help='side of the random window of a tile that a step sees; 0: the whole tile'),
+    *_training(30, 1e-4), name='train-stage2')
+def train_stage2(metadata, **options):
+    """Stage 2: train Prithvi's adapters and the ConvNeXt head to refine opt_v1.
+Needs opt_v1 (gac precompute). Writes the best checkpoint as adapters in peft's format, the head and a card."""
+    from gac import stage2
+    _trained(stage2.run_stage2(metadata=tuple(m for m in metadata if m != 'none'), **options))
+
+@command(opt('--data-dir', required=True, metavar='DIR', help='tile store with radar and truth'),
+    opt('--stage2-dir', default='', metavar='DIR', help='store with opt_v2; nothing: where opt_v1 is'),
+    opt('--stage2-checkpoint', default='', metavar='DIR', help='output of gac train-stage2; opt_v2 is made with it where there is none yet'),
+    opt('--stage1-dir', '--stage1-outputs-dir', default='', metavar='DIR', help='store with opt_v1; nothing: the one at --data-dir'),
+    opt('--name', default='terramind_mini_generate', help='generator, see gac info'),
+    opt('--route', choices=('features', 'tokens', 'soft'), default='features', help='how the generator is trained, see 06_gradient_flow'),
+    opt('--lora-cross-attention-only', action=argparse.BooleanOptionalAction, default=True, help='adapters on cross-attention alone; without: on all linear layers'),
+    opt('--timesteps', type=int, default=10, metavar='N', help='diffusion steps of the token routes'),
+    opt('--select', choices=('gap', 'raw', 'psnr'), default='gap', help='best checkpoint by distance of SAR-edge agreement to the truth, by its raw value, or by PSNR'),
+    opt('--tile-size', type=int, default=60, metavar='PX', help='side of the window the head trains on; 0: the whole tile'),
+    *_training(50, 5e-5), name='train-stage3')
+def train_stage3(stage1_dir, stage2_dir, **options):
+    """Stage 3: train adapters on TerraMind's cross-attention and the head to ground opt_v2 in the radar.
+Needs opt_v2, or a Stage 2 checkpoint to make it with from opt_v1, beside which it is stored."""
+    from gac import stage3
+    place = stage2_dir or stage1_dir
+    if options['stage2_checkpoint'] and not stage2_dir: _opt_v2(options['data_dir'], place, options['stage2_checkpoint'])
+    _trained(stage3.run_stage3(stage2_dir=place, **options))
+
+def _opt_v2(data_dir:str, stage1_dir:str, checkpoint:str) -> None:
+    "opt_v2 of every tile that has opt_v1."
+    from gac import stage1, stage2
+    store, into = stage1.open_tiles(data_dir, stage1_dir)
+    stage2.precompute_stage2(store, stage2.load_stage2(checkpoint), into=into)
+
+@command(opt('--stage3-checkpoint', default='', metavar='DIR', help='output of gac train-stage3; nothing: an untrained model of --name'),
+    opt('--name', default='terramind_mini_generate', help='generator, see gac info'),
+    opt('--lora-rank', dest='lora_r', type=int, default=8, metavar='R', help='rank of the adapters'))
+def stage3_info(**options):
+    "Say what a grounding model is: parts, parameters, trainable share, adapted layers, how it was trained."
+    from gac import stage3
+    print(stage3.stage3_info(**options))
+
+@command(opt('--s1', required=True, metavar='FILE', help='.pt or .npz with s1_vv and s1_vh, or s1, in dB'),
+    opt('--opt_v2', '--opt-v2', default='', metavar='FILE', help='.pt or .npz with opt_v2 in reflectance, and s2_real if there is a truth; nothing: in the file of --s1'),
+    opt('--output', required=True, metavar='FILE', help='.pt or .npz that is written: opt_v3, s1_vv, s1_vh'),
+    opt('--stage3-checkpoint', required=True, metavar='DIR', help='output of gac train-stage3'),
+    opt('--stage2-checkpoint', default='', metavar='DIR', help='output of gac train-stage2 that made opt_v2; refused where it is of another kind than Stage 3 was trained on'),
+    opt('--timesteps', type=int, default=8, metavar='N', help='diffusion steps of the token routes'),
+    opt('--batch-size', type=int, default=8, metavar='N', help='tiles at a time'), WEIGHTS)
+def stage3_infer(**options):
+    "Ground saved images in their radar; where the truth is given, say how much it helped."
+    from gac import stage3
+    print(*(f'{k}: {v:.6g}' if isinstance(v, float) else f'{k}: {v}' for k, v in stage3.infer_files(**options).items()), sep='\n')

@@ -147,13 +147,13 @@ def ranking(
     data:str, # world, or 'real: …'
     seed:int=0, # of the bootstrap
 ) -> pd.DataFrame: # data, method, sar_edge and the truth's own, sar_edge_gap with its interval, edge_recall and the truth's own, hallucination, both ranks
-    "Who agrees with the radar as the truth does; the smallest gap first."
+    "Who agrees with the radar as the truth does: rank 1 has the smallest gap."
     table = stage1.summarise(measured, (*metrics.SAR_MEASURES, 'psnr'), seed).set_index('method')
     own, table = table.loc['truth'], table.drop(index='truth')
     out = table[['sar_edge', 'sar_edge_gap', 'sar_edge_gap_lo', 'sar_edge_gap_hi', 'edge_recall', 'hallucination']].assign(
         sar_edge_truth=own.sar_edge, edge_recall_truth=own.edge_recall, rank=table.sar_edge_gap.rank(method='min').astype(int),
         rank_raw=table.sar_edge.rank(method='min').astype(int), rank_psnr=table.psnr.rank(ascending=False, method='min').astype(int))
-    return out.sort_values('rank', kind='stable').reset_index().assign(data=data)[['data', 'method', 'rank', 'sar_edge_gap', 'sar_edge_gap_lo', 'sar_edge_gap_hi',
+    return out.reset_index().assign(data=data)[['data', 'method', 'rank', 'sar_edge_gap', 'sar_edge_gap_lo', 'sar_edge_gap_hi',
         'sar_edge', 'sar_edge_truth', 'edge_recall', 'edge_recall_truth', 'hallucination', 'rank_raw', 'rank_psnr']]
 
 def band_table(
@@ -510,7 +510,7 @@ def panels(
     import matplotlib.pyplot as plt
     labels, last, truth = batch['id'] if labels is None else labels, list(images.values())[-1], batch['truth']
     titles = ['radar', *images, 'truth', *['near infrared', 'its truth']*nir, *(f'error {k}' for k in images)]
-    fig, axes = plt.subplots(len(truth), len(titles), figsize=(1.25*len(titles) + .8, 1.3*len(truth) + .3), squeeze=False, dpi=60)
+    fig, axes = plt.subplots(len(truth), len(titles), figsize=(1.25*len(titles) + .8, 1.3*len(truth) + .3), squeeze=False, dpi=56)
     for i, line in enumerate(axes):
         white, red = stage1.white_of(truth[i]), max(.2, float(np.quantile(truth[i][3], .99)))
         shown = [stage1.s1_composite(batch['s1'][i]), *(stage1.picture(x[i], white) for x in (*images.values(), truth)),

@@ -6,9 +6,9 @@
 __all__ = ['STAGES', 'FILES', 'HELD_OUT', 'N', 'RECIPES', 'LOSS_WEIGHTS', 'Plan', 'Scenes', 'standardise', 'inputs_of',
            'band_weights', 'diffusion_times', 'spread', 'quantised', 'divae_loss', 'vqvae_loss', 'prithvi_loss',
            'masked_input', 'core_batch', 'tokenise', 'core_loss', 'rate', 'look_alike', 'order_codes', 'build_stage',
-           'stage_loss', 'save_state', 'pretrain', 'export_weights', 'load_stage', 'load_plans', 'pretrain_all',
-           'held_out', 'optical', 'pixel_features', 'pixel_regression', 'token_accuracy', 'patch_majority', 'probe',
-           'probe_encoder', 'judge']
+           'stage_loss', 'native_bf16', 'start_from', 'save_state', 'pretrain', 'export_weights', 'load_stage',
+           'load_plans', 'pretrain_all', 'held_out', 'optical', 'pixel_features', 'pixel_regression', 'token_accuracy',
+           'patch_majority', 'probe', 'probe_encoder', 'judge']
 
 # %% ../nbs/pretrain_mini.ipynb #facc1d0f
 import json, os, random, time
@@ -36,10 +36,11 @@ class Plan:
     decay: float = .25  # last share of the steps, with a linear fall to zero
     weight_decay: float = .05
     first_seed: int = world.PRETRAIN_BASE  # seed of the first scene drawn
-    precision: str = 'bf16-mixed'
+    precision: str = 'auto'  # 32-true, bf16-mixed, or auto: bf16-mixed where the device computes it natively
     workers: int = 1  # processes that draw scenes
     save_every: int = 500  # steps
     stop: int = 0  # leave after this step, as an interruption would; 0: go on to the end
+    init: str = ''  # folder of finished weights to start from; empty: random
 
 STAGES = ('s2l2a', 'lulc', 'ndvi', 'prithvi', 'core')
 FILES = dict(s2l2a='terramind_mini_tokenizer_s2l2a', lulc='terramind_mini_tokenizer_lulc', ndvi='terramind_mini_tokenizer_ndvi',
@@ -127,12 +128,12 @@ def prithvi_loss(mae, d): # PrithviMAE; batch of inputs_of
 # %% ../nbs/pretrain_mini.ipynb #6afce313
 N = (SIZE//PATCH)**2  # tokens of one modality
 RECIPES = (  # probability, shown tokens per input, asked tokens per output
-    (.50, {'untok_sen1grd@224': N}, (160, 40, 20)),
-    (.20, {'untok_sen1grd@224': N, 'untok_sen2l2a@224': (40, 360)}, (160, 40, 20)),
-    (.08, {'untok_sen2l2a@224': N}, (60, 100, 40)),
-    (.08, {'untok_sen1rtc@224': N, 'untok_dem@224': 200}, (140, 60, 20)),
-    (.07, {'untok_sen1grd@224': N, 'tok_lulc@224': (40, 240), 'tok_ndvi@224': (40, 240)}, (160, 40, 20)),
-    (.07, {'untok_sen1grd@224': N, 'tok_sen2l2a@224': (80, 400)}, (60, 100, 40)),
+    (.48, {'untok_sen1grd@224': N}, (240, 24, 12)),
+    (.24, {'untok_sen1grd@224': N, 'untok_sen2l2a@224': (40, 360)}, (240, 24, 12)),
+    (.08, {'untok_sen2l2a@224': N}, (80, 100, 40)),
+    (.08, {'untok_sen1rtc@224': N, 'untok_dem@224': 200}, (200, 40, 20)),
+    (.06, {'untok_sen1grd@224': N, 'tok_lulc@224': (40, 240), 'tok_ndvi@224': (40, 240)}, (200, 24, 12)),
+    (.06, {'untok_sen1grd@224': N, 'tok_sen2l2a@224': (80, 400)}, (60, 100, 40)),
 )
 LOSS_WEIGHTS = dict(zip(KEYS.values(), (1., .3, .15)))
 
@@ -224,6 +225,14 @@ def stage_loss(p:Plan, model, d, tokenizers=None):
     x = d[KEYS[p.stage]]
     return (vqvae_loss(model, x) if p.stage == 'lulc' else divae_loss(model, x, band_weights() if p.stage == 's2l2a' else None)), {}
 
+def native_bf16(device:str) -> bool: # cpu or cuda
+    "Whether a device computes in bfloat16; a CPU that only emulates it is nine times slower than in float32."
+    return torch.cuda.is_bf16_supported(including_emulation=False) if device == 'cuda' else bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+def start_from(model, stage:str, folder:str): # model of a stage; folder of finished weights
+    "Load finished weights, every key accounted for."
+    model.load_state_dict(foundations.read_weights(study.root()/folder/f'{FILES[stage]}.safetensors')); return model
+
 def save_state(path:Path, **state):
     "Write a checkpoint so that a kill leaves either the old or the new one."
     part = path.with_suffix('.part'); torch.save(state, part); os.replace(part, path)
@@ -236,7 +245,9 @@ def pretrain(p:Plan, # what to learn
     "Run or resume one stage; returns the model and the log."
     torch.set_num_threads(threads); out = Path(out); out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(p.first_seed % 2**31)
-    model = build_stage(p.stage).to(device)
+    model = build_stage(p.stage)
+    model = (start_from(model, p.stage, p.init) if p.init else model).to(device)
+    half = p.precision == 'bf16-mixed' or (p.precision == 'auto' and native_bf16(device))
     opt = torch.optim.AdamW(model.parameters(), lr=p.lr, betas=(.9, .95), weight_decay=p.weight_decay)
     step, log, seconds, path = 0, [], 0., out/f'{p.stage}.ckpt'
     if path.exists():
@@ -248,7 +259,7 @@ def pretrain(p:Plan, # what to learn
         torch.manual_seed(p.first_seed % 2**31+step); random.seed(p.first_seed+step)  # TerraMind shuffles its outputs with Python's
         d = {k: v.to(device) for k, v in inputs_of(scene).items()}
         for g in opt.param_groups: g['lr'] = p.lr*rate(step, p)
-        with torch.autocast(device, torch.bfloat16, enabled=p.precision.startswith('bf16')): loss, parts = stage_loss(p, model, d, tokenizers)
+        with torch.autocast(device, torch.bfloat16, enabled=half): loss, parts = stage_loss(p, model, d, tokenizers)
         opt.zero_grad(); loss.backward(); torch.nn.utils.clip_grad_norm_(model.parameters(), 1.); opt.step(); step += 1
         seen.append({'loss': loss.item(), **parts})
         if step % 100 == 0 or step == p.steps:

@@ -760,7 +760,8 @@ def compare_tables(
     wrong = []
     for col in expected.columns:
         a, b = (pd.to_numeric(df[col], errors='coerce').to_numpy(float) for df in (expected, got))
-        t = tolerances['default'] | tolerances.get('columns', {}).get(col, {})
+        base = col.removesuffix('_lo').removesuffix('_hi')  # the bounds of an interval are held to the tolerance of its measure
+        t = tolerances['default'] | tolerances.get('columns', {}).get(base, {})
         close = np.isclose(a, b, rtol=t.get('rel', 0.), atol=t.get('abs', 0.))
         same = expected[col].astype(str).to_numpy() == got[col].astype(str).to_numpy()
         wrong += [f'row {i + 1}, {col}: {got[col].iloc[i]}, expected {expected[col].iloc[i]}' for i in np.flatnonzero(~(close | same))]
@@ -770,12 +771,13 @@ def compare_tables(
 def compare_reports(
     expected:Path, # folder of the committed report
     got:Path, # folder of the fresh one
-    tolerances:dict, # see compare_tables, and 'skip': tables that hold times
+    tolerances:dict, # see compare_tables, and 'skip': how the names of tables begin that hold times
     real:bool, # whether the real chips are there
 ) -> dict[str, list[str]]: # table -> what differs
     "Every table of two reports compared."
     import pandas as pd
-    names = {p.stem for folder in (expected, got) for p in (folder/'tables').glob('*.csv')} - set(tolerances.get('skip', []))
+    names = {p.stem for folder in (expected, got) for p in (folder/'tables').glob('*.csv')}
+    names = {n for n in names if not n.startswith(tuple(tolerances.get('skip', [])))}
     differences = {}
     for name in sorted(names):
         a, b = (folder/'tables'/f'{name}.csv' for folder in (expected, got))

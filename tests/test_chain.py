@@ -166,7 +166,7 @@ def test_the_study_at_profile_smoke(tmp_path):
     assert time.perf_counter() - began < 20
     assert (tmp_path/'report/index.html').exists()
     tables = {p.stem for p in (tmp_path/'report/tables').glob('*.csv')}
-    for name in tables - {'efficiency'}:
+    for name in (t for t in tables if not t.startswith('efficiency')):
         columns = pd.read_csv(tmp_path/f'report/tables/{name}.csv', nrows=1).columns
         timed = [c for c in columns if c in ('seconds', 'time', 'ms_per_tile', 'tiles_per_s', 'minutes')]
         assert not timed, f'{name}.csv holds times ({timed}): they belong to efficiency.csv'
@@ -178,7 +178,7 @@ def house(tmp_path, make_notebook, monkeypatch):
     (tmp_path/'gac').mkdir()
     make_notebook(tmp_path/'nbs/00_first.ipynb', 'n: int = 2  # rows [1, 9]',
                   "import pandas as pd\ndf = pd.DataFrame({'data': ['world', 'real: x'], 'method': ['a', 'b'], 'psnr': [20., 30.]})\n"
-                  "run.save_table(df, 'results')\nrun.save_table(df, 'efficiency')")
+                  "run.save_table(df, 'results')\nrun.save_table(df, 'efficiency')\nrun.save_table(df, 'efficiency_routes')")
     (tmp_path/'nbs/params').mkdir()
     (tmp_path/'nbs/params/toy.yaml').write_text('description: a toy\n')
     (tmp_path/'nbs/params/tolerances.yaml').write_text((study.root()/'nbs/params/tolerances.yaml').read_text())
@@ -194,7 +194,8 @@ def test_verify(house, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert 'reports/real/some_chips: skipped' in printed and 'reports/toy/tables/results: as committed' in printed
     assert 'efficiency' not in printed
-    table = house/'reports/toy/tables/results.csv'
+    table, times = (house/f'reports/toy/tables/{name}.csv' for name in ('results', 'efficiency_routes'))
+    times.write_text(times.read_text().replace('30.0000', '99.0000'))  # another machine is slower
     compare = lambda real: study.compare_reports(house/'reports/toy', house/'runs/verify/0-report', TOLERANCES, real)
     TOLERANCES = {'skip': ['efficiency'], 'default': {'abs': 1e-4}, 'columns': {'psnr': {'abs': 0.05}}}
     table.write_text(table.read_text().replace('20.0000', '20.0400').replace('30.0000', '31.0000'))
