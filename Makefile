@@ -1,5 +1,6 @@
 # make study · test · test-slow · lab · verify: each makes its own environment in .venv first
 PROFILE ?= mini
+SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -36,8 +37,9 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
 	$(BIN)/python -m pytest -q -rs -m 'not slow' tests
 
+# the last result is kept in reports/test-slow.txt
 test-slow: $(READY)
-	$(BIN)/python -m pytest -q -rs -m slow tests
+	@mkdir -p reports && set -o pipefail; $(BIN)/python -m pytest -q -rs -m slow --durations=0 tests | tee .test-slow && mv .test-slow reports/test-slow.txt
 
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir=nbs

@@ -793,7 +793,7 @@ def from_world(
     if not todo: return store
     if len(store): print(f'{path}: {len(store)} of {len(want)} tiles are there, going on with {todo[0][0]} scene {todo[0][1]}', flush=True)
     with store:
-        for at in study.progress(range(0, len(todo), batch), desc='world tiles', unit='tiles', size=lambda at: len(todo[at:at + batch])):
+        for at in study.progress(range(0, len(todo), batch), len(todo), 'world tiles', 'tiles', size=lambda at: len(todo[at:at + batch])):
             store.append([_world_tile(seed*10**6 + SPLIT_STARTS[split] + i, split, size) for split, i in todo[at:at + batch]])
     return store
 
