@@ -1,6 +1,5 @@
 # make study · test · test-slow · lab · verify: each makes its own environment in .venv first
 PROFILE ?= mini
-SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -39,7 +38,8 @@ test: $(READY)
 
 # the last result is kept in reports/test-slow.txt
 test-slow: $(READY)
-	@mkdir -p reports && set -o pipefail; $(BIN)/python -m pytest -q -rs -m slow --durations=0 tests | tee .test-slow && mv .test-slow reports/test-slow.txt
+	@mkdir -p runs; $(BIN)/python -m pytest -q -rs -m slow --durations=0 tests > runs/test-slow.txt; status=$$?; cat runs/test-slow.txt; \
+	  [ $$status -eq 0 ] && cp runs/test-slow.txt reports/test-slow.txt; exit $$status
 
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir=nbs
