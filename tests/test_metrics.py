@@ -9,7 +9,7 @@ import torchvision
 from hypothesis import given, settings, strategies as st
 
 from gac import metrics
-from gac.metrics import (ALEXNET_FILE, LPIPS, MEASURES, SAR_MEASURES, bootstrap_ci, edge_agreement, edge_recall, hallucination, mae, paired_gain, psnr, rgb,
+from gac.metrics import (ALEXNET_FILE, EDGE_EPS, LPIPS, MEASURES, SAR_MEASURES, bootstrap_ci, edge_agreement, edge_recall, hallucination, image_edges, mae, paired_gain, psnr, rgb,
                          rmse, sam_deg, sar_edge, sar_edge_gap, ssim, summary, tile_metrics)
 from gac.study import GacError
 
@@ -208,6 +208,15 @@ def test_edges_nobody_else_has_are_hallucinations_and_lost_ones_are_missed():
     assert hallucination(road, truth, seen) < .15  # so does the radar
 
 
+def test_recall_is_a_share_of_the_radars_edges():
+    two = torch.full((1, 2, 80, 80), -14.)
+    two[..., 14:30, 14:30] += 6
+    one = two.clone()
+    two[..., 48:64, 48:64] += 6
+    assert edge_recall(as_image(two), two) > .95 and .3 < edge_recall(as_image(one), two) < .7
+    assert edge_recall(as_image(two), one) > .7  # what else the image shows costs only its share of the tenth
+
+
 def test_gradient_of_the_agreement_lowers_it_and_never_breaks():
     s1 = radar(2, 48)
     x = (tiles(2, 48, 7) + .05).requires_grad_()
@@ -220,6 +229,9 @@ def test_gradient_of_the_agreement_lowers_it_and_never_breaks():
         x = dull.requires_grad_()
         edge_agreement(x, s1).sum().backward()
         assert x.grad.isfinite().all()
+    edges = image_edges(x := torch.full((1, 4, 48, 48), .3, requires_grad=True))
+    edges.sum().backward()
+    assert (edges > .9*EDGE_EPS).all() and x.grad.abs().max() < 1  # a flat image has no direction to go
     with torch.autocast('cpu', torch.bfloat16): assert torch.equal(edge_agreement(tiles(2, 48, 7), s1), edge_agreement(tiles(2, 48, 7), s1).float())
     with torch.autocast('cpu', torch.bfloat16): half = edge_agreement(tiles(2, 48, 7), s1)
     assert torch.allclose(half, edge_agreement(tiles(2, 48, 7), s1), atol=1e-5)
