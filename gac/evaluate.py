@@ -417,7 +417,7 @@ def variant_methods(
     if variant == 'pixel head on S1 alone':
         mean = MeanBy().fit(stage1.read_tiles(store, store.rows('train')[:recipe.pairs])).predict
         return dict(opt_v3=fit_stage3(store, mean, replace(recipe, lies=0.), out_dir/'stage3_s1', seed, see=False, lora_r=0))
-    v1 = stage1.images_of(run, store, [])[0] if known else random_stage1(run, store, store.rows('val')[:recipe.val_tiles], seed)
+    v1 = stage1.images_of(run, store, store.rows('train')[:1])[0] if known else random_stage1(run, store, store.rows('val')[:recipe.val_tiles], seed)
     v2 = fit_stage2(store, v1, recipe, out_dir/f'stage2_{"known" if known else "random"}', seed, pretrained=known)
     if variant == 'head without TerraMind features':
         return dict(opt_v3=fit_stage3(store, v2, recipe, out_dir/'stage3_blind', seed, see=False, lora_r=0))

@@ -201,6 +201,13 @@ def test_random_chain_holds_no_pretrained_weight_and_controls_see_what_they_say(
     np.testing.assert_array_equal(blind['opt_v3'](batch), blind['opt_v3'](batch | dict(id=batch['id'].copy(), truth=batch['truth']*.1)))  # no image gets in
     with pytest.raises(study.GacError, match='expected one of pretrained'): evaluate.variant_methods(run, store, 'x', recipe, tmp_path)
 
+def test_pretrained_chain_of_the_comparison_starts_from_the_stored_opt_v1(trained, tmp_path):
+    run, store = trained
+    recipe, batch = evaluate.replace(evaluate.recipe_of(run), crop=48), stage1.read_tiles(store, store.rows('test'))
+    chain, blind = (evaluate.variant_methods(run, store, v, recipe, tmp_path, 0) for v in ('pretrained', 'head without TerraMind features'))
+    np.testing.assert_array_equal(chain['opt_v1'](batch), stage1.stored(store)(batch))
+    assert list(blind) == ['opt_v3'] and (tmp_path/'stage2_known').is_dir() and not (tmp_path/'stage2_random').exists()
+
 def test_knowledge_goes_on_where_it_stopped_and_starts_anew_when_asked_for_something_else(trained, monkeypatch):
     run, store = trained
     trained_ = []
