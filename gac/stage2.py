@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['KNOWN', 'FIELDS', 'YEAR', 'REACH', 'SCALE', 'STEP', 'FLOOR', 'BETAS', 'FLIPS', 'HEAD_FILE', 'ADAPTERS', 'TOLD',
-           'SETTINGS', 'ERROR_TOP', 'codes', 'check_fields', 'Condition', 'ConvNeXtBlock', 'ConvNeXtHead',
-           'PrithviRefiner', 'build_prithvi_refiner', 'forecast', 'scales', 'ms_ssim', 'spectral_angle', 'Stage2Loss',
-           'Pairs', 'save_stage2', 'read_stage2', 'load_stage2', 'stage2_step', 'identity', 'calibrate', 'train_stage2',
-           'refine', 'refined', 'precompute_stage2', 'fingerprint', 'images_of', 'by_gain', 'panels', 'run_stage2',
-           'save_panels']
+           'SETTINGS', 'codes', 'check_fields', 'Condition', 'ConvNeXtBlock', 'ConvNeXtHead', 'PrithviRefiner',
+           'build_prithvi_refiner', 'forecast', 'scales', 'ms_ssim', 'spectral_angle', 'Stage2Loss', 'Pairs',
+           'save_stage2', 'read_stage2', 'load_stage2', 'stage2_step', 'identity', 'calibrate', 'train_stage2',
+           'refine', 'refined', 'precompute_stage2', 'fingerprint', 'images_of', 'run_stage2', 'save_panels']
 
 # %% ../nbs/08_stage2.ipynb #42d310c9
 import hashlib, json, re
@@ -582,37 +581,6 @@ def images_of(
     return refined(load_stage2(run.dir/'stage2'), v1), rows
 
 # %% ../nbs/08_stage2.ipynb #0587339c
-ERROR_TOP = .1  # reflectance, the end of every error map's scale
-
-def by_gain(
-    before, # (n,) PSNR of opt_v1, dB
-    after, # (n,) PSNR of opt_v2, dB
-) -> dict: # largest gain, median gain, largest loss -> position
-    "The tiles a picture shows, chosen by rule."
-    order = np.argsort(np.asarray(after) - np.asarray(before), kind='stable')
-    return {'largest gain': order[-1], 'median gain': order[len(order)//2], 'smallest gain': order[0]}
-
-def panels(
-    opt_v1, # (n, 4, H, W) reflectance
-    opt_v2, # the same shape
-    truth, # the same shape
-    labels, # n texts at the left
-): # matplotlib Figure
-    "Images before and after, the truth, and the error of both, one row per tile."
-    import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(len(truth), 5, figsize=(8.2, 1.55*len(truth) + .3), squeeze=False, dpi=80)
-    for line, a, b, t, label in zip(axes, opt_v1, opt_v2, truth, labels):
-        white = stage1.white_of(t)
-        for ax, x in zip(line, (a, b, t)): ax.imshow(stage1.picture(x, white))
-        for ax, x in zip(line[3:], (a, b)): drawn = ax.imshow(np.abs(x - t).mean(0), cmap='magma', vmin=0, vmax=ERROR_TOP)
-        line[0].set_ylabel(label, fontsize=8)
-    for ax, title in zip(axes[0], ('opt_v1', 'opt_v2', 'truth', 'error of opt_v1', 'error of opt_v2')): ax.set_title(title, fontsize=8)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
-        ax.spines[:].set_visible(False)
-    fig.colorbar(drawn, ax=axes[:, 3:], label='mean absolute error, reflectance', extend='max', shrink=.8)
-    return fig
-
 def run_stage2(
     data_dir, # tile store with radar and truth
     output_dir, # of the training: adapters, head, card, curve
@@ -671,9 +639,9 @@ def save_panels(
     some = [pairs.tile(i) for i in range(min(len(pairs), most))]
     v1, truth = (np.stack([t[k].numpy() for t in some]) for k in ('opt_v1', 'truth'))
     v2 = refine(refiner, v1, {k: np.array([t[k] for t in some]) for k in KNOWN})
-    chosen = by_gain(metrics.psnr(v1, truth), metrics.psnr(v2, truth))
+    chosen = stage1.by_gain(metrics.psnr(v1, truth), metrics.psnr(v2, truth))
     at = list(chosen.values())
-    fig = panels(v1[at], v2[at], truth[at], list(chosen))
+    fig = stage1.panels(dict(truth=truth[at]), dict(opt_v1=v1[at], opt_v2=v2[at]), list(chosen), nir=False)
     fig.savefig(path, metadata={'Software': None})
     plt.close(fig)
     return path

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['REACH', 'WINDOWS', 'GAIN', 'ROUTES', 'CODES', 'KINDS', 'PAINT', 'MARKS', 'SETTINGS', 'STRENGTHS', 'HEAD_FILE',
-           'ADAPTERS', 'ERROR_TOP', 'adapt', 'despeckled', 'GroundingHead', 'tapped', 'without_adapters',
-           'Stage3GroundingModel', 'check_inputs', 'build_stage3_model', 'identity', 'texture', 'texture_agreement',
-           'steepness', 'Stage3Loss', 'shape_mask', 'ring', 'contrast', 'plant', 'taken_back', 'Triples', 'remember',
-           'padded', 'watch', 'window', 'whole', 'stage3_step', 'calibrate', 'train_stage3', 'save_stage3',
-           'read_stage3', 'check_stage2', 'load_stage3', 'stage3_inference', 'stage3_batch_inference',
-           'compute_stage3_metrics', 'grounded', 'model_info', 'fingerprint', 'precompute_stage3', 'images_of',
-           'read_images', 'radar_in', 'image_in', 'infer_files', 'stage3_info', 'run_stage3', 'by_gain', 'panels',
-           'save_panels', 'lie_test', 'lie_table']
+           'ADAPTERS', 'adapt', 'despeckled', 'GroundingHead', 'tapped', 'without_adapters', 'Stage3GroundingModel',
+           'check_inputs', 'build_stage3_model', 'identity', 'texture', 'texture_agreement', 'steepness', 'Stage3Loss',
+           'shape_mask', 'ring', 'contrast', 'plant', 'taken_back', 'Triples', 'remember', 'padded', 'watch', 'window',
+           'whole', 'stage3_step', 'calibrate', 'train_stage3', 'save_stage3', 'read_stage3', 'check_stage2',
+           'load_stage3', 'stage3_inference', 'stage3_batch_inference', 'compute_stage3_metrics', 'grounded',
+           'model_info', 'fingerprint', 'precompute_stage3', 'images_of', 'read_images', 'radar_in', 'image_in',
+           'infer_files', 'stage3_info', 'run_stage3', 'save_panels', 'lie_test', 'lie_table']
 
 # %% ../nbs/09_stage3.ipynb #da204487
 import json, math
@@ -935,39 +934,6 @@ def run_stage3(
     return dict(steps=fit.steps, resumed_at=fit.resumed_at, metrics=read_stage3(output_dir)[1]['metrics'], output=str(output_dir))
 
 # %% ../nbs/09_stage3.ipynb #436a47c3
-ERROR_TOP = .1  # reflectance, the end of every error map's scale
-
-def by_gain(
-    before, # (n,) PSNR of opt_v2, dB
-    after, # (n,) PSNR of opt_v3, dB
-) -> dict: # largest gain, median gain, smallest gain -> position
-    "The tiles a picture shows, chosen by rule."
-    order = np.argsort(np.asarray(after) - np.asarray(before), kind='stable')
-    return {'largest gain': order[-1], 'median gain': order[len(order)//2], 'smallest gain': order[0]}
-
-def panels(
-    s1, # (n, 2, H, W) dB
-    opt_v2, # (n, 4, H, W) reflectance
-    opt_v3, # the same shape
-    truth, # the same shape
-    labels, # n texts at the left
-): # matplotlib Figure
-    "Radar, images before and after, the truth, and the error of both, one row per tile."
-    import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(len(truth), 6, figsize=(9.2, 1.55*len(truth) + .3), squeeze=False, dpi=80)
-    for line, r, a, b, t, label in zip(axes, s1, opt_v2, opt_v3, truth, labels):
-        white = stage1.white_of(t)
-        line[0].imshow(stage1.s1_composite(r))
-        for ax, x in zip(line[1:], (a, b, t)): ax.imshow(stage1.picture(x, white))
-        for ax, x in zip(line[4:], (a, b)): drawn = ax.imshow(np.abs(x - t).mean(0), cmap='magma', vmin=0, vmax=ERROR_TOP)
-        line[0].set_ylabel(label, fontsize=8)
-    for ax, title in zip(axes[0], ('radar', 'opt_v2', 'opt_v3', 'truth', 'error of opt_v2', 'error of opt_v3')): ax.set_title(title, fontsize=8)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
-        ax.spines[:].set_visible(False)
-    fig.colorbar(drawn, ax=axes[:, 4:], label='mean absolute error, reflectance', extend='max', shrink=.8)
-    return fig
-
 def save_panels(
     model:Stage3GroundingModel,
     data:Triples,
@@ -979,9 +945,10 @@ def save_panels(
     some = [data.tile(i) for i in range(min(len(data), most))]
     s1, v2, truth = (torch.stack([t[k] for t in some]) for k in ('s1', 'opt_v2', 'truth'))
     v3 = stage3_inference(model, s1, v2)
-    chosen = by_gain(metrics.psnr(v2, truth), metrics.psnr(v3, truth))
+    chosen = stage1.by_gain(metrics.psnr(v2, truth), metrics.psnr(v3, truth))
     at = list(chosen.values())
-    fig = panels(*(x[at].numpy() for x in (s1, v2, v3, truth)), list(chosen))
+    s1, v2, v3, truth = (x[at].numpy() for x in (s1, v2, v3, truth))
+    fig = stage1.panels(dict(s1=s1, truth=truth), dict(opt_v2=v2, opt_v3=v3), list(chosen), nir=False)
     fig.savefig(path, metadata={'Software': None})
     plt.close(fig)
     return path
