@@ -200,8 +200,8 @@ class Run:
     @classmethod
     def open(cls, notebook:str, profile:str, seed:int, run_dir:str, reports_dir:str, data:str) -> 'Run':
         "Make the folders and begin a new record."
-        place = lambda given, kind: (root()/(given or f'{kind}/{_name(profile)}')).resolve()
-        run = cls(_name(notebook), profile, seed, place(run_dir, 'runs'), place(reports_dir, 'reports'),
+        place = lambda given, default: (root()/(given or default)).resolve()
+        run = cls(_name(notebook), profile, seed, place(run_dir, f'runs/alone/{notebook}'), place(reports_dir, f'reports/{_name(profile)}'),
                   str((root()/data).resolve()) if data else '', dict(tables={}, figures={}, artefacts=[], notes={}, missing={}))
         for path in (run.dir, run.reports): path.mkdir(parents=True, exist_ok=True)
         run._save()
@@ -262,7 +262,7 @@ def start(
     notebook:str, # e.g. 07_stage1
     profile:str='smoke', # name of the profile
     seed:int=0, # the one seed
-    run_dir:str='', # artefacts; empty: runs/<profile>
+    run_dir:str='', # artefacts; empty: runs/alone/<notebook>, so that notebooks that run by themselves never meet
     reports_dir:str='', # tables and figures; empty: reports/<profile>
     data:str='', # folder or file of real tiles; empty: the procedural world
 ) -> Run:
@@ -661,6 +661,7 @@ def run_chain(
     known = [s.seconds for s in todo if s.seconds]
     about = f', about {_clock(sum(known))} for {len(known)} of them last time' if known else ''
     print(f'Profile {profile}: {len(todo)} of {len(stages)} notebooks to run{about}. Report: {_shown(report)}', flush=True)
+    os.environ.setdefault('OMP_NUM_THREADS', '2')  # for the kernels: sums in another order round otherwise, and training carries that on
     if not dry_run:
         with _Lock(run):
             for s in stages: _run_stage(s, stages, run, report, verbose)

@@ -204,3 +204,9 @@ def test_verify(house, monkeypatch, capsys):
     table.write_text(table.read_text().replace('20.0400', '21.0000'))
     with pytest.raises(study.GacError, match='reports/toy/tables/results: row 1, psnr: 20.0000, expected 21.0000'): study.verify('toy')
     with pytest.raises(study.GacError, match='holds no tables'): study.verify('mini')
+
+def test_notebooks_that_run_alone_never_meet(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, 'root', lambda: tmp_path)
+    first, second = (study.start(n).dir for n in ('07_stage1', '08_stage2'))  # nbdev_test runs them at the same time
+    assert first != second and first not in second.parents and second not in first.parents
+    assert study.start('08_stage2', run_dir='runs/mini').dir == study.start('09_stage3', run_dir='runs/mini').dir  # one run, one folder
