@@ -241,11 +241,11 @@ def open_tiles(
 def read_tiles(
     store, # tiles.Store
     rows, # positions in the store
-) -> dict: # idx, id, scene, month, biome (n,), s1 (n, 2, H, W) dB, s2 (n, 12, H, W) and truth (n, 4, H, W) reflectance
+) -> dict: # idx, id, scene, month, biome, lon, lat (n,), s1 (n, 2, H, W) dB, s2 (n, 12, H, W) and truth (n, 4, H, W) reflectance
     "Some tiles with everything a method may look at."
     rows = np.asarray(rows)
     table, s2 = store.table.iloc[rows], tiles.to_reflectance(store.read('s2', rows))
-    return dict(idx=rows, **{k: table[k].to_numpy() for k in ('id', 'scene', 'month', 'biome')}, s1=store.read('s1', rows), s2=s2,
+    return dict(idx=rows, **{k: table[k].to_numpy() for k in ('id', 'scene', 'month', 'biome', 'lon', 'lat') if k in table}, s1=store.read('s1', rows), s2=s2,
                 truth=s2[:, store.bands('s2', study.OPT_BANDS)])
 
 def drawn(

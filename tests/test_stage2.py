@@ -90,7 +90,7 @@ def test_the_best_step_is_exported_not_the_last(pairs, tmp_path):
     assert values.idxmin() != values.index[-1]
     assert card['metrics']['val_psnr'] == pytest.approx(values.min()) and card['steps'] == fit.curve.step[values.idxmin()]
     refiner = stage2.load_stage2(tmp_path/'run')
-    made = [metrics.psnr(torch.from_numpy(stage2.refine(refiner, t['opt_v1'][None], {'month': t['month'], 'biome': t['biome']})), t['truth'][None])[0]
+    made = [metrics.psnr(torch.from_numpy(stage2.refine(refiner, t['opt_v1'][None], {k: t[k] for k in stage2.TOLD if k in t})), t['truth'][None])[0]
             for t in map(pairs[1].tile, range(2))]
     assert float(np.mean(made)) == pytest.approx(card['metrics']['val_psnr_calibrated'], abs=1e-3)
     assert card['metrics']['val_psnr_calibrated'] >= values.min()
@@ -217,6 +217,20 @@ def test_a_month_that_matters_is_learnt_and_only_by_who_is_told():
     with tempfile.TemporaryDirectory() as tmp:
         told, deaf = error(('month',), Path(tmp)/'told'), error(('biome',), Path(tmp)/'deaf')
     assert told < .02 < .04 < deaf
+
+def test_south_of_the_equator_the_year_runs_half_a_year_late():
+    g, tiles_ = torch.Generator().manual_seed(0), []
+    for i in range(16):  # what counts is summer, whichever the month
+        x, south, summer = torch.rand(4, 32, 32, generator=g)*.2, i % 2 == 1, i % 4 < 2
+        tiles_.append(dict(opt_v1=x, truth=x + (.05 if summer else -.05), month=7 if summer != south else 1, biome=4, lat=-40. if south else 40.))
+    settings = replace(QUICK, lr=1e-2, max_steps=40, batch_size=8, grad_accum_steps=1, val_every=20, save_every=20)
+    refiner = stage2.build_prithvi_refiner(metadata=('month',), hide=0., dropout=0., **SMALL)
+    import tempfile
+    with tempfile.TemporaryDirectory() as folder:
+        stage2.train_stage2(refiner, tiles_, tiles_[:4], settings, folder, stage2.Stage2Loss(log_mse=0., l1=1., ms_ssim=0., sam=0.), every=0)
+    x, truth = (torch.stack([t[k] for t in tiles_]) for k in ('opt_v1', 'truth'))
+    error = lambda **more: float(np.abs(stage2.refine(refiner, x, {'month': [t['month'] for t in tiles_]} | more) - truth.numpy()).mean())
+    assert error(lat=[t['lat'] for t in tiles_]) < .02 < .04 < error()
 
 def test_native_date_reaches_the_encoder_and_unknown_dates_do_not():
     refiner = stage2.build_prithvi_refiner(**SMALL)
