@@ -218,16 +218,14 @@ def test_a_month_that_matters_is_learnt_and_only_by_who_is_told():
         told, deaf = error(('month',), Path(tmp)/'told'), error(('biome',), Path(tmp)/'deaf')
     assert told < .02 < .04 < deaf
 
-def test_south_of_the_equator_the_year_runs_half_a_year_late():
+def test_south_of_the_equator_the_year_runs_half_a_year_late(tmp_path):
     g, tiles_ = torch.Generator().manual_seed(0), []
     for i in range(16):  # what counts is summer, whichever the month
         x, south, summer = torch.rand(4, 32, 32, generator=g)*.2, i % 2 == 1, i % 4 < 2
         tiles_.append(dict(opt_v1=x, truth=x + (.05 if summer else -.05), month=7 if summer != south else 1, biome=4, lat=-40. if south else 40.))
     settings = replace(QUICK, lr=1e-2, max_steps=40, batch_size=8, grad_accum_steps=1, val_every=20, save_every=20)
     refiner = stage2.build_prithvi_refiner(metadata=('month',), hide=0., dropout=0., **SMALL)
-    import tempfile
-    with tempfile.TemporaryDirectory() as folder:
-        stage2.train_stage2(refiner, tiles_, tiles_[:4], settings, folder, stage2.Stage2Loss(log_mse=0., l1=1., ms_ssim=0., sam=0.), every=0)
+    stage2.train_stage2(refiner, tiles_, tiles_[:4], settings, tmp_path, stage2.Stage2Loss(log_mse=0., l1=1., ms_ssim=0., sam=0.), every=0)
     x, truth = (torch.stack([t[k] for t in tiles_]) for k in ('opt_v1', 'truth'))
     error = lambda **more: float(np.abs(stage2.refine(refiner, x, {'month': [t['month'] for t in tiles_]} | more) - truth.numpy()).mean())
     assert error(lat=[t['lat'] for t in tiles_]) < .02 < .04 < error()
