@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['REACH', 'WINDOWS', 'GAIN', 'ROUTES', 'CODES', 'KINDS', 'PAINT', 'MARKS', 'SETTINGS', 'STRENGTHS', 'HEAD_FILE',
-           'ADAPTERS', 'adapt', 'despeckled', 'GroundingHead', 'tapped', 'without_adapters', 'Stage3GroundingModel',
-           'check_inputs', 'build_stage3_model', 'identity', 'texture', 'texture_agreement', 'steepness', 'Stage3Loss',
-           'shape_mask', 'ring', 'contrast', 'plant', 'taken_back', 'Triples', 'remember', 'padded', 'watch', 'window',
-           'whole', 'stage3_step', 'calibrate', 'train_stage3', 'save_stage3', 'read_stage3', 'check_stage2',
-           'load_stage3', 'stage3_inference', 'stage3_batch_inference', 'compute_stage3_metrics', 'grounded',
-           'model_info', 'fingerprint', 'precompute_stage3', 'images_of', 'read_images', 'radar_in', 'image_in',
-           'infer_files', 'stage3_info', 'run_stage3', 'save_panels', 'lie_test', 'lie_table']
+           'ADAPTERS', 'adapt', 'despeckled', 'Reading', 'GroundingHead', 'tapped', 'without_adapters',
+           'Stage3GroundingModel', 'check_inputs', 'build_stage3_model', 'identity', 'texture', 'texture_agreement',
+           'steepness', 'Stage3Loss', 'shape_mask', 'ring', 'contrast', 'plant', 'taken_back', 'Triples', 'remember',
+           'padded', 'watch', 'window', 'whole', 'stage3_step', 'calibrate', 'train_stage3', 'save_stage3',
+           'read_stage3', 'check_stage2', 'load_stage3', 'stage3_inference', 'stage3_batch_inference',
+           'compute_stage3_metrics', 'grounded', 'model_info', 'fingerprint', 'precompute_stage3', 'images_of',
+           'read_images', 'radar_in', 'image_in', 'infer_files', 'stage3_info', 'run_stage3', 'save_panels', 'lie_test',
+           'lie_table']
 
 # %% ../nbs/09_stage3.ipynb #da204487
 import json, math
@@ -47,7 +48,7 @@ def adapt(
     return training.inject_lora(generator, REACH[reach], r, alpha)[1] if r else pd.DataFrame(columns=['name', 'in', 'out', 'added'])
 
 # %% ../nbs/09_stage3.ipynb #c5bfdb94
-WINDOWS = (3, 7)  # px, local means of the radar
+WINDOWS = (3, 7, 15)  # px, local means of the radar
 
 def despeckled(
     s1:Tensor, # (B, 2, H, W) dB
@@ -60,35 +61,62 @@ def despeckled(
 # %% ../nbs/09_stage3.ipynb #90665606
 GAIN = .5  # correction for an output of 1, relative to opt_v2
 
+def _steered(x:Tensor, film:Tensor) -> Tensor: # (B, C, H, W), (B, 2 C, H, W)
+    "Scaled and shifted."
+    gain, shift = film.chunk(2, 1)
+    return x*(1 + gain) + shift
+
+class Reading(nn.Module):
+    "What a pixel should be, given what TerraMind knows of its patch: two hidden layers, each steered by the features."
+    def __init__(self,
+        dim:int, # channels of the features
+        pixels:int, # channels of what is seen at full resolution
+        bands:int=4,
+        width:int=48, # channels
+        dropout:float=.1,
+    ):
+        super().__init__()
+        self.know = nn.Sequential(nn.LayerNorm(dim), nn.Dropout(dropout), nn.Linear(dim, 4*width))
+        self.into, self.hidden, self.out = nn.Conv2d(pixels, width, 1), nn.Conv2d(width, width, 1), nn.Conv2d(width, bands, 1)
+        self.drop = nn.Dropout(dropout)
+        nn.init.normal_(self.know[-1].weight, std=.01), nn.init.zeros_(self.know[-1].bias)
+        nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
+
+    def forward(self, x:Tensor, features:Tensor) -> Tensor: # (B, pixels, H, W), (B, h, w, dim) -> (B, bands, H, W)
+        films = F.interpolate(self.know(features).movedim(-1, 1), x.shape[-2:], mode='bilinear').chunk(2, 1)
+        for layer, film in zip((self.into, self.hidden), films): x = self.drop(F.gelu(_steered(layer(x), film)))
+        return self.out(x)
+
 class GroundingHead(nn.Module):
     "From radar, image and features of the decoder to a correction of the image, zero at the start."
     def __init__(self,
         dim:int, # channels of the features
         pixels:int, # channels of what is seen at full resolution
         bands:int=4,
-        width:int=48, # channels at half resolution
-        depth:int=3, # ConvNeXt blocks
+        width:int=48, # channels
+        depth:int=3, # ConvNeXt blocks of the structure; 0: pixel by pixel alone
         dropout:float=.1,
     ):
         super().__init__()
-        self.know = nn.Sequential(nn.LayerNorm(dim), nn.Dropout(dropout), nn.Linear(dim, 2*width))
-        self.coarse = nn.Conv2d(4*pixels, width, 3, padding=1)
+        self.reading = Reading(dim, pixels, bands, width, dropout)
         self.blocks = nn.ModuleList(stage2.ConvNeXtBlock(width, dropout=dropout) for _ in range(depth))
-        self.up = nn.Conv2d(width, 2*width, 1)
-        self.fine = nn.Conv2d(pixels, width//2, 3, padding=1)
-        self.out = nn.Conv2d(width//2, bands, 3, padding=1)
+        if not depth: return
+        self.know = nn.Sequential(nn.LayerNorm(dim), nn.Dropout(dropout), nn.Linear(dim, 2*width))
+        self.coarse, self.up = nn.Conv2d(4*pixels, width, 3, padding=1), nn.Conv2d(width, 2*width, 1)
+        self.fine, self.out = nn.Conv2d(pixels, width//2, 3, padding=1), nn.Conv2d(width//2, bands, 3, padding=1)
         nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
 
     def forward(self,
         x:Tensor, # (B, pixels, H, W) standardised, even sides
         features:Tensor, # (B, dim, h, w)
     ) -> Tensor: # (B, bands, H, W), in units of GAIN
+        features = features.movedim(1, -1)
+        read = self.reading(x, features)
+        if not self.blocks: return read
         half = self.coarse(F.pixel_unshuffle(x, 2))  # (B, width, H/2, W/2)
-        known = self.know(features.movedim(1, -1)).movedim(-1, 1)  # (B, 2 width, h, w)
-        gain, shift = F.interpolate(known, half.shape[-2:], mode='bilinear').chunk(2, 1)
-        half = half*(1 + gain) + shift
+        half = _steered(half, F.interpolate(self.know(features).movedim(-1, 1), half.shape[-2:], mode='bilinear'))
         for block in self.blocks: half = block(half)
-        return self.out(F.gelu(F.pixel_shuffle(self.up(half), 2) + self.fine(x)))
+        return read + self.out(F.gelu(F.pixel_shuffle(self.up(half), 2) + self.fine(x)))
 
 # %% ../nbs/09_stage3.ipynb #8d4a291f
 ROUTES = ('features', 'tokens', 'soft')
@@ -126,7 +154,7 @@ class Stage3GroundingModel(nn.Module):
         see:bool=True, # False: the control, features are zero
         taps:int=4, # depths of the decoder that are read
         width:int=48, # channels of the head
-        depth:int=3, # its blocks
+        depth:int=3, # its blocks for structure; 0: pixel by pixel alone
         dropout:float=.1,
         codes:str='expected', # codes the token routes paint, of CODES
     ):
@@ -138,7 +166,7 @@ class Stage3GroundingModel(nn.Module):
         self.standardize, self.see, self.kind = standardize, see, codes
         self.taps = min(taps, len(generator.net.decoder))
         self.at = [study.S2_BANDS.index(b) for b in OPT_BANDS]
-        dim, pixels = generator.net.mask_token.shape[-1], 2*(1 + len(WINDOWS)) + len(OPT_BANDS)
+        dim, pixels = generator.net.mask_token.shape[-1], 2*(2 + len(WINDOWS)) + 3*len(OPT_BANDS)
         self.head = GroundingHead(self.taps*dim, pixels, len(OPT_BANDS), width, depth, dropout) if route == 'features' else None
         self.register_buffer('strength', torch.ones(()))  # of the correction, see `calibrate`
 
@@ -159,16 +187,18 @@ class Stage3GroundingModel(nn.Module):
 
     def inputs(self, s1:Tensor, opt_v2:Tensor) -> dict: return {self.radar: s1, 'S2L2A': opt_v2}
 
-    def pixels(self, s1:Tensor, opt_v2:Tensor) -> Tensor: # house units -> (B, 10, H, W)
-        "What the head sees at full resolution."
+    def pixels(self, s1:Tensor, opt_v2:Tensor) -> Tensor: # house units, whole tiles -> (B, 22, H, W)
+        "What the head sees at full resolution: of radar and image each pixel, its surroundings, and the tile."
         (mean, std), (m2, s2) = self._statistics(self.radar), self._statistics('S2L2A')
         radar = [(x - mean)/std for x in (s1, *(despeckled(s1, w) for w in WINDOWS))]
-        return torch.cat([*radar, (opt_v2/study.REFLECTANCE - m2)/s2], 1)
+        image = (opt_v2/study.REFLECTANCE - m2)/s2
+        around = F.avg_pool2d(F.pad(image, [WINDOWS[-1]//2]*4, mode='reflect'), WINDOWS[-1], 1)
+        return torch.cat([*radar, image, around, *(x.mean((2, 3), keepdim=True).expand_as(x) for x in (radar[1], image))], 1)
 
     def features(self, s1:Tensor, opt_v2:Tensor) -> Tensor: # house units, a side the generator can read -> (B, taps D, h, w)
         "What the decoder knows of each patch, at several depths."
         side = s1.shape[-1]//self.generator.tokenizer('S2L2A').patch_size
-        if not self.see: return s1.new_zeros(len(s1), self.head.know[0].normalized_shape[0], side, side)
+        if not self.see: return s1.new_zeros(len(s1), self.head.reading.know[0].normalized_shape[0], side, side)
         with tapped(self.generator.net.decoder, self.taps) as seen:
             last = self.generator.decoder_features(self.inputs(s1, opt_v2), 'S2L2A')
         return torch.cat([*seen[:-1], last], -1).movedim(-1, 1).unflatten(-1, (side, side))
@@ -208,9 +238,10 @@ class Stage3GroundingModel(nn.Module):
         opt_v2:Tensor, # (B, 4, H, W) reflectance
         timesteps:int|None=None, # of the token routes
         features:Tensor|None=None, # (B, taps D, h, w) computed before
+        pixels:Tensor|None=None, # (B, 22, H, W), the same
     ) -> Tensor: # opt_v3
         if self.route == 'features':
-            out = self.head(self.pixels(s1, opt_v2), self.features(s1, opt_v2) if features is None else features)
+            out = self.head(self.pixels(s1, opt_v2) if pixels is None else pixels, self.features(s1, opt_v2) if features is None else features)
             return opt_v2 + self.strength*GAIN*(opt_v2.clamp_min(0) + metrics.DARK)*out
         steps, noise = self.timesteps if timesteps is None else timesteps, self.noise(s1)
         new, old = self.codes(self.logits(s1, opt_v2)), self.own_codes(s1, opt_v2)
@@ -448,14 +479,14 @@ def remember(
     batch_size:int=8, # tiles at a time
 ) -> Triples:
     "Compute once what training does not change."
-    parts = []
+    parts = {k: [] for k in (('features', 'pixels') if what == 'features' else (what,))}
     for k in range(0, len(data), batch_size):
         some = range(k, min(k + batch_size, len(data)))
         s1, v2 = (torch.stack([data[i][n] for i in some]).to(model.device) for n in ('s1', 'opt_v2'))
         s1, v2 = padded(model, s1), padded(model, v2)
-        new = model.features(s1, v2).half() if what == 'features' else model.generator.tokenize(data.s2(list(some)), 'S2L2A')
-        parts.append(new.cpu())
-    data.more[what] = torch.cat(parts)
+        new = [model.features(s1, v2).half(), model.pixels(s1, v2).half()] if what == 'features' else [model.generator.tokenize(data.s2(list(some)), 'S2L2A')]
+        for part, x in zip(parts.values(), new): part.append(x.cpu())
+    data.more |= {k: torch.cat(part) for k, part in parts.items()}
     return data
 
 def padded(model:Stage3GroundingModel, x:Tensor) -> Tensor:
@@ -482,7 +513,7 @@ def watch(
     return new | {f'{k}_v2': v for k, v in old.items()}
 
 def window(
-    batch:dict, # name -> (B, C, H, W) images of one size; features (B, D, h, w)
+    batch:dict, # name -> (B, C, H, W) images and pixels of one size; features (B, D, h, w)
     size:int, # px; 0: the whole tile
     axes=(), # that may be mirrored
 ) -> dict:
@@ -504,7 +535,7 @@ def whole(
     "Whole tiles while training."
     s1, v2 = batch['s1'], batch['opt_v2']
     if 'features' not in batch: return model(s1, v2, timesteps=1)
-    out = model.grounded(padded(model, s1), padded(model, v2), features=batch['features'].float())
+    out = model.grounded(padded(model, s1), padded(model, v2), None, *(batch[k].float() for k in ('features', 'pixels')))
     return tiles.crop_back(out, tiles.pad_to_multiple(s1, model.generator.multiple('S2L2A'))[1])
 
 def stage3_step(
@@ -524,9 +555,9 @@ def stage3_step(
             entropy = F.cross_entropy(model.logits(s1, v2).movedim(-1, 1), batch['tokens'].flatten(1).long())
             return dict(loss=entropy, entropy=entropy)
         if model.route == 'soft': return loss(model.grounded(s1, v2, 1), truth, v2, s1)
-        known = batch['features'].float() if 'features' in batch else model.features(s1, v2)
-        b = window(dict(s1=s1, opt_v2=v2, truth=truth, features=known), crop, stage2.FLIPS[augment])
-        return loss(model.grounded(b['s1'], b['opt_v2'], features=b['features']), b['truth'], b['opt_v2'], b['s1'])
+        known, seen = (batch[k].float() for k in ('features', 'pixels')) if 'features' in batch else (model.features(s1, v2), model.pixels(s1, v2))
+        b = window(dict(s1=s1, opt_v2=v2, truth=truth, features=known, pixels=seen), crop, stage2.FLIPS[augment])
+        return loss(model.grounded(b['s1'], b['opt_v2'], None, b['features'], b['pixels']), b['truth'], b['opt_v2'], b['s1'])
     return step
 
 SETTINGS = training.Settings(lr=5e-5, epochs=50., monitor='val_monitor')  # as the starting documents train: batch 1 x 8, patience 10
@@ -573,7 +604,7 @@ def train_stage3(
     if select not in MARKS: raise GacError(f'select {select!r}: expected {", ".join(MARKS)}.')
     out_dir, loss, step = Path(out_dir), loss or Stage3Loss(), stage3_step(loss or Stage3Loss(), crop, augment, select)
     settings = replace(settings, monitor='val_monitor', mode='min')
-    made = dict(model=model.config, weights=identity(model), loss=loss.weights, crop=crop, augment=augment, select=select, frozen=frozen,
+    made = dict(model=model.config, tensors=stage2.layout(model), weights=identity(model), loss=loss.weights, crop=crop, augment=augment, select=select, frozen=frozen,
                 settings=asdict(settings), train=_mark(train), val=_mark(val) if val else 0)
     made = json.loads(json.dumps(made))
     resume = resume and _same(out_dir, made, overwrite)
@@ -612,7 +643,7 @@ def _parts(model, settings, n:int, frozen:float) -> dict: # name -> settings
 def _prepare(data, model, part:str) -> None:
     "Keep with the tiles what this part of the training does not change."
     if data is None: return
-    data.more.pop('features', None)
+    for k in ('features', 'pixels'): data.more.pop(k, None)
     if part == 'head' and model.route == 'features': remember(data, model, 'features')
     if model.route == 'tokens' and 'tokens' not in data.more: remember(data, model, 'tokens')
 
