@@ -339,8 +339,8 @@ def polarisations(
     said = ', '.join(f or 'without a name' for f in found)
     if any(found): raise GacError(f'bands {said}: expected VV once and VH once. Say which is which with --s1-bands, e.g. VV,VH.')
     if len(found) == 2: return S1_BANDS, False
-    raise GacError(f'{len(found)} band{"s" if len(found) > 1 else ""} without names: expected VV and VH in one file (gdal_merge.py -separate joins two), '
-                   'or say which is which with --s1-bands.')
+    raise GacError(f'{len(found)} band{"s" if len(found) > 1 else ""} without names: expected VV and VH in one file (gdal_merge.py -separate joins '
+                   'two), or say which is which with --s1-bands.')
 
 @contextmanager
 def _reading(path:Path) -> Iterator:
@@ -772,7 +772,8 @@ def scene_figure(scene:Scene, output:Path, side:int=700): # matplotlib Figure
     image, white = x.filled(np.nan), max(.1, float(np.nanquantile(x[:3].filled(np.nan), .99)))
     views = {'radar: VV, VH, VV − VH': stage1.s1_composite(np.nan_to_num(radar, nan=-30.)),
              'true colour': stage1.picture(np.nan_to_num(image[:4]), white), 'near infrared': stage1.false_colour(np.nan_to_num(image[:4]))}
-    fig, axes = plt.subplots(1, len(views) + (len(image) > 4), figsize=(3.1*(len(views) + (len(image) > 4)), 3.2*shape[0]/shape[1] + .4))
+    n = len(views) + (len(image) > 4)
+    fig, axes = plt.subplots(1, n, figsize=(3.1*n, 3.2*shape[0]/shape[1] + .4), dpi=64)
     for ax, (title, pixels) in zip(axes, views.items()): ax.imshow(pixels)
     if len(image) > 4: fig.colorbar(axes[-1].imshow(image[4], cmap='magma', vmin=0), ax=axes[-1], label='reflectance', shrink=.8)
     for ax, title in zip(axes, [*views, 'spread']): ax.set(xticks=[], yticks=[], title=title)

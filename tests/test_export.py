@@ -280,19 +280,29 @@ def test_the_command_on_a_scene_and_on_tiles(store, tmp_path, capsys):
         assert f.tags()['GAC_ID'] == 't.2' and tuple(f.transform)[:6] == (10, 0, 6e5 + 960, 0, -10, 5.8e6)
     assert cli.main(['infer', str(tmp_path/'nowhere.tif'), str(tmp_path/'p.tif')]) == 2 or 'nothing here' in capsys.readouterr().err
 
+PEAK = """
+import sys; sys.path.insert(0, sys.argv[1])
+import export_chains
+from gac.export import *
+peak = lambda: int(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])/1024
+before = peak()
+infer_scene(sys.argv[2], sys.argv[3], export_chains.Grey(), Tiling(120, 40, 480))
+print(before, peak())
+"""
+
 @pytest.mark.slow
+@pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='the peak of the resident memory is read from /proc')
 def test_memory_does_not_grow_with_the_scene(tmp_path):
-    "Peak resident memory of a whole run, at two sizes 16 times apart."
+    "Peak resident memory of whole runs at two sizes 16 times apart."
     peak = {}
     for side in (1024, 4096):
-        path = tmp_path/f'{side}.tif'
-        with rasterio.open(path, 'w', driver='GTiff', height=side, width=side, count=2, dtype='float32', crs='EPSG:32633', tiled=True, transform=rasterio.Affine(10, 0, 4e5, 0, -10, 5.3e6)) as f:
-            r = np.random.default_rng(0)
+        path, r = tmp_path/f'{side}.tif', np.random.default_rng(0)
+        with rasterio.open(path, 'w', driver='GTiff', height=side, width=side, count=2, dtype='float32', crs='EPSG:32633', tiled=True,
+                           transform=rasterio.Affine(10, 0, 4e5, 0, -10, 5.3e6)) as f:
             for i in range(0, side, 256):
                 f.write(np.stack([r.normal(m, 2, (256, side)) for m in (-11, -17.5)]).astype('float32'), window=rasterio.windows.Window(0, i, side, 256))
-        code = ('import sys, resource; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import export_chains; from gac.export import *; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; '
-                'infer_scene(sys.argv[2], sys.argv[3], export_chains.Grey(), Tiling(120, 40, 480)); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024, before/1024)')
-        done = subprocess.run([sys.executable, '-c', code, str(Path(__file__).parent), str(path), str(tmp_path/f'{side}.o.tif')], capture_output=True, text=True, check=True)
+        done = subprocess.run([sys.executable, '-c', PEAK, str(Path(__file__).parent), str(path), str(tmp_path/f'{side}.o.tif')], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
         peak[side] = [float(v) for v in done.stdout.splitlines()[-1].split()]
-    print({side: f'{p:.0f} MB at its peak, {b:.0f} MB after importing' for side, (p, b) in peak.items()})
-    assert peak[4096][0] - peak[1024][0] < 64  # MB; the larger output alone has 134 MB
+        print(f'{side} px: {peak[side][0]:.0f} MB after the imports, {peak[side][1]:.0f} MB at the peak')
+    assert peak[4096][1] - peak[1024][1] < 100  # MB: GDAL's cache of 64, and noise; the scene itself has 134, the output another 134
