@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['BIOME_BOXES', 'BIGEARTHNET', 'EARTH', 'FORMAT', 'SHARD', 'ABSENT', 'CODEC', 'COLUMNS', 'SPLITS', 'SPLIT_STARTS',
            'S2_OFFSET', 'LEVELS', 'APART', 'KNOWN_OFFSETS', 'S1_UNITS', 'S2_UNITS', 'BEN_PIXELS', 'EXTRA', 'NPZ_META',
-           'NPZ_KEYS', 'LAYOUTS', 'READERS', 'pad_to_multiple', 'crop_back', 'to_reflectance', 'to_dn', 'parse_date',
-           'month_of', 'biome_of', 'read_ecoregions', 'split_by_block', 'split_distance', 'shard_index', 'write_shard',
-           'Entry', 'Store', 'check_id', 'tile_arrays', 'from_world', 'study_store', 's1_unit', 's2_unit',
-           'has_baseline', 's2_offset', 'Options', 'Source', 'Job', 'windows', 'read_bigearthnet', 'read_geotiff',
-           'read_npz', 'recognise', 'Units', 'find_units', 'records_of', 'convert', 'real_store']
+           'NPZ_KEYS', 'BENV2_S1', 'MAGIC', 'LAYOUTS', 'READERS', 'pad_to_multiple', 'crop_back', 'to_reflectance',
+           'to_dn', 'parse_date', 'month_of', 'biome_of', 'read_ecoregions', 'split_by_block', 'split_distance',
+           'shard_index', 'write_shard', 'Entry', 'Store', 'check_id', 'tile_arrays', 'from_world', 'study_store',
+           's1_unit', 's2_unit', 'has_baseline', 's2_offset', 'Options', 'Source', 'Job', 'windows', 'read_bigearthnet',
+           'read_geotiff', 'read_npz', 'read_benv2', 'recognise', 'Units', 'find_units', 'records_of', 'convert',
+           'real_store']
 
 # %% ../nbs/02_tiles.ipynb #1e22762c
 import hashlib, io, json, os, re, shutil, socket, weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from functools import partial
@@ -976,16 +978,19 @@ def _pick(x:np.ndarray, names:tuple, wanted:tuple) -> np.ndarray:
     return x if tuple(names) == tuple(wanted) else x[[names.index(b) for b in wanted]]
 
 # %% ../nbs/02_tiles.ipynb #11b1ef0e
-def _raster(path:Path) -> tuple: # values, crs, transform, band names, tags
+def _raster(
+    path:Path, # a GeoTIFF; with `blob` its name, for messages
+    blob:bytes=None, # its content, where it is not a file of its own
+) -> tuple: # values, crs, transform, band names, tags
     "All bands of a GeoTIFF; no-data pixels of a float become NaN, of an integer an error."
     import rasterio
     from rasterio.errors import NotGeoreferencedWarning
     import warnings
-    if not path.is_file(): raise GacError(f'{path}: missing file.')
+    if blob is None and not path.is_file(): raise GacError(f'{path}: missing file.')
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), nullcontext() if blob is None else rasterio.MemoryFile(blob) as held:
             warnings.simplefilter('ignore', NotGeoreferencedWarning)
-            with rasterio.open(path) as f:
+            with rasterio.open(path) if blob is None else held.open(driver='GTiff') as f:
                 x, crs, t, tags, nodata = f.read(), f.crs.to_string() if f.crs else '', tuple(f.transform)[:6], f.tags(), f.nodata
                 names = f.descriptions
     except rasterio.errors.RasterioError as e: raise GacError(f'{path}: cannot be read as a raster ({str(e).splitlines()[0]}).')
@@ -1185,13 +1190,105 @@ def read_npz(
         jobs += [Job(name, str(path), partial(_npz_source, path, i, name, opt, cache)) for i, name in enumerate(names)]
     return jobs
 
+# %% ../nbs/02_tiles.ipynb #b2e7f0a2
+BENV2_S1 = ('VH', 'VV')  # as benv2 stores them
+MAGIC = b'#y'  # a tortilla begins with it
+
+def _part(
+    f, # an open file
+    start:int, size:int, # of the container in it
+    offset, length, # of the part in the container, as some table says
+    where:str, # for messages
+) -> tuple: # offset in the file and length
+    "Where a part of a container is, if it is inside."
+    try: offset, length = int(offset), int(length)
+    except (TypeError, ValueError): raise GacError(f'{where}: offset {offset!r} and length {length!r} are no numbers. The file is damaged.')
+    if offset < 0 or length <= 0 or offset + length > size:
+        raise GacError(f'{where}: bytes {offset} to {offset + length} of a container of {size} bytes. The file is damaged or not whole: fetch it '
+                       'again.')
+    return start + offset, length
+
+def _bytes(f, start:int, length:int) -> bytes:
+    "Some bytes of a file."
+    f.seek(start)
+    return f.read(length)
+
+def _contents(
+    f, # an open file
+    start:int, size:int, # of the container in it
+    where:str, # for messages
+) -> pd.DataFrame: # a row per part, with tortilla:id, tortilla:offset and tortilla:length
+    "The table at the end of a tortilla."
+    head = _bytes(f, start, 18)
+    if len(head) < 18 or head[:2] != MAGIC: raise GacError(f'{where}: no tortilla (it does not begin with {MAGIC.decode()}).')
+    at = _part(f, start, size, int.from_bytes(head[2:10], 'little'), int.from_bytes(head[10:18], 'little'), f'{where}, table')
+    try: table = pq.read_table(pa.BufferReader(_bytes(f, *at))).to_pandas()
+    except (pa.ArrowException, OSError, ValueError) as e:
+        raise GacError(f'{where}: its table cannot be read ({type(e).__name__}: {str(e).splitlines()[0]}). Fetch the file again.')
+    lacks = [c for c in ('tortilla:id', 'tortilla:offset', 'tortilla:length') if c not in table.columns]
+    if lacks: raise GacError(f'{where}: its table has no column {", ".join(lacks)}.')
+    return table
+
+def _benv2_source(path:Path, row:dict, opt:Options) -> Source:
+    "Load one sample."
+    name, rasters = f'{path.name}, {row["tortilla:id"]}', {}
+    with open(path, 'rb') as f:
+        at = _part(f, 0, path.stat().st_size, row['tortilla:offset'], row['tortilla:length'], name)
+        for part in _contents(f, *at, name).to_dict('records'):
+            if part['tortilla:id'] not in ('s1', 's2'): continue
+            what = f'{name}, {part["tortilla:id"]}'
+            rasters[part['tortilla:id']] = _raster(what, _bytes(f, *_part(f, *at, part['tortilla:offset'], part['tortilla:length'], what)))
+    for k in ('s1', 's2'):
+        if k not in rasters: raise GacError(f'{name}: no part {k}. A sample of benv2 has s1 and s2.')
+    s1, s2 = rasters['s1'], rasters['s2']
+    s2 = (s2[0], s2[1], _as_radar(s1, s2, name), *s2[3:])
+    _same_place(s1, s2, f'{name}, s2')
+    bands1 = _in_order(s1[3], len(s1[0]), tuple(opt.s1_bands) or BENV2_S1, S1_BANDS, 's1_bands')
+    bands2 = _in_order(s2[3], len(s2[0]), tuple(opt.s2_bands), S2_BANDS, 's2_bands')
+    meta = dict(date=row['date'], country=row['country'], split=dict(validation='val').get(row['split'], row['split']), labels='|'.join(row['labels']),
+                source=f'GEO-Bench-2 benv2, {row["tortilla:id"]}')
+    return Source(row['name'], _pick(s1[0], bands1, S1_BANDS), s2[0], bands2, 'S1GRD', bool(opt.s1_bands), meta=meta, crs=s1[1], transform=s1[2])
+
+def _as_radar(s1:tuple, s2:tuple, where:str) -> tuple: # transform
+    "The optical image's transform, 60 m a pixel put right where corner and size are the radar's."
+    a, b = s1[2], s2[2]
+    wrong = s1[0].shape[1:] == s2[0].shape[1:] and np.allclose(np.array(b), np.array(a)*[6, 6, 1, 6, 6, 1], rtol=0, atol=1e-3)
+    return a if wrong else b
+
+def _benv2_row(row:dict) -> dict:
+    "A row of the outer table in the words of the house."
+    patch, seconds = str(row.get('patch_id') or ''), row.get('stac:time_start')
+    day = '' if seconds is None or pd.isna(seconds) else pd.Timestamp(float(seconds), unit='s').isoformat()
+    split = row.get('tortilla:data_split')
+    return row | dict(name=patch or str(row['tortilla:id']), date=parse_date(patch) or day, country=str(row.get('country') or ''),
+                      split=split if isinstance(split, str) else 'test', labels=[str(v) for v in row['labels']] if row.get('labels') is not None else [])
+
+def read_benv2(
+    src:Path, # a .tortilla file, or a folder of them
+    opt:Options, # see there
+) -> list: # of Job
+    "The samples of GEO-Bench-2's benv2."
+    jobs = []
+    for path in [src] if src.is_file() else sorted(src.glob('*.tortilla')):
+        try:
+            with open(path, 'rb') as f: table = _contents(f, 0, path.stat().st_size, str(path))
+        except GacError as e:
+            jobs.append(Job(path.stem, str(path), _failing(e)))
+            continue
+        for row in map(_benv2_row, table.to_dict('records')):
+            why = [w for w, c in (('seasonal snow', 'contains_seasonal_snow'), ('cloud or shadow', 'contains_cloud_or_shadow')) if row.get(c) is True]
+            jobs.append(Job(row['name'], f'{path}, {row["tortilla:id"]}', partial(_benv2_source, path, row, opt),
+                            ' and '.join(why) if not opt.keep_snow_cloud else ''))
+    return jobs
+
 # %% ../nbs/02_tiles.ipynb #133e2f2a
 LAYOUTS = dict(
     store='a folder with table.parquet and arrays/: a tile store of this project',
     bigearthnet_v2='a folder with BigEarthNet-S1/, BigEarthNet-S2/ and metadata.parquet',
     geotiff='a folder with S2L2A/ and S1GRD/ or S1RTC/ (and DEM/, LULC/, NDVI/ if any), GeoTIFFs of the same names in each',
-    npz='an .npz file or a folder of them, with s1 (or s1_vv and s1_vh) and s2 (or s2_real)')
-READERS = dict(bigearthnet_v2=read_bigearthnet, geotiff=read_geotiff, npz=read_npz)
+    npz='an .npz file or a folder of them, with s1 (or s1_vv and s1_vh) and s2 (or s2_real)',
+    benv2='a .tortilla file or a folder of them, with samples of s1 and s2: benv2 of GEO-Bench-2')
+READERS = dict(bigearthnet_v2=read_bigearthnet, geotiff=read_geotiff, npz=read_npz, benv2=read_benv2)
 
 def recognise(
     path:str|Path, # folder or file of real tiles
@@ -1204,6 +1301,7 @@ def recognise(
     if has('BigEarthNet-S1', 'BigEarthNet-S2', 'metadata.parquet'): return 'bigearthnet_v2'
     if has('S2L2A') and (has('S1GRD') or has('S1RTC')): return 'geotiff'
     if path.suffix == '.npz' or (path.is_dir() and any(path.glob('*.npz'))): return 'npz'
+    if path.suffix == '.tortilla' or (path.is_dir() and any(path.glob('*.tortilla'))): return 'benv2'
     inside = ', '.join(sorted(p.name for p in path.iterdir())[:8]) if path.is_dir() else 'a file'
     known = '\n'.join(f'  {k}: {v}' for k, v in LAYOUTS.items())
     raise GacError(f'{path}: no layout that is known here (it holds: {inside or "nothing"}). Known are:\n{known}')

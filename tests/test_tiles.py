@@ -259,6 +259,23 @@ def test_npz(tmp_path, how):
     np.testing.assert_array_equal(store.read('s2', slice(None), OPT_BANDS), s2)
     assert store.table['month'].tolist() == [1, 2, 3]
 
+@pytest.mark.parametrize('how', ['a file', 'a folder of parts'])
+def test_benv2(tmp_path, how):
+    src = layouts.benv2(tmp_path/'b'/'benv2.0000.part.tortilla')
+    if how == 'a folder of parts':
+        layouts.benv2(tmp_path/'b'/'benv2.0001.part.tortilla', 1, lambda i: dict(patch_id='S2A_MSIL2A_20170617T113321_N9999_R080_T29UPU_90_90', contains_seasonal_snow=True))
+        src = src.parent
+    assert tiles.recognise(src) == 'benv2'
+    report = convert(src, tmp_path/'out')
+    assert report['status'].tolist() == ['ok']*3 + ['excluded']*(how != 'a file') and set(report['reason']) <= {'', 'seasonal snow'}
+    store = Store(tmp_path/'out')
+    assert store.table['id'].tolist() == [f'S2A_MSIL2A_20170617T113321_N9999_R080_T29UPU_{i:02d}_05' for i in range(3)]  # the name of the patch in BigEarthNet
+    assert store.table['split'].tolist() == ['train', 'val', 'test'] and store.table['month'].tolist() == [6]*3 and store.attrs['s1_product'] == 'S1GRD'
+    np.testing.assert_array_equal(store.read('s1', slice(None)), np.stack([layouts.radar(i) for i in range(3)]))  # VV before VH
+    np.testing.assert_array_equal(store.read('s2', slice(None)), np.stack([layouts.optical(i) for i in range(3)]))
+    assert [list(t) for t in store.table['transform']] == [[10, 0, 6e5 + 1200*i, 0, -10, 5.8e6] for i in range(3)]  # 10 m
+    assert store.table['date'].tolist() == ['2017-06-17T11:33:21']*3 and store.table['labels'][0] == 'Pastures|Arable land'
+
 def test_units_are_converted_and_said(tmp_path, capsys):
     layouts.geotiff(tmp_path/'a', s1=lambda x, i: 10**(x/10), s2=lambda x, i: x.astype('f4')/1e4)
     convert(tmp_path/'a', tmp_path/'A')
@@ -388,6 +405,32 @@ def test_npz_traps(tmp_path, trap):
     assert len(errors(report)) == 1 and reason in report.loc[report['status'] == 'error', 'reason'].iloc[0] and len(Store(tmp_path/'out')) == 2
     assert errors(convert(src, tmp_path/'out')) == errors(report)  # the second time too
 
+BENV2_TRAPS = {  # what is wrong with the second of three samples -> what the report says
+    'offset outside': (dict(row=lambda i: {'tortilla:offset': 10**9} if i == 1 else {}), 'damaged or not whole'),
+    'negative offset': (dict(row=lambda i: {'tortilla:offset': -5} if i == 1 else {}), 'damaged or not whole'),
+    'part outside its sample': (dict(part=lambda i: {'tortilla:length': 10**7} if i == 1 else {}), 'damaged or not whole'),
+    'escaping id': (dict(row=lambda i: dict(patch_id='../../x') if i == 1 else {}), 'field id'),
+    'swapped': (dict(s1=lambda x, i: x if i == 1 else x[::-1]), 's1_bands=VH,VV'),
+    'split': (dict(row=lambda i: {'tortilla:data_split': 'somewhere'} if i == 1 else {}), "split 'somewhere'"),
+    'elsewhere': (dict(pixel2=30.), 'expected the place of'), 'other parts': (dict(names=('s1', 'hls')), 'no part s2')}
+
+@pytest.mark.parametrize('trap', BENV2_TRAPS)
+def test_benv2_traps(tmp_path, trap):
+    change, reason = BENV2_TRAPS[trap]
+    src = layouts.benv2(tmp_path/'b.tortilla', **change)
+    if trap in ('elsewhere', 'other parts'):  # every sample
+        with pytest.raises(GacError, match=reason): convert(src, tmp_path/'out')
+        return
+    report = convert(src, tmp_path/'out')
+    assert len(errors(report)) == 1 and reason in next(iter(errors(report).values())) and len(Store(tmp_path/'out')) == 2
+    assert not [p for p in tmp_path.rglob('*x*') if p.suffix == '.tif']
+
+@pytest.mark.parametrize('cut', [10, 150, 100_000, -5])
+def test_a_tortilla_that_is_not_whole(tmp_path, cut):
+    src = layouts.benv2(tmp_path/'b.tortilla')
+    src.write_bytes(src.read_bytes()[:cut])
+    with pytest.raises(GacError, match='b.tortilla.*(damaged or not whole|no tortilla)'): convert(src, tmp_path/'out')
+
 def test_a_pickle_in_disguise_is_never_loaded(tmp_path):
     class Evil:
         def __reduce__(self): return (Path.touch, (tmp_path/'ran',))
@@ -453,6 +496,23 @@ def test_real_bigearthnet(tmp_path, real_data):
     s1 = store.read('s1', [1])[0]
     assert (np.median(s1[0]), np.median(s1[1])) == (pytest.approx(-11.159, abs=1e-3), pytest.approx(-16.117, abs=1e-3))  # VV before VH, in dB, not cut to whole numbers
     assert store.read('s2', [1], ('B02', 'B08')).max(axis=(0, 2, 3)).tolist() == [2013, 7525]
+
+def test_real_benv2(tmp_path, real_data):
+    report = convert(real_data/'geobench_benv2', tmp_path/'out')
+    assert (report['status'] == 'ok').all() and len(report) == 9
+    store = Store(tmp_path/'out')
+    assert store.table['country'].value_counts().to_dict() == dict(Ireland=3, Finland=3, Lithuania=2, Serbia=1)
+    assert store.table['split'].tolist() == ['train', 'val', 'val', 'test', 'test'] + ['train']*4 and store.table['month'].tolist() == [5, 3, 2, 9, 9, 6, 10, 4, 2]
+    vv, vh = np.median(store.read('s1', slice(None)), (2, 3)).T
+    assert (vv > vh + 3).all()  # the file has VH first
+    assert {t[0] for t in store.table['transform']} == {10.}
+    import pyarrow as pa, pyarrow.parquet as pq  # the place in the table of the file is that of its radar
+    blob = (real_data/'geobench_benv2'/'benv2.tortilla').read_bytes()
+    own = pq.read_table(pa.BufferReader(blob[int.from_bytes(blob[2:10], 'little'):])).to_pandas()
+    assert np.abs(store.table[['lon', 'lat']].to_numpy() - own[['lon', 'lat']].to_numpy()).max() < 1e-5
+    s2 = store.read('s2', slice(None)).astype(float)
+    fine = s2.reshape(9, 12, 20, 6, 20, 6).std((3, 5)).mean((0, 2, 3))/s2.std((0, 2, 3))  # inside 60 m
+    assert set(np.argsort(fine)[:2]) == {S2_BANDS.index('B01'), S2_BANDS.index('B09')}  # the 60 m bands lie where the order of S2L2A has them
 
 def test_real_power_and_amplitude_are_told_apart(real_data):
     chips = []

@@ -60,3 +60,36 @@ def npz(root:Path, n:int=3, change=lambda i: {}, **common) -> Path:
         arrays = {**dict(s1=radar(i), s2=optical(i, count=4), month=1 + i), **common, **change(i)}
         np.savez(root/f'n{i}.npz', **{k: v for k, v in arrays.items() if v is not None})
     return root
+
+def tif_bytes(x:np.ndarray, pixel=10., west=6e5, north=5.8e6, crs='EPSG:32629') -> bytes:
+    "A GeoTIFF of (C, H, W) in memory."
+    with rasterio.MemoryFile() as m:
+        with m.open(driver='GTiff', height=x.shape[1], width=x.shape[2], count=len(x), dtype=x.dtype, crs=crs,
+                    transform=rasterio.Affine(pixel, 0, west, 0, -pixel, north)) as f: f.write(x)
+        return m.read()
+
+def tortilla(rows:list, parts:list) -> bytes:
+    "A container: rows of its table, whose offset and length are filled in unless they are there, and the bytes of each."
+    import io
+    at, table = 200, []
+    for row, content in zip(rows, parts):
+        table.append({'tortilla:offset': at, 'tortilla:length': len(content), **row})
+        at += len(content)
+    footer = io.BytesIO()
+    pd.DataFrame(table).to_parquet(footer)
+    head = b'#y' + at.to_bytes(8, 'little') + footer.getbuffer().nbytes.to_bytes(8, 'little') + (1).to_bytes(8, 'little')
+    return head.ljust(200, b'\0') + b''.join(parts) + footer.getvalue()
+
+def benv2(path:Path, n:int=3, row=lambda i: {}, part=lambda i: {}, s1=lambda x, i: x[::-1], pixel2=60., names=('s1', 's2')) -> Path:
+    "A tortilla as GEO-Bench-2 packs benv2: VH before VV, and 60 m in the transform of Sentinel-2."
+    rows, samples = [], []
+    for i in range(n):
+        place = dict(west=6e5 + 1200*i)
+        files = [tif_bytes(s1(radar(i), i), **place), tif_bytes(optical(i), pixel2, **place)]
+        samples.append(tortilla([{'tortilla:id': k, 'tortilla:file_format': 'GTiff', **part(i)} for k in names], files))
+        rows.append({'tortilla:id': f'sample_{i}', 'tortilla:file_format': 'TORTILLA', 'tortilla:data_split': ('train', 'validation', 'test')[i % 3],
+                     'stac:time_start': 1497700000., 'country': 'Ireland', 'contains_seasonal_snow': False, 'contains_cloud_or_shadow': False,
+                     'labels': ['Pastures', 'Arable land'], 'patch_id': f'S2A_MSIL2A_20170617T113321_N9999_R080_T29UPU_{i:02d}_05', **row(i)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(tortilla(rows, samples))
+    return path
