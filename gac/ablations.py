@@ -108,6 +108,7 @@ def setup_of(
 # %% ../nbs/11_ablations.ipynb #ab2grid
 SAY = 'recipe.refiner.', 'recipe.loss2.', 'recipe.grounding.', 'recipe.loss3.', 'recipe.how3.'
 _R, _L2, _G, _L3, _H3 = SAY
+_CODES = {'argmax': {'decoding.tokens': 'argmax'}, 'sampled': {'decoding.tokens': 'sample'}, 'expected': {'decoding.tokens': 'expected'}}
 STEPS_TRIED, RANKS, PAIRS = (1, 2, 5, 10, 20), (0, 2, 4, 8, 16), (32, 64, 128, 256, 512, 1024)
 
 GRID = { # question -> (outputs it is measured at, {row: what changes})
@@ -115,8 +116,8 @@ GRID = { # question -> (outputs it is measured at, {row: what changes})
     'stages': (('opt_v3',), {'no Stage 2': {'stages': (3,)}, 'no Stage 3': {'stages': (2,)}, 'Stage 1 alone': {'stages': ()}}),
     'diffusion steps': (('opt_v1',), {str(t): {'decoding.timesteps': t} for t in STEPS_TRIED}),
     'clamp': (('opt_v1',), {'off': {'decoding.clamp': 'off'}, 'as in pretraining': {'decoding.clamp': 'pretraining'}}),
-    'choice of codes': (('opt_v1', 'opt_v2', 'opt_v3'), {'argmax': {'decoding.tokens': 'argmax'}, 'sampled': {'decoding.tokens': 'sample'},
-                        'expected': {'decoding.tokens': 'expected'}}),
+    'choice of codes': (('opt_v1',), _CODES),
+    'choice of codes, then trained on': (('opt_v2', 'opt_v3'), _CODES),
     'metadata': (('opt_v2',), {'none': {_R + 'metadata': []}, 'month alone': {_R + 'metadata': ['month']}, 'biome alone': {_R + 'metadata': ['biome']},
                  'calendar month, not season': {'season': False}}),
     'head of Stage 2': (('opt_v2',), {'colour alone': {_R + 'depth': 0}, 'with 1 block of structure': {_R + 'depth': 1}, 'with 3 blocks of structure': {_R + 'depth': 3}}),
@@ -171,8 +172,7 @@ def rows_of(
 def _asks(setup:Setup, row:Row) -> bool:
     "Whether a row differs from the default, and something is left to train on."
     new = changed(setup, row.change)
-    left = any(v > 0 for loss in (new.recipe.loss2, new.recipe.loss3) for v in [sum(loss.values())]) and min(sum(new.recipe.loss2.values()), sum(new.recipe.loss3.values())) > 0
-    return bool(differences(setup, new)) and left
+    return bool(differences(setup, new)) and min(sum(loss.values()) for loss in (new.recipe.loss2, new.recipe.loss3)) > 0
 
 # %% ../nbs/11_ablations.ipynb #ab3viewc
 class View:
@@ -334,13 +334,20 @@ def answers(
         if not file.exists():
             began = time.perf_counter()
             methods = {o: maker.method(row, o) for o in row.outputs}
-            view = View(store, row.middle or row.change.get('size', 0))
+            view = View(store, row.middle) if row.middle else maker.view(changed(default, row.change))
             study._write(file, stage1.measure(view, rows, methods, batch_size, lpips).to_csv(lineterminator='\n'))
             run.note(f'seconds of {row.name}, seed {seed}', round(time.perf_counter() - began, 1))
+            if row is jobs[0][1] and maker.seconds: print(_clock(maker, forecast(default, grid, seeds)), flush=True)
         parts.append(pd.read_csv(file).rename(columns=dict(method='output')).assign(question=row.question, row=row.row, seed=seed))
         means = parts[-1].groupby('output').psnr.mean()
         print(f'{row.name}, seed {seed}: ' + ', '.join(f'{o} {means[o]:.2f} dB' for o in row.outputs), flush=True)
     return pd.concat(parts, ignore_index=True)
+
+def _clock(maker:Maker, expected:pd.DataFrame) -> str:
+    "How long the grid takes if every training takes as long as those of the default."
+    pace = {s: float(np.mean(v)) for s, v in maker.seconds.items()}
+    return 'ablations: ' + ', '.join(f'{v:.0f} s for a training of Stage {s}' for s, v in pace.items()) + \
+        f': about {study._clock(sum(n*pace.get(s, 0) for s, n in zip(expected.stage, expected.trainings)))} for the trainings of the grid, fewer where some are there'
 
 def budget(
     setup:Setup,
@@ -376,7 +383,7 @@ def ablation_table(
 ) -> pd.DataFrame: # question, row, stage, output, metric, gain, lo, hi, n_scenes, seeds, steps
     "Every row against the default."
     rows, scene = [], measured.drop_duplicates('id').set_index('id').scene
-    mean = measured.groupby(['question', 'row', 'output', 'id'], sort=False)[list(columns)].mean()
+    mean = measured.groupby(['question', 'row', 'output', 'id'])[list(columns)].mean()
     counted = measured.groupby(['question', 'row', 'output']).seed.nunique()
     for r in grid:
         size = r.change.get('size', 0)
@@ -430,9 +437,14 @@ def forest(
             ax.plot(np.nan_to_num([r.lo, r.hi], nan=r.gain), [at[(r.question, r.row, r.output)]]*2, color=colour, lw=1.2, solid_capstyle='butt')
             ax.plot(r.gain, at[(r.question, r.row, r.output)], marker='osD'[OUTPUTS.index(r.output)], ms=4, color=colour, mfc=colour if sure else 'white')
         ax.axvline(0, color='.5', lw=.8, zorder=0)
-        ax.set_xscale('symlog', linthresh=linear, linscale=1.)
-        ax.xaxis.set_major_locator(plt.matplotlib.ticker.SymmetricalLogLocator(base=10, linthresh=linear))
-        ax.xaxis.set_major_formatter(plt.matplotlib.ticker.FuncFormatter(lambda v, _: f'{v:g}'))
+        far = float(np.nanmax(np.abs(table[table.metric == metric][['gain', 'lo', 'hi']].to_numpy())))
+        if far > 2*linear:
+            ax.set_xscale('symlog', linthresh=linear)
+            powers = linear*10.**np.arange(np.ceil(np.log10(far/linear)))
+            ax.set_xticks([*-powers[::-1], 0, *powers])
+            ax.minorticks_off()
+        else: ax.xaxis.set_major_locator(plt.MaxNLocator(5))
+        ax.xaxis.set_major_formatter(lambda v, _: f'{v:g}')
         ax.set_title(f'{title}\n← worse than the default | better →', fontsize=8)
         ax.tick_params(labelsize=7)
         for a, b in zip(keys, keys[1:]):

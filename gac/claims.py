@@ -6,19 +6,19 @@
 __all__ = ['NEEDS', 'CLASSES', 'TILES', 'SIDE', 'QUALITY', 'STAGE_GAINS', 'TRAINED', 'GRADIENTS', 'COST', 'TIM', 'PAPER',
            'CLAIMS', 'LOOK', 'Claim', 'Absent', 'Tables', 'computed', 'within', 'judge', 'described', 'class_of',
            'lora_share', 'unfrozen_share', 'facts', 'inputs_of', 'tables_of', 'claims_table', 'told', 'report',
-           'found_ladder', 'found_gains', 'found_knowledge', 'found_ablations', 'found_downstream', 'findings',
-           'claims_figure']
+           'report_of', 'found_ladder', 'found_gains', 'found_knowledge', 'found_ablations', 'found_tim',
+           'found_downstream', 'findings', 'claims_figure']
 
 # %% ../nbs/15_claims.ipynb #cl0imp
-import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
-from . import foundations, metrics, stage1, stage2, stage3, study
+from . import foundations, stage1, stage2, stage3, study
 from .study import GacError
 
 # %% ../nbs/15_claims.ipynb #cl1claimc
@@ -36,7 +36,7 @@ class Claim:
     only_if: str = '' # the reading under which it holds
     otherwise: tuple = () # (expression, cells) without that reading
 
-NEEDS = dict(weights='the weights of TerraMind 1.0 and Prithvi-EO-2.0', bigearthnet='BigEarthNet v2', gpu='a GPU', floods='Sen1Floods11', crops='the South African crop data',
+NEEDS = dict(weights='the pretrained weights', bigearthnet='BigEarthNet v2', gpu='a GPU', floods='Sen1Floods11', crops='the South African crop data',
              nyc='the New York chips', days='a full-scale training')
 
 class Absent(Exception):
@@ -170,6 +170,7 @@ def unfrozen_share(
     free = sum(p.numel() for block in encoder.blocks[-last:] for p in block.parameters())
     return 100*(cost['trainable'] + free)/cost['params']
 
+@lru_cache
 def facts() -> pd.DataFrame: # fact, value, unit
     "What can be counted without weights, data or a GPU."
     pixels = TILES*len(study.OPT_BANDS)*SIDE**2
@@ -208,10 +209,11 @@ def _saved(name:str) -> tuple:
     row = f"model == '{name}'"
     return '100*(1 - a/b)', dict(a=('models', row, 'int8_mb'), b=('models', row, 'float32_mb'))
 
-def _time(method:str, more:str='', expression:str='x/1000') -> tuple: # s
-    return _of('efficiency', f"method.str.contains('{method}', regex=False) and batch == 1{more}", 'ms_per_tile', expression)
+def _time(method:str, expression:str='x/1000') -> tuple: # s
+    return _of('efficiency', f"method == '{method}'", 'ms_per_tile', expression)
 
-def _memory(method:str) -> tuple: return _of('efficiency', f"method.str.contains('{method}', regex=False)", 'peak_memory_mb') # MB
+def _trains(stage:str, model:str) -> tuple: # GB, counted from the architecture
+    return _of('efficiency_memory', f"stage == '{stage}' and model == '{model}'", 'total_mb', 'x/1000')
 
 _LARGE, _PRITHVI = 'terramind_v1_large_generate', 'prithvi_eo_v2_600_tl'
 _REACHED = {'Stage 1': ('Stage 1', (25., '25–28'), (.75, '0.75–0.82'), (.20, '0.15–0.20')), 'Stage 2': ('Stage 1+2', (28., '28–32'), (.82, '0.82–0.88'), (.25, '0.18–0.25')),
@@ -232,7 +234,7 @@ STAGE_GAINS = [
     Claim('gains', 'Stage 3 lowers the MSE of Stage 2 by', '5–15', 5., None, '%', _percent('2→3', 'mse', 'Stage 1+2'), _REAL),
     Claim('gains', 'Stage 3 lowers the MAE of Stage 2 by', '5–10', 5., None, '%', _percent('2→3', 'mae', 'Stage 1+2'), _REAL),
     Claim('gains', 'More diffusion steps give better images: PSNR of 10 steps over the decoding of this run', '> 0', 1e-9, None, 'dB',
-          (*_of('ablations', "question == 'diffusion steps' and row == '10' and metric == 'psnr'", 'gain'),
+          (*_of('ablations', "question == 'diffusion steps' and row.astype('str') == '10' and metric == 'psnr'", 'gain'),
            ('a - b', {k: ('stage1_decodings', f"timesteps == {t} and tokens == 'expected' and clamp == 'pretraining' and n_samples == 1", 'psnr') for k, t in (('a', 10), ('b', 1))})), ('weights',)),
     Claim('gains', 'Stage 3 stops early at epoch', '25–30', 25., 30., 'epochs', (), (*_REAL, 'days'))]
 
@@ -245,34 +247,33 @@ GRADIENTS = [
     Claim('training', 'LoRA trains of Stage 2', '1–8', 1., 8., '%', _fact('trained share of Stage 2, 600M, two blocks unfrozen'),
           only_if='the last two blocks are unfrozen too', otherwise=_fact('trained share of Stage 2, 600M, rank 8')[0]),
     Claim('training', 'LoRA trains of Stage 3', '< 2', None, 2., '%', _fact('trained share of Stage 3, large, cross-attention, rank 8')),
-    Claim('training', 'Embeddings of TerraMind large: patches', '196', 196., 196., '', _fact('patches of an image of 224 px')),
-    Claim('training', 'Embeddings of TerraMind large: channels', '768', 768., 768., '', _fact('width of an embedding of TerraMind large'))]
+    Claim('training', 'TerraMind large sees an image of 224 px as', '196', 196., 196., 'patches', _fact('patches of an image of 224 px')),
+    Claim('training', 'An embedding of TerraMind large has', '768', 768., 768., 'channels', _fact('width of an embedding of TerraMind large'))]
 
 COST = [
     Claim('cost', 'The large generator has parameters', '1.01', 1.005, 1.015, 'billion', _model(_LARGE, 'params_m', 'x/1000')),
     Claim('cost', '8 bits save of the weights', '75', 74., 76., '%', (_saved(_PRITHVI),), only_if='nearly all weights are in linear layers, as in Prithvi; the generator has convolutions', otherwise=_saved(_LARGE)),
     Claim('cost', 'Prithvi 600M in 8 bits', '200–250', 200., 250., 'MB', _model(_PRITHVI, 'int8_mb')),
     Claim('cost', 'Stage 1 takes', '~4', 3.6, 4.4, 'GB', _model(_LARGE, 'float32_mb', 'x/1000'), only_if='the weights are in float32 and activations are not counted', otherwise=_model(_LARGE, 'float16_mb', 'x/1000')[0]),
-    Claim('cost', 'Stage 2 trains in', '~1.4', None, 1.4, 'GB', _model(_PRITHVI, 'float16_mb', 'x/1000'), only_if='the weights are in half precision or 8 bits: in float32 they alone are more', otherwise=_model(_PRITHVI, 'float32_mb', 'x/1000')[0]),
-    Claim('cost', 'Stage 2 trains in less than', '3', None, 3., 'GB', _memory('training of Stage 2'), ('weights', 'gpu')),
-    Claim('cost', 'Stage 3 trains in', '~3.8', None, 3.8, 'GB', _model(_LARGE, 'float16_mb', 'x/1000'), only_if='the weights are in half precision: in float32 they alone are more', otherwise=_model(_LARGE, 'float32_mb', 'x/1000')[0]),
-    Claim('cost', 'A card suffices that has', '6', None, 6., 'GB', (), ('weights', 'gpu')),
+    Claim('cost', 'Stage 2 trains in', '~1.4', None, 1.1*1.4, 'GB', _trains('Stage 2', 'Prithvi 600M, int8'), only_if='the frozen weights are in 8 bits', otherwise=_trains('Stage 2', 'Prithvi 600M, float32')[0]),
+    Claim('cost', 'Stage 2 trains in less than', '3', None, 3., 'GB', _trains('Stage 2', 'Prithvi 600M, int8'), only_if='the frozen weights are in 8 bits', otherwise=_trains('Stage 2', 'Prithvi 600M, float32')[0]),
+    Claim('cost', 'Stage 3 trains in', '~3.8', None, 1.1*3.8, 'GB', _trains('Stage 3', 'TerraMind large, painter not loaded'), only_if='the painter is not loaded', otherwise=_trains('Stage 3', 'TerraMind large')[0]),
+    Claim('cost', 'A card suffices that has', '6', None, 6., 'GB', _trains('Stage 3', 'TerraMind large, painter not loaded'), only_if='the painter is not loaded', otherwise=_trains('Stage 3', 'TerraMind large')[0]),
     Claim('cost', 'Stage 3: parameters take', '~500', 400., 600., 'MB', _model(_LARGE, 'float16_mb')),
     Claim('cost', 'Stage 3: each diffusion step adds', '~200', 150., 250., 'MB', (('(b - a)/3', {k: ('efficiency_gradients', f"method == 'expected code' and steps == {t}", 'peak_memory_mb') for k, t in (('a', 1), ('b', 4))}),), ('weights', 'gpu')),
     Claim('cost', 'Stage 3 at 10 steps takes', '2–3', 2., 3., 'GB', (), ('weights', 'gpu')),
-    Claim('cost', 'A tile through the whole chain on a GPU', '< 5', None, 5., 's', _time('chain'), ('weights', 'gpu')),
+    Claim('cost', 'A tile through the whole chain on a GPU', '< 5', None, 5., 's', (('(a + b + c)/1000', {k: ('efficiency', f"method == '{m}'" + ' and steps == 10'*(k == 'a'), 'ms_per_tile')
+          for k, m in (('a', 'this project'), ('b', 'Stage 2'), ('c', 'Stage 3, features'))}),), ('weights', 'gpu')),
     Claim('cost', 'Stage 2, per tile', '~0.2', None, .2, 's', _time('Stage 2'), ('weights', 'gpu')),
-    *(Claim('cost', f'Stage 3 at {n} steps, per tile', f'~{s}', None, s, 's', _time('Stage 3', f' and steps == {n}'), ('weights', 'gpu')) for n, s in ((5, .5), (10, 1.), (20, 2.))),
-    Claim('cost', 'Stage 1 of 199,762 tiles takes', '~28', None, 28., 'h', _time('Stage 1', '', f'x/1000*{TILES}/3600'), ('weights', 'gpu')),
+    *(Claim('cost', f'Stage 3 at {n} steps, per tile (the default route takes none)', f'~{s}', None, s, 's', _time('Stage 3, features'), ('weights', 'gpu')) for n, s in ((5, .5), (10, 1.), (20, 2.))),
+    Claim('cost', 'Stage 1 of 199,762 tiles takes', '~28', None, 28., 'h', _of('efficiency', "method == 'this project' and steps == 10", 'ms_per_tile', f'x/1000*{TILES}/3600'), ('weights', 'gpu')),
     Claim('cost', 'opt_v1 of 199,762 tiles takes', '40–50', 40., 50., 'GB', _fact('opt_v1 of all tiles, float32'), only_if='it is stored as float32; 16-bit integers take half', otherwise=_fact('opt_v1 of all tiles, int16')[0]),
     Claim('cost', 'Stage 2 trains on one consumer GPU in', '2–3', 2., 3., 'days', (), (*_REAL, 'gpu')),
     Claim('cost', 'Stage 3 trains on one consumer GPU in', '3–4', 3., 4., 'days', (), (*_REAL, 'gpu')),
     Claim('cost', 'TiM is fine-tuned in', '~6', None, 6., 'GPU-hours', (), ('weights', 'nyc', 'gpu'))]
 
-_TIM = "run.str.contains('TiM') and run.str.contains('LULC') and not run.str.contains('LoRA|random|S1', regex=True)"
-_NO_TIM = "run.str.contains('without|no TiM', regex=True) and not run.str.contains('LoRA|random', regex=True)"
-_NYC_TIM, _NYC_NO = (('nyc_tim', q, 'miou') for q in (_TIM, _NO_TIM))
-_TIM_GAIN = (('100*(a - b)', dict(a=_NYC_TIM, b=_NYC_NO)),)
+_NYC_TIM, _NYC_NO = (('nyc_tim', f"run == '{name}'", 'miou') for name in ('TiM LULC', 'no TiM'))
+_TIM_GAIN = _of('nyc_gate', "run == 'TiM LULC' and against == 'no TiM'", 'gain_pp')
 _SCORE = lambda cell: (('x', dict(x=cell)),)
 TIM = [
     Claim('thinking in modalities', 'TiM gains: mIoU', '2–5', 2., None, 'pp', _TIM_GAIN, ('weights', 'nyc')),
@@ -356,6 +357,17 @@ def report(
         parts.append('\n'.join([f'### {about[0].upper()}{about[1:]}', '', '| claim | claimed | measured | verdict |', '|---|---|---|---|', *lines]))
     return '\n\n'.join(parts)
 
+# %% ../nbs/15_claims.ipynb #cl5cmdc
+def report_of(
+    folder, # of a report, with tables/
+) -> str: # Markdown
+    "Findings and claims of a finished report: what `gac claims` prints."
+    folder = Path(folder)
+    if not (folder/'tables').is_dir(): raise GacError(f'{folder} is no report: there is no folder {folder/"tables"}. Make one with gac run --profile mini.')
+    tables = Tables(folder/'tables', _known_makers(folder), claims_facts=facts())
+    table = claims_table(tables)
+    return '\n'.join([*(f'- {s}' for s in findings(table, tables)), '', report(table)])
+
 # %% ../nbs/15_claims.ipynb #cl5foundc
 def _sign(value:float, lo:float, hi:float, digits:int=2) -> str: return f'{value:+.{digits}f} [{lo:+.{digits}f}, {hi:+.{digits}f}]'
 
@@ -384,6 +396,10 @@ def found_ablations(tables:Tables, data:str) -> str:
     return f'Of {len(rows)} ablations {len(sure)} are told apart from the default in PSNR. What costs most: ' + '; '.join(name(r) for r in sure[sure.hi < 0].head(3).itertuples()) \
         + (('. What helps: ' + '; '.join(name(r) for r in sure[sure.lo > 0].iloc[::-1].head(3).itertuples())) if (sure.lo > 0).any() else '') + '.'
 
+def found_tim(tables:Tables, data:str) -> str:
+    rows = tables['nyc_gate']
+    return 'Thinking in modalities on the chips of this run, mIoU in percentage points: ' + '; '.join(f'{r.run} against {r.against} {_sign(r.gain_pp, r.gain_pp_lo, r.gain_pp_hi)}, {r.verdict}' for r in rows.itertuples()) + '.'
+
 def found_downstream(tables:Tables, data:str) -> str:
     rows = tables['downstream_gains'].query("metric == 'miou'")
     return 'For land cover, mIoU: ' + '; '.join(f'{r.step} {_sign(r.gain, r.lo, r.hi, 3)}' for r in rows.itertuples()) + '.'
@@ -398,15 +414,15 @@ def findings(
     said = [f'Of {len(table)} claims: ' + ', '.join(f'{kinds[k]} {k}' for k in CLASSES if k in kinds) + '.']
     for kind in ('fails', 'holds only if'):
         rows = table[table.verdict.map(class_of) == kind]
-        if len(rows): said.append({'fails': 'Wrong wherever one looks: ', 'holds only if': 'Right in one reading: '}[kind] + '; '.join(
+        if len(rows): said.append({'fails': 'Not so: ', 'holds only if': 'So in one reading: '}[kind] + '; '.join(
             f'{r.claim} {r.claimed} {r.unit}'.strip() + f' (here {told(r.measured, r.lo, r.hi, r.unit)})' + (f', {r.verdict.removeprefix("holds ")}' if kind != 'fails' else '') for r in rows.itertuples()) + '.')
     mini = table[table.verdict.str.contains('; the miniature ')]
-    short = mini[mini.verdict.str.contains('the miniature fails')]
-    if len(mini): said.append(f'Of {len(mini)} claims that need inputs this run has not got, the miniature falls short of {len(short)}' + (': ' + '; '.join(
-        f'{r.claim} {r.claimed} {r.unit}'.strip() + f' (here {told(r.measured, r.lo, r.hi, r.unit)})' for r in short.itertuples()) if len(short) else '') + '.')
-    for make in (found_ladder, found_gains, found_knowledge, found_ablations, found_downstream):
+    short = mini.verdict.str.contains('the miniature fails')
+    counts = [f'{n} of {len(rows)} in {about}' for about, rows in mini.groupby('about', sort=False) if (n := int(short[rows.index].sum()))]
+    if len(mini): said.append(f'{len(mini)} claims need inputs this run has not got, and have a value of the miniatures, which falls short of {int(short.sum())}: {", ".join(counts)}.')
+    for make in (found_ladder, found_gains, found_knowledge, found_ablations, found_downstream, found_tim):
         try: said.append(make(tables, data))
-        except (Absent, KeyError, IndexError, pd.errors.UndefinedVariableError): pass
+        except (Absent, KeyError, IndexError, AttributeError, pd.errors.UndefinedVariableError): pass
     return said
 
 # %% ../nbs/15_claims.ipynb #cl5figc
@@ -421,27 +437,29 @@ def claims_figure(
     import matplotlib.pyplot as plt
     rows = table.assign(low=[c.low for c in claims], high=[c.high for c in claims]).astype(dict(low=float, high=float))
     rows = rows[np.isfinite(rows.measured)]
-    panels = [(u, part) for u, part in rows.groupby('unit', sort=False)]
-    height = [[], []]  # the panels of each column, the longer ones first
-    for u, part in sorted(panels, key=lambda p: -len(p[1])): min(height, key=lambda c: sum(len(p) + 2.2 for _, p in c)).append((u, part))
-    tall = max(sum(len(p) + 2.2 for _, p in c) for c in height)
-    fig = plt.figure(figsize=(11, .25*tall + .8))
-    for i, column in enumerate(height):
-        if not column: continue
-        grid = fig.add_gridspec(len(column), columns, height_ratios=[len(p) + 1 for _, p in column])
-        for j, (unit, part) in enumerate(column): _panel(fig.add_subplot(grid[j, i]), unit, part)
+    panels = sorted(rows.groupby(['about', 'unit'], sort=False), key=lambda p: -len(p[1]))
+    shared = [[] for _ in range(columns)]
+    for name, part in panels: min(shared, key=_tall).append((name, part))
+    fig = plt.figure(figsize=(11, .22*max(map(_tall, shared)) + 1), layout='constrained')
+    for place, mine in zip(fig.subfigures(1, columns, squeeze=False)[0], shared):
+        room = max(map(_tall, shared)) - _tall(mine)
+        if not mine: continue
+        grid = place.add_gridspec(len(mine) + (room > 2), 1, height_ratios=[len(p) + 1.2 for _, p in mine] + [room]*(room > 2))
+        for k, (name, part) in enumerate(mine): _panel(place.add_subplot(grid[k]), name, part)
     marks = [plt.Line2D([], [], marker='o', ls='', color=c, label=k) for k, c in LOOK.items()]
     marks += [plt.Line2D([], [], marker='o', ls='', color='.3', mfc='white', label='the miniature, no test'), plt.Line2D([], [], lw=7, color='.85', label='claimed')]
     fig.legend(handles=marks, loc='outside lower center', ncols=len(marks), fontsize=8)
     return fig
 
-def _panel(ax, unit:str, part:pd.DataFrame) -> None:
-    "The claims of one unit."
+def _tall(panels:list) -> float: return sum(len(part) + 3 for _, part in panels)  # lines
+
+def _panel(ax, name:tuple, part:pd.DataFrame) -> None:
+    "The claims of one chapter in one unit."
     ends = np.abs(part[['measured', 'lo', 'hi', 'low', 'high']].to_numpy(float))
     ends = ends[np.isfinite(ends)]
     wide = part.measured.min() > 0 and ends[ends > 0].max() > 50*ends[ends > 1e-6].min()
     if wide: ax.set_xscale('log')
-    left, right = (ends[ends > 1e-6].min()/2, ends.max()*2) if wide else (min(0, np.nanmin(part[['measured', 'lo', 'low']].to_numpy(float))), 1.1*ends.max())
+    left, right = (ends[ends > 1e-6].min()/2, ends.max()*2) if wide else (1.2*min(0, np.nanmin(part[['measured', 'lo']].to_numpy(float))), 1.1*ends.max())
     for y, r in zip(range(len(part))[::-1], part.itertuples()):
         a, b = (left if np.isnan(r.low) else r.low), (right if np.isnan(r.high) else r.high)
         ax.plot([a, b] if b > a else [a*.99, a*1.01 + 1e-9], [y]*2, lw=7, color='.85', solid_capstyle='butt', zorder=0)
@@ -452,6 +470,6 @@ def _panel(ax, unit:str, part:pd.DataFrame) -> None:
     ax.set(yticks=range(len(part))[::-1], ylim=(-.7, len(part) - .3), xlim=(left, right))
     ax.set_yticklabels([_short(c) for c in part.claim], fontsize=6.5)
     ax.tick_params(axis='x', labelsize=7)
-    ax.set_title(unit or 'without unit', fontsize=8, loc='left')
+    ax.set_title(', '.join(n for n in name if n), fontsize=8, loc='left')
 
 def _short(text:str, most:int=52) -> str: return text if len(text) <= most else text[:most - 1].rsplit(' ', 1)[0] + ' …'

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'GROUPS', 'PROFILE', 'SEED', 'WEIGHTS', 'STRICT', 'LAYOUT', 'READING', 'opt', 'command', 'parser', 'main',
            'run', 'verify', 'version', 'info', 'pretrain', 'pretrain_params', 'world', 'data_convert', 'data_examples',
-           'data_info', 'precompute', 'train_stage2', 'train_stage3', 'stage3_info', 'stage3_infer']
+           'data_info', 'precompute', 'train_stage2', 'train_stage3', 'stage3_info', 'stage3_infer', 'claims']
 
 # %% ../nbs/cli.ipynb #1e205714
 import argparse, sys
@@ -312,3 +312,11 @@ def stage3_infer(**options):
     "Ground saved images in their radar; where the truth is given, say how much it helped."
     from gac import stage3
     print(*(f'{k}: {v:.6g}' if isinstance(v, float) else f'{k}: {v}' for k, v in stage3.infer_files(**options).items()), sep='\n')
+
+# %% ../nbs/cli.ipynb #c1a1m5ca
+@command(opt('--reports', default='reports/mini', metavar='DIR', help='folder of a report, with tables/'))
+def claims(reports):
+    """Hold every claim of the study's documents against the tables of a report: claimed, measured, verdict.
+The questions of nbs/11_ablations.ipynb are asked by gac run --only 11 --set 11_ablations.rows=[...]."""
+    from gac import claims
+    print(claims.report_of(reports))
