@@ -82,7 +82,8 @@ def complete(
     grounding = _defaults(stage3.Stage3GroundingModel) | _defaults(stage3.build_stage3_model) | recipe.grounding
     how = {k: v for k, v in _defaults(stage3.train_stage3).items() if k in ('frozen', 'crop', 'augment', 'select', 'strength')} | recipe.how3
     weights = lambda loss, given: {k: v for k, v in (_defaults(loss) | given).items() if k != 'lpips_weights'}
-    return replace(recipe, refiner=refiner, grounding=grounding, how3=how, loss2=weights(stage2.Stage2Loss, recipe.loss2), loss3=weights(stage3.Stage3Loss, recipe.loss3))
+    return replace(recipe, refiner=refiner, grounding=grounding, how3=how, loss2=weights(stage2.Stage2Loss, recipe.loss2),
+        loss3=weights(stage3.Stage3Loss, recipe.loss3))
 
 def with_steps(
     recipe:evaluate.Recipe,
@@ -118,18 +119,25 @@ GRID = { # question -> (outputs it is measured at, {row: what changes})
     'clamp': (('opt_v1',), {'off': {'decoding.clamp': 'off'}, 'as in pretraining': {'decoding.clamp': 'pretraining'}}),
     'choice of codes': (('opt_v1',), _CODES),
     'choice of codes, then trained on': (('opt_v2', 'opt_v3'), _CODES),
-    'metadata': (('opt_v2',), {'none': {_R + 'metadata': []}, 'month alone': {_R + 'metadata': ['month']}, 'biome alone': {_R + 'metadata': ['biome']},
+    'metadata': (('opt_v2',), {'none': {_R + 'metadata': []}, 'month alone': {_R + 'metadata': ['month']},
+        'biome alone': {_R + 'metadata': ['biome']},
                  'calendar month, not season': {'season': False}}),
-    'head of Stage 2': (('opt_v2',), {'colour alone': {_R + 'depth': 0}, 'with 1 block of structure': {_R + 'depth': 1}, 'with 3 blocks of structure': {_R + 'depth': 3}}),
-    'Prithvi': (('opt_v2',), {'random weights': {_R + 'pretrained': False}, 'int8': {_R + 'load_in_8bit': True}, 'exact': {_R + 'load_in_8bit': False}}),
-    'adapters of Stage 2': (('opt_v2',), {**{f'rank {r}': {_R + 'lora_r': r} for r in RANKS}, 'attention': {_R + 'reach': 'attention'}, 'all linear layers': {_R + 'reach': 'wider'}}),
+    'head of Stage 2': (('opt_v2',), {'colour alone': {_R + 'depth': 0}, 'with 1 block of structure': {_R + 'depth': 1},
+        'with 3 blocks of structure': {_R + 'depth': 3}}),
+    'Prithvi': (('opt_v2',), {'random weights': {_R + 'pretrained': False}, 'int8': {_R + 'load_in_8bit': True},
+        'exact': {_R + 'load_in_8bit': False}}),
+    'adapters of Stage 2': (('opt_v2',), {**{f'rank {r}': {_R + 'lora_r': r} for r in RANKS}, 'attention': {_R + 'reach': 'attention'},
+        'all linear layers': {_R + 'reach': 'wider'}}),
     'loss of Stage 2': (('opt_v2',), {f'no {k}': {_L2 + k: 0.} for k in ('log_mse', 'l1', 'l2', 'ms_ssim', 'sam', 'lpips')}),
-    'route of Stage 3': (('opt_v3',), {**{r: {_G + 'route': r} for r in stage3.ROUTES}, 'tokens, image replaced': {_G + 'route': 'tokens', 'delta': False},
+    'route of Stage 3': (('opt_v3',), {**{r: {_G + 'route': r} for r in stage3.ROUTES}, 'tokens, image replaced': {_G + 'route': 'tokens',
+        'delta': False},
                          'features, not seen': {_G + 'see': False}, 'TerraMind with random weights': {_G + 'pretrained': False}}),
     'adapters of Stage 3': (('opt_v3',), {**{f'rank {r}': {_G + 'lora_r': r} for r in RANKS}, 'cross-attention': {_G + 'reach': 'cross'},
-                            'all attention': {_G + 'reach': 'attention'}, 'all linear layers': {_G + 'reach': 'linear'}, 'trained from half-way on': {_H3 + 'frozen': .5}}),
+                            'all attention': {_G + 'reach': 'attention'}, 'all linear layers': {_G + 'reach': 'linear'},
+                                'trained from half-way on': {_H3 + 'frozen': .5}}),
     'loss of Stage 3': (('opt_v3',), {f'no {k}': {_L3 + k: 0.} for k in ('relative', 'l1', 'sar', 'identity', 'spectral', 'lpips')}),
-    'training of Stage 3': (('opt_v3',), {'no planted lies': {'recipe.lies': 0.}, 'no mirroring': {_H3 + 'augment': 'none'}, 'strength not chosen': {_H3 + 'strength': False}}),
+    'training of Stage 3': (('opt_v3',), {'no planted lies': {'recipe.lies': 0.}, 'no mirroring': {_H3 + 'augment': 'none'},
+        'strength not chosen': {_H3 + 'strength': False}}),
     'tile size': (('opt_v1', 'opt_v2', 'opt_v3'), {'96 px': {'size': 96}}),
     'training pairs': (('opt_v2', 'opt_v3'), {str(n): {'recipe.pairs': n} for n in PAIRS}),
 }
@@ -167,7 +175,8 @@ def rows_of(
     names = {r.question for r in every} | {r.name for r in every}
     if wrong := [w for w in wanted if w not in names]: raise GacError(f'The grid has no {wrong[0]!r}. {study._nearest(wrong[0], names)}')
     chosen = [r for r in every if not wanted or r.question in wanted or r.name in wanted]
-    return [r for r in chosen if _asks(setup, r) and not (pairs and r.change.get('recipe.pairs', 0) > pairs) and not (side and r.change.get('size', 0) >= side)]
+    return [r for r in chosen if _asks(setup, r) and not (pairs and r.change.get('recipe.pairs', 0) > pairs) and not (side and r.change.get('size',
+        0) >= side)]
 
 def _asks(setup:Setup, row:Row) -> bool:
     "Whether a row differs from the default, and something is left to train on."
@@ -188,7 +197,8 @@ class View:
     @property
     def table(self) -> pd.DataFrame: return self.store.table.drop(columns=self.hide, errors='ignore')
     @property
-    def arrays(self) -> dict: return {k: SimpleNamespace(shape=(*z.shape[:-2], *[self.size or s for s in z.shape[-2:]]), attrs=z.attrs) for k, z in self.store.arrays.items()}
+    def arrays(self) -> dict: return {k: SimpleNamespace(shape=(*z.shape[:-2], *[self.size or s for s in z.shape[-2:]]), attrs=z.attrs) for k,
+        z in self.store.arrays.items()}
     def read(self, name, idx, bands=None) -> np.ndarray: return middle(self.store.read(name, idx, bands), self.size)
 
 def middle(
@@ -310,7 +320,8 @@ def with_default(
     grid, # Rows
 ) -> list[Row]:
     "The default, measured wherever a row is, and then the rows."
-    where = {m: tuple(o for o in OUTPUTS if any(o in r.outputs for r in grid if r.change.get('size', 0) == m)) for m in dict.fromkeys(r.change.get('size', 0) for r in grid)}
+    where = {m: tuple(o for o in OUTPUTS if any(o in r.outputs for r in grid if r.change.get('size',
+        0) == m)) for m in dict.fromkeys(r.change.get('size', 0) for r in grid)}
     return [Row('default', f'middle {m} px' if m else 'default', {}, outputs, m) for m, outputs in where.items()] + list(grid)
 
 def answers(
@@ -329,7 +340,8 @@ def answers(
     maker = None
     for seed, row in study.progress(jobs, desc='ablations', unit='rows', every=30.):
         if maker is None or maker.seed != seed: maker = Maker(run, store, default, seed)
-        made = dict(setup=flat(changed(default, row.change)), outputs=row.outputs, middle=row.middle, seed=seed, tiles=ids, weights=maker.weights, code=code_digest())
+        made = dict(setup=flat(changed(default, row.change)), outputs=row.outputs, middle=row.middle, seed=seed, tiles=ids, weights=maker.weights,
+            code=code_digest())
         file = home/f'{digest(made)}.csv'
         if not file.exists():
             began = time.perf_counter()
@@ -346,8 +358,9 @@ def answers(
 def _clock(maker:Maker, expected:pd.DataFrame) -> str:
     "How long the grid takes if every training takes as long as those of the default."
     pace = {s: float(np.mean(v)) for s, v in maker.seconds.items()}
-    return 'ablations: ' + ', '.join(f'{v:.0f} s for a training of Stage {s}' for s, v in pace.items()) + \
-        f': about {study._clock(sum(n*pace.get(s, 0) for s, n in zip(expected.stage, expected.trainings)))} for the trainings of the grid, fewer where some are there'
+    took = ', '.join(f'{v:.0f} s for a training of Stage {s}' for s, v in pace.items())
+    left = sum(n*pace.get(s, 0) for s, n in zip(expected.stage, expected.trainings))
+    return f'ablations: {took}: about {study._clock(left)} for the trainings of the grid, fewer where some are there'
 
 def budget(
     setup:Setup,
@@ -366,7 +379,8 @@ def forecast(
     rows = []
     for stage in (2, 3):
         setups = [changed(default, r.change) for r in with_default(grid) for o in r.outputs if f'opt_v{stage}' <= o]
-        cause = {digest({k: v for k, v in flat(s).items() if k != 'delta' and (stage == 3 or not k.startswith(LATER))}) for s in setups if stage in s.stages}
+        cause = {digest({k: v for k,
+            v in flat(s).items() if k != 'delta' and (stage == 3 or not k.startswith(LATER))}) for s in setups if stage in s.stages}
         steps = {2: default.recipe.settings2, 3: default.recipe.settings3}[stage]['max_steps']
         rows.append(dict(stage=stage, trainings=len(cause)*len(seeds), steps=steps, steps_in_all=len(cause)*len(seeds)*steps))
     return pd.DataFrame(rows)
@@ -392,7 +406,8 @@ def ablation_table(
             old = mean.loc[('default', f'middle {size} px' if size else 'default', output)].reindex(new.index)
             for m in columns:
                 gain, lo, hi = metrics.paired_gain(new[m], old[m], m, scenes=scene.loc[new.index], seed=seed)
-                rows.append(dict(question=r.question, row=r.row, stage=stage_of(r), output=output, metric=m, gain=gain, lo=lo, hi=hi, n_scenes=scene.loc[new.index].nunique(),
+                rows.append(dict(question=r.question, row=r.row, stage=stage_of(r), output=output, metric=m, gain=gain, lo=lo, hi=hi,
+                    n_scenes=scene.loc[new.index].nunique(),
                                  seeds=int(counted[(r.question, r.row, output)]), steps=budget(changed(default, r.change), output)))
     return pd.DataFrame(rows, columns=['question', 'row', 'stage', 'output', 'metric', 'gain', 'lo', 'hi', 'n_scenes', 'seeds', 'steps'])
 
@@ -412,7 +427,8 @@ def findings(
     part, said = table[table.metric == metric], []
     for (question, output), rows in part.groupby(['question', 'output'], sort=False):
         verdicts = [verdict(lo, hi) for lo, hi in zip(rows.lo, rows.hi)]
-        texts = {v: [f'{r.row} {r.gain:+.{digits}f} [{r.lo:+.{digits}f}, {r.hi:+.{digits}f}]' for r, w in zip(rows.itertuples(), verdicts) if w == v] for v in ('better', 'worse', 'open')}
+        texts = {v: [f'{r.row} {r.gain:+.{digits}f} [{r.lo:+.{digits}f}, {r.hi:+.{digits}f}]' for r,
+            w in zip(rows.itertuples(), verdicts) if w == v] for v in ('better', 'worse', 'open')}
         words = {'better': 'better than the default', 'worse': 'worse', 'open': 'not told apart from it'}
         said.append(f'**{question}** at {output}: ' + '; '.join(f'{words[v]}: {", ".join(t)}' for v, t in texts.items() if t) + '.')
     return said
@@ -420,7 +436,8 @@ def findings(
 # %% ../nbs/11_ablations.ipynb #ab4plotc
 def forest(
     table:pd.DataFrame, # from ablation_table
-    shown={'psnr': ('PSNR, dB', .1), 'sar_edge_gap': ('distance to the SAR-edge agreement of the truth', .01)}, # metric -> title, end of the linear part of the axis
+    shown={'psnr': ('PSNR, dB', .1), 'sar_edge_gap': ('distance to the SAR-edge agreement of the truth', .01)},
+        # metric -> title, end of the linear part of the axis
 ): # matplotlib Figure
     "Every row's gain with its interval."
     import matplotlib.pyplot as plt
@@ -435,7 +452,8 @@ def forest(
         for r in table[table.metric == metric].itertuples():
             colour, sure = study.COLOURS[OUTPUTS.index(r.output)], verdict(r.lo, r.hi) != 'open'
             ax.plot(np.nan_to_num([r.lo, r.hi], nan=r.gain), [at[(r.question, r.row, r.output)]]*2, color=colour, lw=1.2, solid_capstyle='butt')
-            ax.plot(r.gain, at[(r.question, r.row, r.output)], marker='osD'[OUTPUTS.index(r.output)], ms=4, color=colour, mfc=colour if sure else 'white')
+            ax.plot(r.gain, at[(r.question, r.row, r.output)], marker='osD'[OUTPUTS.index(r.output)], ms=4, color=colour,
+                mfc=colour if sure else 'white')
         ax.axvline(0, color='.5', lw=.8, zorder=0)
         far = float(np.nanmax(np.abs(table[table.metric == metric][['gain', 'lo', 'hi']].to_numpy())))
         if far > 2*linear:

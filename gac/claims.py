@@ -119,7 +119,8 @@ def judge(
     if known and verdict == 'holds' and claim.only_if:
         try: other = computed(claim.otherwise, tables, data)[0]
         except Absent: other = np.nan
-        if np.isfinite(other) and within(claim, other) != 'holds': verdict, how = f'holds only if {claim.only_if}', f'{how}; otherwise {other:.4g} {claim.unit}'
+        if np.isfinite(other) and within(claim,
+            other) != 'holds': verdict, how = f'holds only if {claim.only_if}', f'{how}; otherwise {other:.4g} {claim.unit}'
     if lacking:
         mini = f'; the miniature {verdict}' if known else f'; of the miniature, {verdict}' if claim.reads else ''
         verdict = f'cannot be tested here: needs {" and ".join(lacking)}{mini}'
@@ -179,7 +180,8 @@ def facts() -> pd.DataFrame: # fact, value, unit
             'trained share of Stage 2, 600M, two blocks unfrozen': (unfrozen_share(), '%'),
             'trained share of Stage 3, large, cross-attention, rank 8': (lora_share(), '%'),
             'width of an embedding of TerraMind large': (float(encoder.encoder[0].norm1.weight.shape[0]), 'channels'),
-            'width of an embedding of TerraMind base': (float(foundations.blank('terramind_v1_base', memory=False).encoder[0].norm1.weight.shape[0]), 'channels'),
+            'width of an embedding of TerraMind base': (float(foundations.blank('terramind_v1_base',
+                memory=False).encoder[0].norm1.weight.shape[0]), 'channels'),
             'patches of an image of 224 px': (float((224//16)**2), 'patches'),
             'opt_v1 of all tiles, int16': (2*pixels/1e9, 'GB'), 'opt_v1 of all tiles, float32': (4*pixels/1e9, 'GB')}
     return pd.DataFrame([dict(fact=k, value=v, unit=u) for k, (v, u) in rows.items()])
@@ -216,11 +218,13 @@ def _trains(stage:str, model:str) -> tuple: # GB, counted from the architecture
     return _of('efficiency_memory', f"stage == '{stage}' and model == '{model}'", 'total_mb', 'x/1000')
 
 _LARGE, _PRITHVI = 'terramind_v1_large_generate', 'prithvi_eo_v2_600_tl'
-_REACHED = {'Stage 1': ('Stage 1', (25., '25–28'), (.75, '0.75–0.82'), (.20, '0.15–0.20')), 'Stage 2': ('Stage 1+2', (28., '28–32'), (.82, '0.82–0.88'), (.25, '0.18–0.25')),
+_REACHED = {'Stage 1': ('Stage 1', (25., '25–28'), (.75, '0.75–0.82'), (.20, '0.15–0.20')),
+    'Stage 2': ('Stage 1+2', (28., '28–32'), (.82, '0.82–0.88'), (.25, '0.18–0.25')),
             'Stage 3': ('Stage 1+2+3', (30., '30–34'), (.85, '0.85–0.90'), (.16, '0.12–0.16'))}
 
 QUALITY = [c for stage, (method, (p, ps), (s, ss), (e, es)) in _REACHED.items() for c in (
-    Claim('quality', f'{stage}: PSNR', ps, p, None, 'dB', _result(method, 'psnr'), _REAL), Claim('quality', f'{stage}: SSIM', ss, s, None, '', _result(method, 'ssim'), _REAL),
+    Claim('quality', f'{stage}: PSNR', ps, p, None, 'dB', _result(method, 'psnr'), _REAL),
+        Claim('quality', f'{stage}: SSIM', ss, s, None, '', _result(method, 'ssim'), _REAL),
     Claim('quality', f'{stage}: SAR-edge', es, None, e, '', _result(method, 'sar_edge'), _REAL))] + [
     Claim('quality', 'Target: PSNR', '≥ 30', 30., None, 'dB', _result('Stage 1+2+3', 'psnr'), _REAL),
     Claim('quality', 'Target: SSIM', '≥ 0.85', .85, None, '', _result('Stage 1+2+3', 'ssim'), _REAL),
@@ -235,15 +239,20 @@ STAGE_GAINS = [
     Claim('gains', 'Stage 3 lowers the MAE of Stage 2 by', '5–10', 5., None, '%', _percent('2→3', 'mae', 'Stage 1+2'), _REAL),
     Claim('gains', 'More diffusion steps give better images: PSNR of 10 steps over the decoding of this run', '> 0', 1e-9, None, 'dB',
           (*_of('ablations', "question == 'diffusion steps' and row.astype('str') == '10' and metric == 'psnr'", 'gain'),
-           ('a - b', {k: ('stage1_decodings', f"timesteps == {t} and tokens == 'expected' and clamp == 'pretraining' and n_samples == 1", 'psnr') for k, t in (('a', 10), ('b', 1))})), ('weights',)),
+           ('a - b', {k: ('stage1_decodings', f"timesteps == {t} and tokens == 'expected' and clamp == 'pretraining' and n_samples == 1",
+               'psnr') for k, t in (('a', 10), ('b', 1))})), ('weights',)),
     Claim('gains', 'Stage 3 stops early at epoch', '25–30', 25., 30., 'epochs', (), (*_REAL, 'days'))]
 
 TRAINED = "model == 'miniature' and module == 'cross-attention' and route == '%s'"
 GRADIENTS = [
-    Claim('training', 'The generator cannot be trained by back-propagation: parameters of its cross-attention that get a gradient', '0', None, 0., 'parameters', _of('gradient_flow', TRAINED % 'as shipped', 'params_with_grad'),
-          only_if='the loss is on the generated image as shipped; token cross-entropy reaches them', otherwise=_of('gradient_flow', TRAINED % 'tokens', 'params_with_grad')[0]),
-    Claim('training', 'Stage 3 can be trained through the same generator: parameters of its cross-attention that get a gradient', '> 0', 1., None, 'parameters', _of('gradient_flow', TRAINED % 'features', 'params_with_grad'),
-          only_if='the loss leaves the path before the codes are chosen (features); through the generated image nothing arrives', otherwise=_of('gradient_flow', TRAINED % 'as shipped', 'params_with_grad')[0]),
+    Claim('training', 'The generator cannot be trained by back-propagation: parameters of its cross-attention that get a gradient', '0', None, 0.,
+        'parameters', _of('gradient_flow', TRAINED % 'as shipped', 'params_with_grad'),
+          only_if='the loss is on the generated image as shipped; token cross-entropy reaches them',
+              otherwise=_of('gradient_flow', TRAINED % 'tokens', 'params_with_grad')[0]),
+    Claim('training', 'Stage 3 can be trained through the same generator: parameters of its cross-attention that get a gradient', '> 0', 1., None,
+        'parameters', _of('gradient_flow', TRAINED % 'features', 'params_with_grad'),
+          only_if='the loss leaves the path before the codes are chosen (features); through the generated image nothing arrives',
+              otherwise=_of('gradient_flow', TRAINED % 'as shipped', 'params_with_grad')[0]),
     Claim('training', 'LoRA trains of Stage 2', '1–8', 1., 8., '%', _fact('trained share of Stage 2, 600M, two blocks unfrozen'),
           only_if='the last two blocks are unfrozen too', otherwise=_fact('trained share of Stage 2, 600M, rank 8')[0]),
     Claim('training', 'LoRA trains of Stage 3', '< 2', None, 2., '%', _fact('trained share of Stage 3, large, cross-attention, rank 8')),
@@ -252,22 +261,34 @@ GRADIENTS = [
 
 COST = [
     Claim('cost', 'The large generator has parameters', '1.01', 1.005, 1.015, 'billion', _model(_LARGE, 'params_m', 'x/1000')),
-    Claim('cost', '8 bits save of the weights', '75', 74., 76., '%', (_saved(_PRITHVI),), only_if='nearly all weights are in linear layers, as in Prithvi; the generator has convolutions', otherwise=_saved(_LARGE)),
+    Claim('cost', '8 bits save of the weights', '75', 74., 76., '%', (_saved(_PRITHVI),),
+        only_if='nearly all weights are in linear layers, as in Prithvi; the generator has convolutions', otherwise=_saved(_LARGE)),
     Claim('cost', 'Prithvi 600M in 8 bits', '200–250', 200., 250., 'MB', _model(_PRITHVI, 'int8_mb')),
-    Claim('cost', 'Stage 1 takes', '~4', 3.6, 4.4, 'GB', _model(_LARGE, 'float32_mb', 'x/1000'), only_if='the weights are in float32 and activations are not counted', otherwise=_model(_LARGE, 'float16_mb', 'x/1000')[0]),
-    Claim('cost', 'Stage 2 trains in', '~1.4', None, 1.1*1.4, 'GB', _trains('Stage 2', 'Prithvi 600M, int8'), only_if='the frozen weights are in 8 bits', otherwise=_trains('Stage 2', 'Prithvi 600M, float32')[0]),
-    Claim('cost', 'Stage 2 trains in less than', '3', None, 3., 'GB', _trains('Stage 2', 'Prithvi 600M, int8'), only_if='the frozen weights are in 8 bits', otherwise=_trains('Stage 2', 'Prithvi 600M, float32')[0]),
-    Claim('cost', 'Stage 3 trains in', '~3.8', None, 1.1*3.8, 'GB', _trains('Stage 3', 'TerraMind large, painter not loaded'), only_if='the painter is not loaded', otherwise=_trains('Stage 3', 'TerraMind large')[0]),
-    Claim('cost', 'A card suffices that has', '6', None, 6., 'GB', _trains('Stage 3', 'TerraMind large, painter not loaded'), only_if='the painter is not loaded', otherwise=_trains('Stage 3', 'TerraMind large')[0]),
+    Claim('cost', 'Stage 1 takes', '~4', 3.6, 4.4, 'GB', _model(_LARGE, 'float32_mb', 'x/1000'),
+        only_if='the weights are in float32 and activations are not counted', otherwise=_model(_LARGE, 'float16_mb', 'x/1000')[0]),
+    Claim('cost', 'Stage 2 trains in', '~1.4', None, 1.1*1.4, 'GB', _trains('Stage 2', 'Prithvi 600M, int8'),
+        only_if='the frozen weights are in 8 bits', otherwise=_trains('Stage 2', 'Prithvi 600M, float32')[0]),
+    Claim('cost', 'Stage 2 trains in less than', '3', None, 3., 'GB', _trains('Stage 2', 'Prithvi 600M, int8'),
+        only_if='the frozen weights are in 8 bits', otherwise=_trains('Stage 2', 'Prithvi 600M, float32')[0]),
+    Claim('cost', 'Stage 3 trains in', '~3.8', None, 1.1*3.8, 'GB', _trains('Stage 3', 'TerraMind large, painter not loaded'),
+        only_if='the painter is not loaded', otherwise=_trains('Stage 3', 'TerraMind large')[0]),
+    Claim('cost', 'A card suffices that has', '6', None, 6., 'GB', _trains('Stage 3', 'TerraMind large, painter not loaded'),
+        only_if='the painter is not loaded', otherwise=_trains('Stage 3', 'TerraMind large')[0]),
     Claim('cost', 'Stage 3: parameters take', '~500', 400., 600., 'MB', _model(_LARGE, 'float16_mb')),
-    Claim('cost', 'Stage 3: each diffusion step adds', '~200', 150., 250., 'MB', (('(b - a)/3', {k: ('efficiency_gradients', f"method == 'expected code' and steps == {t}", 'peak_memory_mb') for k, t in (('a', 1), ('b', 4))}),), ('weights', 'gpu')),
+    Claim('cost', 'Stage 3: each diffusion step adds', '~200', 150., 250., 'MB',
+        (('(b - a)/3', {k: ('efficiency_gradients', f"method == 'expected code' and steps == {t}", 'peak_memory_mb') for k,
+            t in (('a', 1), ('b', 4))}),), ('weights', 'gpu')),
     Claim('cost', 'Stage 3 at 10 steps takes', '2–3', 2., 3., 'GB', (), ('weights', 'gpu')),
-    Claim('cost', 'A tile through the whole chain on a GPU', '< 5', None, 5., 's', (('(a + b + c)/1000', {k: ('efficiency', f"method == '{m}'" + ' and steps == 10'*(k == 'a'), 'ms_per_tile')
+    Claim('cost', 'A tile through the whole chain on a GPU', '< 5', None, 5., 's',
+        (('(a + b + c)/1000', {k: ('efficiency', f"method == '{m}'" + ' and steps == 10'*(k == 'a'), 'ms_per_tile')
           for k, m in (('a', 'this project'), ('b', 'Stage 2'), ('c', 'Stage 3, features'))}),), ('weights', 'gpu')),
     Claim('cost', 'Stage 2, per tile', '~0.2', None, .2, 's', _time('Stage 2'), ('weights', 'gpu')),
-    *(Claim('cost', f'Stage 3 at {n} steps, per tile (the default route takes none)', f'~{s}', None, s, 's', _time('Stage 3, features'), ('weights', 'gpu')) for n, s in ((5, .5), (10, 1.), (20, 2.))),
-    Claim('cost', 'Stage 1 of 199,762 tiles takes', '~28', None, 28., 'h', _of('efficiency', "method == 'this project' and steps == 10", 'ms_per_tile', f'x/1000*{TILES}/3600'), ('weights', 'gpu')),
-    Claim('cost', 'opt_v1 of 199,762 tiles takes', '40–50', 40., 50., 'GB', _fact('opt_v1 of all tiles, float32'), only_if='it is stored as float32; 16-bit integers take half', otherwise=_fact('opt_v1 of all tiles, int16')[0]),
+    *(Claim('cost', f'Stage 3 at {n} steps, per tile (the default route takes none)', f'~{s}', None, s, 's', _time('Stage 3, features'),
+        ('weights', 'gpu')) for n, s in ((5, .5), (10, 1.), (20, 2.))),
+    Claim('cost', 'Stage 1 of 199,762 tiles takes', '~28', None, 28., 'h', _of('efficiency', "method == 'this project' and steps == 10",
+        'ms_per_tile', f'x/1000*{TILES}/3600'), ('weights', 'gpu')),
+    Claim('cost', 'opt_v1 of 199,762 tiles takes', '40–50', 40., 50., 'GB', _fact('opt_v1 of all tiles, float32'),
+        only_if='it is stored as float32; 16-bit integers take half', otherwise=_fact('opt_v1 of all tiles, int16')[0]),
     Claim('cost', 'Stage 2 trains on one consumer GPU in', '2–3', 2., 3., 'days', (), (*_REAL, 'gpu')),
     Claim('cost', 'Stage 3 trains on one consumer GPU in', '3–4', 3., 4., 'days', (), (*_REAL, 'gpu')),
     Claim('cost', 'TiM is fine-tuned in', '~6', None, 6., 'GPU-hours', (), ('weights', 'nyc', 'gpu'))]
@@ -292,9 +313,12 @@ TIM = [
 
 def _standard(column:str) -> tuple:
     "Stage 1 as TerraMind does it, in its own units."
-    return _of('results_standardised', "data == '{data}' and method.str.startswith('Stage 1 as TerraMind')", column) + _of('results_standardised', _WORLD % 'Stage 1', column)
-PAPER = [Claim('TerraMind paper', f'S1GRD to S2L2A, in standard deviations: {name}', said, low, high, unit, _standard(column), ('weights',)) for name, said, low, high, unit, column in (
-    ('MAE', '0.074', None, .074, '', 'mae_std'), ('RMSE', '0.116', None, .116, '', 'rmse_std'), ('SSIM', '0.750', .75, None, '', 'ssim_std'), ('PSNR', '26.21', 26.21, None, 'dB', 'psnr_std'))]
+    return _of('results_standardised', "data == '{data}' and method.str.startswith('Stage 1 as TerraMind')", column) + _of('results_standardised',
+        _WORLD % 'Stage 1', column)
+PAPER = [Claim('TerraMind paper', f'S1GRD to S2L2A, in standard deviations: {name}', said, low, high, unit, _standard(column),
+    ('weights',)) for name, said, low, high, unit, column in (
+    ('MAE', '0.074', None, .074, '', 'mae_std'), ('RMSE', '0.116', None, .116, '', 'rmse_std'), ('SSIM', '0.750', .75, None, '', 'ssim_std'),
+        ('PSNR', '26.21', 26.21, None, 'dB', 'psnr_std'))]
 
 CLAIMS = (*QUALITY, *STAGE_GAINS, *GRADIENTS, *COST, *TIM, *PAPER)
 
@@ -322,7 +346,8 @@ def tables_of(
 def _known_makers(report:Path) -> dict: # table -> notebook
     "Which notebook made each table of a committed report."
     found = study._read_json(report/'provenance.json').get('notebooks', {})
-    return {t: n for n, entry in (found.items() if isinstance(found, dict) else ()) for t in (entry.get('tables', {}) if isinstance(entry, dict) else ())}
+    return {t: n for n, entry in (found.items() if isinstance(found, dict) else ()) for t in (entry.get('tables', {}) if isinstance(entry,
+        dict) else ())}
 
 def claims_table(
     tables:Tables,
@@ -363,7 +388,7 @@ def report_of(
 ) -> str: # Markdown
     "Findings and claims of a finished report: what `gac claims` prints."
     folder = Path(folder)
-    if not (folder/'tables').is_dir(): raise GacError(f'{folder} is no report: there is no folder {folder/"tables"}. Make one with gac run --profile mini.')
+    if not (folder/'tables').is_dir(): raise GacError(f'{folder} is no report: it has no folder tables. Make one with gac run --profile mini.')
     tables = Tables(folder/'tables', _known_makers(folder), claims_facts=facts())
     table = claims_table(tables)
     return '\n'.join([*(f'- {s}' for s in findings(table, tables)), '', report(table)])
@@ -380,25 +405,31 @@ def found_ladder(tables:Tables, data:str) -> str:
 
 def found_gains(tables:Tables, data:str) -> str:
     rows = tables['stage_gains'].query("data == @data and metric in ('psnr', 'sar_edge_gap')")
-    said = [f'{step}: PSNR {_sign(p.gain, p.lo, p.hi)} dB ({_sure(p.lo, p.hi)}), distance to the truth\'s agreement with the radar {_sign(e.gain, e.lo, e.hi, 3)} ({_sure(e.lo, e.hi)})'
+    said = [f'{step}: PSNR {_sign(p.gain, p.lo, p.hi)} dB ({_sure(p.lo, p.hi)}), '
+            f'distance to the truth\'s agreement with the radar {_sign(e.gain, e.lo, e.hi, 3)} ({_sure(e.lo, e.hi)})'
             for step, part in rows.groupby('step', sort=False) for p, e in [[part[part.metric == m].iloc[0] for m in ('psnr', 'sar_edge_gap')]]]
     return 'What each stage adds, positive is better: ' + '; '.join(said) + '.'
 
 def found_knowledge(tables:Tables, data:str) -> str:
     rows = tables['knowledge_gains'].query("metric == 'psnr' and output == 'opt_v3' and step == 'random → pretrained'")
-    return 'Pretraining of the foundation models is worth ' + ', '.join(f'{_sign(r.gain, r.lo, r.hi)} dB at {r.pairs} pairs' for r in rows.itertuples()) + '.'
+    said = (f'{_sign(r.gain, r.lo, r.hi)} dB at {r.pairs} pairs' for r in rows.itertuples())
+    return 'Pretraining of the foundation models is worth ' + ', '.join(said) + '.'
 
 def found_ablations(tables:Tables, data:str) -> str:
     rows = tables['ablations'].query("metric == 'psnr' and question != 'chance'").sort_values('gain')
     sure = rows[(rows.lo > 0) | (rows.hi < 0)]
     if not len(sure): return f'Of {len(rows)} ablations none is told apart from the default in PSNR.'
     name = lambda r: f'{r.question}: {r.row} {_sign(r.gain, r.lo, r.hi)} dB'
-    return f'Of {len(rows)} ablations {len(sure)} are told apart from the default in PSNR. What costs most: ' + '; '.join(name(r) for r in sure[sure.hi < 0].head(3).itertuples()) \
-        + (('. What helps: ' + '; '.join(name(r) for r in sure[sure.lo > 0].iloc[::-1].head(3).itertuples())) if (sure.lo > 0).any() else '') + '.'
+    worst, best = sure[sure.hi < 0].head(3), sure[sure.lo > 0].iloc[::-1].head(3)
+    said = [f'Of {len(rows)} ablations {len(sure)} are told apart from the default in PSNR.']
+    if len(worst): said.append('What costs most: ' + '; '.join(name(r) for r in worst.itertuples()) + '.')
+    if len(best): said.append('What helps: ' + '; '.join(name(r) for r in best.itertuples()) + '.')
+    return ' '.join(said)
 
 def found_tim(tables:Tables, data:str) -> str:
     rows = tables['nyc_gate']
-    return 'Thinking in modalities on the chips of this run, mIoU in percentage points: ' + '; '.join(f'{r.run} against {r.against} {_sign(r.gain_pp, r.gain_pp_lo, r.gain_pp_hi)}, {r.verdict}' for r in rows.itertuples()) + '.'
+    said = (f'{r.run} against {r.against} {_sign(r.gain_pp, r.gain_pp_lo, r.gain_pp_hi)}, {r.verdict}' for r in rows.itertuples())
+    return 'Thinking in modalities on the chips of this run, mIoU in percentage points: ' + '; '.join(said) + '.'
 
 def found_downstream(tables:Tables, data:str) -> str:
     rows = tables['downstream_gains'].query("metric == 'miou'")
@@ -414,12 +445,14 @@ def findings(
     said = [f'Of {len(table)} claims: ' + ', '.join(f'{kinds[k]} {k}' for k in CLASSES if k in kinds) + '.']
     for kind in ('fails', 'holds only if'):
         rows = table[table.verdict.map(class_of) == kind]
-        if len(rows): said.append({'fails': 'Not so: ', 'holds only if': 'So in one reading: '}[kind] + '; '.join(
-            f'{r.claim} {r.claimed} {r.unit}'.strip() + f' (here {told(r.measured, r.lo, r.hi, r.unit)})' + (f', {r.verdict.removeprefix("holds ")}' if kind != 'fails' else '') for r in rows.itertuples()) + '.')
+        text = [f'{r.claim} {r.claimed} {r.unit}'.strip() + f' (here {told(r.measured, r.lo, r.hi, r.unit)})'
+                + (f', {r.verdict.removeprefix("holds ")}' if kind != 'fails' else '') for r in rows.itertuples()]
+        if text: said.append({'fails': 'Not so: ', 'holds only if': 'So in one reading: '}[kind] + '; '.join(text) + '.')
     mini = table[table.verdict.str.contains('; the miniature ')]
     short = mini.verdict.str.contains('the miniature fails')
     counts = [f'{n} of {len(rows)} in {about}' for about, rows in mini.groupby('about', sort=False) if (n := int(short[rows.index].sum()))]
-    if len(mini): said.append(f'{len(mini)} claims need inputs this run has not got, and have a value of the miniatures, which falls short of {int(short.sum())}: {", ".join(counts)}.')
+    if len(mini): said.append(f'{len(mini)} claims need inputs this run has not got, and have a value of the miniatures, which falls short '
+                              f'of {int(short.sum())}: {", ".join(counts)}.')
     for make in (found_ladder, found_gains, found_knowledge, found_ablations, found_downstream, found_tim):
         try: said.append(make(tables, data))
         except (Absent, KeyError, IndexError, AttributeError, pd.errors.UndefinedVariableError): pass
@@ -447,7 +480,8 @@ def claims_figure(
         grid = place.add_gridspec(len(mine) + (room > 2), 1, height_ratios=[len(p) + 1.2 for _, p in mine] + [room]*(room > 2))
         for k, (name, part) in enumerate(mine): _panel(place.add_subplot(grid[k]), name, part)
     marks = [plt.Line2D([], [], marker='o', ls='', color=c, label=k) for k, c in LOOK.items()]
-    marks += [plt.Line2D([], [], marker='o', ls='', color='.3', mfc='white', label='the miniature, no test'), plt.Line2D([], [], lw=7, color='.85', label='claimed')]
+    marks += [plt.Line2D([], [], marker='o', ls='', color='.3', mfc='white', label='the miniature, no test'),
+        plt.Line2D([], [], lw=7, color='.85', label='claimed')]
     fig.legend(handles=marks, loc='outside lower center', ncols=len(marks), fontsize=8)
     return fig
 
@@ -459,7 +493,8 @@ def _panel(ax, name:tuple, part:pd.DataFrame) -> None:
     ends = ends[np.isfinite(ends)]
     wide = part.measured.min() > 0 and ends[ends > 0].max() > 50*ends[ends > 1e-6].min()
     if wide: ax.set_xscale('log')
-    left, right = (ends[ends > 1e-6].min()/2, ends.max()*2) if wide else (1.2*min(0, np.nanmin(part[['measured', 'lo']].to_numpy(float))), 1.1*ends.max())
+    left, right = (ends[ends > 1e-6].min()/2, ends.max()*2) if wide else (1.2*min(0, np.nanmin(part[['measured', 'lo']].to_numpy(float))),
+        1.1*ends.max())
     for y, r in zip(range(len(part))[::-1], part.itertuples()):
         a, b = (left if np.isnan(r.low) else r.low), (right if np.isnan(r.high) else r.high)
         ax.plot([a, b] if b > a else [a*.99, a*1.01 + 1e-9], [y]*2, lw=7, color='.85', solid_capstyle='butt', zorder=0)

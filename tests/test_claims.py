@@ -96,4 +96,7 @@ def test_committed_report_answers_what_needs_no_inputs():
     tables = claims.Tables(folder, claims_facts=pd.DataFrame(dict(fact=[], value=[])))
     free = [c for c in claims.CLAIMS if not c.needs and 'claims_facts' not in str(c.reads)]
     table = claims.claims_table(tables, free)
-    assert len(free) > 5 and not table.verdict.str.startswith('not measured').any() and np.isfinite(table.measured).all()
+    assert len(free) > 5 and np.isfinite(table.measured).sum() > 5
+    for c, verdict in zip(free, table.verdict):
+        name = next(iter(c.reads[0][1].values()))[0]
+        assert verdict.startswith('not measured') != (folder/f'{name}.csv').exists(), f'{c.claim}: {verdict}'
