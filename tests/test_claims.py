@@ -1,0 +1,102 @@
+"Verdicts follow the tables: another table, another verdict; no table, no verdict; every claim has its row."
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from gac import claims, study
+
+def named(start:str) -> claims.Claim:
+    "The claim that begins so."
+    return next(c for c in claims.CLAIMS if c.claim.startswith(start))
+
+@pytest.fixture
+def report(tmp_path):
+    "Writes tables of a report: name -> columns."
+    def write(**tables) -> claims.Tables:
+        for name, columns in tables.items(): pd.DataFrame(columns).to_csv(tmp_path/f'{name}.csv', index=False)
+        return claims.Tables(tmp_path)
+    return write
+
+def stages(psnr:float, spread:float=1.) -> dict:
+    "Rows of results.csv with one PSNR for all stages."
+    methods = ['Stage 1', 'Stage 1+2', 'Stage 1+2+3']
+    return dict(data='world', method=methods, psnr=psnr, psnr_lo=psnr - spread, psnr_hi=psnr + spread, ssim=.8, sar_edge=.17, sam_deg=4., mse=.002, mae=.03)
+
+def test_another_table_gives_another_verdict(report):
+    target = replace(named('Target: PSNR'), needs=())
+    judged = lambda psnr: claims.judge(target, report(results=stages(psnr)))
+    assert judged(31.)['verdict'] == 'holds' and judged(31.)['measured'] == 31. and judged(31.)['lo'] == 30.
+    assert judged(29.5)['verdict'] == 'fails, though its interval reaches the claim'
+    assert judged(24.)['verdict'] == 'fails'
+
+def test_every_claim_has_one_row_even_where_there_is_no_table(tmp_path):
+    table = claims.claims_table(claims.Tables(tmp_path/'nothing'))
+    assert table.claim.tolist() == [c.claim for c in claims.CLAIMS] and table.claim.is_unique
+    assert list(table.columns) == ['about', 'claim', 'claimed', 'measured', 'lo', 'hi', 'unit', 'verdict', 'how']
+    assert table.measured.isna().all() and set(table.verdict.map(claims.class_of)) == {'cannot be tested here', 'not measured'}
+    for c, verdict in zip(claims.CLAIMS, table.verdict):
+        if c.reads: assert f'not measured: {c.reads[0][1][next(iter(c.reads[0][1]))][0]}.csv' in verdict, 'the missing table is named'
+    assert claims.report(table).count('\n| ') == len(table) + table.about.nunique()
+    claims.claims_figure(table)  # nothing to show is no error
+
+def test_numbers_of_the_documents_are_all_there():
+    said = {c.said for c in claims.CLAIMS}
+    assert said >= {'25–28', '0.75–0.82', '0.15–0.20', '28–32', '0.82–0.88', '0.18–0.25', '+3–4', '30–34', '0.85–0.90', '0.12–0.16', '+5–6', '25', '5–15', '5–10', '≥ 30', '≥ 0.85', '≤ 0.15', '≤ 5',
+                    '< 5', '~0.5', '~1.0', '~2.0', '~28', '40–50', '200–250', '~1.4', '3', '~3.8', '6', '1–8', '< 2', '196', '768', '2–5', '~0.2', '~500', '~200', '2–3', '~4', '1.01', '75', '3–4',
+                    '25–30', '~6', '72.25', '68.00', '42.74', '41.87', '0.5253', '0.5380', '0.5866', '0.6023', '0.3553', '0.074', '0.116', '0.750', '26.21'}
+
+def test_a_hole_in_a_table_is_named_and_stops_nothing(report):
+    target = replace(named('Target: PSNR'), needs=())
+    without = {k: v for k, v in stages(31.).items() if k != 'psnr'}
+    assert claims.judge(target, report(results=without))['verdict'].startswith('not measured: psnr where')
+    assert claims.judge(target, report(results=stages(31.) | dict(data='real: chips')))['verdict'].startswith('not measured: psnr where')
+    assert claims.judge(target, report(results=stages(31.) | dict(psnr='n/a')))['verdict'] == 'not measured: psnr in results.csv, which reads n/a'
+    assert claims.judge(target, report(results=dict(other=[1])))['verdict'].startswith('not measured: results.csv, which has other columns')
+
+def test_the_miniature_is_no_test_until_the_inputs_are_there(report):
+    target = named('Target: PSNR')
+    tables = report(results=stages(31.))
+    verdict = claims.judge(target, tables)['verdict']
+    assert verdict.startswith('cannot be tested here: needs the pretrained weights and BigEarthNet v2') and verdict.endswith('the miniature holds')
+    assert claims.judge(target, tables, have=('weights',))['verdict'].startswith('cannot be tested here: needs BigEarthNet v2')
+    real = report(results=stages(31.) | dict(data='real: bigearthnet'))
+    table = claims.claims_table(real, (target,), have=('weights', 'bigearthnet'))
+    assert table.verdict[0] == 'holds' and 'real: bigearthnet' in table.how[0]
+
+def test_a_claim_that_holds_in_one_reading_says_which(report):
+    saves = named('8 bits save')
+    sizes = lambda generator: report(models=dict(model=['terramind_v1_large_generate', 'prithvi_eo_v2_600_tl'], int8_mb=[generator, 25.], float32_mb=[100., 100.]))
+    judged = claims.judge(saves, sizes(40.))
+    assert judged['verdict'].startswith('holds only if nearly all weights') and judged['measured'] == pytest.approx(75) and 'otherwise 60 %' in judged['how']
+    assert claims.judge(saves, sizes(25.))['verdict'] == 'holds'
+
+def test_interval_of_a_share_is_carried_along(report):
+    less = named('Stage 3 lowers the SAR-edge')
+    tables = report(results=stages(30.), stage_gains=dict(data=['world'], step=['2→3'], metric=['sar_edge'], gain=[.034], lo=[.017], hi=[.051]))
+    judged = claims.judge(less, tables)
+    assert [judged[k] for k in ('measured', 'lo', 'hi')] == pytest.approx([20, 10, 30])
+
+def test_the_second_source_counts_where_the_first_is_missing(report):
+    more = named('More diffusion steps')
+    grid = dict(timesteps=[1, 10], tokens='expected', clamp='pretraining', n_samples=1, psnr=[26., 26.5])
+    assert claims.judge(more, report(stage1_decodings=grid))['measured'] == pytest.approx(.5)
+    row = dict(question=['diffusion steps'], row=['10'], metric=['psnr'], gain=[-.1], lo=[-.2], hi=[0.])
+    assert claims.judge(more, report(ablations=row))['measured'] == pytest.approx(-.1)
+
+def test_findings_read_their_numbers(report):
+    gains = dict(data='world', step='1→2', metric=['psnr', 'sar_edge_gap'], gain=[.5, -.01], lo=[.3, -.02], hi=[.7, .01])
+    tables = report(results=stages(27.25), stage_gains=gains)
+    said = ' '.join(claims.findings(claims.claims_table(tables), tables))
+    assert '27.25' in said and '+0.50 [+0.30, +0.70] dB (for certain)' in said and '-0.010 [-0.020, +0.010] (not told apart from nothing)' in said
+    assert f'Of {len(claims.CLAIMS)} claims' in said and 'Pretraining' not in said  # knowledge_gains.csv is not there
+
+def test_committed_report_answers_what_needs_no_inputs():
+    folder = study.root()/'reports'/'mini'/'tables'
+    tables = claims.Tables(folder, claims_facts=pd.DataFrame(dict(fact=[], value=[])))
+    free = [c for c in claims.CLAIMS if not c.needs and 'claims_facts' not in str(c.reads)]
+    table = claims.claims_table(tables, free)
+    assert len(free) > 5 and np.isfinite(table.measured).sum() > 5
+    for c, verdict in zip(free, table.verdict):
+        name = next(iter(c.reads[0][1].values()))[0]
+        assert verdict.startswith('not measured') != (folder/f'{name}.csv').exists(), f'{c.claim}: {verdict}'
