@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'GROUPS', 'PROFILE', 'SEED', 'WEIGHTS', 'STRICT', 'LAYOUT', 'READING', 'opt', 'command', 'parser', 'main',
            'run', 'verify', 'version', 'info', 'pretrain', 'pretrain_params', 'world', 'data_convert', 'data_examples',
-           'data_info', 'precompute', 'train_stage2', 'train_stage3', 'stage3_info', 'stage3_infer']
+           'data_info', 'precompute', 'train_stage2', 'train_stage3', 'stage3_info', 'stage3_infer', 'uncertainty']
 
 # %% ../nbs/cli.ipynb #1e205714
 import argparse, sys
@@ -312,3 +312,21 @@ def stage3_infer(**options):
     "Ground saved images in their radar; where the truth is given, say how much it helped."
     from gac import stage3
     print(*(f'{k}: {v:.6g}' if isinstance(v, float) else f'{k}: {v}' for k, v in stage3.infer_files(**options).items()), sep='\n')
+
+# %% ../nbs/cli.ipynb #88a4afb2
+@command(opt('--data-dir', required=True, metavar='DIR', help='tile store, or real tiles in a known layout (converted into the output folder first)'),
+    opt('--output-dir', required=True, metavar='DIR', help='store beside the tiles: generations, their mean and their spread; called again after a stop, it goes on'),
+    opt('--stage2-checkpoint', default='', metavar='DIR', help='output of gac train-stage2; nothing: without Stage 2'),
+    opt('--stage3-checkpoint', default='', metavar='DIR', help='output of gac train-stage3; nothing: without Stage 3'),
+    opt('--samples', type=int, default=8, metavar='N', help='generations of every tile, 2 or more'),
+    opt('--timesteps', type=int, default=1, metavar='N', help='diffusion steps'),
+    opt('--clamp', choices=('pretraining', 'off'), default='pretraining', help="range of each step's estimate"),
+    opt('--split', choices=('train', 'val', 'test'), default='', help='tiles that are generated; nothing: all'),
+    opt('--max-tiles', type=int, default=0, metavar='N', help='spread evenly over them; 0: all'),
+    opt('--batch-size', type=int, default=4, metavar='N', help='tiles at a time'),
+    opt('--name', default='terramind_mini_generate', help='generator, see gac info'), SEED, WEIGHTS)
+def uncertainty(**options):
+    """Several generations of every tile through the stages: their mean, and their spread band by band.
+Where the tiles have a truth, it says how well the spread predicts the error of the mean."""
+    from gac import trust
+    print(*(f'{k}: {v:.4g}' if isinstance(v, float) else f'{k}: {v}' for k, v in trust.run_uncertainty(**options).items()), sep='\n')

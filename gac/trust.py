@@ -8,10 +8,10 @@ __all__ = ['REMOVED', 'CENTRAL', 'METHODS', 'FEW', 'SECTORS', 'HELD_OUT', 'UNTOL
            'spread_of', 'over_bands', 'calibration_curve', 'calibration_error', 'sparsification', 'ause',
            'range_coverage', 'band_coverage', 'pixel_coverage', 'inside', 'seasons', 'scored', 'doubt', 'reliability',
            'coverage_table', 'sector', 'groups_of', 'place_gains', 'held_out', 'exchanged', 'Selection', 'selections',
-           'fit_fold', 'transfer', 'fold_steps', 'transfer_table', 'cross_attention', 'attended', 'token_places',
-           'attention_of', 'received', 'correlation', 'attention_rows', 'attention_table', 'other_radar', 'grounded_by',
-           'swap_rows', 'swap_table', 'edge_distance', 'distance_class', 'inner', 'class_sums', 'ratio_ci',
-           'error_table', 'errors_by_class', 'run_uncertainty', 'mean_and_spread']
+           'fit_fold', 'tested', 'transfer', 'fold_steps', 'transfer_table', 'cross_attention', 'attended',
+           'token_places', 'attention_of', 'received', 'correlation', 'attention_rows', 'attention_table',
+           'other_radar', 'grounded_by', 'swap_rows', 'swap_table', 'edge_distance', 'distance_class', 'inner',
+           'class_sums', 'ratio_ci', 'error_table', 'errors_by_class', 'run_uncertainty', 'mean_and_spread']
 
 # %% ../nbs/10_trust.ipynb #beeaa090
 import hashlib, json
@@ -373,10 +373,10 @@ def selections(
     val_tiles:int, # validation tiles
     seed:int=0,
 ) -> dict: # elsewhere, everywhere -> Selection
-    "The tiles of the two trainings of a fold."
+    "The tiles of the two trainings of a fold; both are validated on the same ones, none of a held-out place."
     held = held_out(store.table, fold)
-    train, val = (exchanged(store.rows(split), held, n, seed) for split, n in (('train', pairs), ('val', val_tiles)))
-    return {where: Selection(store, dict(train=train[where], val=val[where])) for where in train}
+    val = exchanged(store.rows('val'), held, val_tiles, seed)['elsewhere']
+    return {where: Selection(store, dict(train=rows, val=val)) for where, rows in exchanged(store.rows('train'), held, pairs, seed).items()}
 
 UNTOLD = tuple(f for f in stage2.TOLD if f != 'biome')
 
@@ -400,10 +400,18 @@ def fit_fold(
         made[f'{where}, Stage 1+2+3, biome not told'] = stage3.grounded(stage3.load_stage3(home/'stage3'), blind)
     return made
 
+def tested(
+    rows, # test tiles
+    held:np.ndarray, # (tiles,) bool, of held_out
+) -> np.ndarray: # the held-out ones, and as many of the others
+    "The test tiles of a fold."
+    there, others = rows[held[rows]], rows[~held[rows]]
+    return np.sort(np.concatenate([there, evaluate.spread(others, max(1, len(there)))]))
+
 def transfer(
     run, # study.Run
     store, # tiles.Store with radar and truth
-    rows, # test tiles
+    rows, # test tiles; of each fold those of `tested`
     recipe:evaluate.Recipe,
     folds, # of held_out
     seeds=(0,),
@@ -411,19 +419,20 @@ def transfer(
     batch_size:int=8, # tiles at a time
     lpips=None, # metrics.LPIPS; None: looked for
 ) -> pd.DataFrame: # fold, seed, held, method, id, scene, measures: one row per tile
-    "Every fold on the same test tiles. Each is kept in the run's folder, so that a stopped experiment goes on where it was."
+    "Both trainings of every fold on the same test tiles. Each is kept in the run's folder, so that a stopped experiment goes on where it was."
     home, parts = run.dir/'trust', []
     v1, rows = stage1.images_of(run, store, rows)
     for fold in folds:
         held = pd.Series(held_out(store.table, fold), index=store.table.id)
+        some = tested(rows, held.to_numpy())
         for seed in seeds:
-            made = dict(recipe=asdict(recipe), fold=fold, seed=seed, grounding=grounding, tiles=store.table.id.iloc[rows].tolist(),
+            made = dict(recipe=asdict(recipe), fold=fold, seed=seed, grounding=grounding, tiles=store.table.id.iloc[some].tolist(),
                         train=[store.table.id.iloc[store.rows(s)].tolist() for s in ('train', 'val')], weights=evaluate.known_weights(run))
             mark = hashlib.sha256(json.dumps(made, sort_keys=True, default=str).encode()).hexdigest()[:12]
             file = home/f'transfer-{mark}.csv'
             if not file.exists():
                 methods = fit_fold(store, v1, recipe, fold, home/f'transfer-{mark}', seed, grounding)
-                study._write(file, stage1.measure(store, rows, methods, batch_size, lpips).to_csv(lineterminator='\n'))
+                study._write(file, stage1.measure(store, some, methods, batch_size, lpips).to_csv(lineterminator='\n'))
             one = pd.read_csv(file).assign(fold=fold, seed=seed)
             parts.append(one.assign(held=held.loc[one.id].to_numpy()))
             means = parts[-1][parts[-1].held].groupby('method').psnr.mean()
