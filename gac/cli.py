@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'GROUPS', 'PROFILE', 'SEED', 'WEIGHTS', 'STRICT', 'LAYOUT', 'READING', 'opt', 'command', 'parser', 'main',
            'run', 'verify', 'version', 'info', 'pretrain', 'pretrain_params', 'world', 'data_convert', 'data_examples',
-           'data_info', 'precompute', 'train_stage2', 'train_stage3', 'stage3_info', 'stage3_infer']
+           'data_info', 'precompute', 'train_stage2', 'train_stage3', 'stage3_info', 'stage3_infer', 'downstream']
 
 # %% ../nbs/cli.ipynb #1e205714
 import argparse, sys
@@ -312,3 +312,23 @@ def stage3_infer(**options):
     "Ground saved images in their radar; where the truth is given, say how much it helped."
     from gac import stage3
     print(*(f'{k}: {v:.6g}' if isinstance(v, float) else f'{k}: {v}' for k, v in stage3.infer_files(**options).items()), sep='\n')
+
+# %% ../nbs/cli.ipynb #d0w25e0a
+@command(opt('--data-dir', required=True, metavar='DIR', help='tile store with radar, truth and land cover'),
+    opt('--output-dir', required=True, metavar='DIR', help='configurations, trainings and tables; called again after a stop, the comparison goes on from there'),
+    opt('--stage1-dir', '--stage1-outputs-dir', default='', metavar='DIR', help='store with opt_v1, opt_v2, opt_v3; nothing: the one at --data-dir'),
+    opt('--arms', type=_words, default=['s1', 's2', 'a', 'b', 'c_v1', 'c_v2', 'c_v3', 'bound', 'random'], metavar='A,B', help='what the encoder is given, see 12_downstream'),
+    opt('--seeds', type=lambda text: [int(w) for w in _words(text)], default=[0], metavar='N,M', help='trainings of every arm'),
+    opt('--name', default='terramind_mini', help='encoder, as TerraTorch names it, e.g. terramind_v1_base'),
+    opt('--tile-size', dest='size', type=int, default=60, metavar='PX', help='side of a window, a divisor of the side of the tiles; 0: whole tiles'),
+    opt('--batch-size', type=int, default=16, metavar='N', help='windows'), opt('--max-steps', dest='steps', type=int, default=60, metavar='N', help='optimizer steps of every arm'),
+    opt('--lr', type=float, default=2e-3, metavar='RATE', help='peak learning rate'), opt('--lora-rank', type=int, default=8, metavar='R', help='rank of the adapters; 0: the encoder is frozen'),
+    opt('--precision', choices=('32-true', 'bf16-mixed', '16-mixed'), default='32-true', help='arithmetic; 16-mixed needs a GPU'),
+    opt('--max-tiles', dest='train_tiles', type=int, default=0, metavar='N', help='labelled training tiles; 0: all'),
+    opt('--configs-only', action='store_true', help='write the files for terratorch fit, train nothing'), WEIGHTS)
+def downstream(configs_only, **options):
+    """Land cover from the radar alone, with true, thought-of and drawn images: what the images are good for.
+Writes downstream.csv and downstream_gains.csv, and one file per training that `terratorch fit --config` takes as well."""
+    from gac import downstream as room
+    made = room.run_downstream(configs_only=configs_only, **options)
+    print(*made, sep='\n') if configs_only else print(made[['what', 'seed', 'miou', 'miou_lo', 'miou_hi', 'pixel_accuracy']].round(3).to_string(index=False))

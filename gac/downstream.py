@@ -8,13 +8,13 @@ __all__ = ['ARMS', 'STEPS', 'CODES', 'IGNORED', 'SOURCES', 'DEPTH', 'LORA', 'AVE
            'data_config', 'trainer_config', 'config_of', 'write_config', 'parts_of', 'SameStart', 'hushed',
            'open_config', 'fit_config', 'confusion', 'measures', 'resampled', 'interval', 'columns_of', 'predicted',
            'truth_of', 'part_of', 'gradient_check', 'mark_of', 'Outcome', 'run_arm', 'run_arms', 'by_arm', 'table_of',
-           'gains_of', 'verdict_of', 'conclusion', 'land_cover_seen', 'fill_shelf', 'image_table', 'coloured',
-           'map_figure']
+           'gains_of', 'verdict_of', 'conclusion', 'land_cover_seen', 'labelled_store', 'fill_shelf', 'image_table',
+           'coloured', 'map_figure', 'run_downstream']
 
 # %% ../nbs/12_downstream.ipynb #08dc7203
 from . import study  # first: it mends a torchvision built for another torch
 
-import contextlib, hashlib, io, json, logging, unittest.mock, warnings
+import contextlib, hashlib, io, json, logging, unittest.mock, warnings, zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -99,15 +99,23 @@ class Windows(Dataset):
         self.size = size or self.side
         if self.side % self.size: raise GacError(f'Windows of {self.size} px do not fill tiles of {self.side} px: choose a divisor.')
         self.cuts = 1 if random else self.side//self.size  # windows along a side
-        scale = lambda values: {m: np.array(values[m], np.float32)[:, None, None] for m in images}
-        self.means, self.stds, self.held = scale(means), scale(stds), (None, None)
+        self.means, self.stds = ({m: np.array(values[m], np.float32)[:, None, None] for m in images} for values in (means, stds))
+        self.held = None, None
+        for m, array in images.items():
+            n = len(self.home(array).bands(array, self.bands)) if m == 'S2L2A' else len(self.means[m])
+            if not n == len(self.means[m]) == len(self.stds[m]): raise GacError(f'{m}: {n} bands, {len(self.means[m])} means and {len(self.stds[m])} standard deviations.')
 
     def __len__(self) -> int: return len(self.rows)*self.cuts**2
+
+    def home(self, array:str): # tiles.Store that holds it
+        for place in (self.store, self.shelf):
+            if array in place.arrays: return place
+        raise GacError(f'{self.shelf.path} has no {array}: run the stage that draws it first.')
 
     def tile(self, row:int) -> tuple: # modality -> (C, H, W) standardised; (H, W) classes
         "A whole tile; the last one is held."
         if self.held[0] != row:
-            read = lambda m, array: (self.store if array in self.store.arrays else self.shelf).read(array, row, self.bands if m == 'S2L2A' else None)[0]
+            read = lambda m, array: self.home(array).read(array, row, self.bands if m == 'S2L2A' else None)[0]
             image = {m: (read(m, array).astype(np.float32) - self.means[m])/self.stds[m] for m, array in self.images.items()}  # (H, W) becomes (1, H, W)
             self.held = row, (image, as_classes(self.store.read(self.labels, row)[0], self.classes))
         return self.held[1]
@@ -183,13 +191,13 @@ class Recipe:
     product:str = 'S1GRD' # of the radar
     classes:tuple = CODES # land-cover codes
     size:int = 60 # px of a window, a divisor of the tiles' side; 0: whole tiles
-    batch_size:int = 16 # windows
-    steps:int = 60 # optimizer steps
+    batch_size:int = 4 # windows
+    steps:int = 120 # optimizer steps
     lr:float = 2e-3 # peak learning rate
     weight_decay:float = .01 # AdamW's
     lora_rank:int = 8 # of the adapters; 0: none, the encoder is frozen
     lora_alpha:int = 16 # their scale is alpha/rank
-    channels:tuple = (64, 48, 32, 24) # of the decoder's blocks
+    channels:tuple = (64, 32, 16, 16) # of the decoder's blocks
     precision:str = '32-true' # or bf16-mixed, 16-mixed
     val_every:int = 0 # steps between validations; 0: none
     train_tiles:int = 0 # at most; 0: all
@@ -344,13 +352,13 @@ def open_config(
     from terratorch import cli_tools
     told, path = io.StringIO(), Path(path).resolve()
     if not path.is_file(): raise GacError(f'{path} is missing: expected a configuration as YAML.')
-    only = contextlib.nullcontext() if build else unittest.mock.patch.object(cli_tools.MyLightningCLI, 'instantiate_classes', lambda self: None)
-    try:
-        with hushed(), contextlib.redirect_stderr(told), contextlib.chdir(study.root()), only:
-            return cli_tools.build_lightning_cli(['--config', str(path)], run=False)
-    except SystemExit as e:
-        why = ' '.join(told.getvalue().split('error:')[-1].split())
-        raise GacError(f'{study._shown(path)}: TerraTorch refuses this configuration: {why[:600]}') from e
+    with contextlib.ExitStack() as stack:
+        for c in (hushed(), contextlib.redirect_stderr(told), contextlib.chdir(study.root())): stack.enter_context(c)
+        if not build: # the parser seeds everything, and what it would build is left out
+            for c in (training.seeded(0), unittest.mock.patch.object(cli_tools.MyLightningCLI, 'instantiate_classes', lambda self: None)): stack.enter_context(c)
+        try: return cli_tools.build_lightning_cli(['--config', str(path)], run=False)
+        except SystemExit as e: why, cause = ' '.join(told.getvalue().split('error:')[-1].split()), e
+    raise GacError(f'{study._shown(path)}: TerraTorch refuses this configuration: {why[:600]}') from cause
 
 def fit_config(
     path:str|Path, # a .yaml file
@@ -497,7 +505,7 @@ def run_arm(
         study._write(kept, buffer.getvalue())
     try:
         with np.load(kept, allow_pickle=False) as z: return Outcome(**{k: z[k] for k in ('matrices', 'maps', 'rows')})
-    except (OSError, ValueError, KeyError) as e: raise GacError(f'{kept} is damaged ({e}): delete it, the arm is then trained again.') from e
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e: raise GacError(f'{kept} is damaged ({e}): delete it, the arm is then trained again.') from e
 
 def run_arms(
     out_dir:str|Path, # of the trainings and their results
@@ -599,7 +607,17 @@ def land_cover_seen(
     return dict(scenes=core['scenes_seen'], earlier=core.get('history', ''), first_seed=core['seeds'][0], last_seed=core['seeds'][1],
                 tokens_asked=sum(p*asked[at] for p, _, asked in pretrain.RECIPES)/pretrain.N, tokenizer_scenes=tokenizer.get('scenes_seen'))
 
-# %% ../nbs/12_downstream.ipynb #2e876408
+# %% ../nbs/12_downstream.ipynb #ce91e22a
+def labelled_store(
+    run, # study.Run
+) -> tuple: # tiles.Store; why it is not the real one that was given, or empty
+    "The real tiles of a run where they have land cover to learn from and to test on, else the procedural world."
+    real = tiles.real_store(run)
+    if real is None: return tiles.study_store(run), ''
+    few = [s for s in ('train', 'test') if not len(real.rows(s))]
+    why = 'the tiles have no land cover' if 'lulc' not in real.arrays else f'there is no {" and no ".join(few)} tile' if few else ''
+    return (tiles.study_store(run), why) if why else (real, '')
+
 def fill_shelf(
     run, # study.Run
     store, # tiles.Store
@@ -681,3 +699,30 @@ def map_figure(
     held = [c for k, c in enumerate(classes) if (codes == k).any() or any((found[a, seed].maps[list(shown.values())] == k).any() for a in arms)]
     fig.legend(handles=[Patch(facecolor=PALETTE[study.LULC_CLASSES[c]], edgecolor='.5', lw=.5, label=study.LULC_CLASSES[c]) for c in held], loc='outside lower center', ncols=len(held), fontsize=7)
     return fig
+
+# %% ../nbs/12_downstream.ipynb #daded4ed
+def run_downstream(
+    data_dir, # tile store with radar, truth and land cover
+    output_dir, # configurations, trainings and tables
+    stage1_dir='', # store with opt_v1, opt_v2, opt_v3; empty: data_dir
+    arms:Sequence[str]=tuple(ARMS),
+    seeds:Sequence[int]=(0,),
+    configs_only:bool=False, # write the files for `terratorch fit`, train nothing
+    **options, # fields of Recipe
+) -> pd.DataFrame|list: # rows of downstream.csv; or the files
+    "Land cover from radar, true and drawn images: what `gac downstream` does."
+    store, output_dir = tiles.Store(data_dir), Path(output_dir).resolve()
+    shelf = stage1.companion(store, stage1_dir) if stage1_dir and Path(stage1_dir).resolve() != store.path.resolve() else store
+    drawn = sorted({arm(a).s2 for a in arms if arm(a).s2.startswith('opt_')})
+    missing = [a for a in drawn if a not in shelf.arrays]
+    if missing: raise GacError(f'{shelf.path} has no {", ".join(missing)}: run the stages first, or leave these arms out (--arms).')
+    recipe = Recipe(product=store.attrs.get('s1_product', 'S1GRD'), require=tuple(drawn), **options)
+    if configs_only:
+        place = lambda p: study._relative(Path(p).resolve())
+        return [write_config(output_dir/f'{a}-{s}.yaml', config_of(arm(a), replace(recipe, seed=s), place(store.path), place(shelf.path), place(output_dir/f'{a}-{s}')), arm(a).what)
+                for a in arms for s in seeds]
+    found = run_arms(output_dir, store, shelf, recipe, arms, seeds)
+    scenes = store.table.scene.to_numpy()[next(iter(found.values())).rows]
+    table, gains = (f(found, scenes, recipe.classes, seed=seeds[0]) for f in (table_of, gains_of))
+    for what, t in dict(downstream=table, downstream_gains=gains).items(): study._write(output_dir/f'{what}.csv', t.to_csv(index=False, lineterminator='\n'))
+    return table
