@@ -1,8 +1,5 @@
 "Arms that differ in their inputs alone, images that come from where they should, and configurations that TerraTorch's own command runs."
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -181,14 +178,13 @@ def test_caller_keeps_its_random_numbers(store, tmp_path):
 def test_terratorch_runs_the_same_file(store, tmp_path):
     "`terratorch fit` and `terratorch test` on the file a notebook writes give what this process gives."
     path = downstream.write_config(tmp_path/'c_v2.yaml', config(store, 'c_v2', tmp_path/'out'))
-    command = lambda *words: subprocess.run([Path(sys.executable).with_name('terratorch'), *words], cwd=study.root(), capture_output=True, text=True)
-    done = command('fit', '--config', str(path))
+    done = downstream.terratorch('fit', '--config', path)
     assert done.returncode == 0, done.stderr[-2000:]
     theirs = torch.load(tmp_path/'out'/'trained.ckpt', map_location='cpu', weights_only=False)['state_dict']
     ours = downstream.fit_config(downstream.write_config(tmp_path/'here.yaml', config(store, 'c_v2', tmp_path/'here'))).model.state_dict()
     assert theirs.keys() == ours.keys()
     for k in theirs: torch.testing.assert_close(theirs[k], ours[k], rtol=1e-4, atol=1e-5, msg=k)
-    done = command('test', '--config', str(path), '--ckpt_path', str(tmp_path/'out'/'trained.ckpt'))
+    done = downstream.terratorch('test', '--config', path, '--ckpt_path', tmp_path/'out'/'trained.ckpt')
     assert done.returncode == 0 and 'test/mIoU' in done.stdout, done.stderr[-2000:]
 
 @pytest.mark.slow
