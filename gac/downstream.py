@@ -254,7 +254,8 @@ def model_config(
     necks = [dict(name='SelectIndices', indices=recipe.depths), dict(name='ReshapeTokensToImage', remove_cls_token=False), dict(name='LearnedInterpolateToPyramidal')]
     lora = dict(method='LORA', peft_config_kwargs=dict(r=recipe.lora_rank, lora_alpha=recipe.lora_alpha, target_modules=LORA)) if recipe.lora_rank else None
     args = encoder_args(arm, recipe) | dict(necks=necks, decoder='UNetDecoder', decoder_channels=list(recipe.channels), num_classes=len(recipe.classes), peft_config=lora)
-    schedule = dict(max_lr=recipe.lr, total_steps=recipe.steps, pct_start=.1, interval='step')
+    rise = .1 if recipe.steps < 2 else min(.9, max(.1, 2/recipe.steps))  # OneCycleLR divides by zero where the rise is one step
+    schedule = dict(max_lr=recipe.lr, total_steps=recipe.steps, pct_start=rise, interval='step')
     return dict(class_path='terratorch.tasks.SemanticSegmentationTask', init_args=dict(
         model_factory='EncoderDecoderFactory', model_args=args, loss='ce', ignore_index=IGNORED, lr=recipe.lr, optimizer='AdamW',
         optimizer_hparams=dict(weight_decay=recipe.weight_decay), scheduler='OneCycleLR', scheduler_hparams=schedule, freeze_backbone=not recipe.lora_rank, plot_on_val=False,

@@ -174,6 +174,15 @@ def test_caller_keeps_its_random_numbers(store, tmp_path):
     downstream.fit_config(path)
     assert torch.equal(before[0], torch.get_rng_state()) and np.array_equal(before[1], np.random.get_state()[1])
 
+def test_command_writes_the_files(store, tmp_path, capsys):
+    from gac import cli
+    words = ['downstream', '--data-dir', str(store.path), '--output-dir', str(tmp_path/'out'), '--arms', 's1,c_v2', '--seeds', '0,1', '--tile-size', '24', '--max-steps', '7', '--configs-only']
+    assert not cli.main(words)
+    names = ['s1-0', 's1-1', 'c_v2-0', 'c_v2-1']
+    assert sorted(p.stem for p in (tmp_path/'out').glob('*.yaml')) == sorted(names) and all(n in capsys.readouterr().out for n in names[:1])
+    made = yaml.safe_load((tmp_path/'out'/'c_v2-1.yaml').read_text())
+    assert (made['seed_everything'], made['trainer']['max_steps'], made['data']['init_args']['images']['S2L2A']) == (1, 7, 'opt_v2')
+
 @pytest.mark.slow
 def test_terratorch_runs_the_same_file(store, tmp_path):
     "`terratorch fit` and `terratorch test` on the file a notebook writes give what this process gives."
