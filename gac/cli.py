@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'GROUPS', 'PROFILE', 'SEED', 'WEIGHTS', 'STRICT', 'LAYOUT', 'READING', 'opt', 'command', 'parser', 'main',
            'run', 'verify', 'version', 'info', 'pretrain', 'pretrain_params', 'world', 'data_convert', 'data_examples',
-           'data_info', 'precompute', 'train_stage2', 'train_stage3', 'stage3_info', 'stage3_infer']
+           'data_info', 'precompute', 'train_stage2', 'train_stage3', 'stage3_info', 'stage3_infer', 'nyc_build',
+           'nyc_publish']
 
 # %% ../nbs/cli.ipynb #1e205714
 import argparse, sys
@@ -312,3 +313,35 @@ def stage3_infer(**options):
     "Ground saved images in their radar; where the truth is given, say how much it helped."
     from gac import stage3
     print(*(f'{k}: {v:.6g}' if isinstance(v, float) else f'{k}: {v}' for k, v in stage3.infer_files(**options).items()), sep='\n')
+
+# %% ../nbs/cli.ipynb #9560e4a8
+GROUPS['nyc'] = 'New York: build the data set, publish the winning model'
+
+@command(opt('--landcover', default='', metavar='FILE', help="the city's land-cover raster, any grid; nothing: the one the YAML names"),
+    opt('--sources', default='', metavar='YAML', help='files: landcover, dem, dates: [{date, s2, scl, s1_date, s1}]'),
+    opt('--catalog', default='', metavar='URL', help='STAC catalogue, a file or an address, instead of --sources'),
+    opt('--dates', type=_words, default=[], metavar='A,B,C,D', help='with --catalog: days or spans, e.g. 2021-01-01/2021-02-15'),
+    opt('--collections', type=_words, default=['sentinel-2-l2a', 'sentinel-1-rtc', 'cop-dem-glo-30'], metavar='A,B,C', help='optical, radar, terrain'),
+    opt('--s1-days', type=int, default=6, metavar='N', help='days a radar pass may be away from the optical image'),
+    opt('--output-dir', required=True, metavar='DIR', help='folder of the new data set; called again after a stop, it goes on'),
+    opt('--tile-size', dest='size', type=int, default=224, metavar='PX', help='side of a chip in pixels of 10 m'),
+    opt('--guard', type=int, default=32, metavar='PX', help='strip without chips between parent blocks'),
+    opt('--test', type=int, default=64, metavar='N', help='test chips, where the area allows'),
+    opt('--s2-offset', type=int, metavar='DN', help='digital numbers to take off; nothing: by the pixels and the baseline'),
+    opt('--s1-units', choices=('auto', 'dB', 'linear', 'amplitude'), default='auto', help='unit of Sentinel-1'),
+    SEED)
+def nyc_build(landcover, sources, catalog, dates, collections, s1_days, output_dir, **options):
+    """Cut the New York data set: five-class labels, four dates of Sentinel-2 and Sentinel-1, terrain.
+Copies of one date, an all-zero terrain model and dates that are missing are refused."""
+    from gac import nyc, study
+    if bool(sources) == bool(catalog): raise study.GacError('Give either --sources (files) or --catalog (STAC).')
+    if catalog and not landcover: raise study.GacError("--catalog needs --landcover, the city's raster.")
+    source = nyc.Files(sources) if sources else nyc.Catalogue(catalog, nyc.utm_grid(landcover), dates, tuple(collections), s1_days)
+    print(nyc.build(source, output_dir, landcover or None, nyc.BuildOptions(**options)))
+
+@command(opt('--run-dir', required=True, metavar='DIR', help='artefacts of the run, runs/PROFILE'),
+    opt('--output-dir', required=True, metavar='DIR', help='folder to publish'))
+def nyc_publish(run_dir, output_dir):
+    "Prepare a folder of the winning model (weights, configuration, card), if thinking gains more than one point of mIoU."
+    from gac import nyc
+    print(nyc.publish(run_dir, output_dir))
