@@ -4,10 +4,16 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'CITY_CODES', 'TO_CLASS', 'NO_LABEL', 'S2_ASSETS', 'OTHER_ASSETS', 'CLOUDY', 'DARK', 'MODALITIES',
-           'class_table', 'majority', 'metres_per_pixel', 'utm_grid', 'warped', 'class_shares', 'Date', 'check_days',
-           'Files', 'stac_items', 'Catalogue', 'same_image', 'check_contents', 'offset_of', 'check_dem', 'layout',
-           'deal', 'split_gap', 'write_chip', 'finish', 'Chips', 'BuildOptions', 'seen_optical', 'fill_from_others',
-           'to_db', 'read_chip', 'class_columns', 'build']
+           'SEASONS', 'LAT', 'ISLAND', 'KINDS', 'QUARTERS', 'COVER', 'CLASS_COLOURS', 'INPUTS', 'VARIANTS', 'FAMILIES',
+           'THOUGHT', 'OWN', 'LULC_TO', 'FEW', 'class_table', 'majority', 'metres_per_pixel', 'utm_grid', 'warped',
+           'class_shares', 'Date', 'check_days', 'Files', 'stac_items', 'Catalogue', 'same_image', 'check_contents',
+           'offset_of', 'check_dem', 'layout', 'deal', 'split_gap', 'write_chip', 'finish', 'Chips', 'BuildOptions',
+           'seen_optical', 'fill_from_others', 'to_db', 'read_chip', 'class_columns', 'build', 'Plan', 'plan', 'ground',
+           'shadow', 'city_optical', 'bounce', 'city_radar', 'city', 'from_city', 'rasterio_affine', 'true_colour',
+           'class_map', 'legend', 'show_city', 'Variant', 'Family', 'standardisation', 'config', 'flat', 'differences',
+           'write_config', 'Recorder', 'confusion', 'scores', 'load_config', 'parse_config', 'run_config', 'read_test',
+           'gflop', 'usable', 'fallback', 'think', 'zero_shot', 'built_class', 'gate', 'verdict', 'publishable',
+           'publish', 'card', 'from_series', 'map_with']
 
 # %% ../nbs/13_nyc_tim.ipynb #6c1f62dd
 import hashlib, json, math, os, re, shutil, warnings
@@ -640,3 +646,679 @@ def _journal(path:Path, key:str) -> dict:
     else: done = {}
     study._write(path, '\n'.join(json.dumps(r) for r in [dict(key=key), *done.values()]) + '\n')
     return done
+
+# %% ../nbs/13_nyc_tim.ipynb #7b1690b7
+SEASONS = ('2021-01-14', '2021-04-19', '2021-07-18', '2021-10-21')  # days of the procedural images
+LAT = 40.7  # degrees
+ISLAND = np.radians(29.)  # heading of the island's avenues
+KINDS = ('towers', 'rows', 'houses', 'industry')
+#           block along, across; street, avenue (px); building depth; lot; height (m)
+QUARTERS = dict(towers=(24, 9, 2., 3., 3.2, 3., 38.), rows=(20, 9, 1.4, 2., 2.2, 1.5, 13.), houses=(18, 10, 1.2, 1.6, 0., 2.6, 8.), industry=(30, 18, 2., 2.2, 0., 9., 11.))
+
+@dataclass
+class Plan:
+    "What stands where. Maps are (H, W)."
+    code:np.ndarray # code of the city's raster, 1-8
+    height:np.ndarray # of buildings, m
+    house:np.ndarray # building number, -1 elsewhere
+    block:np.ndarray # number of the street block
+    angle:np.ndarray # of the street grid, radians
+    dem:np.ndarray # elevation of the ground, m
+    shore:np.ndarray # beach
+
+def _turned(size:int, angle) -> tuple[np.ndarray, np.ndarray]:
+    "Coordinates along and across an angle (a number, or one per pixel), px from the middle."
+    y, x = np.mgrid[:size, :size].astype(np.float32) - size/2
+    return np.cos(angle)*x + np.sin(angle)*y, np.cos(angle)*y - np.sin(angle)*x
+
+def _bays(rng, size:int) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # water, island, ocean
+    "Two rivers that part an island from the mainland and run into a bay, and an ocean in a corner."
+    along, across = _turned(size, np.pi/2 + ISLAND - .25)
+    bend = world.noise(rng, size, size/5, 2.4, 3)*size
+    a, b = across/size, along/size
+    west, east = -.2 + .025*bend[0]/size, .1 + .035*bend[1]/size + .06*np.sin(5*b)
+    rivers = (np.abs(a - west) < .055) | (np.abs(a - east) < .032)
+    bay = np.hypot((a + .08)/.3, (b - .52)/.27) < 1 + .05*bend[2]/size
+    y, x = np.mgrid[:size, :size]/size
+    ocean = y + .35*x > 1.17 + .02*bend[0]/size
+    return rivers | bay | ocean, (a > west) & (a < east) & ~bay, ocean
+
+def _quarters(rng, size:int, island:np.ndarray) -> dict: # parameter -> (H, W)
+    "Quarters with a street grid each; on the island one grid, towers in the middle."
+    n = max(4, round(size/90))
+    centre = (np.stack(np.meshgrid(np.arange(n), np.arange(n)), -1).reshape(-1, 2) + rng.uniform(.15, .85, (n*n, 2)))*size/n
+    y, x = np.mgrid[:size, :size]
+    wave = world.noise(rng, size, 14, 2., 2)*2
+    q = np.argmin([np.hypot(x + wave[0] - cx, y + wave[1] - cy) for cx, cy in centre], 0)
+    far = np.hypot(*(centre/size - .5).T)
+    kind = np.array([rng.choice(4, p=[.05, .45, .35, .15] if f < .35 else [.0, .25, .6, .15]) for f in far])
+    angle = rng.uniform(0, np.pi/2, n*n)[q]
+    hub = np.exp(-np.square(np.hypot((x - .42*size), (y - .6*size))/(.13*size))) + np.exp(-np.square(np.hypot(x - .5*size, y - .36*size)/(.12*size)))
+    kind = np.where(island, np.where(hub > .25, 0, 1), kind[q])
+    table = np.array([QUARTERS[k] for k in KINDS])[kind]
+    return dict(quarter=np.where(island, n*n, q), kind=kind, hub=hub, angle=np.where(island, ISLAND, angle), table=table)
+
+def _hash(*numbers) -> np.ndarray: # of arrays of whole numbers: uniform in 0-1
+    "A reproducible random number for every combination of whole numbers."
+    h = np.uint64(1469598103934665603)
+    with np.errstate(over='ignore'):  # whole numbers that run over are what mixes them
+        for n in numbers:
+            h = (h ^ np.asarray(n).astype(np.int64).astype(np.uint64))*np.uint64(1099511628211)
+            h = h ^ (h >> np.uint64(29))
+    return ((h >> np.uint64(11)) % np.uint64(2**24)).astype(np.float64)/2**24
+
+def _buildings(seed:int, q:dict) -> dict:
+    "Streets, buildings and yards of every block."
+    size, (bu, bv, su, sv, depth, lot, tall) = len(q['kind']), np.moveaxis(q['table'], -1, 0)
+    u, v = _turned(size, q['angle'])
+    u, v = u + 4*size, v + 4*size
+    pu, pv, block = u % bu, v % bv, (q['quarter'], u//bu, v//bv)
+    street = (pu < sv) | (pv < su)
+    edge = np.minimum(np.minimum(pu - sv, bu - pu), np.minimum(pv - su, bv - pv))
+    cell = (*block, u//lot, v//lot)
+    alone = (u % lot < .62*lot) & (v % lot < .66*lot) & (_hash(seed, *cell) < np.where(q['kind'] == 3, .85, .8))
+    closed = (edge < depth) & (_hash(seed + 1, *cell) < .95)
+    house = ~street & np.where(q['kind'] < 2, closed, alone)
+    high = tall*(.5 + 1.1*_hash(seed + 2, *cell)**2)*np.where(q['kind'] == 0, 1 + 3.2*q['hub']*_hash(seed + 3, *block), 1)
+    return dict(street=street, house=house, height=np.where(house, high, 0), number=(_hash(seed + 4, *cell)*9797).astype(int), block=(_hash(seed + 5, *block)*4096).astype(int),
+                draw=_hash(seed + 6, *block))
+
+def _greens(rng, size:int, q:dict, b:dict, island) -> tuple[np.ndarray, np.ndarray]: # park, its ponds
+    "A long park on the island, and whole blocks elsewhere."
+    u, v = _turned(size, ISLAND)
+    mu, mv = .024*size, -.16*size  # its middle, in the island's own directions
+    long = (np.abs(u - mu) < .035*size) & (np.abs(v - mv) < .12*size)
+    some = (b['draw'] < .06) & (q['kind'] > 0) & (q['kind'] < 3)
+    grove = world.noise(rng, size, size/9, 2.2, 1)[0] > 1.75
+    pond = long & (world.noise(rng, size, 7, 2., 1)[0] > 1.25)
+    return long | some | (grove & ~island), pond
+
+def _crossings(size:int, water:np.ndarray) -> np.ndarray:
+    "Bridges and the roads that lead to them."
+    out = np.zeros((size, size), bool)
+    for heading, off in ((ISLAND + .1, -.2), (ISLAND - .06, .03), (ISLAND + .35, .24)):
+        out |= np.abs(_turned(size, heading)[1] - off*size) < 1.3
+    return out
+
+def plan(
+    seed:int=0, # of the city
+    size:int=480, # height and width, px of 10 m
+) -> Plan:
+    "The city: one code per pixel, the later over the earlier."
+    if size < 120: raise GacError(f'size is {size}; a city needs at least 120 px.')
+    rng = np.random.default_rng([seed, *b'city'])
+    water, island, ocean = _bays(rng, size)
+    q = _quarters(rng, size, island)
+    b = _buildings(seed, q)
+    park, pond = _greens(rng, size, q, b, island)
+    leaf, bare = world.noise(rng, size, 5, 1.4, 2)
+    yard = np.where(q['kind'] == 0, np.where(leaf > 1, 1, 7), np.where(q['kind'] == 3, np.where(bare > 1.1, 3, 7), np.where(leaf > .3, 1, np.where(leaf > -.9, 2, 7))))
+    code = np.where(b['street'], 6, np.where(b['house'], 5, yard))
+    code = np.where(park, np.where(bare > 1.9, 3, np.where(leaf > -.25, 1, 2)), code)
+    u, v = _turned(size, .6)
+    u = u - .4*size  # an airfield in the east
+    field = (np.abs(u) < .1*size) & (np.abs(v) < .055*size)
+    runway = (np.abs(v) < 2) | (np.abs(u - .8*v) < 2)
+    code = np.where(field, np.where(runway, 7, np.where(bare > 1.3, 3, 2)), code)
+    rail = np.abs(_turned(size, 1.1)[1] + .33*size + 6*world.noise(rng, size, size/4, 2.4, 1)[0]) < 1.1
+    from scipy.ndimage import distance_transform_edt
+    inland = distance_transform_edt(~water)
+    shore = ~water & (distance_transform_edt(~ocean) < 7)
+    quay = ~water & (inland < 3) & ~shore & ~park
+    for where, c in ((rail & ~park, 8), (quay, 7), (shore, 3), (water | pond, 4), (_crossings(size, water) & ~pond & ~(park & island), 6)): code = np.where(where, c, code)
+    stands = code == 5
+    hills = np.clip(14 + 11*world.noise(rng, size, size/6, 2.4, 1)[0], 0, None)
+    dem = hills*np.clip(inland/(.1*size), 0, 1)
+    return Plan(code.astype(np.uint8), np.where(stands, b['height'], 0).astype(np.float32), np.where(stands, b['number'], -1), b['block'], q['angle'], dem.astype(np.float32), shore)
+
+# %% ../nbs/13_nyc_tim.ipynb #1a228cb0
+COVER = {1: world.TREES, 2: world.RANGE, 3: world.BARE, 4: world.WATER, 5: world.BUILT, 6: world.BUILT, 7: world.BUILT, 8: world.BUILT}  # code -> land cover of TerraMind
+
+def ground(p:Plan, seed:int=0) -> world.Ground:
+    "The plan in the world's words: materials and backscatter come from there."
+    size = len(p.code)
+    r = np.random.default_rng([seed, *b'ground'])
+    low, mid, fine = (world.noise(r, size, length, slope, 4) for length, slope in ((45, 2.1), (12, 1.5), (2.5, 1.1)))
+    ids = np.unique(p.block, return_inverse=True)[1].reshape(size, size)
+    none, hard = np.zeros((size, size), bool), np.isin(p.code, (6, 7, 8))
+    g = world.Ground('town', world.CLIMATES[4], low, mid, fine, ids, 0., use=np.where(p.code == 3, 3, 1), wild=p.code == 2, trees=p.code == 1, built=p.code >= 5, house=p.house,
+                     road=hard, lake=p.code == 4, river=none, shore=p.shore, swamp=none, cover=np.array([0, *COVER.values()], np.uint8)[p.code], dem=p.dem)
+    world.growth(r, g, .4, .5)
+    return g
+
+def shadow(height:np.ndarray, month:int) -> np.ndarray: # (H, W), 1 in the sun
+    "Light left in the shadow of buildings at the hour of the overpass."
+    e, az = world.sun(month, LAT)
+    dark = np.zeros(height.shape, bool)
+    for step in range(1, 9):
+        away = np.roll(height, (round(step*np.cos(az)), -round(step*np.sin(az))), (0, 1))  # what stands towards the sun
+        dark |= away - height > 10*step*np.tan(e)
+    from scipy.ndimage import gaussian_filter
+    return 1 - .5*gaussian_filter(dark.astype(np.float32), .5)
+
+def city_optical(g:world.Ground, p:Plan, seed:int, month:int) -> np.ndarray: # (12, H, W) DN
+    "The optical image of a month: the same roofs and fields every time, another sky."
+    fixed, sky = np.random.default_rng([seed, *b'materials']), np.random.default_rng([seed, month, *b'sky'])
+    mix = world.mixture(fixed, g, month)
+    x = np.einsum('mb,mp->bp', world.SPECTRA, mix.reshape(len(mix), -1)).reshape(-1, g.size, g.size)
+    x = x*(world.brightness(fixed, g)*np.where(g.water, 1, world.shading(g.dem, month, LAT)*shadow(p.height, month)))
+    x = x*np.exp(sky.normal(0, .04) + .02*sky.standard_normal(12)).astype(np.float32)[:, None, None]
+    return np.clip(np.rint(world.sensed(sky, world.atmosphere(sky, x))), 1, 16000)
+
+def bounce(p:Plan) -> np.ndarray: # (2, H, W) dB
+    "What buildings add: roofs, and the double bounce at walls, stronger the higher they are and the squarer they face the radar."
+    from scipy.ndimage import uniform_filter
+    storeys = np.log1p(p.height/8)
+    wall = np.zeros(p.house.shape, bool)
+    wall[:, 1:] = (p.house[:, 1:] >= 0) & (p.house[:, 1:] != p.house[:, :-1])
+    facing = np.abs(np.cos(2*(p.angle - np.radians(10)))) ** 4
+    extra = np.where(p.house >= 0, 1.5 + 1.2*storeys, 0) + np.where(wall, (2.5 + 5*facing)*storeys, 0)
+    extra = uniform_filter(extra.astype(np.float32), 2)
+    return np.stack([extra, .85*extra])
+
+def city_radar(g:world.Ground, p:Plan, seed:int, month:int) -> np.ndarray: # (2, H, W) dB
+    "One radar pass: the wind and the grain are new, the walls are not."
+    r = np.random.default_rng([seed, month, *b'radar'])
+    bare = world.Ground(**{k: v for k, v in vars(g).items()} | dict(house=np.full(p.house.shape, -1)))
+    db = world.backscatter(r, bare) + bounce(p) + .2 + .12*world.foreshortening(r, g.dem) + .25*g.fine[3] + .2*g.mid[0]
+    return world.measured(db, world.speckle(r, g.size), world.LOOKS['rtc'], -26.)
+
+def city(
+    seed:int=0, # of the city
+    size:int=480, # px of 10 m
+    days:Sequence[str]=SEASONS, # of the images
+) -> dict: # code (H, W); s2 (T, 12, H, W) DN; s1 (T, 2, H, W) dB; dem (H, W) m; plan
+    "The procedural city in its seasons."
+    from scipy.ndimage import gaussian_filter
+    p = plan(seed, size)
+    g, months = ground(p, seed), [tiles.month_of(d) for d in days]
+    return dict(plan=p, code=p.code, s2=np.stack([city_optical(g, p, seed, m) for m in months]), s1=np.stack([city_radar(g, p, seed, m) for m in months]),
+                dem=p.dem + gaussian_filter(p.height, 1.4))  # a surface model of 30 m sees roofs, blurred
+
+def from_city(
+    out, # folder of the new data set
+    seed:int=0,
+    size:int=480, # of the city, px
+    opt:BuildOptions=BuildOptions(size=48, guard=12, suffix='.npy'),
+) -> Chips:
+    "The procedural city cut into chips, as `build` cuts the real one; a folder that is finished is taken as it is."
+    about = dict(name='procedural city', days=list(SEASONS), s1_days=list(SEASONS), city_seed=seed, city_size=size, **asdict(opt))
+    out = Path(out)
+    if (out/'manifest.json').exists():
+        chips = Chips(out)
+        if about.items() <= chips.about.items(): return chips
+        raise GacError(f'{out}: holds a data set of other options. Name another folder, or remove it.')
+    (out/'chips').mkdir(parents=True, exist_ok=True)
+    c, places = city(seed, size), layout((size, size), opt.size, opt.per_block, opt.guard)
+    grid = GeoBox((size, size), rasterio_affine(580_000, 4_515_000), 'EPSG:32618')
+    check_contents([x[:, ::4, ::4] for x in c['s2']], SEASONS)
+    rows = []
+    for p in places.itertuples():
+        at = np.s_[..., p.top:p.top + opt.size, p.left:p.left + opt.size]
+        label = class_table()[c['code'][at]]
+        rows.append(dict(id=p.id, seen=1., **class_columns(label),
+            files=write_chip(out, p.id, grid[at[1:]], c['s2'][at], c['s1'][at], c['dem'][at], label, SEASONS, opt.suffix)))
+    kept = places.merge(pd.DataFrame(rows), on='id')
+    kept['split'] = deal(kept, opt.test, opt.val, opt.seed)
+    return finish(out, kept, about | dict(crs=str(grid.crs), transform=list(grid.affine)[:6]))
+
+def rasterio_affine(west:float, north:float, step:float=10.):
+    "The transform of a north-up grid."
+    from affine import Affine
+    return Affine(step, 0, west, 0, -step, north)
+
+# %% ../nbs/13_nyc_tim.ipynb #b54d1f56
+CLASS_COLOURS = dict(zip(CLASSES, ('#009E73', '#E69F00', '#0072B2', '#D55E00', '#999999')))  # Okabe and Ito
+
+def true_colour(dn:np.ndarray, white:float=2600.) -> np.ndarray: # (12, H, W) DN -> (H, W, 3)
+    "Red, green and blue, brightened as maps are."
+    return np.clip(dn[[3, 2, 1]]/white, 0, 1).transpose(1, 2, 0) ** .8
+
+def class_map(label:np.ndarray) -> np.ndarray: # (H, W), NO_LABEL or -1 where unknown -> (H, W, 3)
+    "Classes in their colours, white where there is no label."
+    from matplotlib.colors import to_rgb
+    table = np.ones((256, 3))
+    table[:len(CLASSES)] = [to_rgb(c) for c in CLASS_COLOURS.values()]
+    return table[np.asarray(label).astype(np.int64) % 256]
+
+def legend(ax, **kw) -> None: # matplotlib axes
+    "The classes' legend."
+    from matplotlib.patches import Patch
+    ax.legend(handles=[Patch(color=c, label=n) for n, c in CLASS_COLOURS.items()], **kw)
+
+def show_city(c:dict): # from `city`; matplotlib Figure
+    "Optical images of two seasons, radar, surface model and labels."
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(2, 3, figsize=(8.4, 5.9), dpi=90)
+    shown = [('optical, January', true_colour(c['s2'][0])), ('optical, July', true_colour(c['s2'][2])), ('labels', class_map(class_table()[c['code']]))]
+    for ax, (title, x) in zip(axes[0], shown): ax.imshow(x); ax.set_title(title)
+    legend(axes[0, 2], fontsize=6.5, loc='lower right', frameon=True)
+    nir = np.clip(c['s2'][2][[7, 3, 2]]/np.array([4200, 2600, 2600])[:, None, None], 0, 1).transpose(1, 2, 0)
+    axes[1, 0].imshow(nir); axes[1, 0].set_title('near infrared, July')
+    a = axes[1, 1].imshow(c['s1'][2][0], cmap='gray', vmin=-22, vmax=3); axes[1, 1].set_title('radar VV, July')
+    fig.colorbar(a, ax=axes[1, 1], label='dB', shrink=.8)
+    b = axes[1, 2].imshow(c['dem'], cmap='viridis', vmin=0, vmax=np.quantile(c['dem'], .995)); axes[1, 2].set_title('surface model')
+    fig.colorbar(b, ax=axes[1, 2], label='m', shrink=.8)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    return fig
+
+# %% ../nbs/13_nyc_tim.ipynb #c485d2fd
+INPUTS = ('S2L2A', 'S1RTC', 'DEM')
+
+@dataclass(frozen=True)
+class Variant:
+    "One run of the comparison."
+    name:str # in tables
+    modalities:tuple = INPUTS # what the encoder is given
+    tim:tuple = () # what it thinks of
+    given:bool = False # the thought comes with the data
+    against:str = 'no TiM' # the run it is compared with
+    as_dear_as:str = '' # steps are added until this run's arithmetic is spent
+
+VARIANTS = {v.name: v for v in (
+    Variant('no TiM'), Variant('TiM LULC', tim=('LULC',)), Variant('TiM NDVI', tim=('NDVI',)), Variant('TiM LULC+NDVI', tim=('LULC', 'NDVI')),
+    Variant('LULC given', given=True), Variant('no TiM, equal compute', as_dear_as='TiM LULC'),
+    Variant('S1 alone', modalities=('S1RTC',)), Variant('S1 alone, TiM LULC', modalities=('S1RTC',), tim=('LULC',), against='S1 alone'))}
+
+@dataclass(frozen=True)
+class Family:
+    "Backbones of one size and the head that suits their patches."
+    encoder:str
+    tim:str
+    stats:str # whose standardisation: mini or v1
+    head:tuple # items of model_args
+    necks:tuple
+
+_tokens = dict(name='ReshapeTokensToImage', remove_cls_token=False)
+FAMILIES = {
+    'mini': Family('terramind_mini', 'terramind_mini_tim', 'mini', (('decoder', 'LinearDecoder'), ('decoder_upsampling_size', foundations.PATCH), ('decoder_num_classes', 32)),
+                   (dict(name='SelectIndices', indices=[3]), _tokens)),
+    'base': Family('terramind_v1_base', 'terramind_v1_base_tim', 'v1', (('decoder', 'UNetDecoder'), ('decoder_channels', [512, 256, 128, 64])),
+                   (dict(name='SelectIndices', indices=[2, 5, 8, 11]), _tokens, dict(name='LearnedInterpolateToPyramidal')))}
+
+def standardisation(family:str, modality:str) -> tuple[list, list]: # mean and standard deviation per band
+    "What TerraTorch's data module takes off and divides by."
+    if modality == 'LULC': return [0.]*foundations.LULC_LABELS, [1.]*foundations.LULC_LABELS
+    stats = foundations.MINI_STATS if FAMILIES[family].stats == 'mini' else foundations.TERRAMIND_KEY_STATS
+    return tuple([float(x) for x in v] for v in stats[foundations.modality_key(modality)])
+
+# %% ../nbs/13_nyc_tim.ipynb #06395383
+def config(
+    v:Variant,
+    data:str, # folder of the data set
+    out:str, # folder of the run's weights and predictions
+    steps:int=100, # optimizer steps
+    batch_size:int=4,
+    lr:float=1e-3,
+    seed:int=0,
+    family:str='mini', # mini or base
+    suffix:str='.tif', # of the chips
+    timestamps:int=4,
+    thoughts:str='', # folder of thoughts made ahead
+    weights:str='', # folder of the miniatures' weights; empty: the committed ones
+    workers:int=0,
+) -> dict: # what the YAML holds
+    "A TerraTorch configuration of one run."
+    f = FAMILIES[family]
+    inputs = [*v.modalities, *(['LULC'] if v.given else [])]
+    model = dict(backbone=f.tim if v.tim else f.encoder, backbone_pretrained=True, backbone_modalities=inputs, backbone_use_temporal=True,
+                 backbone_temporal_pooling='mean', backbone_temporal_n_timestamps=timestamps)
+    if v.tim: model |= dict(backbone_tim_modalities=list(v.tim), backbone_tim_temps=0.)
+    if weights and family == 'mini': model |= dict(backbone_weights=str(weights))
+    model |= dict(necks=[dict(n) for n in f.necks], **dict(f.head), num_classes=len(CLASSES))
+    init = lambda path, **kw: dict(class_path=path, init_args=kw)
+    transform = [init('albumentations.pytorch.ToTensorV2'), init('terratorch.datasets.transforms.UnflattenTemporalFromChannels', n_timesteps=timestamps)]
+    mean, std = ({m: standardisation(family, m)[k] for m in inputs} for k in (0, 1))
+    split = {f'{s}_split': f'{data}/splits/{s}.txt' for s in ('train', 'val', 'test')}
+    return dict(seed_everything=seed,
+        trainer=dict(accelerator='auto' if family != 'mini' else 'cpu', devices=1, precision='32-true' if family == 'mini' else '16-mixed', max_steps=steps, max_epochs=-1, logger=False,
+            enable_progress_bar=family != 'mini', enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0, log_every_n_steps=10, deterministic='warn',
+            callbacks=[init('gac.nyc.Recorder', folder=out, seed=seed),
+                       init('lightning.pytorch.callbacks.ModelCheckpoint', dirpath=out, filename='final', every_n_train_steps=steps, save_top_k=-1, save_weights_only=True,
+                            enable_version_counter=False)]),
+        model=init('terratorch.tasks.SemanticSegmentationTask', model_factory='EncoderDecoderFactory', model_args=model, loss='ce', ignore_index=-1, lr=lr, optimizer='AdamW',
+            optimizer_hparams=dict(weight_decay=.05), freeze_backbone=False, plot_on_val=False, class_names=list(CLASSES)),
+        data=init('terratorch.datamodules.GenericMultiModalDataModule', task='segmentation', num_classes=len(CLASSES), batch_size=batch_size, num_workers=workers, modalities=inputs,
+            rgb_modality=None, data_root={m: thoughts if m == 'LULC' else f'{data}/chips' for m in inputs}, label_data_root=f'{data}/chips', **split,
+            image_grep={m: f'*_{m}{suffix}' for m in inputs}, label_grep=f'*_LABEL{suffix}', no_label_replace=-1, drop_last=True, check_stackability=False, means=mean, stds=std,
+            rgb_indices={inputs[0]: [3, 2, 1] if inputs[0] == 'S2L2A' else [0]}, **{f'{s}_transform': transform for s in ('train', 'val', 'test')}))
+
+THOUGHT = ('model.init_args.model_args.backbone', 'model.init_args.model_args.backbone_tim_modalities', 'model.init_args.model_args.backbone_tim_temps')
+OWN = ('trainer.callbacks',)  # where a run leaves its files
+
+def flat(c, prefix:str='') -> dict: # dotted name -> value
+    "A configuration as dotted names."
+    if not isinstance(c, dict): return {prefix: c}
+    return {k: v for key, x in c.items() for k, v in flat(x, f'{prefix}.{key}' if prefix else key).items()}
+
+def differences(a:dict, b:dict) -> set[str]: # dotted names
+    "Where two configurations differ."
+    a, b = flat(a), flat(b)
+    return {k for k in a.keys() | b.keys() if a.get(k) != b.get(k) or (k in a) != (k in b)}
+
+def write_config(c:dict, path:Path) -> Path:
+    "A configuration as YAML."
+    class Plain(yaml.SafeDumper):
+        def ignore_aliases(self, data): return True
+    return study._write(Path(path), yaml.dump(c, Dumper=Plain, sort_keys=False, width=150))
+
+# %% ../nbs/13_nyc_tim.ipynb #7c796daa
+from lightning.pytorch import Callback
+
+class Recorder(Callback):
+    "Equal start and order of all runs; predictions and confusion of every test chip in test.npz."
+    def __init__(self,
+        folder:str, # of the run
+        seed:int=0,
+    ):
+        self.folder, self.seed = Path(folder), seed
+
+    def on_fit_start(self, trainer, module):
+        import torch
+        torch.manual_seed(self.seed)
+        for m in (*module.model.decoder.modules(), *module.model.head.modules()):
+            if hasattr(m, 'reset_parameters'): m.reset_parameters()
+        for name, p in module.model.encoder.named_parameters():
+            if 'encoder_embeddings.' in name or 'tokenizer.' in name: p.requires_grad_(False)
+        torch.manual_seed(self.seed)
+
+    def on_train_epoch_start(self, trainer, module):
+        import torch
+        torch.manual_seed(self.seed*100_003 + trainer.current_epoch)
+
+    def on_test_start(self, trainer, module):
+        self.rows, self.out = {}, []
+        self.hook = module.model.register_forward_hook(lambda m, args, out: self.out.append(out.output.detach().argmax(1).cpu().numpy()))
+
+    def on_test_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
+        truth, pred = batch['mask'].cpu().numpy(), self.out.pop()
+        for name, t, p in zip(batch['filename']['mask'], truth.reshape(len(pred), *pred.shape[1:]), pred):
+            self.rows[Path(name).name.rsplit('_', 1)[0]] = (confusion(t, p), p.astype(np.uint8))
+
+    def on_test_end(self, trainer, module):
+        self.hook.remove()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        ids = sorted(self.rows)
+        np.savez_compressed(self.folder/'test.npz', id=np.array(ids), confusion=np.stack([self.rows[i][0] for i in ids]), prediction=np.stack([self.rows[i][1] for i in ids]))
+
+def confusion(truth:np.ndarray, pred:np.ndarray) -> np.ndarray: # (5, 5): rows truth, columns prediction
+    "Counts of the labelled pixels."
+    ok, n = (truth >= 0) & (truth < len(CLASSES)), len(CLASSES)
+    return np.bincount(truth[ok].astype(np.int64)*n + pred[ok], minlength=n*n).reshape(n, n)
+
+def scores(c:np.ndarray) -> dict: # (…, 5, 5) counts
+    "mIoU, IoU by class, pixel accuracy and F1 (macro); a class that is neither there nor predicted does not count."
+    c = np.asarray(c, float)
+    tp, row, col = np.diagonal(c, axis1=-2, axis2=-1), c.sum(-1), c.sum(-2)
+    with np.errstate(all='ignore'): iou, f1 = tp/(row + col - tp), 2*tp/(row + col)
+    return dict(miou=np.nanmean(iou, -1), **{f'iou_{n}': iou[..., i] for i, n in enumerate(CLASSES)}, pixel_accuracy=tp.sum(-1)/c.sum((-1, -2)), f1=np.nanmean(f1, -1))
+
+# %% ../nbs/13_nyc_tim.ipynb #17a69b7f
+def _relative(path) -> str:
+    "A path below the root of the repository as seen from there."
+    path = Path(path).resolve()
+    return path.relative_to(study.root()).as_posix() if path.is_relative_to(study.root()) else str(path)
+
+@contextmanager
+def _at_root():
+    "Work at the root of the repository, where the paths of a configuration begin; TerraTorch talks less."
+    import logging
+    here, level = os.getcwd(), logging.root.manager.disable
+    os.chdir(study.root()); logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally: os.chdir(here); logging.disable(level)
+
+def load_config(path): # LightningCLI with model, datamodule and trainer
+    "TerraTorch's own objects of a configuration, as `terratorch fit --config` makes them."
+    from terratorch.cli_tools import build_lightning_cli
+    with _at_root(): return build_lightning_cli(['--config', str(Path(path).resolve())], run=False)
+
+def parse_config(path): # namespace
+    "A configuration read by TerraTorch's parser, nothing built: a wrong name or type is an error."
+    from terratorch.cli_tools import BaseTask, MyLightningCLI, MyTrainer
+    class Parser(MyLightningCLI):
+        def instantiate_classes(self) -> None: pass
+    import contextlib, io
+    said = io.StringIO()
+    try:
+        with _at_root(), contextlib.redirect_stderr(said):
+            return Parser(model_class=BaseTask, subclass_mode_model=True, subclass_mode_data=True, seed_everything_default=0, save_config_callback=None,
+                          args=['--config', str(Path(path).resolve())], run=False, trainer_class=MyTrainer).config
+    except SystemExit: raise GacError(f'{Path(path).name}: TerraTorch refuses it: {said.getvalue().strip()[-600:]}') from None
+
+def run_config(
+    path, # of the YAML
+) -> dict: # id, confusion, prediction of the test chips
+    "Train and test as the configuration says; what was finished with the same configuration is read."
+    c = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+    out = study.root()/c['trainer']['callbacks'][0]['init_args']['folder']
+    digest, mark = study.sha256(path), out/'config.sha256'
+    if not (mark.exists() and mark.read_text() == digest and (out/'test.npz').exists()):
+        shutil.rmtree(out, ignore_errors=True)
+        cli = load_config(path)
+        with _at_root():
+            cli.trainer.fit(cli.model, cli.datamodule)
+            cli.trainer.test(cli.model, cli.datamodule, verbose=False)
+            (out/'metrics.json').write_text(json.dumps({k: float(x) for k, x in cli.trainer.callback_metrics.items()}))
+        mark.write_text(digest)
+    return read_test(out)
+
+def read_test(out) -> dict: # folder of a run
+    "What a test left."
+    with np.load(Path(out)/'test.npz', allow_pickle=False) as z: return {k: z[k] for k in z.files}
+
+def gflop(
+    path, # of a configuration
+) -> float: # GFLOP
+    "Arithmetic of one training step, forward and backward, as PyTorch counts it."
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    cli = load_config(path)
+    with _at_root():
+        cli.datamodule.setup('fit')
+        batch = next(iter(cli.datamodule.train_dataloader()))
+        batch = cli.datamodule.aug(batch)
+        with FlopCounterMode(display=False) as counter:
+            out = cli.model.model.train()({k: x.float() for k, x in batch['image'].items()}).output
+            torch.nn.functional.cross_entropy(out, batch['mask'].long(), ignore_index=-1).backward()
+    return counter.get_total_flops()/1e9
+
+def usable(
+    v:Variant, # with a thought
+    family:str='mini',
+    weights:str='', # folder of the weights
+) -> str: # empty, or why its backbone cannot be loaded
+    "Whether a thinking backbone loads."
+    try: foundations.build(FAMILIES[family].tim, weights=weights, modalities=list(v.modalities), tim_modalities=list(v.tim))
+    except (GacError, RuntimeError, OSError, ValueError) as e: return ' '.join(str(e).split())[:300]
+    return ''
+
+def fallback(v:Variant) -> Variant:
+    "What runs where a thinking backbone does not load: the thought is made once by the generator and given as an input."
+    return Variant(v.name, v.modalities, (), True, v.against)
+
+# %% ../nbs/13_nyc_tim.ipynb #623ecb01
+def think(
+    chips:Chips,
+    out, # folder of the thoughts
+    generator=None, # foundations.Generator; None: the miniature
+    batch:int=4, # chips at a time
+    given:Sequence[str]=INPUTS, # what it is made from
+) -> dict: # chip -> land-cover codes (T, H, W)
+    "The generator's land cover of every date, written as one-hot rasters that a data module can read."
+    import torch
+    generator = generator or foundations.build_generator('terramind_mini_generate', given, ('LULC',))
+    out, found = Path(out), {}
+    out.mkdir(parents=True, exist_ok=True)
+    names = chips.table.id[chips.table.split != 'spare'].tolist()
+    for i in range(0, len(names), batch):
+        some = names[i:i + batch]
+        x = {m: torch.from_numpy(np.concatenate([chips.read(n, m) for n in some]).astype(np.float32)) for m in given}  # (B*T, C, H, W)
+        if 'S2L2A' in x: x['S2L2A'] = x['S2L2A']*study.REFLECTANCE
+        codes = generator.generate(x, tokens='argmax', output='LULC').numpy().astype(np.uint8).reshape(len(some), -1, chips.size, chips.size)
+        for n, c in zip(some, codes):
+            found[n] = c
+            one_hot = (c[:, None] == np.arange(foundations.LULC_LABELS)[None, :, None, None]).astype(np.uint8)
+            _save(out/f'{n}_LULC{chips.suffix}', one_hot.reshape(-1, chips.size, chips.size), _nowhere(chips.size))
+    return found
+
+def _nowhere(size:int) -> GeoBox:
+    "A grid for rasters whose place does not matter."
+    return GeoBox((size, size), rasterio_affine(0, 0), 'EPSG:32618')
+
+LULC_TO = {1: 2, 2: 0, 3: 0, 4: 0, 6: 1, 9: 0}  # TerraMind's land cover -> class; built area is building or impervious, snow and clouds are none
+
+def zero_shot(
+    codes:np.ndarray, # (T, H, W) land cover of each date
+    built:int, # class that built area becomes
+) -> np.ndarray: # (H, W) class
+    "The generator's land cover as the five classes, by vote of the dates."
+    table = np.full(foundations.LULC_LABELS, len(CLASSES), np.int64)
+    for c, k in (LULC_TO | {5: built}).items(): table[c] = k
+    votes = (table[codes][..., None] == np.arange(len(CLASSES))).sum(0)
+    return votes.argmax(-1)
+
+def built_class(chips:Chips) -> int:
+    "Whether built-up training pixels are more often building or impervious: the one class that `built area` can stand for."
+    t = chips.table[chips.table.split == 'train']
+    return CLASSES.index('building' if t.building.mean() >= t.impervious.mean() else 'impervious')
+
+# %% ../nbs/13_nyc_tim.ipynb #f414adf6
+FEW = 5  # parent blocks under which an interval over blocks says nothing
+
+def gate(
+    a:np.ndarray, # (S, N, 5, 5) confusion of the run, by seed and chip
+    b:np.ndarray, # of the run it is held against
+    blocks:Sequence, # (N,) parent block of each chip
+    n:int=2000, # resamples
+    seed:int=0,
+    level:float=.95,
+) -> dict: # gain, lo, hi in points of mIoU, verdict
+    "Paired gain in mIoU with its interval over blocks and seeds."
+    if a.shape != b.shape: raise GacError(f'Runs of different tests: {a.shape} and {b.shape}.')
+    group = pd.factorize(np.asarray(blocks))[0]
+    B, S = group.max() + 1, len(a)
+    sums = [np.stack([x[:, group == g].sum(1) for g in range(B)], 1).reshape(S, B, -1).astype(float) for x in (a, b)]
+    def gain(block_weight, seed_weight): # (n, B), (n, S)
+        miou = [scores(np.einsum('nb,sbk->nsk', block_weight, x).reshape(-1, S, len(CLASSES), len(CLASSES)))['miou'] for x in sums]
+        return ((miou[0] - miou[1])*seed_weight).sum(1)*100
+    rng = np.random.default_rng(seed)
+    mean = float(gain(np.ones((1, B)), np.full((1, S), 1/S))[0])
+    many = gain(rng.multinomial(B, [1/B]*B, n), rng.multinomial(S, [1/S]*S, n)/S)
+    lo, hi = np.quantile(many, [(1 - level)/2, (1 + level)/2])
+    return dict(gain=mean, lo=float(lo), hi=float(hi), verdict=verdict(float(lo), float(hi)) if B >= FEW else 'too few blocks', blocks=int(B), seeds=S)
+
+def verdict(lo:float, hi:float) -> str: # points of mIoU
+    "The gate on an interval."
+    if lo > 2: return 'strong'
+    if lo > 0: return 'stable'
+    if hi < 0: return 'negative'
+    return 'open'
+
+def publishable(row:dict) -> bool: # of the gate
+    "More than one point gained, and a gain for certain."
+    return row['gain'] > 1 and row['lo'] > 0 and row['blocks'] >= FEW
+
+# %% ../nbs/13_nyc_tim.ipynb #4494add3
+def publish(
+    run_dir, # artefacts of the run, with nyc/gate.json
+    out, # folder to publish
+) -> Path:
+    "A folder of the winning model: weights, configuration, card. A gain that is not certain is not published."
+    run_dir, out = study.root()/run_dir, study.root()/out
+    try: kept = json.loads((run_dir/'nyc'/'gate.json').read_text(encoding='utf-8'))
+    except (OSError, json.JSONDecodeError): raise GacError(f'{run_dir}: no finished comparison (nyc/gate.json). Run 13_nyc_tim first.') from None
+    wins = sorted((r for r in kept['gate'] if r['run'] in VARIANTS and VARIANTS[r['run']].tim and publishable(r)), key=lambda r: -r['gain'])
+    if not wins:
+        told = '; '.join(f'{r["run"]} {r["gain"]:+.1f} [{r["lo"]:+.1f}, {r["hi"]:+.1f}] ({r["verdict"]})' for r in kept['gate'])
+        raise GacError(f'Nothing to publish: no thinking run gains more than 1 pp of mIoU for certain. {told}.')
+    best = wins[0]
+    folder = (run_dir/'nyc'/kept['folders'][best['run']]).resolve()
+    if not folder.is_relative_to(run_dir.resolve()): raise GacError(f'{run_dir}/nyc/gate.json: {kept["folders"][best["run"]]} lies outside the run.')
+    from safetensors.torch import save_file
+    out.mkdir(parents=True, exist_ok=True)
+    state = metrics.read_torch(folder/'final.ckpt')['state_dict']
+    save_file({k.removeprefix('model.'): x.contiguous().clone() for k, x in state.items() if k.startswith('model.')}, out/'model.safetensors', metadata={'format': 'pt'})
+    shutil.copy(folder/'config.yaml', out/'config.yaml')
+    study._write(out/'README.md', card(best, kept))
+    return out
+
+def card(best:dict, kept:dict) -> str: # rows of the gate; gate.json
+    "The card of a published model."
+    table = pd.DataFrame(kept['gate']).round(2).to_markdown(index=False)
+    return (f'# {best["run"]}: five classes of a city\n\nClasses: {", ".join(CLASSES)}. Inputs: four dates of {", ".join(VARIANTS[best["run"]].modalities)}; thought: {", ".join(VARIANTS[best["run"]].tim)}.\n'
+            f'Data: {kept["data"]}. Gate: **{best["verdict"]}**, {best["gain"]:+.2f} points of mIoU [{best["lo"]:+.2f}, {best["hi"]:+.2f}] against "{best["against"]}", '
+            f'{best["blocks"]} blocks, {best["seeds"]} seeds.\n\n{table}\n\n`config.yaml` is a TerraTorch configuration; the weights are those of seed {kept["seed"]}.\n')
+
+# %% ../nbs/13_nyc_tim.ipynb #13d18e98
+def from_series(
+    path, # netCDF of WorldCereal's preprocessed inputs
+    out, # folder of the new data set
+    dates:int=4, # timestamps, spread over those with an optical image
+    size:int=48, # chip, px
+    suffix:str='.npy',
+) -> Chips:
+    "A time series as chips without labels, all of them in the test split."
+    import h5py
+    out = Path(out)
+    (out/'chips').mkdir(parents=True, exist_ok=True)
+    try: f = h5py.File(path)
+    except OSError as e: raise GacError(f'{path}: not a readable netCDF file ({e}).') from None
+    with f:
+        lacking = [k for k in ('t', 'elevation', 'S1-SIGMA0-VV', 'S1-SIGMA0-VH', 'S2-L2A-B04') if k not in f]
+        if lacking: raise GacError(f'{path}: no {", ".join(lacking)}. Expected the preprocessed inputs of WorldCereal.')
+        days = [str(np.datetime64('1990-01-01') + int(d)) for d in f['t'][:]]
+        s1 = np.stack([f[f'S1-SIGMA0-{p}'][:].astype(np.uint16).astype(np.float32) for p in S1_BANDS], 1)
+        mean = np.array(foundations.MINI_STATS[foundations.modality_key('S2L2A')][0], np.float32)
+        s2 = np.repeat(np.broadcast_to(mean[:, None, None], (12, *s1.shape[2:]))[None], len(days), 0).copy()
+        for i, b in enumerate(S2_BANDS):
+            if f'S2-L2A-{b}' in f: s2[:, i] = np.where(f[f'S2-L2A-{b}'][:] > 0, f[f'S2-L2A-{b}'][:], np.nan)
+        dem = f['elevation'][0].astype(np.float32)
+    seen = np.isfinite(s2).all(1)
+    good = [t for t in range(len(days)) if seen[t].mean() > .5]
+    if len(good) < dates: raise GacError(f'{path}: {len(good)} dates with an optical image; {dates} are needed.')
+    use = [good[round(i*(len(good) - 1)/(dates - 1))] for i in range(dates)]
+    s1 = np.where((s1 > 0) & (s1 < 65535), 20*np.log10(np.maximum(s1, 1)) - 83, np.nan)[use]
+    s2, s1 = fill_from_others(s2[use], seen[use]), fill_from_others(s1, np.isfinite(s1).all(1))
+    check_contents(s2, [days[t] for t in use])
+    check_dem(dem)
+    places, rows = layout(dem.shape, size, max(dem.shape)//size, 1), []
+    for p in places.itertuples():
+        at = np.s_[..., p.top:p.top + size, p.left:p.left + size]
+        files = write_chip(out, p.id, _nowhere(size), s2[at], s1[at], dem[at], np.full((size, size), NO_LABEL, np.uint8), [days[t] for t in use], suffix)
+        rows.append(dict(id=p.id, seen=float(seen[use][at].mean()), **{c: 0. for c in CLASSES}, files=files, split='test'))
+    (out/'splits').mkdir(exist_ok=True)
+    table = places.merge(pd.DataFrame(rows), on='id')
+    for s in ('train', 'val', 'test'): study._write(out/'splits'/f'{s}.txt', '\n'.join(table.id) + '\n')
+    study._write(out/'chips.csv', table.assign(files=table.files.map(json.dumps)).to_csv(index=False, lineterminator='\n'))
+    about = dict(format=1, name=f'time series {Path(path).name}', classes=list(CLASSES), days=[days[t] for t in use], size=size, suffix=suffix, n=dict(test=len(table)),
+                 gap_px={'train and test': 0}, chips_sha256=study.sha256(out/'chips.csv'))
+    study._write(out/'manifest.json', json.dumps(about, indent=1) + '\n')
+    return Chips(out)
+
+def map_with(
+    path, # configuration of a finished run
+    chips:Chips,
+) -> dict: # chip -> (H, W) class
+    "Maps of a data set by a finished run, through TerraTorch's data module and temporal wrapper."
+    import torch
+    c = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+    folder = study.root()/c['trainer']['callbacks'][0]['init_args']['folder']
+    data = c['data']['init_args']
+    where = _relative(chips.folder)
+    data |= {f'{s}_split': f'{where}/splits/{s}.txt' for s in ('train', 'val', 'test')} | dict(data_root=dict.fromkeys(data['modalities'], f'{where}/chips'), label_data_root=f'{where}/chips')
+    cli = load_config(write_config(c, folder/'mapped.yaml'))
+    cli.model.load_state_dict(metrics.read_torch(folder/'final.ckpt')['state_dict'])
+    found = {}
+    with _at_root(), torch.no_grad():
+        cli.datamodule.setup('test')
+        for batch in cli.datamodule.test_dataloader():
+            batch = cli.datamodule.aug(batch)
+            pred = cli.model.model.eval()({k: x.float() for k, x in batch['image'].items()}).output.argmax(1)
+            for name, p in zip(batch['filename']['mask'], pred.numpy()): found[Path(name).name.rsplit('_', 1)[0]] = p
+    return found

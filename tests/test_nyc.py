@@ -247,3 +247,130 @@ def test_missing_dates_are_named_all_at_once(area, tmp_path):
     with pytest.raises(GacError, match='2021-01-12 is used for 2 of 2'): nyc.Catalogue(url, grid, ('2021-01-12', '2021-01-01/2021-01-31'))
     with pytest.raises(GacError, match='no Sentinel-1 image within 1 days of 2021-01-12'): nyc.Catalogue(url, grid, ('2021-01-12',), s1_days=1)
     with pytest.raises(GacError, match='not a readable STAC catalogue'): nyc.Catalogue(tmp_path/'nothing.json', grid, SPANS)
+
+def test_from_the_command_line(area, tmp_path, capsys):
+    from gac.cli import main
+    size = ['--tile-size', '64', '--guard', '8', '--test', '1']
+    assert main(['nyc', 'build', '--sources', str(area), '--output-dir', str(tmp_path/'nyc'), *size]) == 0
+    assert "'test': 1" in capsys.readouterr().out and nyc.Chips(tmp_path/'nyc').size == 64
+    assert main(['nyc', 'build', '--output-dir', str(tmp_path/'x')]) == 2 and 'either --sources' in capsys.readouterr().err
+    assert main(['nyc', 'publish', '--run-dir', str(tmp_path), '--output-dir', str(tmp_path/'out')]) == 2
+    assert 'no finished comparison' in capsys.readouterr().err
+
+# ---- the experiment
+
+@pytest.fixture(scope='module')
+def town(tmp_path_factory) -> nyc.Chips:
+    return nyc.from_city(tmp_path_factory.mktemp('town')/'data', 0, 210, nyc.BuildOptions(size=48, guard=12, test=4, val=.1, suffix='.npy'))
+
+def configured(town, out:Path, name:str, **kw) -> Path:
+    c = nyc.config(nyc.VARIANTS[name], str(town.folder), str(out/'run'), **dict(steps=2, batch_size=2, suffix='.npy', thoughts=str(out/'thoughts')) | kw)
+    return nyc.write_config(c, out/'config.yaml')
+
+def test_the_city_has_seasons_and_a_clean_split(town):
+    assert len(set(town.days)) == 4
+    for i in town.table.id: nyc.check_contents(town.read(i, 'S2L2A').astype(float), town.days)
+    assert nyc.split_gap(town.table, 48) >= 12
+    green = [np.median((x[7] - x[3])/(x[7] + x[3])) for x in np.concatenate([town.read(i, 'S2L2A').astype(float) for i in town.table.id[town.table.vegetation > .5]]).reshape(-1, 4, 12, 48, 48).mean(0)]
+    assert green[2] > green[0] + .1  # July is greener than January
+    again = nyc.from_city(town.folder, 0, 210, nyc.BuildOptions(size=48, guard=12, test=4, val=.1, suffix='.npy'))
+    assert again.about == town.about
+    with pytest.raises(GacError, match='other options'): nyc.from_city(town.folder, 1, 210)
+
+@pytest.mark.parametrize('family', nyc.FAMILIES)
+def test_thinking_and_not_differ_in_the_thought_alone(family):
+    plain = nyc.config(nyc.VARIANTS['no TiM'], 'd', 'o', family=family)
+    for name, v in nyc.VARIANTS.items():
+        if v.tim and v.modalities == nyc.INPUTS: assert nyc.differences(plain, nyc.config(v, 'd', 'o', family=family)) == set(nyc.THOUGHT), name
+    alone = [nyc.config(nyc.VARIANTS[n], 'd', 'o', family=family) for n in ('S1 alone', 'S1 alone, TiM LULC')]
+    assert nyc.differences(*alone) == set(nyc.THOUGHT)
+
+def test_runs_start_alike_and_see_the_same_chips_in_the_same_order(town, tmp_path):
+    from lightning.pytorch import Callback
+    class Watch(Callback):
+        def __init__(self): self.seen = []
+        def on_train_batch_start(self, trainer, module, batch, i):
+            if not self.seen: self.start = {k: v.clone() for k, v in module.model.state_dict().items() if k.startswith(('decoder.', 'head.', 'encoder.encoder.encoder.'))}
+            self.seen.append([Path(f).name for f in batch['filename']['mask']])
+        def on_train_end(self, trainer, module): self.moved = {k for k, p in module.model.named_parameters() if p.grad is not None and p.grad.any()}
+    watched = []
+    for name in ('S1 alone', 'S1 alone, TiM LULC'):
+        cli = nyc.load_config(configured(town, tmp_path/name, name, steps=5))
+        watched.append(Watch())
+        cli.trainer.callbacks.append(watched[-1])
+        with nyc._at_root(): cli.trainer.fit(cli.model, cli.datamodule)
+    a, b = watched
+    assert a.seen == b.seen and len(a.seen) == 5 and a.seen[0] != a.seen[-1]  # over more than one round
+    assert a.start.keys() == b.start.keys() and all((a.start[k] == b.start[k]).all() for k in a.start)
+    assert a.moved == b.moved and a.moved  # the same parts are trained
+
+def test_a_run_is_not_made_twice_and_its_score_is_terratorchs(town, tmp_path):
+    path = configured(town, tmp_path, 'S1 alone')
+    one = nyc.run_config(path)
+    made = (tmp_path/'run'/'test.npz').stat().st_mtime_ns
+    two = nyc.run_config(path)
+    assert (tmp_path/'run'/'test.npz').stat().st_mtime_ns == made and (one['confusion'] == two['confusion']).all() and sorted(one['id']) == sorted(town.ids('test'))
+    theirs, mine = json.loads((tmp_path/'run'/'metrics.json').read_text()), nyc.scores(one['confusion'].sum(0))
+    for a, b in (('mIoU', 'miou'), ('Pixel_Accuracy', 'pixel_accuracy'), ('F1_Score', 'f1'), ('IoU_water', 'iou_water')):
+        assert abs(theirs[f'test/{a}'] - mine[b]) < 1e-4, a
+    again = nyc.run_config(configured(town, tmp_path/'again', 'S1 alone'))
+    assert (again['confusion'] == one['confusion']).all()
+
+def test_a_thought_that_does_not_load_is_said_and_given_instead(tmp_path):
+    why = nyc.usable(nyc.VARIANTS['TiM LULC'], weights=str(tmp_path))
+    assert 'terramind_mini.safetensors' in why and not nyc.usable(nyc.VARIANTS['TiM LULC'])
+    instead = nyc.fallback(nyc.VARIANTS['TiM LULC'])
+    c = nyc.config(instead, 'd', 'o', thoughts='t')
+    assert c['data']['init_args']['data_root']['LULC'] == 't' and c['model']['init_args']['model_args']['backbone'] == 'terramind_mini'
+
+def test_a_given_thought_runs(town, tmp_path):
+    found = nyc.think(town, tmp_path/'thoughts')
+    assert set(found) == set(town.table.id[town.table.split != 'spare']) and next(iter(found.values())).shape == (4, 48, 48)
+    assert nyc.run_config(configured(town, tmp_path, 'LULC given', steps=1))['confusion'].sum() == 4*48*48
+
+def test_the_parser_refuses_what_terratorch_does_not_know(tmp_path):
+    c = nyc.config(nyc.VARIANTS['TiM LULC'], 'd', 'o', family='base')
+    assert nyc.parse_config(nyc.write_config(c, tmp_path/'good.yaml')).model.init_args.model_args['backbone'] == 'terramind_v1_base_tim'
+    c['trainer']['max_step'] = 3
+    with pytest.raises(GacError, match='max_step'): nyc.parse_config(nyc.write_config(c, tmp_path/'bad.yaml'))
+
+def test_publishing_needs_a_certain_gain(tmp_path):
+    import torch
+    from safetensors.torch import load_file
+    run = tmp_path/'run'/'nyc'
+    (run/'runs'/'TiM_LULC_0').mkdir(parents=True)
+    torch.save(dict(state_dict={'model.head.weight': torch.ones(2)}), run/'runs'/'TiM_LULC_0'/'final.ckpt')
+    (run/'runs'/'TiM_LULC_0'/'config.yaml').write_text('seed_everything: 0\n')
+    row = dict(run='TiM LULC', against='no TiM', gain=1.6, lo=-.2, hi=3., verdict='open', blocks=16, seeds=3)
+    kept = lambda **kw: (run/'gate.json').write_text(json.dumps(dict(data='a city', seed=0, folders={'TiM LULC': 'runs/TiM_LULC_0'}, gate=[row | kw])))
+    kept()
+    with pytest.raises(GacError, match='Nothing to publish.*TiM LULC .1.6'): nyc.publish(tmp_path/'run', tmp_path/'out')
+    kept(lo=.3, verdict='stable')
+    out = nyc.publish(tmp_path/'run', tmp_path/'out')
+    assert load_file(out/'model.safetensors')['head.weight'].tolist() == [1, 1] and (out/'config.yaml').exists() and '**stable**' in (out/'README.md').read_text()
+    (run/'gate.json').write_text(json.dumps(dict(data='', seed=0, folders={'TiM LULC': '../../../etc'}, gate=[row | dict(lo=.3)])))
+    with pytest.raises(GacError, match='outside the run'): nyc.publish(tmp_path/'run', tmp_path/'out')
+
+def test_the_real_time_series_goes_through(real_data, town, tmp_path):
+    there = nyc.from_series(real_data/'time_series_belgium'/'worldcereal_preprocessed_inputs.nc', tmp_path/'series')
+    assert len(set(there.days)) == 4 and len(there.table) == 4
+    x = there.read(there.table.id[0], 'S1RTC')
+    assert x.shape == (4, 2, 48, 48) and -35 < x.min() < x.max() < 15 and 100 < there.read(there.table.id[0], 'DEM').mean() < 200
+    path = configured(town, tmp_path, 'TiM LULC', steps=1)
+    nyc.run_config(path)
+    maps = nyc.map_with(path, there)
+    assert set(maps) == set(there.table.id) and all(m.shape == (48, 48) and m.max() < 5 for m in maps.values())
+
+@pytest.mark.slow
+def test_terratorch_runs_the_same_file(town, tmp_path):
+    "terratorch fit and test, in processes of their own, give the numbers of the run inside this one."
+    import os, subprocess, sys
+    path = configured(town, tmp_path, 'S1 alone, TiM LULC')
+    here = nyc.run_config(path)['confusion']
+    shutil.move(tmp_path/'run', tmp_path/'kept')
+    start = 'import gac.study, sys; from terratorch.__main__ import main; sys.argv[0] = "terratorch"; main()'
+    env = os.environ | dict(PYTHONPATH=str(study.root()))
+    for words in (['fit', '--config', str(path)], ['test', '--config', str(path), '--ckpt_path', str(tmp_path/'run'/'final.ckpt')]):
+        done = subprocess.run([sys.executable, '-c', start, *words], cwd=study.root(), env=env, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert (nyc.read_test(tmp_path/'run')['confusion'] == here).all()
