@@ -12,8 +12,8 @@ __all__ = ['CLASSES', 'CITY_CODES', 'TO_CLASS', 'NO_LABEL', 'S2_ASSETS', 'OTHER_
            'shadow', 'city_optical', 'bounce', 'city_radar', 'city', 'from_city', 'north_up', 'true_colour',
            'class_map', 'legend', 'show_city', 'Variant', 'Family', 'standardisation', 'config', 'flat', 'differences',
            'write_config', 'Recorder', 'confusion', 'scores', 'load_config', 'parse_config', 'run_config', 'read_test',
-           'gflop', 'usable', 'fallback', 'think', 'zero_shot', 'built_class', 'gate', 'verdict', 'publishable',
-           'publish', 'card', 'from_series', 'map_with']
+           'gflop', 'usable', 'fallback', 'think', 'ndvi_thought', 'zero_shot', 'built_class', 'gate', 'verdict',
+           'publishable', 'publish', 'card', 'from_series', 'map_with']
 
 # %% ../nbs/13_nyc_tim.ipynb #6c1f62dd
 import hashlib, json, math, os, re, shutil, warnings
@@ -634,6 +634,7 @@ def build(
     about = dict(name=name, crs=str(grid.crs), transform=list(grid.affine)[:6], days=days, s1_days=[d.s1_day for d in source.dates], offsets=offsets,
                  s1_unit=unit,
                  landcover=Path(landcover).name, mapping={str(k): v for k, v in mapping.items()}, **asdict(opt))
+    if (out/'manifest.json').exists() and about.items() <= (made := Chips(out)).about.items(): return made
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     (out/'chips').mkdir(parents=True, exist_ok=True)
     journal = out/'journal.jsonl'
@@ -864,19 +865,27 @@ def city(
                 s1=np.stack([city_radar(g, p, seed, m) for m in months]),
                 dem=p.dem + gaussian_filter(p.height, 1.4))  # a surface model of 30 m sees roofs, blurred
 
+def _code() -> str:
+    "Checksum of the code that makes chips and runs: what was made by other code is made anew."
+    import importlib.util
+    files = [Path(importlib.util.find_spec(f'gac.{m}').origin) for m in ('world', 'foundations', 'nyc')]
+    return hashlib.sha256(b''.join(f.read_bytes() for f in files)).hexdigest()[:16]
+
 def from_city(
     out, # folder of the new data set
     seed:int=0,
     size:int=480, # of the city, px
     opt:BuildOptions=BuildOptions(size=48, guard=12, suffix='.npy'),
+    anew:bool=False, # replace a data set of other options or other code
 ) -> Chips:
     "The procedural city cut into chips, as `build` cuts the real one; a folder that is finished is taken as it is."
-    about = dict(name='procedural city', days=list(SEASONS), s1_days=list(SEASONS), city_seed=seed, city_size=size, **asdict(opt))
+    about = dict(name='procedural city', days=list(SEASONS), s1_days=list(SEASONS), city_seed=seed, city_size=size, code=_code(), **asdict(opt))
     out = Path(out)
     if (out/'manifest.json').exists():
         chips = Chips(out)
         if about.items() <= chips.about.items(): return chips
-        raise GacError(f'{out}: holds a data set of other options. Name another folder, or remove it.')
+        if not anew: raise GacError(f'{out}: holds a data set of other options. Name another folder, or remove it.')
+        shutil.rmtree(out)
     (out/'chips').mkdir(parents=True, exist_ok=True)
     c, places = city(seed, size), layout((size, size), opt.size, opt.per_block, opt.guard)
     grid = GeoBox((size, size), north_up(580_000, 4_515_000), 'EPSG:32618')
@@ -957,16 +966,19 @@ class Family:
     "Backbones of one size and the head that suits their patches."
     encoder:str
     tim:str
+    generator:str # makes thoughts ahead
     stats:str # whose standardisation: mini or v1
     head:tuple # items of model_args
     necks:tuple
 
 _tokens = dict(name='ReshapeTokensToImage', remove_cls_token=False)
 FAMILIES = {
-    'mini': Family('terramind_mini', 'terramind_mini_tim', 'mini', (('decoder', 'LinearDecoder'), ('decoder_upsampling_size', foundations.PATCH),
+    'mini': Family('terramind_mini', 'terramind_mini_tim', 'terramind_mini_generate', 'mini',
+                   (('decoder', 'LinearDecoder'), ('decoder_upsampling_size', foundations.PATCH),
         ('decoder_num_classes', 32)),
                    (dict(name='SelectIndices', indices=[3]), _tokens)),
-    'base': Family('terramind_v1_base', 'terramind_v1_base_tim', 'v1', (('decoder', 'UNetDecoder'), ('decoder_channels', [512, 256, 128, 64])),
+    'base': Family('terramind_v1_base', 'terramind_v1_base_tim', 'terramind_v1_base_generate', 'v1',
+                   (('decoder', 'UNetDecoder'), ('decoder_channels', [512, 256, 128, 64])),
                    (dict(name='SelectIndices', indices=[2, 5, 8, 11]), _tokens, dict(name='LearnedInterpolateToPyramidal')))}
 
 def standardisation(family:str, modality:str) -> tuple[list, list]: # mean and standard deviation per band
@@ -1139,7 +1151,8 @@ def run_config(
     "Train and test as the configuration says; what was finished with the same configuration is read."
     c = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
     out = study.root()/c['trainer']['callbacks'][0]['init_args']['folder']
-    digest, mark = study.sha256(path), out/'config.sha256'
+    manifest = (study.root()/c['data']['init_args']['train_split']).parent.parent/'manifest.json'
+    digest, mark = f'{study.sha256(path)} {study.sha256(manifest)} {_code()}', out/'made_of.txt'
     if not (mark.exists() and mark.read_text() == digest and (out/'test.npz').exists()):
         shutil.rmtree(out, ignore_errors=True)
         cli = load_config(path)
@@ -1212,6 +1225,21 @@ def think(
 def _nowhere(size:int) -> GeoBox:
     "A grid for rasters whose place does not matter."
     return GeoBox((size, size), north_up(0, 0), 'EPSG:32618')
+
+def ndvi_thought(
+    chips:Chips,
+    names:Sequence[str], # of chips
+    generator, # foundations.Generator that writes NDVI
+    given:Sequence[str]=INPUTS, # what it is made from
+) -> dict: # mean absolute error, and correlation with the NDVI of the optical images
+    "How well the generator thinks of NDVI."
+    import torch
+    x = {m: torch.from_numpy(np.concatenate([chips.read(n, m) for n in names]).astype(np.float32)) for m in given}
+    dn = np.concatenate([chips.read(n, 'S2L2A') for n in names]).astype(np.float32)
+    red, nir = dn[:, S2_BANDS.index('B04')], dn[:, S2_BANDS.index('B08')]
+    if 'S2L2A' in x: x['S2L2A'] = x['S2L2A']*study.REFLECTANCE
+    truth, pred = (nir - red)/(nir + red), generator.generate(x, timesteps=1, tokens='argmax', output='NDVI').numpy()[:, 0]
+    return dict(mae=float(np.abs(truth - pred).mean()), correlation=float(np.corrcoef(truth.ravel(), pred.ravel())[0, 1]))
 
 LULC_TO = {1: 2, 2: 0, 3: 0, 4: 0, 6: 1, 9: 0}  # TerraMind's land cover -> class; built area is building or impervious, snow and clouds are none
 
