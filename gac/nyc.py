@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLASSES', 'CITY_CODES', 'TO_CLASS', 'NO_LABEL', 'S2_ASSETS', 'OTHER_ASSETS', 'CLOUDY', 'DARK', 'MODALITIES',
            'SEASONS', 'LAT', 'ISLAND', 'KINDS', 'QUARTERS', 'COVER', 'CLASS_COLOURS', 'INPUTS', 'VARIANTS', 'FAMILIES',
-           'THOUGHT', 'OWN', 'LULC_TO', 'FEW', 'class_table', 'majority', 'metres_per_pixel', 'utm_grid', 'warped',
+           'THOUGHT', 'LULC_TO', 'FEW', 'class_table', 'majority', 'metres_per_pixel', 'utm_grid', 'warped',
            'class_shares', 'Date', 'check_days', 'Files', 'stac_items', 'Catalogue', 'same_image', 'check_contents',
            'offset_of', 'check_dem', 'layout', 'deal', 'split_gap', 'write_chip', 'finish', 'Chips', 'BuildOptions',
            'seen_optical', 'fill_from_others', 'to_db', 'read_chip', 'class_columns', 'build', 'Plan', 'plan', 'ground',
@@ -1018,7 +1018,7 @@ def config(
     split = {f'{s}_split': f'{data}/splits/{s}.txt' for s in ('train', 'val', 'test')}
     return dict(seed_everything=seed,
         trainer=dict(accelerator='auto' if family != 'mini' else 'cpu', devices=1, precision='32-true' if family == 'mini' else '16-mixed',
-                     max_steps=steps, max_epochs=-1, logger=False,
+                     max_steps=steps, max_epochs=-1, logger=False, default_root_dir=out,
             enable_progress_bar=family != 'mini', enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0, log_every_n_steps=10,
             deterministic='warn',
             callbacks=[init('gac.nyc.Recorder', folder=out, seed=seed),
@@ -1037,7 +1037,6 @@ def config(
 
 THOUGHT = ('model.init_args.model_args.backbone', 'model.init_args.model_args.backbone_tim_modalities',
            'model.init_args.model_args.backbone_tim_temps')
-OWN = ('trainer.callbacks',)  # where a run leaves its files
 
 def flat(c, prefix:str='') -> dict: # dotted name -> value
     "A configuration as dotted names."
@@ -1105,8 +1104,9 @@ def scores(c:np.ndarray) -> dict: # (…, 5, 5) counts
     c = np.asarray(c, float)
     tp, row, col = np.diagonal(c, axis1=-2, axis2=-1), c.sum(-1), c.sum(-2)
     with np.errstate(all='ignore'): iou, f1 = tp/(row + col - tp), 2*tp/(row + col)
-    return dict(miou=np.nanmean(iou, -1), **{f'iou_{n}': iou[..., i] for i, n in enumerate(CLASSES)}, pixel_accuracy=tp.sum(-1)/c.sum((-1, -2)),
-                f1=np.nanmean(f1, -1))
+    found = dict(miou=np.nanmean(iou, -1), **{f'iou_{n}': iou[..., i] for i, n in enumerate(CLASSES)}, pixel_accuracy=tp.sum(-1)/c.sum((-1, -2)),
+                 f1=np.nanmean(f1, -1))
+    return {k: float(v) if np.ndim(v) == 0 else v for k, v in found.items()}
 
 # %% ../nbs/13_nyc_tim.ipynb #17a69b7f
 def _relative(path) -> str:
