@@ -1,13 +1,12 @@
 "What a long run needs: a dry run that finds what is missing, several processes that agree, a catalogue of half a million rows, the real architectures for a few steps."
-import os, resource, shutil, signal, subprocess, sys, time
+import os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import psutil
 import pytest
 import torch
-from gac import cli, efficiency, foundations, stage2, stage3, study, tiles, training
+from gac import cli, efficiency, foundations, stage2, study, tiles
 
 import tiles_layouts
 
@@ -77,11 +76,9 @@ def test_two_devices_train_what_one_trains_with_the_same_global_batch(tmp_path):
     assert again.returncode == 0, again.stderr[-2000:]
     ends = {k: torch.load(tmp_path/k/'end.pt', weights_only=True) for k in ('one', 'two', 'cut')}
     assert [e['steps'] for e in ends.values()] == [3, 3, 3] and 0 < ends['cut']['resumed'] < 3
-    start = training.trained_state(stage2.build_prithvi_refiner(dropout=0., hide=0.))
-    moved = max(float((v - start[k]).abs().max()) for k, v in ends['one']['state'].items() if v.is_floating_point())
     for k, v in ends['one']['state'].items():
         for other in ('two', 'cut'): assert torch.allclose(v, ends[other]['state'][k], atol=2e-5), (other, k)
-    assert moved > 1e-3  # they agree after having learnt something
+    assert ends['one']['state']['head.colour.out.bias'].abs().max() > 5e-4  # zero at the start: they agree after having learnt something
 
 @pytest.mark.slow
 def test_two_ranks_draw_what_one_draws_though_one_is_killed(tmp_path):
