@@ -83,12 +83,15 @@ def _pairs(words:list) -> dict:
     opt('--only', default='', metavar='NN', help='the one notebook to run, e.g. 10'),
     opt('--set', dest='sets', action='append', default=[], metavar='KEY=VALUE', help='a parameter, over the profile, e.g. 07_stage1.batch_size=16; may be repeated'),
     opt('--force', action='store_true', help='run notebooks even if nothing has changed'),
-    opt('--dry-run', action='store_true', help='say what would run, and run nothing'))
+    opt('--dry-run', action='store_true', help='run nothing: say what would run, what it needs, costs and lacks (exit code 1 if anything)'))
 def run(profile, data, reports, start, only, sets, force, dry_run):
     """Run the study's notebooks in order and write the report.
 Notebooks whose code, parameters and inputs are unchanged are skipped; a run that failed or was stopped goes on where it was."""
     from gac import study
     study.run_chain(profile, data=data, reports=reports, start=start, only=only, sets=_pairs(sets), force=force, dry_run=dry_run)
+    if not dry_run: return
+    from gac import efficiency
+    return int(bool(efficiency.preflight(profile, data, reports, _pairs(sets))))
 
 @command(PROFILE)
 def verify(profile):

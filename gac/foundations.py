@@ -653,18 +653,26 @@ def own_randomness(seed:int=0) -> Iterator[None]:
         finally: random.setstate(python)
 
 # %% ../nbs/04_foundations.ipynb #c032c158
+def _descending(p:Tensor) -> Tensor:
+    "Values of the last axis, largest first."
+    if p.device.type != 'cpu': return p.sort(dim=-1, descending=True).values
+    return torch.from_numpy(np.sort(p.detach().numpy(), axis=-1)[..., ::-1].copy())
+
 def top_p_tokens(
     logits:Tensor, # (B,N,V)
     u:Tensor, # (B,N) uniform numbers in [0, 1)
     top_p:float=.8, # probability the kept codes hold at least
 ) -> Tensor: # (B,N) indices
     "One code per token from the likeliest codes that together hold `top_p`."
-    p, order = logits.float().softmax(-1).sort(dim=-1, descending=True, stable=True)
-    cumulated = p.cumsum(-1)
-    kept = (cumulated - p <= top_p).sum(-1, keepdim=True).clamp(min=1)  # codes before which the sum is not reached
+    p = logits.float().softmax(-1)
+    ranked = _descending(p)
+    cumulated = ranked.cumsum(-1)
+    kept = (cumulated - ranked <= top_p).sum(-1, keepdim=True).clamp(min=1)  # codes before which the sum is not reached
     mass = cumulated.gather(-1, kept - 1)
     pick = torch.searchsorted(cumulated, u[..., None]*mass, right=True).minimum(kept - 1)
-    return order.gather(-1, pick)[..., 0]
+    value = ranked.gather(-1, pick)
+    tie = pick - (ranked > value).sum(-1, keepdim=True)  # equal values: the picked one among them, lower codes first
+    return ((p == value).cumsum(-1) > tie).int().argmax(-1)
 
 # %% ../nbs/04_foundations.ipynb #18942ffc
 CLAMPS = ('pretraining', 'off')

@@ -402,11 +402,11 @@ def load_profile(
     name:str, # e.g. mini
     folder:str|Path='', # folder of the YAML files; empty: nbs/params
 ) -> dict: # section -> parameter -> value
-    "A profile's sections, without its description."
+    "A profile's sections, without its description and what it needs."
     known = profiles(folder)
     if name not in known: raise GacError(f'No profile {name!r}. {_nearest(name, known)}')
     path = Path(folder or root()/'nbs'/'params')/f'{name}.yaml'
-    sections = {k: v or {} for k, v in yaml.safe_load(path.read_text(encoding='utf-8')).items() if k != 'description'}
+    sections = {k: v or {} for k, v in yaml.safe_load(path.read_text(encoding='utf-8')).items() if k not in ('description', 'needs')}
     for k, v in sections.items():
         if not isinstance(v, dict): raise GacError(f'{path.name}: section {k} is {v!r}, expected names and values.')
     return sections

@@ -2,7 +2,7 @@
 import configparser, re, resource, subprocess, sys
 
 import pytest
-from gac import cli, study, tiles
+from gac import cli, efficiency, study, tiles
 
 import tiles_layouts
 
@@ -74,12 +74,14 @@ def test_interruption(capsys, monkeypatch):
     assert code == 130 and 'goes on' in err
 
 def test_run_hands_everything_over(capsys, monkeypatch):
-    seen = {}
+    seen, looked = {}, []
     monkeypatch.setattr(study, 'run_chain', lambda profile, **kw: seen.update(kw, profile=profile))
+    monkeypatch.setattr(efficiency, 'preflight', lambda *given: looked.append(given))
     code, *_ = call(capsys, 'run', '--profile', 'paper', '--data', 'd', '--reports', 'r', '--from', '07', '--only', '10', '--set', 'seed=3',
                     '--set', '07_stage1.steps=[1, 4]', '--force', '--dry-run')
     assert code == 0
     assert seen == dict(profile='paper', data='d', reports='r', start='07', only='10', sets={'seed': 3, '07_stage1.steps': [1, 4]}, force=True, dry_run=True)
+    assert looked == [('paper', 'd', 'r', {'seed': 3, '07_stage1.steps': [1, 4]})]
 
 def test_version(capsys):
     code, out, _ = call(capsys, 'version')

@@ -1,0 +1,45 @@
+"Programs that run in several processes: `train OUT DEVICES BATCH STEPS [KILL]` by Lightning's DDP, `draw STORE RANK RANKS [KILL]` with ranks of its own."
+import os, signal, sys
+
+import torch
+from torch.utils.data import Dataset
+
+from gac import stage1, stage2, tiles, training
+
+class Pairs(Dataset):
+    "Eight small pairs, the same in every process."
+    def __len__(self): return 8
+    def __getitem__(self, i):
+        own = torch.Generator().manual_seed(i)
+        truth = torch.rand(4, 48, 48, generator=own)*.3
+        return dict(opt_v1=truth + .05*torch.randn(4, 48, 48, generator=own), truth=truth, month=1 + i, biome=1 + i)
+
+def train(out:str, devices:int, batch:int, steps:int, kill:int=0):
+    "Train a miniature refiner without dropout; the process of the last rank dies after `kill` steps."
+    refiner = stage2.build_prithvi_refiner(dropout=0., hide=0.).train()
+    torch.nn.init.normal_(refiner.head.colour.out.weight, std=.01, generator=torch.Generator().manual_seed(0))
+    settings = training.Settings(lr=1e-3, max_steps=steps, batch_size=batch, grad_accum_steps=2, val_every=1, save_every=1, log_every=1, early_stopping=False,
+                                 accelerator='cpu', devices=devices, strategy='ddp' if devices > 1 else 'auto')
+    step, seen = stage2.stage2_step(stage2.Stage2Loss(ms_ssim=0.)), [0]
+    def watched(model, one):
+        if model.training:
+            seen[0] += 1
+            if kill and seen[0] > 2*kill and training._rank()[0] == devices - 1: os.kill(os.getpid(), signal.SIGKILL)
+        return step(model, one)
+    fit = training.fit(refiner, watched, Pairs(), Pairs(), settings, out, every=0)
+    if training._rank()[0] == 0: torch.save(dict(steps=fit.steps, resumed=fit.resumed_at, state=training.trained_state(refiner)), f'{out}/end.pt')
+
+def draw(store:str, rank:int, ranks:int, kill:int=0):
+    "Precompute one rank's share; the process dies when it has written `kill` batches."
+    store, count = tiles.Store(store), [0]
+    write = store.write
+    def counted(*args):
+        write(*args)
+        count[0] += 1
+        if count[0] == kill: os.kill(os.getpid(), signal.SIGKILL)
+    store.write = counted
+    print(stage1.precompute(store, stage1.build_terramind_generator(), timesteps=1, batch_size=2, rank=rank, world_size=ranks))
+
+if __name__ == '__main__':
+    what, where, *numbers = sys.argv[1:]
+    dict(train=train, draw=draw)[what](where, *map(int, numbers))

@@ -1,0 +1,159 @@
+"What a long run needs: a dry run that finds what is missing, several processes that agree, a catalogue of half a million rows, the real architectures for a few steps."
+import os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from gac import cli, efficiency, foundations, stage2, study, tiles
+
+import tiles_layouts
+
+RANKS = [sys.executable, str(Path(__file__).with_name('efficiency_ranks.py'))]
+
+def states(found) -> dict: return {(f.what, f.state) for f in found}
+
+def test_dry_run_passes_where_nothing_is_missing_and_lists_what_is(capsys, monkeypatch):
+    assert cli.main(['run', '--profile', 'smoke', '--dry-run']) == 0
+    out = capsys.readouterr().out
+    assert 'Nothing is missing.' in out and '07_stage1' in out and 'Forecast for 32 tiles' in out
+    monkeypatch.setattr(efficiency, 'forecast', lambda *args: (_ for _ in ()).throw(study.GacError('left out')))  # it counts large models
+    monkeypatch.setattr(efficiency, 'reached', lambda rate: 1.)
+    monkeypatch.setenv('HF_HUB_CACHE', '/nowhere')
+    assert cli.main(['run', '--profile', 'lowvr', '--dry-run', '--set', '08_stage2.backbone=prithvi_huge', '--set', '09_stage3.name=terramind_v1_large']) == 1
+    out = ' '.join(capsys.readouterr().out.split())
+    for words in ('08_stage2.backbone: Unknown model', "09_stage3.name: terramind_v1_large is of the kind 'encoder'", 'put it at data/weights/TerraMind_v1_large.pt',
+                  'published as ibm-esa-geospatial/TerraMind-1.0-Tokenizer-S2L2A', 'no --data: this profile is meant for bigearthnet_v2'): assert words in out, words
+
+def test_weights_that_do_not_fit_are_found_before_the_run(tmp_path):
+    mini = study.root()/'data/weights/mini'
+    for p in mini.glob('*.safetensors'): shutil.copy(p, tmp_path/p.name)
+    assert states(efficiency.check_weights('terramind_mini_generate', str(tmp_path))) == {('weights', 'ok')}
+    state = foundations.read_weights(tmp_path/'prithvi_mini.safetensors')
+    shutil.copy(tmp_path/'prithvi_mini.safetensors', tmp_path/'terramind_mini.safetensors')
+    found = efficiency.check_weights('terramind_mini_generate', str(tmp_path))
+    assert states(found) == {('weights', 'missing')} and 'do not fit' in found[0].text and len(state)
+    (tmp_path/'terramind_mini.safetensors').write_bytes(b'half a file')
+    assert 'not a readable file' in efficiency.check_weights('terramind_mini_generate', str(tmp_path))[0].text
+    (tmp_path/'terramind_mini.safetensors').unlink()
+    assert str(tmp_path/'terramind_mini.safetensors') in efficiency.check_weights('terramind_mini_generate', str(tmp_path))[0].text
+
+def test_a_place_in_two_splits_and_a_missing_folder_are_found(tmp_path):
+    table = tiles_layouts.bigearthnet(tmp_path, 3)
+    look = lambda: efficiency.check_data(str(tmp_path), {})
+    found, n = look()
+    assert n == 3 and {f.state for f in found} == {'ok'}
+    shutil.rmtree(next((tmp_path/'BigEarthNet-S2').glob('*/*')))
+    assert ('data', 'missing') in states(look()[0])
+    twice = table.assign(patch_id=['S2A_MSIL2A_20170617T113321_N9999_R080_T29UPU_07_05', 'S2B_MSIL2A_20171217T113321_N9999_R080_T29UPU_07_05', table.patch_id[2]])
+    twice.to_parquet(tmp_path/'metadata.parquet')
+    assert ('leakage', 'missing') in states(look()[0])  # another day, the same land, trained and validated on
+    assert efficiency.check_data('', dict(data='bigearthnet_v2', tiles=7))[1] == 7
+
+def test_checkpointing_is_refused_where_nothing_is_called_so():
+    model = stage2.build_prithvi_refiner(pretrained=False)
+    with pytest.raises(study.GacError, match='No block'): efficiency.checkpoint_blocks(model, r'layers\.\d+')
+    efficiency.checkpoint_blocks(model, efficiency.BLOCKS['prithvi'])
+    with pytest.raises(study.GacError, match='already'): efficiency.checkpoint_blocks(model, efficiency.BLOCKS['prithvi'])
+
+@pytest.mark.parametrize('array', ['s1', 's2'])
+def test_stored_size_is_that_of_the_files(tmp_path, array):
+    store = tiles.from_world(tmp_path/'tiles', 4, 1, 1, size=32, shard=4)
+    size = efficiency.bytes_per_tile(store, array)*len(store)
+    assert 0 < size < store.disk() and size < efficiency.RAW[array]*32**2*len(store)*1.2
+
+def run(*words, **kw): return subprocess.run([*RANKS, *map(str, words)], capture_output=True, text=True, timeout=900, **kw)
+
+@pytest.mark.slow
+def test_two_devices_train_what_one_trains_with_the_same_global_batch(tmp_path):
+    "Weights after three steps of 2 devices x batch 1 and of 1 device x batch 2; a rank that dies takes the run down, and the run goes on from its last step."
+    assert run('train', tmp_path/'one', 1, 2, 3).returncode == 0
+    two = run('train', tmp_path/'two', 2, 1, 3)
+    assert two.returncode == 0, two.stderr[-2000:]
+    assert run('train', tmp_path/'cut', 2, 1, 3, 2).returncode != 0 and not (tmp_path/'cut/end.pt').exists()
+    again = run('train', tmp_path/'cut', 2, 1, 3)
+    assert again.returncode == 0, again.stderr[-2000:]
+    ends = {k: torch.load(tmp_path/k/'end.pt', weights_only=True) for k in ('one', 'two', 'cut')}
+    assert [e['steps'] for e in ends.values()] == [3, 3, 3] and 0 < ends['cut']['resumed'] < 3
+    for k, v in ends['one']['state'].items():
+        for other in ('two', 'cut'): assert torch.allclose(v, ends[other]['state'][k], atol=2e-5), (other, k)
+    assert ends['one']['state']['head.colour.out.bias'].abs().max() > 5e-4  # zero at the start: they agree after having learnt something
+
+@pytest.mark.slow
+def test_two_ranks_draw_what_one_draws_though_one_is_killed(tmp_path):
+    for name in ('one', 'two'): tiles.from_world(tmp_path/name, 14, 1, 1, size=48, shard=4)
+    assert run('draw', tmp_path/'one', 0, 1).returncode == 0
+    first = subprocess.Popen([*RANKS, 'draw', str(tmp_path/'two'), '0', '2'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert run('draw', tmp_path/'two', 1, 2, 2).returncode == -signal.SIGKILL
+    assert first.wait(600) == 0
+    assert 0 < len(tiles.Store(tmp_path/'two').pending('opt_v1')) < 8
+    assert run('draw', tmp_path/'two', 1, 2).returncode == 0
+    one, two = (tiles.Store(tmp_path/n).read('opt_v1', slice(None)) for n in ('one', 'two'))
+    assert np.array_equal(one, two)
+
+@pytest.mark.slow
+def test_the_official_catalogue_is_looked_through_in_seconds(real_data, tmp_path):
+    "480,038 rows without snow and cloud: splits, places and missing files, with bounded memory."
+    source = real_data/'bigearthnet_v2_official_metadata'
+    for p in source.glob('*.parquet'): os.symlink(p.resolve(), tmp_path/p.name)
+    for name in ('BigEarthNet-S1', 'BigEarthNet-S2'): (tmp_path/name).mkdir()
+    before, began = psutil.Process().memory_info().rss, time.process_time()
+    found, n = efficiency.check_data(str(tmp_path), {})
+    seconds, grown = time.process_time() - began, (psutil.Process().memory_info().rss - before)/1e6
+    print(*found, f'{seconds:.1f} s, {grown:.0f} MB', sep='\n')
+    assert n == 480_038 and ('data', 'missing') in states(found) and seconds < 30 and grown < 1000
+
+@pytest.mark.slow
+def test_a_tree_of_many_small_files_is_converted_and_resumed(tmp_path):
+    "200 patches in 2,800 files, the conversion killed on its way and called again."
+    tiles_layouts.bigearthnet(tmp_path/'tree', 200)
+    code = f"from gac import tiles; tiles.convert({str(tmp_path/'tree')!r}, {str(tmp_path/'store')!r})"
+    process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.DEVNULL)
+    for _ in range(3000):
+        if (tmp_path/'store/table.parquet').exists() and len(tiles.Store(tmp_path/'store')) > 50: break
+        time.sleep(.1)
+    process.kill()
+    process.wait()
+    there = len(tiles.Store(tmp_path/'store'))
+    began = time.perf_counter()
+    report = tiles.convert(tmp_path/'tree', tmp_path/'store')
+    seconds = time.perf_counter() - began
+    print(f'{there} patches were safe, the other {200 - there} took {seconds:.1f} s: {(200 - there)/seconds:.1f} patches/s, {14*(200 - there)/seconds:.0f} files/s')
+    assert 50 < there < 200 and (report.status == 'ok').sum() == 200 and len(tiles.Store(tmp_path/'store')) == 200
+
+REAL = """
+import sys, time, psutil, torch
+from gac import foundations, stage2, stage3, training
+base = psutil.Process().memory_info().rss
+if sys.argv[1] == '2': model = stage2.build_prithvi_refiner('prithvi_eo_v2_600_tl', load_in_8bit=True, pretrained=False)
+else: model = stage3.build_stage3_model(pretrained=False, name='terramind_v1_large_generate')
+import gc; gc.collect()
+held = psutil.Process().memory_info().rss - base
+model.train()
+free = [p for p in model.parameters() if p.requires_grad]
+optimizer, peak, losses = torch.optim.AdamW(free, lr=1e-4), 0, []
+from gac import efficiency, gradients
+x, s1 = torch.rand(1, 4, 120, 120)*.3, torch.randn(1, 2, 120, 120)*3 - 12
+target = x + .02
+def step():
+    out = model(x, dict(month=6, biome=4)) if sys.argv[1] == '2' else model(s1, x)
+    loss = (out - target).square().mean()
+    loss.backward()
+    optimizer.step(); optimizer.zero_grad()
+    losses.append(float(loss))
+    return psutil.Process().memory_info().rss
+for _ in range(2): peak = max(peak, step())
+print('RESULT', held/1e6, (peak - base)/1e6, *losses)
+"""
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stage', [2, 3])
+def test_the_real_architectures_train_within_6_gb(stage):
+    "Prithvi 600M in 8 bits and TerraMind large with random weights: two steps, resident memory above the imports (a proxy for a card's)."
+    if psutil.virtual_memory().available < 9e9: pytest.skip('less than 9 GB of memory free')
+    done = subprocess.run([sys.executable, '-c', REAL, str(stage)], capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    held, peak, *losses = map(float, next(l for l in done.stdout.splitlines() if l.startswith('RESULT')).split()[1:])
+    print(f'stage {stage}: {held:.0f} MB built, {peak:.0f} MB at the end of a step, losses {losses}')
+    assert peak < 6000 and losses[-1] < losses[0]
