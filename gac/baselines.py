@@ -232,8 +232,7 @@ def build_unet(
     "A U-Net, from scratch or pretrained."
     with training.seeded(seed): model = UNet(**config)
     model.config = dict(seed=seed, weights=weights, **config)
-    if weights: training.load_trained(model, {k: v.to(model.state_dict()[k].dtype) if k in model.state_dict() else v
-                                              for k, v in foundations.read_weights(weights_file(weights)).items()}, weights_file(weights).name)
+    if weights: training.load_trained(model, foundations.read_weights(weights_file(weights)), weights_file(weights).name)
     return model.eval()
 
 def channel_stats(
@@ -325,9 +324,9 @@ def painted(
     "A U-Net as a method."
     @torch.no_grad()
     def method(batch):
-        device, told_ = model.mean.device, {k: torch.as_tensor(np.asarray(batch[k])) for k in told if k in batch}
-        v1 = torch.from_numpy(np.asarray(images(batch), np.float32)).to(device) if 'opt_v1' in model.seen else None
-        return model.eval()(torch.from_numpy(np.asarray(batch['s1'], np.float32)).to(device), v1, told_).cpu().numpy()
+        device, told_ = model.mean.device, {k: torch.as_tensor(np.array(batch[k])) for k in told if k in batch}
+        v1 = torch.from_numpy(np.array(images(batch), np.float32)).to(device) if 'opt_v1' in model.seen else None
+        return model.eval()(torch.from_numpy(np.array(batch['s1'], np.float32)).to(device), v1, told_).cpu().numpy()
     return method
 
 # %% ../nbs/10_baselines.ipynb #333198d6
@@ -378,14 +377,15 @@ def fit_unet(
 def cost(
     train:Callable, # steps -> trains that long
     steps=(10, 30), # two lengths
+    clock:Callable=time.process_time, # CPU seconds, which other programs do not disturb; time.perf_counter where a GPU computes
 ) -> tuple: # fixed s, s per step
     "What a training costs: a line through two lengths, after one run to warm up."
     train(steps[0])
     seconds = []
     for n in steps:
-        start = time.perf_counter()
+        start = clock()
         train(n)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     slope = max((seconds[1] - seconds[0])/(steps[1] - steps[0]), 1e-6)
     return max(seconds[0] - slope*steps[0], 0.), slope
 
@@ -494,7 +494,7 @@ def export_unet(
     rows = next(v['rows'] for k, v in last['callbacks'].items() if k.startswith('Curve'))
     first, n = map(int, made['train'].split('+'))
     card = dict(name=PRETRAINED, stage='unet', parameters=training.weigh(model)['params'], dtype='float16', config=made['unet'], settings=made['settings'], loss=made['loss'],
-                steps_done=about['steps'], scenes_seen=about['steps']*made['settings']['batch_size'], seeds=[first, first + n - 1], hours=round(hours, 2), device='cpu',
+                steps_planned=made['settings']['max_steps'], steps_done=about['steps'], scenes_seen=about['steps']*made['settings']['batch_size'], seeds=[first, first + n - 1], hours=round(hours, 2), device='cpu',
                 torch=torch.__version__, history=history, metrics={k: round(v, 4) for k, v in about['metrics'].items()},
                 log=[{k: round(float(v), 4) for k, v in r.items() if k in ('step', 'train_loss', 'val_loss', 'val_psnr')} for r in rows if 'val_psnr' in r])
     foundations.save_weights(Path(dest or study.root()/'data'/'weights'/'mini')/f'{PRETRAINED}.safetensors', model.state_dict(), card)

@@ -349,7 +349,7 @@ def variant_methods(
     if variant not in VARIANTS: raise GacError(f'variant {variant!r}: expected one of {", ".join(VARIANTS)}.')
     out_dir, known = Path(out_dir), variant != 'random'
     if variant in UNETS: return dict(opt_v3=unet_variant(run, store, variant, recipe, out_dir, seed))
-    if variant == 'pretrained' and seed == run.seed and recipe == recipe_of(run):  # the chain of the run itself
+    if variant == 'pretrained' and seed == run.seed and (run.dir/'stage3'/stage3.HEAD_FILE).exists() and recipe == recipe_of(run):  # the chain of the run itself
         stages = stage_methods(run, store, store.rows('test'))[0]
         if set(STAGES) - {'Stage 1+3'} <= set(stages): return {STAGES[k]: f for k, f in stages.items() if k != 'Stage 1+3'}
     if variant == 'pixel head on S1 alone':
@@ -380,6 +380,8 @@ def knowledge(
     lpips=None, # metrics.LPIPS; None: looked for
 ) -> pd.DataFrame: # pairs, variant, seed, output, id, scene, measures: one row per tile
     "Every chain of the comparison on the same test tiles. Each is kept in the run's folder, so that a stopped comparison goes on where it was."
+    if max(pairs) > (there := len(store.rows('train'))):
+        raise GacError(f'{max(pairs)} pairs: {store.path.name} has {there} training tiles. Make more (02_tiles.n_train), or ask for fewer.')
     home, parts = run.dir/'knowledge', []
     for n in pairs:
         for seed in seeds:

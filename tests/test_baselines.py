@@ -77,7 +77,7 @@ def opened(**kw):
 def test_unet_uses_metadata_as_told():
     s1 = torch.randn(3, 2, 32, 32)
     full, month, none = (opened(metadata=m) for m in (('month', 'biome'), ('month',), ()))
-    moves = lambda m, **kw: float((m(s1, metadata=kw) - m(s1)).abs().max())
+    moves = lambda m, **kw: float((m(s1, metadata=kw) - m(s1)).detach().abs().max())
     assert moves(full, month=7) > 1e-4 and moves(full, biome=4) > 1e-4
     assert moves(month, month=7) > 1e-4 and moves(month, biome=4) == 0
     assert moves(none, month=7, biome=4) == 0
@@ -208,6 +208,7 @@ def test_learning_curve_holds_the_unets_and_takes_what_the_run_has(chain, monkey
     batch = tile_batch(own, 'test')
     direct = metrics.psnr(baselines.painted(baselines.load_unet(run.dir/'unets'/'unet_from_scratch')[0])(batch), batch['truth'])
     np.testing.assert_allclose(net.loc[batch['id']], direct, atol=1e-4)
+    with pytest.raises(study.GacError, match='99 pairs: tiles has 6 training tiles'): evaluate.knowledge(run, own, own.rows('test'), recipe, pairs=[99])
     gain = evaluate.knowledge_gains(told)
     assert set(gain.step) == {'U-Net from scratch → pretrained'} and set(gain.output) == {'opt_v3'} and set(gain.pairs) == {2, 4}
 
