@@ -1,0 +1,224 @@
+"Baselines on tiles whose answer is known; U-Nets that learn, look where they may, and go on where they stopped."
+from dataclasses import replace
+import json
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from gac import baselines, evaluate, metrics, stage1, stage2, stage3, study, tiles, training
+
+def V1(batch) -> np.ndarray: return batch['truth']*.8  # a Stage 1 that is too dark
+
+@pytest.fixture(scope='module')
+def store(tmp_path_factory):
+    "A small world."
+    return tiles.from_world(tmp_path_factory.mktemp('store')/'tiles', 6, 2, 4, size=48)
+
+def tile_batch(store, split='train') -> dict: return stage1.read_tiles(store, store.rows(split))
+
+def psnr(images, batch) -> float: return float(metrics.psnr(images, batch['truth']).mean())
+
+def test_retrieval_finds_its_own_tile_and_a_like_one_for_others(store):
+    train, test = tile_batch(store), tile_batch(store, 'test')
+    near = baselines.Retrieval().fit(train)
+    assert near.found(train['s1']).tolist() == list(range(6))
+    np.testing.assert_array_equal(near.predict(train), train['truth'])
+    noisy = train['s1'] + np.random.default_rng(0).normal(0, .2, train['s1'].shape)
+    assert near.found(noisy).tolist() == list(range(6))
+    assert {t.tobytes() for t in near.predict(test)} <= {t.tobytes() for t in train['truth']}  # copies, never mixtures
+    larger = test | dict(s1=np.tile(test['s1'], (1, 1, 2, 2)))
+    assert near.predict(larger).shape == (4, 4, 96, 96)
+
+def test_descriptors_do_not_depend_on_how_many_tiles_there_are(store):
+    s1 = tile_batch(store)['s1']
+    np.testing.assert_allclose(baselines.descriptors(s1)[2:3], baselines.descriptors(s1[2:3]), rtol=1e-5)
+    moved = baselines.descriptors(s1 + 3) - baselines.descriptors(s1)
+    np.testing.assert_allclose(moved[:, :10], 3, atol=1e-4)  # quantiles of VV and VH rise with them
+    np.testing.assert_allclose(moved[:, 10:18], 0, atol=1e-4)  # those of the difference, and the roughness, do not
+
+def test_floors_hold_the_retrieval(store):
+    train = tile_batch(store)
+    made = baselines.floors(train, pixels=2000)
+    assert list(made) == ['band mean', 'mean by month', baselines.NEAREST, *baselines.REGRESSIONS]
+    np.testing.assert_array_equal(made[baselines.NEAREST](train), train['truth'])
+
+def small(pairs=6, **settings) -> baselines.UNetRecipe:
+    "A recipe that fits a few tiles in a second or two."
+    steps = settings.pop('max_steps', 24)
+    brief = baselines.brief_unet(pairs, **dict(max_steps=steps, val_every=steps, save_every=steps, batch_size=3, lr=4e-3) | settings)
+    return replace(brief, model=dict(width=8))
+
+def test_unet_learns_its_tiles(store, tmp_path):
+    train = tile_batch(store)
+    floor = psnr(baselines.MeanBy().fit(train).predict(train), train)
+    learnt = baselines.fit_unet(store, V1, 'U-Net from scratch', small(), tmp_path/'unet')
+    assert psnr(learnt(train), train) > floor + .3
+    kept, card = baselines.load_unet(tmp_path/'unet')
+    np.testing.assert_array_equal(baselines.painted(kept)(train), learnt(train))
+    assert (card['pairs'], card['params']['width'], card['steps']) == (6, 8, 24)
+
+def test_unet_sees_the_radar_and_opt_v1_only_where_it_is_told_to(store, tmp_path):
+    batch = tile_batch(store, 'test')
+    made = {k: baselines.fit_unet(store, V1, k, small(max_steps=4), tmp_path/baselines.slug(k)) for k in ('U-Net from scratch', 'U-Net with opt_v1')}
+    plain, fed = made.values()
+    lie = batch | dict(truth=batch['truth']*.1)  # V1 follows it
+    np.testing.assert_array_equal(plain(batch), plain(lie))
+    assert np.abs(fed(batch) - fed(lie)).max() > .01
+    for f in made.values(): assert np.abs(f(batch) - f(batch | dict(s1=batch['s1'][:, ::-1].copy()))).max() > 1e-4
+
+def opened(**kw):
+    "A U-Net whose last layers are not zero, as after some training."
+    model = baselines.build_unet(width=8, **kw)
+    with training.seeded(3), torch.no_grad():
+        for layer in (*model.films, model.out):
+            for p in layer.parameters(): torch.nn.init.normal_(p, std=.1)
+    return model.eval()
+
+def test_unet_uses_metadata_as_told():
+    s1 = torch.randn(3, 2, 32, 32)
+    full, month, none = (opened(metadata=m) for m in (('month', 'biome'), ('month',), ()))
+    moves = lambda m, **kw: float((m(s1, metadata=kw) - m(s1)).detach().abs().max())
+    assert moves(full, month=7) > 1e-4 and moves(full, biome=4) > 1e-4
+    assert moves(month, month=7) > 1e-4 and moves(month, biome=4) == 0
+    assert moves(none, month=7, biome=4) == 0
+    torch.testing.assert_close(full(s1, metadata=dict(month=2, lat=-20.)), full(s1, metadata=dict(month=8)))
+    assert not torch.equal(full(s1, metadata=dict(month=2, lat=20.)), full(s1, metadata=dict(month=8)))
+    each = full(s1, metadata=dict(month=[1, 6, 9]))
+    torch.testing.assert_close(each[1:2], full(s1[1:2], metadata=dict(month=6)))
+    with pytest.raises(study.GacError, match='weather'): full(s1, metadata=dict(weather=1))
+    full.train().condition.drop = 1.  # everything is hidden in training
+    with training.seeded(0): a = full(s1, metadata=dict(month=7))
+    with training.seeded(0): b = full(s1)
+    torch.testing.assert_close(a, b)
+
+@pytest.mark.parametrize('size', [(48, 48), (120, 120), (33, 50)])
+def test_any_size_comes_back_as_it_went_in(size):
+    assert opened()(torch.randn(1, 2, *size)).shape == (1, 4, *size)
+
+def test_parameters_match_the_chain():
+    chain = [stage2.build_prithvi_refiner(depth=0), stage3.build_stage3_model()]
+    for kw in ({}, dict(seen=('s1', 'opt_v1'))):
+        model = baselines.build_unet(**kw)
+        ratio = baselines.matched(model, chain)
+        own = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        theirs = sum(p.numel() for m in chain for p in m.parameters() if p.requires_grad)
+        assert ratio == own/theirs and abs(ratio - 1) <= baselines.TOLERANCE
+    for width in (8, 24):
+        with pytest.raises(study.GacError, match='Change its width'): baselines.matched(baselines.build_unet(width=width), chain)
+    for trial in baselines.draw_trials(200): baselines.matched(baselines.build_unet(width=trial['width']), chain, baselines.TOLERANCE)
+
+def test_resumed_training_equals_an_unbroken_one(store, tmp_path, monkeypatch):
+    recipe = small(max_steps=6, val_every=2, save_every=2)
+    whole = baselines.fit_unet(store, V1, 'U-Net from scratch', recipe, tmp_path/'whole')
+    step, calls = baselines.unet_step, []
+    def fragile(loss):
+        inner = step(loss)
+        def stop(model, batch):
+            if model.training: calls.append(1)
+            if len(calls) == 5: raise KeyboardInterrupt
+            return inner(model, batch)
+        return stop
+    monkeypatch.setattr(baselines, 'unet_step', fragile)
+    with pytest.raises((KeyboardInterrupt, SystemExit, study.GacError)): baselines.fit_unet(store, V1, 'U-Net from scratch', recipe, tmp_path/'broken')
+    monkeypatch.setattr(baselines, 'unet_step', step)
+    assert (tmp_path/'broken'/'last.ckpt').exists()
+    batch = tile_batch(store, 'test')
+    np.testing.assert_array_equal(baselines.fit_unet(store, V1, 'U-Net from scratch', recipe, tmp_path/'broken')(batch), whole(batch))
+    before = (tmp_path/'whole'/'last.ckpt').stat().st_mtime_ns
+    baselines.fit_unet(store, V1, 'U-Net from scratch', recipe, tmp_path/'whole')
+    assert (tmp_path/'whole'/'last.ckpt').stat().st_mtime_ns == before  # loaded, not trained
+    other = baselines.fit_unet(store, V1, 'U-Net from scratch', recipe, tmp_path/'whole', seed=1)
+    assert np.abs(other(batch) - whole(batch)).max() > 1e-5  # another training replaces it
+
+def test_scenes_of_the_pretraining_are_those_of_the_world_and_are_held_apart():
+    from gac import foundations, world
+    data = baselines.Worlds(baselines.FIRST_SEED, 3)
+    scene, one = world.scene(baselines.FIRST_SEED + 2, foundations.SIZE), data[2]
+    np.testing.assert_allclose(one['s1'], scene['s1grd'], rtol=1e-6)
+    np.testing.assert_allclose(one['truth'], scene['s2'][[1, 2, 3, 7]]*1e-4, rtol=1e-6)
+    assert (one['month'], one['biome']) == (scene['month'], scene['biome'])
+    assert world.PRETRAIN_BASE <= baselines.FIRST_SEED < world.HELD_OUT_BASE
+
+def test_pretraining_is_exported_and_begins_the_next(store, tmp_path):
+    baselines.pretrain_unet(tmp_path/'one', 2, 2, val_scenes=2, width=8, crop=48)
+    card = baselines.export_unet(tmp_path/'one', tmp_path/'out', 'a test', .1)
+    file = tmp_path/'out'/f'{baselines.PRETRAINED}.safetensors'
+    assert json.loads(file.with_suffix('.json').read_text()) == json.loads(json.dumps(card))
+    assert (card['scenes_seen'], card['steps_done'], card['seeds'][1] - card['seeds'][0]) == (4, 2, 3)
+    tuned, first = baselines.build_unet(5, str(file), width=8), baselines.load_unet(tmp_path/'one')[0]
+    for k, v in first.state_dict().items(): torch.testing.assert_close(tuned.state_dict()[k].float(), v.float(), rtol=2e-3, atol=1e-3)
+    with pytest.raises(study.GacError, match='does not fit'): baselines.build_unet(weights=str(file), width=16)
+    with pytest.raises(study.GacError, match='missing'): baselines.build_unet(weights=str(tmp_path/'no.safetensors'))
+
+def test_committed_weights_fit_the_default_unet_and_say_what_they_saw():
+    model = baselines.build_unet(weights='mini')
+    file = baselines.weights_file('mini')
+    card = json.loads(file.with_suffix('.json').read_text())
+    assert file.stat().st_size < 2e6 and card['scenes_seen'] == card['steps_done']*card['settings']['batch_size']
+    assert card['config']['width'] == 16 and card['parameters'] == sum(p.numel() for p in model.parameters())
+    np.testing.assert_allclose(model.mean.flatten(), baselines.world_stats()[0], rtol=2e-3)
+
+def test_search_ranks_trials_and_goes_on_where_it_stopped(store, tmp_path, monkeypatch):
+    trials, fit, done = baselines.draw_trials(3, space=dict(lr=(1e-4, 1e-3, 4e-3), width=(8,))), baselines.fit_unet, []
+    def counted(*a, **kw):
+        done.append(1)
+        if len(done) == 2: raise KeyboardInterrupt
+        return fit(*a, **kw)
+    monkeypatch.setattr(baselines, 'fit_unet', counted)
+    with pytest.raises(KeyboardInterrupt): baselines.search(store, baselines.brief_unet(4), trials, tmp_path)
+    table = baselines.search(store, baselines.brief_unet(4), trials, tmp_path)
+    assert len(done) == 4 and len(table) == 3 and table.val_psnr.is_monotonic_decreasing  # the interrupted one twice
+    pd.testing.assert_frame_equal(table, baselines.search(store, baselines.brief_unet(4), trials, tmp_path))
+    assert len(done) == 4 and set(table.lr) == {1e-4, 1e-3, 4e-3}
+
+def test_trials_are_different_and_seeded():
+    trials = baselines.draw_trials(60, 1)
+    assert len({json.dumps(t, default=float) for t in trials}) == 60 and trials == baselines.draw_trials(60, 1) != baselines.draw_trials(60, 2)
+    recipe = baselines.tried(baselines.brief_unet(), dict(lr=.5, width=12, dropout=.3, weight_decay=.2, augment='none'))
+    assert (recipe.settings['lr'], recipe.settings['weight_decay'], recipe.model, recipe.augment) == (.5, .2, dict(width=12, dropout=.3), 'none')
+
+def test_equal_computing_is_counted_from_the_line_of_costs():
+    assert baselines.equal_steps({'a': (10., 1.), 'b': (0., 2.), 'U-Net': (5., .5)}, {'a': 40, 'b': 20}) == (10 + 40 + 40 - 5)/.5
+    ticks, run = iter([0., 12, 20, 52]), []  # 12 s for 5 steps, 32 s for 25
+    assert baselines.cost(run.append, (5, 25), lambda: next(ticks)) == (7., 1.) and run == [5, 5, 25]  # once to warm up
+
+@pytest.fixture(scope='module')
+def chain(store, tmp_path_factory):
+    "A run whose stages and U-Nets were briefly trained."
+    home = tmp_path_factory.mktemp('chain')
+    run = study.start('10_evaluate', 'smoke', 0, str(home/'run'), str(home/'reports'))
+    own = tiles.study_store(run, 6, 2, 4, size=48)
+    stage1.precompute(own, stage1.build_terramind_generator(), timesteps=1, tokens='expected')
+    v1, recipe = stage1.stored(own), evaluate.brief_recipe(4)
+    evaluate.fit_chain(own, v1, recipe, run.dir, 0, no_refinement=False)
+    baselines.fit_unet(own, v1, 'U-Net from scratch', recipe.unet, run.dir/'unets'/'unet_from_scratch')
+    study._write(run.dir/'unets'/'recipe.json', json.dumps(evaluate.asdict(recipe.unet)))
+    return run, own
+
+def test_learning_curve_holds_the_unets_and_takes_what_the_run_has(chain, monkeypatch):
+    run, own = chain
+    recipe, fitted = evaluate.recipe_of(run), []
+    assert recipe.unet == evaluate.brief_recipe(4).unet
+    real = baselines.fit_unet
+    monkeypatch.setattr(baselines, 'fit_unet', lambda *a, **kw: fitted.append((a[2], a[3].pairs, a[5])) or real(*a, **kw))
+    ask = dict(pairs=[2, 4], seeds=[0, 1], variants=('pretrained', 'U-Net from scratch'), batch_size=4)
+    told = evaluate.knowledge(run, own, own.rows('test'), recipe, **ask)
+    assert fitted == [('U-Net from scratch', 2, 0), ('U-Net from scratch', 2, 1), ('U-Net from scratch', 4, 1)]  # 4 pairs and seed 0 are those of the run
+    net = told[(told.variant == 'U-Net from scratch') & (told.pairs == 4) & (told.seed == 0)].set_index('id').psnr
+    batch = tile_batch(own, 'test')
+    direct = metrics.psnr(baselines.painted(baselines.load_unet(run.dir/'unets'/'unet_from_scratch')[0])(batch), batch['truth'])
+    np.testing.assert_allclose(net.loc[batch['id']], direct, atol=1e-4)
+    with pytest.raises(study.GacError, match='99 pairs: tiles has 6 training tiles'): evaluate.knowledge(run, own, own.rows('test'), recipe, pairs=[99])
+    gain = evaluate.knowledge_gains(told)
+    assert set(gain.step) == {'U-Net from scratch → pretrained'} and set(gain.output) == {'opt_v3'} and set(gain.pairs) == {2, 4}
+
+def test_first_table_says_who_wins(chain):
+    run, own = chain
+    stages, rows = evaluate.stage_methods(run, own, own.rows('test'))
+    nets = evaluate.unet_methods(run, stages['Stage 1'])
+    assert list(nets) == ['U-Net from scratch'] and evaluate.unet_methods(run, stages['Stage 1'], 'S1RTC') == {}
+    for factor, word in ((.9, 'loses to'), (.2, 'beats')):
+        fake = stages | {'U-Net from scratch': lambda b: b['truth']*factor, 'Stage 1+2+3': lambda b: b['truth']*.5}
+        table, said = evaluate.rivals(stage1.measure(own, rows, fake), 'world')
+        assert word in said and table.step.eq('U-Net from scratch → Stage 1+2+3').all(), said
+    assert evaluate.pairs_of(run, [*stages, *nets])['U-Net from scratch'] == 4
