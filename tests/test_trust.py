@@ -301,6 +301,8 @@ def test_distance_counts_from_the_strong_edges_of_the_truth():
     assert far.shape == (48, 48) and far[:, 23:25].max() == 0 and far[20, 0] > 16 and np.isinf(trust.edge_distance(image*0 + .1)).all()
     assert trust.distance_class(np.array([0, 1, 1.5, 2, 4, 8, 15.9, 16, np.inf])).tolist() == [0, 1, 1, 2, 3, 4, 4, 5, 6]
     assert list(trust.DISTANCE_NAMES) == list(range(7))
+    at = trust.inner(np.arange(3600).reshape(60, 60))  # an error map is cut to where the edge map lies
+    assert at.shape == far.shape and at[0, 0] == 6*60 + 6 and at[-1, -1] == 53*60 + 53
 
 def test_errors_of_classes_make_up_the_error_of_the_tiles(trained):
     run, store, chain = trained
