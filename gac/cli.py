@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS', 'GROUPS', 'PROFILE', 'SEED', 'WEIGHTS', 'STRICT', 'LAYOUT', 'READING', 'DECODING', 'opt', 'command',
            'parser', 'main', 'run', 'verify', 'version', 'info', 'pretrain', 'pretrain_params', 'world', 'data_convert',
            'data_examples', 'data_info', 'precompute', 'train_stage2', 'train_stage3', 'stage3_info', 'stage3_infer',
-           'infer', 'export']
+           'nyc_build', 'nyc_publish', 'downstream', 'uncertainty', 'claims', 'infer', 'export']
 
 # %% ../nbs/cli.ipynb #1e205714
 import argparse, sys
@@ -316,6 +316,84 @@ def stage3_infer(**options):
     "Ground saved images in their radar; where the truth is given, say how much it helped."
     from gac import stage3
     print(*(f'{k}: {v:.6g}' if isinstance(v, float) else f'{k}: {v}' for k, v in stage3.infer_files(**options).items()), sep='\n')
+
+# %% ../nbs/cli.ipynb #9560e4a8
+GROUPS['nyc'] = 'New York: build the data set, publish the winning model'
+
+@command(opt('--landcover', default='', metavar='FILE', help="the city's land-cover raster, any grid; nothing: the one the YAML names"),
+    opt('--sources', default='', metavar='YAML', help='files: landcover, dem, dates: [{date, s2, scl, s1_date, s1}]'),
+    opt('--catalog', default='', metavar='URL', help='STAC catalogue, a file or an address, instead of --sources'),
+    opt('--dates', type=_words, default=[], metavar='A,B,C,D', help='with --catalog: days or spans, e.g. 2021-01-01/2021-02-15'),
+    opt('--collections', type=_words, default=['sentinel-2-l2a', 'sentinel-1-rtc', 'cop-dem-glo-30'], metavar='A,B,C', help='optical, radar, terrain'),
+    opt('--s1-days', type=int, default=6, metavar='N', help='days a radar pass may be away from the optical image'),
+    opt('--output-dir', required=True, metavar='DIR', help='folder of the new data set; called again after a stop, it goes on'),
+    opt('--tile-size', dest='size', type=int, default=224, metavar='PX', help='side of a chip in pixels of 10 m'),
+    opt('--guard', type=int, default=32, metavar='PX', help='strip without chips between parent blocks'),
+    opt('--test', type=int, default=64, metavar='N', help='test chips, where the area allows'),
+    opt('--s2-offset', type=int, metavar='DN', help='digital numbers to take off; nothing: by the pixels and the baseline'),
+    opt('--s1-units', choices=('auto', 'dB', 'linear', 'amplitude'), default='auto', help='unit of Sentinel-1'),
+    SEED)
+def nyc_build(landcover, sources, catalog, dates, collections, s1_days, output_dir, **options):
+    """Cut the New York data set: five-class labels, four dates of Sentinel-2 and Sentinel-1, terrain.
+Copies of one date, an all-zero terrain model and dates that are missing are refused."""
+    from gac import nyc, study
+    if bool(sources) == bool(catalog): raise study.GacError('Give either --sources (files) or --catalog (STAC).')
+    if catalog and not landcover: raise study.GacError("--catalog needs --landcover, the city's raster.")
+    source = nyc.Files(sources) if sources else nyc.Catalogue(catalog, nyc.utm_grid(landcover), dates, tuple(collections), s1_days)
+    print(nyc.build(source, output_dir, landcover or None, nyc.BuildOptions(**options)))
+
+@command(opt('--run-dir', required=True, metavar='DIR', help='artefacts of the run, runs/PROFILE'),
+    opt('--output-dir', required=True, metavar='DIR', help='folder to publish'))
+def nyc_publish(run_dir, output_dir):
+    "Prepare a folder of the winning model (weights, configuration, card), if thinking gains more than one point of mIoU."
+    from gac import nyc
+    print(nyc.publish(run_dir, output_dir))
+
+# %% ../nbs/cli.ipynb #d0w25e0a
+@command(opt('--data-dir', required=True, metavar='DIR', help='tile store with radar, truth and land cover'),
+    opt('--output-dir', required=True, metavar='DIR', help='configurations, trainings and tables; called again after a stop, the comparison goes on from there'),
+    opt('--stage1-dir', '--stage1-outputs-dir', default='', metavar='DIR', help='store with opt_v1, opt_v2, opt_v3; nothing: the one at --data-dir'),
+    opt('--arms', type=_words, default=['s1', 's2', 'a', 'b', 'c_v1', 'c_v2', 'c_v3', 'bound', 'random'], metavar='A,B', help='what the encoder is given, see 12_downstream'),
+    opt('--seeds', type=lambda text: [int(w) for w in _words(text)], default=[0], metavar='N,M', help='trainings of every arm'),
+    opt('--name', default='terramind_mini', help='encoder, as TerraTorch names it, e.g. terramind_v1_base'),
+    opt('--tile-size', dest='size', type=int, default=60, metavar='PX', help='side of a window, a divisor of the side of the tiles; 0: whole tiles'),
+    opt('--batch-size', type=int, default=16, metavar='N', help='windows'), opt('--max-steps', dest='steps', type=int, default=60, metavar='N', help='optimizer steps of every arm'),
+    opt('--lr', type=float, default=2e-3, metavar='RATE', help='peak learning rate'), opt('--lora-rank', type=int, default=8, metavar='R', help='rank of the adapters; 0: the encoder is frozen'),
+    opt('--precision', choices=('32-true', 'bf16-mixed', '16-mixed'), default='32-true', help='arithmetic; 16-mixed needs a GPU'),
+    opt('--max-tiles', dest='train_tiles', type=int, default=0, metavar='N', help='labelled training tiles; 0: all'),
+    opt('--configs-only', action='store_true', help='write the files for terratorch fit, train nothing'), WEIGHTS)
+def downstream(configs_only, **options):
+    """Land cover from the radar alone, with true, thought-of and drawn images: what the images are good for.
+Writes downstream.csv and downstream_gains.csv, and one file per training that `terratorch fit --config` takes as well."""
+    from gac import downstream as room
+    made = room.run_downstream(configs_only=configs_only, **options)
+    print(*made, sep='\n') if configs_only else print(made[['what', 'seed', 'miou', 'miou_lo', 'miou_hi', 'pixel_accuracy']].round(3).to_string(index=False))
+
+# %% ../nbs/cli.ipynb #88a4afb2
+@command(opt('--data-dir', required=True, metavar='DIR', help='tile store, or real tiles in a known layout (converted into the output folder first)'),
+    opt('--output-dir', required=True, metavar='DIR', help='store beside the tiles: generations, their mean and their spread; called again after a stop, it goes on'),
+    opt('--stage2-checkpoint', default='', metavar='DIR', help='output of gac train-stage2; nothing: without Stage 2'),
+    opt('--stage3-checkpoint', default='', metavar='DIR', help='output of gac train-stage3; nothing: without Stage 3'),
+    opt('--samples', type=int, default=8, metavar='N', help='generations of every tile, 2 or more'),
+    opt('--timesteps', type=int, default=1, metavar='N', help='diffusion steps'),
+    opt('--clamp', choices=('pretraining', 'off'), default='pretraining', help="range of each step's estimate"),
+    opt('--split', choices=('train', 'val', 'test'), default='', help='tiles that are generated; nothing: all'),
+    opt('--max-tiles', type=int, default=0, metavar='N', help='spread evenly over them; 0: all'),
+    opt('--batch-size', type=int, default=4, metavar='N', help='tiles at a time'),
+    opt('--name', default='terramind_mini_generate', help='generator, see gac info'), SEED, WEIGHTS)
+def uncertainty(**options):
+    """Several generations of every tile through the stages: their mean, and their spread band by band.
+Where the tiles have a truth, it says how well the spread predicts the error of the mean."""
+    from gac import trust
+    print(*(f'{k}: {v:.4g}' if isinstance(v, float) else f'{k}: {v}' for k, v in trust.run_uncertainty(**options).items()), sep='\n')
+
+# %% ../nbs/cli.ipynb #c1a1m5ca
+@command(opt('--reports', default='reports/mini', metavar='DIR', help='folder of a report, with tables/'))
+def claims(reports):
+    """Hold every claim of the study's documents against the tables of a report: claimed, measured, verdict.
+The questions of nbs/11_ablations.ipynb are asked by gac run --only 11 --set 11_ablations.rows=[...]."""
+    from gac import claims
+    print(claims.report_of(reports))
 
 # %% ../nbs/cli.ipynb #e7a0c3d1
 DECODING = (opt('--timesteps', type=int, default=1, metavar='N', help='diffusion steps'),

@@ -105,7 +105,7 @@ def test_environment_and_package_follow_settings():
 def test_imported_packages_are_required():
     "Whatever gac imports from outside is named in settings.ini."
     required = {canonical(r) for r in study.requirements()}
-    alias = {'yaml': 'pyyaml', 'sklearn': 'scikit-learn'}
+    alias = {'yaml': 'pyyaml', 'sklearn': 'scikit-learn', 'odc': 'odc-stac'}
     for path in (ROOT/'gac').glob('[!_]*.py'):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
