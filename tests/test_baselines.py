@@ -97,12 +97,12 @@ def test_any_size_comes_back_as_it_went_in(size):
 
 def test_parameters_match_the_chain():
     chain = [stage2.build_prithvi_refiner(depth=0), stage3.build_stage3_model()]
-    for kw in ({}, dict(seen=('s1', 'opt_v1'))):
-        model = baselines.build_unet(**kw)
-        ratio = baselines.matched(model, chain)
-        own = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        theirs = sum(p.numel() for m in chain for p in m.parameters() if p.requires_grad)
-        assert ratio == own/theirs and abs(ratio - 1) <= baselines.TOLERANCE
+    model = baselines.build_unet()
+    own, theirs = (sum(p.numel() for m in models for p in m.parameters() if p.requires_grad) for models in ([model], chain))
+    assert baselines.matched(model, chain) == own/theirs and abs(own/theirs - 1) <= baselines.TOLERANCE
+    fed = baselines.build_unet(seen=('s1', 'opt_v1'))  # the same network but for the layers that read the image
+    more = {k: v.numel() - dict(model.named_parameters())[k].numel() for k, v in fed.named_parameters()}
+    assert {k for k, n in more.items() if n} == {'encoder.model.conv1.weight', 'fine.weight'}
     for width in (8, 24):
         with pytest.raises(study.GacError, match='Change its width'): baselines.matched(baselines.build_unet(width=width), chain)
     for trial in baselines.draw_trials(200): baselines.matched(baselines.build_unet(width=trial['width']), chain, baselines.TOLERANCE)
