@@ -501,7 +501,7 @@ def export_unet(
     return card
 
 # %% ../nbs/10_baselines.ipynb #52de460d
-SPACE = dict(lr=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3), width=(12, 16), dropout=(0., .1, .3), weight_decay=(.01, .05, .2), augment=('none', 'all'))
+SPACE = dict(lr=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3), width=(16, 20), dropout=(0., .1, .3), weight_decay=(.01, .05, .2), augment=('none', 'all'))
 
 def draw_trials(
     n:int, # how many
