@@ -197,8 +197,8 @@ class UNet(nn.Module):
         "What the encoder sees, in the light of season and biome."
         whole, *maps = self.encoder(x)
         if self.films:
-            turns = [film(c)[..., None, None].chunk(2, 1) for c in [self.told(metadata, len(x))] for film in self.films]
-            maps = [f*(1 + gain) + shift for f, (gain, shift) in zip(maps, turns)]
+            c = self.told(metadata, len(x))
+            maps = [stage2.steered(f, film(c)[..., None, None]) for f, film in zip(maps, self.films)]
         return [whole, *maps[:-1], self.drop(maps[-1])]
 
     def forward(self,

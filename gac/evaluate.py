@@ -241,7 +241,7 @@ def brief_recipe(
     "A few steps of the miniatures: enough to run, not to learn."
     both = asdict(training.Settings(lr=1e-3, **BRIEF | settings))
     return Recipe(dict(backbone='prithvi_mini'), both | dict(monitor='val_psnr', mode='max'), {}, dict(name='terramind_mini_generate'), both | dict(monitor='val_monitor'), {},
-                  dict(frozen=1., crop=48, augment='none', select='gap'), pairs, crop=48, val_tiles=2, unet=baselines.brief_unet(pairs))
+                  dict(frozen=1., crop=48, augment='none', select='gap', strength=True), pairs, crop=48, val_tiles=2, unet=baselines.brief_unet(pairs))
 
 def recipe_of(
     run, # study.Run

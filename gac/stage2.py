@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['KNOWN', 'FIELDS', 'YEAR', 'AROUND', 'REACH', 'SCALE', 'STEP', 'FLOOR', 'BETAS', 'FLIPS', 'HEAD_FILE', 'ADAPTERS',
-           'TOLD', 'SETTINGS', 'codes', 'check_fields', 'season', 'Condition', 'ConvNeXtBlock', 'Colour',
-           'ConvNeXtHead', 'PrithviRefiner', 'build_prithvi_refiner', 'forecast', 'scales', 'ms_ssim', 'spectral_angle',
-           'Stage2Loss', 'Pairs', 'save_stage2', 'read_stage2', 'load_stage2', 'stage2_step', 'layout', 'identity',
-           'calibrate', 'train_stage2', 'refine', 'refined', 'precompute_stage2', 'fingerprint', 'images_of',
-           'run_stage2', 'save_panels']
+           'TOLD', 'SETTINGS', 'codes', 'check_fields', 'season', 'Condition', 'ConvNeXtBlock', 'steered', 'Pointwise',
+           'Colour', 'ConvNeXtHead', 'PrithviRefiner', 'build_prithvi_refiner', 'forecast', 'scales', 'ms_ssim',
+           'spectral_angle', 'Stage2Loss', 'Pairs', 'save_stage2', 'read_stage2', 'load_stage2', 'stage2_step',
+           'layout', 'identity', 'calibrate', 'train_stage2', 'refine', 'refined', 'precompute_stage2', 'fingerprint',
+           'images_of', 'run_stage2', 'save_panels']
 
 # %% ../nbs/08_stage2.ipynb #42d310c9
 import hashlib, json, re
@@ -117,6 +117,31 @@ class ConvNeXtBlock(nn.Module):
 
 AROUND = 15  # px, the surroundings of a pixel
 
+def steered(
+    x:Tensor, # (B, C, H, W)
+    film:Tensor, # (B, 2 C, H or 1, W or 1), gains and shifts
+) -> Tensor: # (B, C, H, W)
+    "Channels scaled and shifted (FiLM: Perez et al. 2018, arXiv 1709.07871)."
+    gain, shift = film.chunk(2, 1)
+    return x*(1 + gain) + shift
+
+class Pointwise(nn.Module):
+    "Two hidden layers over the numbers of each pixel, both steered, and a last one that begins at zero."
+    def __init__(self,
+        given:int, # numbers of a pixel
+        bands:int, # of the answer
+        width:int=48, # channels
+        dropout:float=.1,
+    ):
+        super().__init__()
+        self.into, self.hidden, self.out = nn.Conv2d(given, width, 1), nn.Conv2d(width, width, 1), nn.Conv2d(width, bands, 1)
+        self.drop, self.films = nn.Dropout(dropout), 4*width  # numbers it takes to be steered
+        nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
+
+    def forward(self, x:Tensor, films:Tensor) -> Tensor: # (B, given, H, W), (B, 4 width, H or 1, W or 1) -> (B, bands, H, W)
+        for layer, film in zip((self.into, self.hidden), films.chunk(2, 1)): x = self.drop(F.gelu(steered(layer(x), film)))
+        return self.out(x)
+
 class Colour(nn.Module):
     "A correction of each pixel's spectrum in the light of what is known of the tile."
     def __init__(self,
@@ -126,18 +151,12 @@ class Colour(nn.Module):
         dropout:float=.1,
     ):
         super().__init__()
-        self.into, self.hidden, self.out = nn.Conv2d(3*bands, width, 1), nn.Conv2d(width, width, 1), nn.Conv2d(width, bands, 1)
-        self.films = nn.ModuleList(nn.Linear(condition, 2*width) for _ in range(2))
-        self.drop = nn.Dropout(dropout)
-        nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
+        self.net = Pointwise(3*bands, bands, width, dropout)
+        self.film = nn.Linear(condition, self.net.films)
 
     def forward(self, x:Tensor, c:Tensor) -> Tensor: # (B, bands, H, W), (B, condition) -> (B, bands, H, W)
         around = F.avg_pool2d(F.pad(x, (AROUND//2,)*4, mode='replicate'), AROUND, 1)
-        h = torch.cat([x, around, x.mean((2, 3), keepdim=True).expand_as(x)], 1)
-        for layer, film in zip((self.into, self.hidden), self.films):
-            gain, shift = film(c)[..., None, None].chunk(2, 1)
-            h = self.drop(F.gelu(layer(h)*(1 + gain) + shift))
-        return self.out(h)
+        return self.net(torch.cat([x, around, x.mean((2, 3), keepdim=True).expand_as(x)], 1), self.film(c)[..., None, None])
 
 class ConvNeXtHead(nn.Module):
     "From features of several depths and the image itself to a correction of the image, zero at the start."

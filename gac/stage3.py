@@ -61,13 +61,8 @@ def despeckled(
 # %% ../nbs/09_stage3.ipynb #90665606
 GAIN = .5  # correction for an output of 1, relative to opt_v2
 
-def _steered(x:Tensor, film:Tensor) -> Tensor: # (B, C, H, W), (B, 2 C, H, W)
-    "Scaled and shifted."
-    gain, shift = film.chunk(2, 1)
-    return x*(1 + gain) + shift
-
 class Reading(nn.Module):
-    "What a pixel should be, given what TerraMind knows of its patch: two hidden layers, each steered by the features."
+    "What a pixel should be, given what TerraMind knows of its patch."
     def __init__(self,
         dim:int, # channels of the features
         pixels:int, # channels of what is seen at full resolution
@@ -76,16 +71,12 @@ class Reading(nn.Module):
         dropout:float=.1,
     ):
         super().__init__()
-        self.know = nn.Sequential(nn.LayerNorm(dim), nn.Dropout(dropout), nn.Linear(dim, 4*width))
-        self.into, self.hidden, self.out = nn.Conv2d(pixels, width, 1), nn.Conv2d(width, width, 1), nn.Conv2d(width, bands, 1)
-        self.drop = nn.Dropout(dropout)
+        self.net = stage2.Pointwise(pixels, bands, width, dropout)
+        self.know = nn.Sequential(nn.LayerNorm(dim), nn.Dropout(dropout), nn.Linear(dim, self.net.films))
         nn.init.normal_(self.know[-1].weight, std=.01), nn.init.zeros_(self.know[-1].bias)
-        nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
 
     def forward(self, x:Tensor, features:Tensor) -> Tensor: # (B, pixels, H, W), (B, h, w, dim) -> (B, bands, H, W)
-        films = F.interpolate(self.know(features).movedim(-1, 1), x.shape[-2:], mode='bilinear').chunk(2, 1)
-        for layer, film in zip((self.into, self.hidden), films): x = self.drop(F.gelu(_steered(layer(x), film)))
-        return self.out(x)
+        return self.net(x, F.interpolate(self.know(features).movedim(-1, 1), x.shape[-2:], mode='bilinear'))
 
 class GroundingHead(nn.Module):
     "From radar, image and features of the decoder to a correction of the image, zero at the start."
@@ -114,7 +105,7 @@ class GroundingHead(nn.Module):
         read = self.reading(x, features)
         if not self.blocks: return read
         half = self.coarse(F.pixel_unshuffle(x, 2))  # (B, width, H/2, W/2)
-        half = _steered(half, F.interpolate(self.know(features).movedim(-1, 1), half.shape[-2:], mode='bilinear'))
+        half = stage2.steered(half, F.interpolate(self.know(features).movedim(-1, 1), half.shape[-2:], mode='bilinear'))
         for block in self.blocks: half = block(half)
         return read + self.out(F.gelu(F.pixel_shuffle(self.up(half), 2) + self.fine(x)))
 
@@ -604,7 +595,7 @@ def train_stage3(
     if select not in MARKS: raise GacError(f'select {select!r}: expected {", ".join(MARKS)}.')
     out_dir, loss, step = Path(out_dir), loss or Stage3Loss(), stage3_step(loss or Stage3Loss(), crop, augment, select)
     settings = replace(settings, monitor='val_monitor', mode='min')
-    made = dict(model=model.config, tensors=stage2.layout(model), weights=identity(model), loss=loss.weights, crop=crop, augment=augment, select=select, frozen=frozen,
+    made = dict(model=model.config, tensors=stage2.layout(model), weights=identity(model), loss=loss.weights, crop=crop, augment=augment, select=select, frozen=frozen, strength=strength,
                 settings=asdict(settings), train=_mark(train), val=_mark(val) if val else 0)
     made = json.loads(json.dumps(made))
     resume = resume and _same(out_dir, made, overwrite)

@@ -17,7 +17,7 @@ class Pairs(Dataset):
 def train(out:str, devices:int, batch:int, steps:int, kill:int=0):
     "Train a miniature refiner without dropout; the process of the last rank dies after `kill` steps."
     refiner = stage2.build_prithvi_refiner(dropout=0., hide=0.).train()
-    torch.nn.init.normal_(refiner.head.colour.out.weight, std=.01, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(refiner.head.colour.net.out.weight, std=.01, generator=torch.Generator().manual_seed(0))
     settings = training.Settings(lr=1e-3, max_steps=steps, batch_size=batch, grad_accum_steps=2, val_every=1, save_every=1, log_every=1, early_stopping=False,
                                  accelerator='cpu', devices=devices, strategy='ddp' if devices > 1 else 'auto')
     step, seen = stage2.stage2_step(stage2.Stage2Loss(ms_ssim=0.)), [0]

@@ -78,7 +78,7 @@ def test_two_devices_train_what_one_trains_with_the_same_global_batch(tmp_path):
     assert [e['steps'] for e in ends.values()] == [3, 3, 3] and 0 < ends['cut']['resumed'] < 3
     for k, v in ends['one']['state'].items():
         for other in ('two', 'cut'): assert torch.allclose(v, ends[other]['state'][k], atol=2e-5), (other, k)
-    assert ends['one']['state']['head.colour.out.bias'].abs().max() > 5e-4  # zero at the start: they agree after having learnt something
+    assert ends['one']['state']['head.colour.net.out.bias'].abs().max() > 5e-4  # zero at the start: they agree after having learnt something
 
 @pytest.mark.slow
 def test_two_ranks_draw_what_one_draws_though_one_is_killed(tmp_path):
