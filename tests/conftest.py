@@ -43,3 +43,15 @@ def make_notebook():
         path.write_text(json.dumps(dict(cells=cells, metadata=dict(kernelspec=spec), nbformat=4, nbformat_minor=5)))
         return path
     return make
+
+@pytest.fixture(scope='session')
+def brief_chain():
+    "Makes a run with a store, Stage 1 and briefly trained Stages 2 and 3."
+    def make(home:Path, notebook:str, tiles_of=(6, 2, 4), recipe=None) -> tuple: # run, store
+        from gac import evaluate, stage1, tiles
+        run = study.start(notebook, 'smoke', 0, str(home/'run'), str(home/'reports'))
+        store = tiles.study_store(run, *tiles_of, size=48)
+        stage1.precompute(store, stage1.build_terramind_generator(), timesteps=1, tokens='expected')
+        evaluate.fit_chain(store, stage1.stored(store), recipe or evaluate.brief_recipe(4), run.dir, 0, no_refinement=False)
+        return run, store
+    return make

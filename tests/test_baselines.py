@@ -183,15 +183,11 @@ def test_equal_computing_is_counted_from_the_line_of_costs():
     assert baselines.cost(run.append, (5, 25), lambda: next(ticks)) == (7., 1.) and run == [5, 5, 25]  # once to warm up
 
 @pytest.fixture(scope='module')
-def chain(store, tmp_path_factory):
+def chain(tmp_path_factory, brief_chain):
     "A run whose stages and U-Nets were briefly trained."
-    home = tmp_path_factory.mktemp('chain')
-    run = study.start('10_evaluate', 'smoke', 0, str(home/'run'), str(home/'reports'))
-    own = tiles.study_store(run, 6, 2, 4, size=48)
-    stage1.precompute(own, stage1.build_terramind_generator(), timesteps=1, tokens='expected')
-    v1, recipe = stage1.stored(own), evaluate.brief_recipe(4)
-    evaluate.fit_chain(own, v1, recipe, run.dir, 0, no_refinement=False)
-    baselines.fit_unet(own, v1, 'U-Net from scratch', recipe.unet, run.dir/'unets'/'unet_from_scratch')
+    run, own = brief_chain(tmp_path_factory.mktemp('chain'), '10_evaluate')
+    recipe = evaluate.brief_recipe(4)
+    baselines.fit_unet(own, stage1.stored(own), 'U-Net from scratch', recipe.unet, run.dir/'unets'/'unet_from_scratch')
     study._write(run.dir/'unets'/'recipe.json', json.dumps(evaluate.asdict(recipe.unet)))
     return run, own
 

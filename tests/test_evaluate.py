@@ -130,14 +130,9 @@ def test_mean_of_seeds_is_taken_tile_by_tile():
     assert mean.psnr.tolist() == [21, 24, 30, 24] and list(mean.scene) == list(one.scene) and list(mean.index) == list(one.index)
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, brief_chain):
     "A run with a store, Stage 1 and briefly trained Stages 2 and 3."
-    home = tmp_path_factory.mktemp('trained')
-    run = study.start('10_evaluate', 'smoke', 0, str(home/'run'), str(home/'reports'))
-    store = tiles.study_store(run, 6, 2, 4, size=48)
-    stage1.precompute(store, stage1.build_terramind_generator(), timesteps=1, tokens='expected')
-    evaluate.fit_chain(store, stage1.stored(store), evaluate.brief_recipe(4), run.dir, 0, no_refinement=False)
-    return run, store
+    return brief_chain(tmp_path_factory.mktemp('trained'), '10_evaluate')
 
 def test_recipe_is_read_back_and_repeats_the_training(trained, tmp_path):
     run, store = trained

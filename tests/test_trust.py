@@ -10,14 +10,11 @@ from gac import cli, evaluate, metrics, stage1, stage3, study, tiles, trust
 RNG = lambda seed=0: np.random.default_rng(seed)
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, brief_chain):
     "A run with a store, Stage 1 and briefly trained Stages 2 and 3, the correction of Stage 3 large enough to be seen."
-    home = tmp_path_factory.mktemp('trust')
-    run = study.start('10_trust', 'smoke', 0, str(home/'run'), str(home/'reports'))
-    store = tiles.study_store(run, 12, 4, 4, size=48)
-    stage1.precompute(store, stage1.build_terramind_generator(), timesteps=1, tokens='expected')
     recipe = evaluate.brief_recipe(4)
-    evaluate.fit_chain(store, stage1.stored(store), evaluate.replace(recipe, how3=recipe.how3 | dict(strength=False)), run.dir, 0, no_refinement=False)
+    recipe = evaluate.replace(recipe, how3=recipe.how3 | dict(strength=False))
+    run, store = brief_chain(tmp_path_factory.mktemp('trust'), '10_trust', (12, 4, 4), recipe)
     chain = trust.chain_of(run)
     with torch.no_grad():
         chain.grounding.head.out.weight.normal_(0, .02, generator=torch.Generator().manual_seed(0))
