@@ -6,9 +6,9 @@
 __all__ = ['ARMS', 'STEPS', 'CODES', 'IGNORED', 'SOURCES', 'DEPTH', 'LORA', 'TERRATORCH', 'AVERAGES', 'PALETTE', 'Arm', 'arm',
            'as_classes', 'check_sources', 'Windows', 'StoreData', 'Recipe', 'input_of', 'statistics', 'encoder_args',
            'model_config', 'data_config', 'trainer_config', 'config_of', 'write_config', 'parts_of', 'SameStart',
-           'hushed', 'open_config', 'terratorch', 'fit_config', 'confusion', 'measures', 'resampled', 'interval',
-           'columns_of', 'predicted', 'truth_of', 'part_of', 'gradient_check', 'mark_of', 'Outcome', 'run_arm',
-           'run_arms', 'by_arm', 'table_of', 'gains_of', 'verdict_of', 'conclusion', 'land_cover_seen',
+           'hushed', 'at_root', 'open_config', 'terratorch', 'fit_config', 'confusion', 'measures', 'resampled',
+           'interval', 'columns_of', 'predicted', 'truth_of', 'part_of', 'gradient_check', 'mark_of', 'Outcome',
+           'run_arm', 'run_arms', 'by_arm', 'table_of', 'gains_of', 'verdict_of', 'conclusion', 'land_cover_seen',
            'labelled_store', 'fill_shelf', 'image_table', 'coloured', 'map_figure', 'run_downstream']
 
 # %% ../nbs/12_downstream.ipynb #08dc7203
@@ -305,9 +305,11 @@ def write_config(
     title:str='', # first line, a comment
 ) -> Path:
     "Write a configuration; the same one gives the same bytes."
+    class Plain(yaml.SafeDumper):
+        def ignore_aliases(self, data): return True  # a list that stands twice is written twice
     lines = [f'# {title}'] if title else []
     lines.append(f'# terratorch fit --config {Path(path).name}, from the root of the repository; then terratorch test with --ckpt_path')
-    return study._write(Path(path), '\n'.join(lines) + '\n' + yaml.safe_dump(config, sort_keys=False, width=160, default_flow_style=None))
+    return study._write(Path(path), '\n'.join(lines) + '\n' + yaml.dump(config, Dumper=Plain, sort_keys=False, width=160, default_flow_style=None))
 
 # %% ../nbs/12_downstream.ipynb #1fa083c9
 def parts_of(model) -> dict: # name -> module
@@ -345,6 +347,11 @@ def hushed():
     finally:
         for x, level in zip(loggers, levels): x.setLevel(level)
 
+@contextlib.contextmanager
+def at_root():
+    "Hushed, and at the root of the repository, where the paths of a configuration begin."
+    with hushed(), contextlib.chdir(study.root()): yield
+
 def open_config(
     path:str|Path, # a .yaml file
     build:bool=True, # False: parsed and checked, nothing is built
@@ -354,7 +361,7 @@ def open_config(
     told, path = io.StringIO(), Path(path).resolve()
     if not path.is_file(): raise GacError(f'{path} is missing: expected a configuration as YAML.')
     with contextlib.ExitStack() as stack:
-        for c in (hushed(), contextlib.redirect_stderr(told), contextlib.chdir(study.root())): stack.enter_context(c)
+        for c in (at_root(), contextlib.redirect_stderr(told)): stack.enter_context(c)
         if not build: # the parser seeds everything, and what it would build is left out
             for c in (training.seeded(0), unittest.mock.patch.object(cli_tools.MyLightningCLI, 'instantiate_classes', lambda self: None)): stack.enter_context(c)
         try: return cli_tools.build_lightning_cli(['--config', str(path)], run=False)
@@ -371,9 +378,9 @@ def fit_config(
     path:str|Path, # a .yaml file
 ): # TerraTorch's command line after training: trainer, model, datamodule
     "Train what a configuration says, in this process; the caller's random numbers stay as they were."
-    with training.seeded(0), hushed():
+    with training.seeded(0), at_root():
         run = open_config(path)
-        with contextlib.chdir(study.root()): run.trainer.fit(run.model, run.datamodule)
+        run.trainer.fit(run.model, run.datamodule)
     return run
 
 # %% ../nbs/12_downstream.ipynb #90e53c81

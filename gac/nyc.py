@@ -11,9 +11,9 @@ __all__ = ['CLASSES', 'CITY_CODES', 'TO_CLASS', 'NO_LABEL', 'S2_ASSETS', 'OTHER_
            'seen_optical', 'fill_from_others', 'to_db', 'read_chip', 'class_columns', 'build', 'Plan', 'plan', 'ground',
            'shadow', 'city_optical', 'bounce', 'city_radar', 'city', 'from_city', 'north_up', 'true_colour',
            'class_map', 'legend', 'show_city', 'Variant', 'Family', 'standardisation', 'config', 'flat', 'differences',
-           'write_config', 'Recorder', 'confusion', 'scores', 'load_config', 'parse_config', 'run_config', 'read_test',
-           'gflop', 'usable', 'fallback', 'think', 'ndvi_thought', 'zero_shot', 'built_class', 'gate', 'verdict',
-           'publishable', 'publish', 'card', 'from_series', 'map_with']
+           'Recorder', 'confusion', 'scores', 'run_config', 'read_test', 'gflop', 'usable', 'fallback', 'think',
+           'ndvi_thought', 'zero_shot', 'built_class', 'gate', 'verdict', 'publishable', 'publish', 'card',
+           'from_series', 'map_with']
 
 # %% ../nbs/13_nyc_tim.ipynb #6c1f62dd
 import hashlib, json, math, os, re, shutil, warnings
@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from . import study, world, tiles, metrics, foundations
+from . import study, world, tiles, metrics, foundations, downstream
 from .study import GacError, S1_BANDS, S2_BANDS
 from odc.geo.geobox import GeoBox
 from odc.geo.geom import box as geom_box
@@ -1048,12 +1048,6 @@ def differences(a:dict, b:dict) -> set[str]: # dotted names
     a, b = flat(a), flat(b)
     return {k for k in a.keys() | b.keys() if a.get(k) != b.get(k) or (k in a) != (k in b)}
 
-def write_config(c:dict, path:Path) -> Path:
-    "A configuration as YAML."
-    class Plain(yaml.SafeDumper):
-        def ignore_aliases(self, data): return True
-    return study._write(Path(path), yaml.dump(c, Dumper=Plain, sort_keys=False, width=150))
-
 # %% ../nbs/13_nyc_tim.ipynb #7c796daa
 from lightning.pytorch import Callback
 
@@ -1114,37 +1108,6 @@ def _relative(path) -> str:
     path = Path(path).resolve()
     return path.relative_to(study.root()).as_posix() if path.is_relative_to(study.root()) else str(path)
 
-@contextmanager
-def _at_root():
-    "Work at the root of the repository, where the paths of a configuration begin; TerraTorch talks less."
-    import logging
-    here, level = os.getcwd(), logging.root.manager.disable
-    os.chdir(study.root()); logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            yield
-    finally: os.chdir(here); logging.disable(level)
-
-def load_config(path): # LightningCLI with model, datamodule and trainer
-    "TerraTorch's own objects of a configuration, as `terratorch fit --config` makes them."
-    from terratorch.cli_tools import build_lightning_cli
-    with _at_root(): return build_lightning_cli(['--config', str(Path(path).resolve())], run=False)
-
-def parse_config(path): # namespace
-    "A configuration read by TerraTorch's parser, nothing built: a wrong name or type is an error."
-    from terratorch.cli_tools import BaseTask, MyLightningCLI, MyTrainer
-    class Parser(MyLightningCLI):
-        def instantiate_classes(self) -> None: pass
-    import contextlib, io
-    said = io.StringIO()
-    try:
-        with _at_root(), contextlib.redirect_stderr(said):
-            return Parser(model_class=BaseTask, subclass_mode_model=True, subclass_mode_data=True, seed_everything_default=0,
-                          save_config_callback=None,
-                          args=['--config', str(Path(path).resolve())], run=False, trainer_class=MyTrainer).config
-    except SystemExit: raise GacError(f'{Path(path).name}: TerraTorch refuses it: {said.getvalue().strip()[-600:]}') from None
-
 def run_config(
     path, # of the YAML
 ) -> dict: # id, confusion, prediction of the test chips
@@ -1155,8 +1118,8 @@ def run_config(
     digest, mark = f'{study.sha256(path)} {study.sha256(manifest)} {_code()}', out/'made_of.txt'
     if not (mark.exists() and mark.read_text() == digest and (out/'test.npz').exists()):
         shutil.rmtree(out, ignore_errors=True)
-        cli = load_config(path)
-        with _at_root():
+        cli = downstream.open_config(path)
+        with downstream.at_root():
             cli.trainer.fit(cli.model, cli.datamodule)
             cli.trainer.test(cli.model, cli.datamodule, verbose=False)
             (out/'metrics.json').write_text(json.dumps({k: float(x) for k, x in cli.trainer.callback_metrics.items()}))
@@ -1173,8 +1136,8 @@ def gflop(
     "Arithmetic of one training step, forward and backward, as PyTorch counts it."
     import torch
     from torch.utils.flop_counter import FlopCounterMode
-    cli = load_config(path)
-    with _at_root():
+    cli = downstream.open_config(path)
+    with downstream.at_root():
         cli.datamodule.setup('fit')
         batch = next(iter(cli.datamodule.train_dataloader()))
         batch = cli.datamodule.aug(batch)
@@ -1390,10 +1353,10 @@ def map_with(
     where = _relative(chips.folder)
     data |= {f'{s}_split': f'{where}/splits/{s}.txt' for s in ('train', 'val', 'test')} | dict(data_root=dict.fromkeys(data['modalities'],
         f'{where}/chips'), label_data_root=f'{where}/chips')
-    cli = load_config(write_config(c, folder/'mapped.yaml'))
+    cli = downstream.open_config(downstream.write_config(folder/'mapped.yaml', c))
     cli.model.load_state_dict(metrics.read_torch(folder/'final.ckpt')['state_dict'])
     found = {}
-    with _at_root(), torch.no_grad():
+    with downstream.at_root(), torch.no_grad():
         cli.datamodule.setup('test')
         for batch in cli.datamodule.test_dataloader():
             batch = cli.datamodule.aug(batch)

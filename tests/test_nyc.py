@@ -10,7 +10,7 @@ import yaml
 from pyproj import Transformer
 from rasterio.transform import from_origin
 
-from gac import nyc, study
+from gac import downstream, nyc, study
 from gac.study import GacError
 
 DAYS = ('2021-01-12', '2021-04-15', '2021-07-20', '2021-10-23')
@@ -268,7 +268,7 @@ def town(tmp_path_factory) -> nyc.Chips:
 def configured(town, out:Path, name:str, **kw) -> Path:
     c = nyc.config(nyc.VARIANTS[name], str(town.folder), str(out/'run'), **dict(steps=2, batch_size=2, suffix='.npy', thoughts=str(out/'thoughts'))
                    | kw)
-    return nyc.write_config(c, out/'config.yaml')
+    return downstream.write_config(out/'config.yaml', c)
 
 def test_the_city_has_seasons_and_a_clean_split(town):
     assert len(set(town.days)) == 4
@@ -300,10 +300,10 @@ def test_runs_start_alike_and_see_the_same_chips_in_the_same_order(town, tmp_pat
         def on_train_end(self, trainer, module): self.moved = {k for k, p in module.model.named_parameters() if p.grad is not None and p.grad.any()}
     watched = []
     for name in ('S1 alone', 'S1 alone, TiM LULC'):
-        cli = nyc.load_config(configured(town, tmp_path/name, name, steps=5))
+        cli = downstream.open_config(configured(town, tmp_path/name, name, steps=5))
         watched.append(Watch())
         cli.trainer.callbacks.append(watched[-1])
-        with nyc._at_root(): cli.trainer.fit(cli.model, cli.datamodule)
+        with downstream.at_root(): cli.trainer.fit(cli.model, cli.datamodule)
     a, b = watched
     assert a.seen == b.seen and len(a.seen) == 5 and a.seen[0] != a.seen[-1]  # over more than one round
     assert a.start.keys() == b.start.keys() and all((a.start[k] == b.start[k]).all() for k in a.start)
@@ -336,9 +336,9 @@ def test_a_given_thought_runs(town, tmp_path):
 
 def test_the_parser_refuses_what_terratorch_does_not_know(tmp_path):
     c = nyc.config(nyc.VARIANTS['TiM LULC'], 'd', 'o', family='base')
-    assert nyc.parse_config(nyc.write_config(c, tmp_path/'good.yaml')).model.init_args.model_args['backbone'] == 'terramind_v1_base_tim'
+    assert downstream.open_config(downstream.write_config(tmp_path/'good.yaml', c), build=False).config.model.init_args.model_args['backbone'] == 'terramind_v1_base_tim'
     c['trainer']['max_step'] = 3
-    with pytest.raises(GacError, match='max_step'): nyc.parse_config(nyc.write_config(c, tmp_path/'bad.yaml'))
+    with pytest.raises(GacError, match='max_step'): downstream.open_config(downstream.write_config(tmp_path/'bad.yaml', c), build=False)
 
 def test_publishing_needs_a_certain_gain(tmp_path):
     import torch
