@@ -6,9 +6,10 @@
 __all__ = ['S2_BANDS', 'OPT_BANDS', 'OPT_INDEX', 'S1_BANDS', 'REFLECTANCE', 'LULC_CLASSES', 'BIOMES', 'TERRAMIND_STATS',
            'COLOURS', 'RUNNER_SETS', 'ROOMS', 'GacError', 'root', 'real_data', 'mend_torchvision', 'seed_everything',
            'progress', 'style', 'format_table', 'Run', 'start', 'requirements', 'sha256', 'weights', 'provenance',
-           'Parameter', 'declared', 'read_notebook', 'notebook_parameters', 'check_value', 'profiles', 'load_profile',
-           'check_parameters', 'modules_used', 'code_of', 'Stage', 'outputs', 'chain_notebooks', 'plan', 'run_chain',
-           'write_report', 'compare_tables', 'compare_reports', 'verify', 'fetch_examples', 'render_readme', 'uphill']
+           'Parameter', 'declared', 'read_notebook', 'notebook_parameters', 'check_value', 'read_yaml', 'profiles',
+           'load_profile', 'check_parameters', 'modules_used', 'code_of', 'Stage', 'outputs', 'chain_notebooks', 'plan',
+           'run_chain', 'write_report', 'compare_tables', 'compare_reports', 'verify', 'fetch_examples',
+           'render_readme', 'uphill']
 
 # %% ../nbs/00_study.ipynb #6c34dab9
 import ast, hashlib, importlib.abc, importlib.util, io, json, os, platform, random, re, subprocess, sys, tempfile, time, tokenize
@@ -385,11 +386,28 @@ def check_value(
     return value
 
 # %% ../nbs/00_study.ipynb #2284e00c
+class _Once(yaml.SafeLoader):
+    "Safe YAML in which a name stands once; plain YAML would silently take the last of several."
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if (name := key.value) in seen: raise GacError(f'{key.start_mark.name}, line {key.start_mark.line + 1}: {name} stands twice. Keep one.')
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+def read_yaml(
+    path:str|Path, # a .yaml file
+): # what it holds
+    "Plain data from a YAML file in which no name stands twice."
+    with open(path, encoding='utf-8') as f:
+        try: return yaml.load(f, _Once)
+        except yaml.YAMLError as e: raise GacError(f'{Path(path).name} is no YAML: {" ".join(str(e).split())}') from None
+
 def profiles(
     folder:str|Path='', # folder of the YAML files; empty: nbs/params
 ) -> dict[str, str]: # name -> description
     "The profiles there are."
-    read = {p.stem: yaml.safe_load(p.read_text(encoding='utf-8')) for p in sorted(Path(folder or root()/'nbs'/'params').glob('*.yaml'))}
+    read = {p.stem: read_yaml(p) for p in sorted(Path(folder or root()/'nbs'/'params').glob('*.yaml'))}
     return {name: y['description'] for name, y in read.items() if isinstance(y, dict) and isinstance(y.get('description'), str)}
 
 def _nearest(name:str, known) -> str:
@@ -406,7 +424,7 @@ def load_profile(
     known = profiles(folder)
     if name not in known: raise GacError(f'No profile {name!r}. {_nearest(name, known)}')
     path = Path(folder or root()/'nbs'/'params')/f'{name}.yaml'
-    sections = {k: v or {} for k, v in yaml.safe_load(path.read_text(encoding='utf-8')).items() if k not in ('description', 'needs')}
+    sections = {k: v or {} for k, v in read_yaml(path).items() if k not in ('description', 'needs')}
     for k, v in sections.items():
         if not isinstance(v, dict): raise GacError(f'{path.name}: section {k} is {v!r}, expected names and values.')
     return sections
@@ -796,7 +814,7 @@ def verify(
 ) -> None:
     "Run the chain anew and compare its tables with the committed report; a GacError lists what differs."
     import shutil
-    fresh, tolerances = Path(runs or root()/'runs'/'verify'), yaml.safe_load((root()/'nbs'/'params'/'tolerances.yaml').read_text(encoding='utf-8'))
+    fresh, tolerances = Path(runs or root()/'runs'/'verify'), read_yaml(root()/'nbs'/'params'/'tolerances.yaml')
     shutil.rmtree(fresh, ignore_errors=True)
     chips, reports = real_data(), {root()/'reports'/profile: ''}
     for folder in sorted((root()/'reports'/'real').glob('*')):
@@ -846,7 +864,7 @@ def fetch_examples(
     registry:dict|None=None, # what to fetch; None: nbs/params/examples.yaml
 ) -> Path: # the folder
     "Download the public Sentinel chips of nbs/params/examples.yaml, each file held against its checksum."
-    registry = registry or yaml.safe_load((root()/'nbs'/'params'/'examples.yaml').read_text(encoding='utf-8'))
+    registry = registry or read_yaml(root()/'nbs'/'params'/'examples.yaml')
     if unknown := set(only) - set(registry): raise GacError(f'No data set {min(unknown)!r}. {_nearest(min(unknown), registry)}')
     dest = root()/dest
     for name, source in registry.items():

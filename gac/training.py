@@ -391,7 +391,8 @@ def load_trained(
     where='checkpoint', # named in the message
 ) -> nn.Module:
     "Set the trained tensors of a model, every key accounted for."
-    _account(state, trained_state(model), where, optional=[n for n, _ in model.named_parameters()])
+    try: _account(state, trained_state(model), where, optional=[n for n, _ in model.named_parameters()])
+    except GacError as e: raise GacError(f'{e} It was trained by another version or with other settings: train it again, or delete its folder.') from None
     model.load_state_dict(state, strict=False)
     return model
 
