@@ -233,7 +233,7 @@ def build_unet(
     with training.seeded(seed): model = UNet(**config)
     model.config = dict(seed=seed, weights=weights, **config)
     if weights: training.load_trained(model, foundations.read_weights(weights_file(weights)), weights_file(weights).name)
-    return model.eval()
+    return foundations.place(model.eval())
 
 def channel_stats(
     batch:dict, # tiles as of stage1.read_tiles

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NEEDS', 'CLASSES', 'TILES', 'SIDE', 'QUALITY', 'STAGE_GAINS', 'TRAINED', 'GRADIENTS', 'COST', 'TIM', 'PAPER',
            'CLAIMS', 'LOOK', 'Claim', 'Absent', 'Tables', 'computed', 'within', 'judge', 'described', 'class_of',
-           'lora_share', 'unfrozen_share', 'facts', 'inputs_of', 'tables_of', 'claims_table', 'told', 'report',
+           'lora_share', 'unfrozen_share', 'facts', 'inputs_of', 'tables_of', 'home', 'claims_table', 'told', 'report',
            'report_of', 'found_ladder', 'found_gains', 'found_knowledge', 'found_ablations', 'found_tim',
            'found_downstream', 'findings', 'claims_figure']
 
@@ -349,17 +349,18 @@ def _known_makers(report:Path) -> dict: # table -> notebook
     return {t: n for n, entry in (found.items() if isinstance(found, dict) else ()) for t in (entry.get('tables', {}) if isinstance(entry,
         dict) else ())}
 
+def home(tables:Tables) -> str:
+    "The label of the tiles the stages were trained on: the first of results.csv."
+    try: return str(tables['results'].data.iloc[0])
+    except Absent: return 'world'
+
 def claims_table(
     tables:Tables,
     claims=CLAIMS,
     have=(), # inputs of this run, of NEEDS
 ) -> pd.DataFrame: # about, claim, claimed, measured, lo, hi, unit, verdict, how
     "Every claim with its verdict."
-    data = 'world'
-    if 'bigearthnet' in have:
-        try: data = next(d for d in tables['results'].data if str(d).startswith('real'))
-        except (Absent, StopIteration): pass
-    return pd.DataFrame([judge(c, tables, have, data) for c in claims])
+    return pd.DataFrame([judge(c, tables, have, home(tables)) for c in claims])
 
 def told(
     value:float,
@@ -438,7 +439,6 @@ def found_downstream(tables:Tables, data:str) -> str:
 def findings(
     table:pd.DataFrame, # from claims_table
     tables:Tables,
-    data:str='world',
 ) -> list[str]:
     "What the study found."
     kinds = table.verdict.map(class_of).value_counts()
@@ -454,7 +454,7 @@ def findings(
     if len(mini): said.append(f'{len(mini)} claims need inputs this run has not got, and have a value of the miniatures, which falls short '
                               f'of {int(short.sum())}: {", ".join(counts)}.')
     for make in (found_ladder, found_gains, found_knowledge, found_ablations, found_downstream, found_tim):
-        try: said.append(make(tables, data))
+        try: said.append(make(tables, home(tables)))
         except (Absent, KeyError, IndexError, AttributeError, pd.errors.UndefinedVariableError): pass
     return said
 

@@ -6,9 +6,9 @@
 __all__ = ['STAGES', 'STEPS', 'BRIEF', 'VARIANTS', 'CHIPS', 'results', 'gains', 'ranking', 'band_table', 'spread', 'remembered',
            'grounder', 'stage_methods', 'unet_methods', 'with_product', 'training_tiles', 'fitted_floors',
            'measure_all', 'pairs_of', 'Recipe', 'brief_recipe', 'recipe_of', 'unet_recipe', 'fit_stage2', 'fit_stage3',
-           'fit_chain', 'mean_of_seeds', 'searched', 'random_stage1', 'variant_methods', 'unet_variant', 'knowledge',
-           'known_weights', 'rivals', 'knowledge_table', 'knowledge_gains', 'by_rule', 'real_sets', 'run_evaluate',
-           'panel_of', 'save_panels']
+           'fit_chain', 'mean_of_seeds', 'searched', 'random_stage1', 'variant_methods', 'unet_variant', 'further',
+           'knowledge', 'known_weights', 'rivals', 'knowledge_table', 'knowledge_gains', 'by_rule', 'real_sets',
+           'run_evaluate', 'panel_of', 'save_panels']
 
 # %% ../nbs/10_evaluate.ipynb #4d50d011
 import hashlib, json
@@ -356,10 +356,10 @@ def variant_methods(
         mean = MeanBy().fit(stage1.read_tiles(store, store.rows('train')[:recipe.pairs])).predict
         return dict(opt_v3=fit_stage3(store, mean, replace(recipe, lies=0.), out_dir/'stage3_s1', seed, see=False, lora_r=0))
     v1 = stage1.images_of(run, store, store.rows('train')[:1])[0] if known else random_stage1(run, store, store.rows('val')[:recipe.val_tiles], seed)
-    v2 = fit_stage2(store, v1, recipe, out_dir/f'stage2_{"known" if known else "random"}', seed, pretrained=known)
+    v2 = fit_stage2(store, v1, recipe, out_dir/('stage2' if known else 'stage2_random'), seed, pretrained=known)
     if variant == 'head without TerraMind features':
         return dict(opt_v3=fit_stage3(store, v2, recipe, out_dir/'stage3_blind', seed, see=False, lora_r=0))
-    return dict(opt_v1=v1, opt_v2=v2, opt_v3=fit_stage3(store, v2, recipe, out_dir/f'stage3_{"known" if known else "random"}', seed, pretrained=known))
+    return dict(opt_v1=v1, opt_v2=v2, opt_v3=fit_stage3(store, v2, recipe, out_dir/('stage3' if known else 'stage3_random'), seed, pretrained=known))
 
 def unet_variant(run, store, variant, recipe, out_dir, seed:int=0) -> Callable: # as for variant_methods; method: tiles -> (n, 4, H, W) reflectance
     "A U-Net of the comparison: that of the run where it is the same one, else trained."
@@ -367,6 +367,14 @@ def unet_variant(run, store, variant, recipe, out_dir, seed:int=0) -> Callable: 
     v1 = stage1.images_of(run, store, store.rows('train')[:1])[0]
     own = seed == run.seed and recipe.unet == unet_recipe(run) and variant in unet_methods(run, v1)
     return unet_methods(run, v1)[variant] if own else remembered(baselines.fit_unet(store, v1, variant, recipe.unet, Path(out_dir)/baselines.slug(variant), seed))
+
+def further(
+    run, # study.Run
+    pairs:int, # training tiles
+    seed:int,
+) -> Path:
+    "Where the trainings of another seed or another number of pairs lie, whoever asks for them."
+    return run.dir/'knowledge'/f'{pairs}-{seed}'
 
 def knowledge(
     run, # study.Run
@@ -382,15 +390,15 @@ def knowledge(
     "Every chain of the comparison on the same test tiles. Each is kept in the run's folder, so that a stopped comparison goes on where it was."
     if max(pairs) > (there := len(store.rows('train'))):
         raise GacError(f'{max(pairs)} pairs: {store.path.name} has {there} training tiles. Make more (02_tiles.n_train), or ask for fewer.')
-    home, parts = run.dir/'knowledge', []
+    parts = []
     for n in pairs:
         for seed in seeds:
             for variant in variants:
                 made = dict(recipe=asdict(recipe.only(n)), seed=seed, variant=variant, tiles=store.table.id.iloc[rows].tolist(), weights=known_weights(run))
                 mark = hashlib.sha256(json.dumps(made, sort_keys=True, default=str).encode()).hexdigest()[:12]
-                file = home/f'{n}-{seed}-{variant.replace(" ", "_")}-{mark}.csv'
+                file = run.dir/'knowledge'/f'{n}-{seed}-{variant.replace(" ", "_")}-{mark}.csv'
                 if not file.exists():
-                    methods = variant_methods(run, store, variant, recipe.only(n), home/f'{n}-{seed}', seed)
+                    methods = variant_methods(run, store, variant, recipe.only(n), further(run, n, seed), seed)
                     study._write(file, stage1.measure(store, rows, methods, batch_size, lpips).to_csv(lineterminator='\n'))
                 one = pd.read_csv(file).rename(columns=dict(method='output')).assign(pairs=n, variant=variant, seed=seed)
                 parts.append(one)

@@ -12,7 +12,7 @@ __all__ = ['MODALITIES', 'BAND_NAMES', 'HLS_NAMES', 'LULC_LABELS', 'SIZE', 'PATC
            'WeightFile', 'needed_files', 'offline', 'find_file', 'locate', 'spare_keys', 'read_weights', 'match_keys',
            'load_checked', 'build', 'checksum', 'weights_checksums', 'save_weights', 'Units', 'tile_identity',
            'tile_generator', 'draw', 'own_randomness', 'top_p_tokens', 'steps_run', 'scheduler_for', 'diffuse',
-           'Generator', 'build_generator', 'features', 'reach', 'clip_error', 'true_tiles']
+           'Generator', 'place', 'build_generator', 'features', 'reach', 'clip_error', 'true_tiles']
 
 # %% ../nbs/04_foundations.ipynb #1d817898
 from . import study  # first: it mends a torchvision built for another torch
@@ -882,6 +882,12 @@ class Generator(nn.Module):
         image = self._image(codes.to(self.device), key, self.timesteps if timesteps is None else timesteps, clamp, noise)
         if size: image = tiles.crop_back(image, tiles.pad_to_multiple(image.new_zeros(1, 1, size, size), self.multiple(output))[1])
         return self.units.outward(image, key, bands)
+
+def place(
+    model:nn.Module, # changed in place
+) -> nn.Module:
+    "On the GPU of this process where there is one; CUDA_VISIBLE_DEVICES hides them."
+    return model.to(torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))) if torch.cuda.is_available() else model
 
 def build_generator(
     name:str='terramind_mini_generate', # terramind_v1_large_generate for the real one

@@ -6,7 +6,8 @@
 __all__ = ['SPEC', 'COLUMNS', 'ERROR_TOP', 'build_terramind_generator', 'tm_sar2opt', 'Decoding', 'tile_number', 'draw',
            'batches', 'unusable', 'read_radar', 'disk_forecast', 'settings', 'precompute', 'drop_other', 'companion',
            'open_tiles', 'read_tiles', 'drawn', 'stored', 'measure', 'summarise', 's1_composite', 'white_of', 'picture',
-           'false_colour', 'by_gain', 'panels', 'decoding_grid', 'cheapest', 'chosen', 'shelf', 'images_of']
+           'false_colour', 'by_gain', 'panels', 'decoding_grid', 'cheapest', 'chosen', 'shelf', 'images_of',
+           'drawn_before']
 
 # %% ../nbs/07_stage1.ipynb #95379e58
 import hashlib, json, shutil
@@ -30,7 +31,7 @@ def build_terramind_generator(
     weights:str='', # folder of weight files, 'hub', or empty: the committed miniatures or the Hugging Face cache
 ): # foundations.Generator, in evaluation mode
     "The pretrained generator that Stage 1 runs and Stage 3 grounds."
-    return foundations.build_generator(name, input_modalities, output_modalities, timesteps, pretrained, weights)
+    return foundations.place(foundations.build_generator(name, input_modalities, output_modalities, timesteps, pretrained, weights))
 
 # %% ../nbs/07_stage1.ipynb #0a68cdce
 @torch.no_grad()
@@ -404,3 +405,14 @@ def images_of(
     name, weights, decoding = chosen(run)
     model = model or build_terramind_generator((store.attrs.get('s1_product', 'S1GRD'),), name=name, weights=weights)
     return drawn(model, decoding, run.seed), rows
+
+def drawn_before(
+    run, # study.Run
+    store, # tiles.Store
+): # tiles.Store with opt_v1: the store, or what lies beside it
+    "Stage 1 for a notebook that runs alone: as 07_stage1 left it, else drawn now."
+    place = shelf(run, store)
+    if 'opt_v1' not in place.arrays:
+        name, weights, decoding = chosen(run)
+        precompute(store, build_terramind_generator((store.attrs.get('s1_product', 'S1GRD'),), name=name, weights=weights), **asdict(decoding), seed=run.seed, into=place)
+    return place

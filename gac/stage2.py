@@ -281,7 +281,7 @@ def build_prithvi_refiner(
         _adapt(encoder, lora_r, lora_alpha, load_in_8bit, unfreeze_last_n_blocks, reach)
         refiner = PrithviRefiner(encoder, metadata, **head)
     refiner.config = config
-    return refiner.eval()
+    return foundations.place(refiner.eval())
 
 def _adapt(encoder:nn.Module, r:int, alpha:int, int8:bool, free:int, reach:str) -> None:
     "8-bit weights, adapters and unfrozen blocks: adapters where a block is frozen, and only there."

@@ -285,7 +285,7 @@ def build_stage3_model(
         adapters = adapt(generator, reach, lora_r, lora_alpha)
         model = Stage3GroundingModel(generator, route, timesteps, standardize, **more)
     model.config, model.adapters = config, adapters
-    return model.eval()
+    return foundations.place(model.eval())
 
 def identity(
     model:Stage3GroundingModel,

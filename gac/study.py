@@ -7,12 +7,13 @@ __all__ = ['S2_BANDS', 'OPT_BANDS', 'OPT_INDEX', 'S1_BANDS', 'REFLECTANCE', 'LUL
            'COLOURS', 'RUNNER_SETS', 'ROOMS', 'GacError', 'root', 'real_data', 'mend_torchvision', 'seed_everything',
            'progress', 'style', 'format_table', 'Run', 'start', 'requirements', 'sha256', 'weights', 'provenance',
            'Parameter', 'declared', 'read_notebook', 'notebook_parameters', 'check_value', 'read_yaml', 'profiles',
-           'load_profile', 'check_parameters', 'modules_used', 'code_of', 'Stage', 'outputs', 'chain_notebooks', 'plan',
-           'run_chain', 'write_report', 'compare_tables', 'compare_reports', 'verify', 'fetch_examples',
-           'render_readme', 'uphill']
+           'load_profile', 'check_parameters', 'modules_used', 'code_of', 'Stage', 'outputs', 'kernels',
+           'chain_notebooks', 'plan', 'run_chain', 'write_report', 'compare_tables', 'compare_reports', 'verify',
+           'fetch_examples', 'render_readme', 'uphill']
 
 # %% ../nbs/00_study.ipynb #6c34dab9
-import ast, hashlib, importlib.abc, importlib.util, io, json, os, platform, random, re, subprocess, sys, tempfile, time, tokenize
+import ast, hashlib, importlib.abc, importlib.util, io, json, os, platform, random, re, subprocess, sys, tempfile, time, tokenize, uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -557,7 +558,7 @@ def _keep(executed:Path, place:Path) -> None:
     _write(place, json.dumps(nb, indent=1, ensure_ascii=False) + '\n')
     executed.unlink()
 
-def _execute(stage:Stage, runs:Path, reports:Path, verbose:bool) -> None:
+def _execute(stage:Stage, runs:Path, reports:Path, verbose:bool, kernel:dict) -> None:
     "Run one notebook with papermill; where it fails, keep what it got to and say where."
     import papermill, warnings
     tmp, place = runs/'notebooks'/f'{stage.name}.ipynb', reports/'notebooks'/f'{stage.name}.ipynb'
@@ -568,7 +569,7 @@ def _execute(stage:Stage, runs:Path, reports:Path, verbose:bool) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             papermill.execute_notebook(str(stage.path), str(tmp), stage.values, kernel_name='python3', language='python',
-                                       cwd=str(stage.path.parent), progress_bar=False, start_timeout=600,
+                                       cwd=str(stage.path.parent), progress_bar=False, start_timeout=600, **kernel,
                                        extra_arguments=['--IPKernelApp.log_level=50'],  # its remarks on transport and shutdown
                                        stdout_file=sys.stdout if verbose else None, stderr_file=sys.stderr if verbose else None)
     except (papermill.PapermillExecutionError, RuntimeError) as e:
@@ -579,6 +580,58 @@ def _execute(stage:Stage, runs:Path, reports:Path, verbose:bool) -> None:
     failed.unlink(missing_ok=True)
     for old in before - set(outputs(stage.name, runs, reports)):  # what this notebook no longer makes
         if old.is_file() and reports in old.parents: old.unlink()
+
+# %% ../nbs/00_study.ipynb #b9d04e57
+def _become_kernel(argv:list[str], cwd:str, env:dict) -> None:
+    "What a forked process does: be a notebook's kernel, in a session of its own as jupyter_client starts one."
+    import atexit, matplotlib
+    from ipykernel.kernelapp import launch_new_instance
+    os.setsid()
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env, JPY_PARENT_PID=str(os.getppid()))
+    matplotlib.rcParams['backend'] = 'module://matplotlib_inline.backend_inline'  # which a kernel sets before the import
+    try: launch_new_instance(argv)
+    finally: atexit._run_exitfuncs()  # multiprocessing leaves without it; temporary folders are removed here
+
+def kernels(
+    stages:list, # notebooks to run
+) -> dict: # options for papermill.execute_notebook; none where kernels start in the usual way
+    "Kernels forked from one process that has imported every module of gac that two of the notebooks use."
+    import multiprocessing
+    if sys.platform != 'linux': return {}  # no fork on Windows, no safe one on macOS
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.provisioning import LocalProvisioner
+    context = multiprocessing.get_context('forkserver')
+    used = Counter(m for s in stages for m in modules_used('\n'.join(code_of(read_notebook(s.path)))))
+    context.set_forkserver_preload([f'gac.{m}' for m, n in used.items() if n > 1])
+
+    class Forked:
+        "A process with the part of subprocess.Popen that jupyter_client uses."
+        stdin = stdout = stderr = None
+        def __init__(self, *args):
+            self.process = context.Process(target=_become_kernel, args=args)
+            self.process.start()
+            self.pid = self.process.pid
+        def poll(self): return self.process.exitcode
+        def wait(self): return self.process.join() or self.process.exitcode
+        def send_signal(self, sig): os.kill(self.pid, sig)
+        def kill(self): self.process.kill()
+        def terminate(self): self.process.terminate()
+
+    class Provisioner(LocalProvisioner):
+        async def launch_kernel(self, cmd, cwd=None, env=None, **_):
+            self.process = Forked(cmd[cmd.index('-f'):], cwd or os.getcwd(), dict(env or os.environ))
+            self.pid = self.pgid = self.process.pid  # its group once it has a session of its own
+            return self.connection_info
+
+    class Manager(AsyncKernelManager):
+        def __init__(self, **kw):
+            super().__init__(**kw)
+            self.kernel_id = uuid.uuid4().hex
+            self.provisioner = Provisioner(kernel_id=self.kernel_id, kernel_spec=self.kernel_spec, parent=self)
+
+    return dict(kernel_manager_class=Manager)
 
 # %% ../nbs/00_study.ipynb #2d09da0a
 def chain_notebooks(nbs:Path) -> list[Path]:
@@ -682,14 +735,15 @@ def run_chain(
     os.environ.setdefault('OMP_NUM_THREADS', '2')  # for the kernels: sums in another order round otherwise, and training carries that on
     if not dry_run:
         with _Lock(run):
-            for s in stages: _run_stage(s, stages, run, report, verbose)
+            kernel = kernels(todo)
+            for s in stages: _run_stage(s, stages, run, report, verbose, kernel)
             write_report(stages, run, report, profile, layout)
     summary = pd.DataFrame([dict(notebook=s.name, status=s.status, seconds=s.seconds) for s in stages])
     print(summary.assign(seconds=[_clock(s.seconds) if s.seconds else '' for s in stages]).to_markdown(index=False))
     if not dry_run: print(f'Done in {_clock(time.perf_counter() - began)}. Open {_shown(report/"index.html")}')
     return summary
 
-def _run_stage(stage:Stage, stages:list[Stage], run:Path, report:Path, verbose:bool) -> None:
+def _run_stage(stage:Stage, stages:list[Stage], run:Path, report:Path, verbose:bool, kernel:dict) -> None:
     "Run one notebook if it is to run, and remember its key only when it has succeeded."
     number = f'[{stages.index(stage) + 1}/{len(stages)}] {stage.name}'
     if stage.status != 'to run':
@@ -698,7 +752,7 @@ def _run_stage(stage:Stage, stages:list[Stage], run:Path, report:Path, verbose:b
     expected = f' (last time {_clock(stage.seconds)})' if stage.seconds else ''
     print(f'{number} runs{expected} …', flush=True)
     began = time.perf_counter()
-    try: _execute(stage, run, report, verbose)
+    try: _execute(stage, run, report, verbose, kernel)
     except BaseException:
         stage.status = 'failed'
         raise

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['BIOME_BOXES', 'BIGEARTHNET', 'EARTH', 'FORMAT', 'SHARD', 'ABSENT', 'CODEC', 'COLUMNS', 'SPLITS', 'SPLIT_STARTS',
            'S2_OFFSET', 'LEVELS', 'APART', 'KNOWN_OFFSETS', 'S1_UNITS', 'S2_UNITS', 'BEN_PIXELS', 'EXTRA', 'NPZ_META',
-           'NPZ_KEYS', 'BENV2_S1', 'MAGIC', 'LAYOUTS', 'READERS', 'pad_to_multiple', 'crop_back', 'to_reflectance',
-           'to_dn', 'parse_date', 'month_of', 'biome_of', 'read_ecoregions', 'split_by_block', 'split_distance',
-           'shard_index', 'write_shard', 'Entry', 'Store', 'check_id', 'tile_arrays', 'from_world', 'study_store',
-           's1_unit', 's2_unit', 'has_baseline', 's2_offset', 'Options', 'Source', 'Job', 'windows', 'read_bigearthnet',
-           'read_geotiff', 'read_npz', 'read_benv2', 'recognise', 'Units', 'find_units', 'records_of', 'convert',
-           'real_store']
+           'NPZ_KEYS', 'BENV2_S1', 'MAGIC', 'LAYOUTS', 'READERS', 'MIN_PAIRS', 'pad_to_multiple', 'crop_back',
+           'to_reflectance', 'to_dn', 'parse_date', 'month_of', 'biome_of', 'read_ecoregions', 'split_by_block',
+           'split_distance', 'shard_index', 'write_shard', 'Entry', 'Store', 'check_id', 'tile_arrays', 'from_world',
+           'study_store', 's1_unit', 's2_unit', 'has_baseline', 's2_offset', 'Options', 'Source', 'Job', 'windows',
+           'read_bigearthnet', 'read_geotiff', 'read_npz', 'read_benv2', 'recognise', 'Units', 'find_units',
+           'records_of', 'convert', 'real_store', 'run_stores', 'training_store']
 
 # %% ../nbs/02_tiles.ipynb #1e22762c
 import hashlib, io, json, os, re, shutil, socket, weakref
@@ -1513,7 +1513,7 @@ def _samples(jobs:list, n:int=16) -> list:
 def real_store(
     run:study.Run, # of this notebook
     data:str='', # folder or file of real tiles, relative to the repository; empty: that of the run
-    **options, # fields of Options
+    **options, # fields of Options; none: those of a store that is there
 ) -> Store|None: # None without data
     "The real tiles of a run: a store as it lies, else converted once."
     if not (data or run.data): return None
@@ -1521,6 +1521,28 @@ def real_store(
     if recognise(src) == 'store': return Store(src)
     if (dst/'table.parquet').exists():
         have = Store(dst).attrs
-        if (have.get('place'), have.get('options')) != (_place(src), _as_json(Options(**options))): shutil.rmtree(dst)
+        if have.get('place') != _place(src) or options and have.get('options') != _as_json(Options(**options)): shutil.rmtree(dst)
     if not (dst/'report.csv').exists(): convert(src, dst, **options)
     return Store(dst)
+
+# %% ../nbs/02_tiles.ipynb #d80b6e13
+MIN_PAIRS = 64 # real training tiles below which a run trains on the procedural world
+
+def run_stores(
+    run:study.Run, # of this notebook
+) -> dict[str, Store]: # 'world', and 'real: …' where the run has data
+    "All tiles of a run."
+    real = real_store(run)
+    return {'world': study_store(run), **({f'real: {Path(run.data).name}': real} if real is not None else {})}
+
+def training_store(
+    run:study.Run, # of this notebook
+) -> tuple[str, Store]: # its name among run_stores, and the store
+    "The tiles a run trains on: the real ones where they suffice, else the procedural world."
+    stores = run_stores(run)
+    label, store = list(stores.items())[-1]
+    there = {s: len(store.rows(s)) for s in SPLITS}
+    if label == 'world' or there['train'] >= MIN_PAIRS and there['val'] and there['test']: return label, store
+    run.missing(f'training on {label}', f'it has {", ".join(f"{n} {s}" for s, n in there.items())} tiles; {MIN_PAIRS} to train on and some of the others are needed, so '
+                'the stages are trained on the procedural world')
+    return 'world', stores['world']

@@ -418,7 +418,8 @@ class Task(LightningModule):
     def validation_step(self, batch, batch_idx:int) -> None:
         terms = self.step(self.model, batch)
         size = next(len(t) for t in (batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else [batch]))
-        self.log_dict({f'val_{k}': torch.as_tensor(v).float() for k, v in terms.items()}, batch_size=size, logger=False)
+        self.log_dict({f'val_{k}': torch.as_tensor(v).float() for k, v in terms.items()}, batch_size=size, logger=False,
+                      sync_dist=_rank()[1] > 1)  # every process has its share of the tiles
 
     def configure_optimizers(self) -> dict:
         free = [p for p in self.parameters() if p.requires_grad]
@@ -598,16 +599,17 @@ def fit(
         _check_resume(last, checkpoint, s, total)
         start = checkpoint['global_step']
     validate = val is not None and len(val) > 0
-    run = trainer(s, out_dir, total, name, validate, every)
+    run, where = trainer(s, out_dir, total, name, validate, every), next(model.parameters()).device
     per_round = min(s.val_every, total)*s.grad_accum_steps*s.batch_size
     batches = loader(train, s.batch_size, True, s.seed, s.workers, per_round, collate)
-    checks = loader(val, s.batch_size, False, s.seed, s.workers, None, collate) if validate else None
+    checks = loader(val, s.batch_size, False, s.seed, s.workers, math.ceil(len(val)/s.world), collate) if validate else None
     with seeded(s.seed), warnings.catch_warnings():
         warnings.filterwarnings('ignore', module='lightning')  # advice on workers and folders that are not empty
         if checkpoint is None: run.fit(task, batches, checks)
         elif checkpoint['gac']['finished']: load_trained(task, checkpoint['state_dict'], last)
         else: run.fit(task, batches, checks, ckpt_path=str(last))
         if checkpoint is None or not checkpoint['gac']['finished']: run.save_checkpoint(last)
+    model.to(where)  # Lightning leaves it on the CPU
     checkpoint = read_torch(last)
     rows = next(v['rows'] for k, v in checkpoint['callbacks'].items() if k.startswith('Curve'))
     best = out_dir/'best.ckpt'

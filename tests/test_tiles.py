@@ -519,3 +519,27 @@ def test_real_power_and_amplitude_are_told_apart(real_data):
     for path in sorted((real_data/'terramesh_tiles'/'S1RTC').glob('*.tif')):
         with rasterio.open(path) as f: chips.append(f.read())
     for x in ([c] for c in chips): assert tiles.s1_unit(x) == 'dB' and tiles.s1_unit([10**(x[0]/10)]) == 'linear' and tiles.s1_unit([10**(x[0]/20)]) == 'amplitude'
+
+def test_a_run_trains_on_the_tiles_it_is_given_where_they_suffice(tmp_path, monkeypatch):
+    tiles.from_world(tmp_path/'given', 5, 2, 2, size=48)
+    tiles.from_world(tmp_path/'run/tiles', 3, 1, 1, size=48)
+    run = study.Run.open('08_stage2', 'smoke', 0, str(tmp_path/'run'), str(tmp_path/'reports'), str(tmp_path/'given'))
+    monkeypatch.setattr(tiles, 'MIN_PAIRS', 5)
+    label, store = tiles.training_store(run)
+    assert (label, len(store.rows('train'))) == ('real: given', 5) and not run.record['missing']
+    monkeypatch.setattr(tiles, 'MIN_PAIRS', 6)
+    label, store = tiles.training_store(run)
+    assert (label, len(store.rows('train'))) == ('world', 3)
+    assert '5 train, 2 val, 2 test tiles; 6 to train on' in str(run.record['missing'])
+
+def test_a_converted_folder_is_kept_whoever_asks(tmp_path):
+    "Later notebooks ask for the real tiles without options: they take what 02_tiles made of them."
+    (tmp_path/'npz').mkdir()
+    r = np.random.default_rng(0)
+    s1 = r.normal([[[-11]], [[-17]]], 2, (2, 96, 96)).astype('f4')
+    np.savez(tmp_path/'npz'/'a.npz', s1=s1, s2=r.integers(200, 4000, (4, 96, 96)).astype('u2'), month=5)
+    run = study.Run.open('02_tiles', 'smoke', 0, str(tmp_path/'run'), str(tmp_path/'reports'), str(tmp_path/'npz'))
+    assert tiles.real_store(run, size=96).arrays['s1'].shape == (1, 2, 96, 96)
+    made = (tmp_path/'run/real/table.parquet').stat().st_mtime_ns
+    assert tiles.real_store(run).arrays['s1'].shape == (1, 2, 96, 96) and (tmp_path/'run/real/table.parquet').stat().st_mtime_ns == made
+    assert tiles.real_store(run, size=48).arrays['s1'].shape[0] == 4
