@@ -210,3 +210,14 @@ def test_notebooks_that_run_alone_never_meet(tmp_path, monkeypatch):
     first, second = (study.start(n).dir for n in ('07_stage1', '08_stage2'))  # nbdev_test runs them at the same time
     assert first != second and first not in second.parents and second not in first.parents
     assert study.start('08_stage2', run_dir='runs/mini').dir == study.start('09_stage3', run_dir='runs/mini').dir  # one run, one folder
+
+@pytest.mark.slow
+def test_the_study_trains_on_tiles_it_is_given(tmp_path):
+    "Enough tiles of somebody's store: every stage learns from them, and the report is about them."
+    from gac import tiles
+    tiles.from_world(tmp_path/'given', tiles.MIN_PAIRS, 8, 8, size=48)
+    study.run_chain('smoke', data=str(tmp_path/'given'), reports=tmp_path/'report', runs=tmp_path/'run')
+    assert set(pd.read_csv(tmp_path/'report/tables/results.csv').data) == {'real: given'}
+    about = json.loads((tmp_path/'report/provenance.json').read_text())['notebooks']
+    assert not [m for n in about.values() for m in n['missing'] if m.startswith('training on')]
+    assert 'real: given' in about['08_stage2']['tables']['stage2'] and 'real: given' in about['09_stage3']['tables']['stage3']

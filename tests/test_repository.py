@@ -59,6 +59,27 @@ def test_notebook_is_small_and_whole(path):
         text = ' '.join(''.join(o.get('text', '')) for o in c.get('outputs', []))
         assert not re.search(r'\b0%\|', text), f'{path.name} keeps a bar that stands still'
 
+class _Bound(ast.NodeVisitor):
+    "Names that a cell binds at its top."
+    def __init__(self): self.names = set()
+    def visit_FunctionDef(self, node): self.names.add(node.name)
+    visit_ClassDef = visit_FunctionDef
+    def visit_Lambda(self, node): pass
+    visit_ListComp = visit_DictComp = visit_SetComp = visit_GeneratorExp = visit_Lambda
+    def visit_Name(self, node): self.names |= {node.id} if isinstance(node.ctx, ast.Store) else set()
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_keeps_the_names_it_exports(path):
+    "A cell that binds the name of an exported function takes it from the cells below."
+    exported = set()
+    for c in study.read_notebook(path)['cells']:
+        if c['cell_type'] != 'code': continue
+        source = re.sub(r'(?m)^\s*[%!].*$', '', ''.join(c['source']))
+        bound = _Bound()
+        bound.visit(ast.parse(source))
+        if source.startswith('#| export'): exported |= {n.name for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+        else: assert not bound.names & exported, f'{path.name}, cell {c["id"]} binds {bound.names & exported}, which the notebook exports'
+
 @pytest.mark.parametrize('path', STAGES, ids=lambda p: p.stem)
 def test_stage_parameters(path):
     declared = study.notebook_parameters(path)  # raises unless exactly one cell is tagged
