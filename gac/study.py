@@ -597,20 +597,21 @@ def _become_kernel(argv:list[str], cwd:str, env:dict) -> None:
 def kernels(
     stages:list, # notebooks to run
 ) -> dict: # options for papermill.execute_notebook; none where kernels start in the usual way
-    "Kernels forked from one process that has imported every module of gac that two of the notebooks use."
-    import multiprocessing
+    "Kernels forked from one process that has imported what a kernel needs and every module of gac that two of the notebooks use."
+    import importlib, multiprocessing
     if sys.platform != 'linux': return {}  # no fork on Windows, no safe one on macOS
     from jupyter_client import AsyncKernelManager
     from jupyter_client.provisioning import LocalProvisioner
     context = multiprocessing.get_context('forkserver')
     used = Counter(m for s in stages for m in modules_used('\n'.join(code_of(read_notebook(s.path)))))
-    context.set_forkserver_preload([f'gac.{m}' for m, n in used.items() if n > 1])
+    become = importlib.import_module('gac.study')._become_kernel  # by name, so that the fork finds it when this runs in a notebook
+    context.set_forkserver_preload(['ipykernel.kernelapp', 'pandas', 'matplotlib.pyplot', *(f'gac.{m}' for m, n in used.items() if n > 1)])
 
     class Forked:
         "A process with the part of subprocess.Popen that jupyter_client uses."
         stdin = stdout = stderr = None
         def __init__(self, *args):
-            self.process = context.Process(target=_become_kernel, args=args)
+            self.process = context.Process(target=become, args=args)
             self.process.start()
             self.pid = self.process.pid
         def poll(self): return self.process.exitcode
