@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -463,7 +464,8 @@ def check_parameters(
     return values
 
 # %% ../nbs/00_study.ipynb #1926f0bb
-def _imports(source:str) -> set[str]:
+@lru_cache(256)
+def _imports(source:str) -> frozenset[str]:
     "The modules of gac that a piece of Python imports, at any depth."
     found = set()
     for node in ast.walk(ast.parse(source)):
@@ -473,14 +475,14 @@ def _imports(source:str) -> set[str]:
             if node.level: module = f'gac.{module}'.rstrip('.')
             if module == 'gac': found |= {a.name for a in node.names}
             elif module.startswith('gac.'): found.add(module[4:])
-    return {name.split('.')[0] for name in found}
+    return frozenset(name.split('.')[0] for name in found)
 
 def modules_used(
     source:str, # Python
     package:str|Path='', # folder of the modules; empty: gac
 ) -> set[str]: # module names
     "The modules of gac that `source` imports, and those they import."
-    folder, seen, todo = Path(package or root()/'gac'), set(), _imports(source)
+    folder, seen, todo = Path(package or root()/'gac'), set(), set(_imports(source))
     while todo:
         name = todo.pop()
         path = folder/f'{name}.py'
@@ -584,8 +586,9 @@ def _execute(stage:Stage, runs:Path, reports:Path, verbose:bool, kernel:dict) ->
 # %% ../nbs/00_study.ipynb #b9d04e57
 def _become_kernel(argv:list[str], cwd:str, env:dict) -> None:
     "What a forked process does: be a notebook's kernel, in a session of its own as jupyter_client starts one."
-    import atexit, matplotlib
+    import atexit, matplotlib, multiprocessing
     from ipykernel.kernelapp import launch_new_instance
+    multiprocessing.set_start_method(None, force=True)  # the system's own for what the notebook starts
     os.setsid()
     os.chdir(cwd)
     os.environ.clear()
