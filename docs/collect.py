@@ -107,7 +107,7 @@ def notebook_of(name:str) -> str:
 def api_page(name:str) -> str: # Markdown
     m = Module(name)
     public = [n for n in m.tree.body if getattr(n, 'name', '') in m.public]
-    names = lambda n: [t.id for t in ast.walk(n.targets[0]) if isinstance(t, ast.Name) and t.id in m.public]
+    names = lambda n: [t.id for t in getattr(n.targets[0], 'elts', n.targets) if isinstance(t, ast.Name) and t.id in m.public]
     constants = [constant(m, n, names(n)) for n in m.tree.body if isinstance(n, ast.Assign) and names(n)]
     parts = [f'# gac.{name}', doc(m.tree) + f'. It is explained, shown at work and tested in [{notebook_of(name)}](../nbs/{notebook_of(name)}.ipynb).',
              f'```{{py:module}} gac.{name}\n```']
