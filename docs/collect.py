@@ -66,7 +66,7 @@ def table(rows:list[tuple]) -> str:
     "Parameters as a Markdown table; nothing where a signature says it all."
     rows = [r for r in rows if r[1] or r[2] or r[3]]
     if not rows: return ''
-    head = '| | type | default | |\n|---|---|---|---|\n'
+    head = '| parameter | type | default | meaning |\n|---|---|---|---|\n'
     return head + '\n'.join(f'| {f"*{n}*" if n == "returns" else code(n)} | {code(t)} | {code(" ".join(d.split()))} | {plain(c)} |' for n, t, d, c in rows)
 
 def directive(kind:str, head:str, *body:str, level:int=4) -> str:
@@ -131,10 +131,12 @@ def commands_page() -> str: # Markdown
 
 # ---- reports
 
-def html_table(csv:Path, caption:str='') -> str:
-    "A table of a report with the characters it was written with."
+def read_table(csv:Path): # DataFrame of strings
     import pandas as pd
-    df = pd.read_csv(csv, dtype=str, keep_default_na=False)
+    return pd.read_csv(csv, dtype=str, keep_default_na=False)
+
+def html_table(df, caption:str='') -> str:
+    "A table with the characters it was written with."
     is_number = lambda v: re.fullmatch(r'[-+]?[\d,.]+(e[-+]?\d+)?|n/a', v)
     cell = lambda v: f'<td{" class=number" if is_number(v) else ""}>{escape(v)}</td>'
     rows = ''.join('<tr>' + ''.join(map(cell, row)) + '</tr>' for row in df.itertuples(index=False))
@@ -151,7 +153,7 @@ def report_pages(folder:Path, dest:Path) -> None:
              f'Tables and figures as one run wrote them: {about["platform"]}, {about["cores"]} cores, {about["device"]}; Python {about["python"]}, '
              f'torch {about["packages"]["torch"]}; {about["time"]}. Data: {about["data"]}. The notebooks as they ran are listed at the end.']
     for stage, entry in about['notebooks'].items():
-        body = [html_table(folder/'tables'/f'{t}.csv', f'{t}: {c}') for t, c in entry['tables'].items() if (folder/'tables'/f'{t}.csv').exists()]
+        body = [html_table(read_table(folder/'tables'/f'{t}.csv'), f'{t}: {c}') for t, c in entry['tables'].items() if (folder/'tables'/f'{t}.csv').exists()]
         body += [f'![{plain(c)}](figures/{f}.png)\n\n*{plain(c)}*' for f, c in entry['figures'].items() if (folder/'figures'/f'{f}.png').exists()]
         body += [f'n/a, {plain(what)}: {plain(why)}' for what, why in entry.get('missing', {}).items()]
         if body: parts += [f'## {stage}', *body]
@@ -166,14 +168,14 @@ def claims_page() -> str: # Markdown
     "Every claim with its verdict, from the tables of the committed reports."
     parts = ['# Claims', 'Every number the study started from, beside what was measured here, with its verdict. The table is written by '
              '[15_claims](nbs/15_claims.ipynb), which also says how a verdict comes about; `gac claims` prints it for any report.']
-    tables = [(p, p/'tables'/'claims.csv') for p in reports() if (p/'tables'/'claims.csv').exists()]
-    for p, csv in tables:
-        import pandas as pd
-        name, df = p.relative_to(ROOT).as_posix(), pd.read_csv(csv, dtype=str, keep_default_na=False)
-        about = json.loads((p/'provenance.json').read_text(encoding='utf-8'))['notebooks'].get('15_claims', {}).get('tables', {})
-        counts = df.verdict.str.split(':').str[0].value_counts()
-        parts += [f'## {name}', f'{len(df)} claims: ' + ', '.join(f'{n} {plain(v)}' for v, n in counts.items()) + f'. [The report]({name}/index.md)',
-                  html_table(csv, about.get('claims', ''))]
+    tables = [p for p in reports() if (p/'tables'/'claims.csv').exists()]
+    for p in tables:
+        name, df = p.relative_to(ROOT).as_posix(), read_table(p/'tables'/'claims.csv')
+        interval = [f'{m} [{lo}, {hi}]' if lo != 'n/a' else m for m, lo, hi in zip(df.measured, df.lo, df.hi)]
+        df = df.assign(claimed=(df.claimed + ' ' + df.unit).str.strip(), measured=interval)
+        parts += [f'## {name.removeprefix("reports/").capitalize()}', f'{len(df)} claims, held against the tables of the [report]({name}/index.md).']
+        for about, rows in df.groupby('about', sort=False):
+            parts += [f'### {plain(about[0].upper() + about[1:])}', html_table(rows[['claim', 'claimed', 'measured', 'verdict', 'how']])]
     if not tables: parts.append('No committed report holds this table yet; `make study` makes it.')
     return '\n\n'.join(parts) + '\n'
 
