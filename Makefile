@@ -1,4 +1,4 @@
-# make study · test · test-slow · lab · verify: each makes its own environment in .venv first
+# make study · test · test-slow · lab · verify · docs: each makes its own environment in .venv first
 PROFILE ?= mini
 PYTHON ?= python3
 VENV := .venv
@@ -7,13 +7,14 @@ READY := $(VENV)/.installed
 export PYTHONUTF8 = 1
 export JUPYTER_PLATFORM_DIRS = 1
 
-.PHONY: help study test test-slow lab verify lock readme
+.PHONY: help study test test-slow lab verify docs lock readme
 help:
 	@echo 'make study [PROFILE=mini] [DATA=folder]   run the study and write its report'
 	@echo 'make test                                 everything that is checked on every change'
 	@echo 'make test-slow                            what takes longer'
 	@echo 'make lab                                  the notebooks in JupyterLab'
 	@echo 'make verify [PROFILE=mini]                compare a fresh run with the committed report'
+	@echo 'make docs                                 the documentation, runs/docs/html/index.html'
 	@echo 'make lock, make readme                    derive requirements.lock and README.md anew'
 
 # torch comes first and through pip, so that a wheel chosen for this machine is kept; the rest is pinned by the lock
@@ -46,6 +47,11 @@ lab: $(READY)
 
 verify: $(READY)
 	@$(BIN)/gac verify --profile $(PROFILE)
+
+docs: $(READY)
+	$(BIN)/python docs/collect.py runs/docs/source
+	$(BIN)/python -m sphinx -W --keep-going -q -E -b html -c docs runs/docs/source runs/docs/html
+	@echo 'Open runs/docs/html/index.html'
 
 # torch brings the accelerator runtime of its platform, so the lock leaves that open
 lock: $(READY)

@@ -166,7 +166,7 @@ def test_weights_are_small_and_have_cards():
 def test_committed_files_are_few_and_known():
     "Nothing at the top that the house does not name."
     known = {'README.md', 'Makefile', 'settings.ini', 'setup.py', 'pyproject.toml', 'environment.yml', 'requirements.lock', 'LICENSE', 'CITATION.cff',
-             '.gitignore', 'nbs', 'gac', 'data', 'reports', 'tests', '.ci', 'docs'}
+             '.gitignore', 'nbs', 'gac', 'data', 'reports', 'tests', '.ci', '.github', 'docs'}
     assert {p.relative_to(ROOT).parts[0] for p in committed()} <= known
     folders = {p.relative_to(ROOT).parts[1] for p in committed() if p.relative_to(ROOT).parts[0] == 'data' and len(p.relative_to(ROOT).parts) > 2}
     assert folders <= {'weights'}
