@@ -628,7 +628,7 @@ def build(
     if landcover is None: raise GacError('No land-cover raster: name it with --landcover, or as landcover in the YAML.')
     grid = grid or utm_grid(landcover)
     places = layout(grid.shape, opt.size, opt.per_block, opt.guard)
-    if places.empty: raise GacError(f'The area is {grid.shape[0]}x{grid.shape[1]} px of 10 m: no chip of {opt.size} px fits. Use a smaller --size.')
+    if places.empty: raise GacError(f'The area is {grid.shape[0]}x{grid.shape[1]} px of 10 m: no chip of {opt.size} px fits. Use a smaller --tile-size.')
     offsets, unit = _survey(source, grid, opt)
     days = [d.day for d in source.dates]
     about = dict(name=name, crs=str(grid.crs), transform=list(grid.affine)[:6], days=days, s1_days=[d.s1_day for d in source.dates], offsets=offsets,
