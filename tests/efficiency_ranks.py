@@ -27,7 +27,7 @@ def train(out:str, devices:int, batch:int, steps:int, kill:int=0):
             if kill and seen[0] > 2*kill and training._rank()[0] == devices - 1: os.kill(os.getpid(), signal.SIGKILL)
         return step(model, one)
     fit = training.fit(refiner, watched, Pairs(), Pairs(), settings, out, every=0)
-    if training._rank()[0] == 0: torch.save(dict(steps=fit.steps, resumed=fit.resumed_at, state=training.trained_state(refiner)), f'{out}/end.pt')
+    if training._rank()[0] == 0: torch.save(dict(steps=fit.steps, resumed=fit.resumed_at, psnr=fit.metrics['val_psnr'], state=training.trained_state(refiner)), f'{out}/end.pt')
 
 def draw(store:str, rank:int, ranks:int, kill:int=0):
     "Precompute one rank's share; the process dies when it has written `kill` batches."

@@ -76,6 +76,7 @@ def test_two_devices_train_what_one_trains_with_the_same_global_batch(tmp_path):
     assert again.returncode == 0, again.stderr[-2000:]
     ends = {k: torch.load(tmp_path/k/'end.pt', weights_only=True) for k in ('one', 'two', 'cut')}
     assert [e['steps'] for e in ends.values()] == [3, 3, 3] and 0 < ends['cut']['resumed'] < 3
+    assert ends['two']['psnr'] == pytest.approx(ends['one']['psnr'], abs=1e-3)  # every tile was validated once, whoever had it
     for k, v in ends['one']['state'].items():
         for other in ('two', 'cut'): assert torch.allclose(v, ends[other]['state'][k], atol=2e-5), (other, k)
     assert ends['one']['state']['head.colour.net.out.bias'].abs().max() > 5e-4  # zero at the start: they agree after having learnt something
