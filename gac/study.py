@@ -737,6 +737,7 @@ def run_chain(
     about = f', about {_clock(sum(known))} for {len(known)} of them last time' if known else ''
     print(f'Profile {profile}: {len(todo)} of {len(stages)} notebooks to run{about}. Report: {_shown(report)}', flush=True)
     os.environ.setdefault('OMP_NUM_THREADS', '2')  # for the kernels: sums in another order round otherwise, and training carries that on
+    os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # on a busy machine threads that spin while they wait take the time the others need
     if not dry_run:
         with _Lock(run):
             kernel = kernels(todo)
