@@ -106,7 +106,7 @@ def tile_browser(
         extent = (0, pixel*a.shape[1], pixel*a.shape[0], 0)
         fig, ax = plt.subplots(figsize=(6.4, 5))
         ax.imshow(np.concatenate([a[:, :n], b[:, n:]], 1), extent=extent)
-        ax.axvline(n*pixel, color='w', lw=1)
+        for colour, width in (('k', 2.5), ('w', 1)): ax.axvline(n*pixel, color=colour, lw=width)
         ax.set_title(left, loc='left')
         ax.set_title(right, loc='right')
         ax.set(xlabel='m', ylabel='m', xlim=extent[:2], ylim=extent[2:])

@@ -35,7 +35,7 @@ def test_line_moves_between_two_images(browser):
 
 def test_every_control_changes_the_picture(browser):
     last = pixels(browser)
-    for name, value in dict(left='opt_v1', line=.8, white=.6, tile='3', bands_shown='B08', right='error of opt_v1').items():
+    for name, value in dict(white=.6, left='opt_v1', bands_shown='B08', line=.8, tile='3', right='error of opt_v1').items():
         browser.controls[name].value = value  # as the front end does
         new = pixels(browser)
         assert new.shape == last.shape and not np.array_equal(new, last), name
@@ -89,18 +89,6 @@ def test_attention_follows_query_and_layer():
     viewer.set(layer='2', down=1, across=1)
     assert titles() == ['100% of the attention', '0% of the attention']
     assert viewer.figure.axes[1].images[0].get_array().tolist() == [[0, 0], [8, 0]]
-
-def test_stage_images_are_browsed(tmp_path):
-    from gac import stage1, tiles
-    store = tiles.from_world(tmp_path/'tiles', 2, 1, 1, size=32)
-    calls = []
-    browse = stage1.browser(store, store.rows()[1:3], dict(opt_v1=lambda batch: calls.append(batch['id'][0]) or batch['truth']*.5))
-    names = list(store.table.id)
-    assert browse.controls['tile'].options == tuple(names[1:3])
-    assert browse.controls['right'].options == ('radar', 'opt_v1', 'truth', 'error of opt_v1')
-    browse.set(line=.2, tile=names[2], white=.3)
-    assert calls == names[1:3]  # each drawn once, whatever else moves
-    with pytest.raises(study.GacError, match='tile is'): browse.set(tile=names[0])
 
 def test_import_is_light():
     code = "import sys; from gac import explore; print(sorted({'torch', 'pandas', 'matplotlib', 'ipywidgets'} & set(sys.modules)))"
