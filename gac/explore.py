@@ -31,8 +31,8 @@ class Explorer:
             if hasattr(c, 'description'): c.description = name.replace('_', ' ')
             c.observe(lambda _: self.redraw(), 'value')
         self.image = widgets.Image(format='png', layout=widgets.Layout(max_width='100%', align_self='flex-start'))
-        rows = widgets.HBox(list(self.controls.values()), layout=widgets.Layout(flex_flow='row wrap'))
-        self.box = widgets.VBox([rows, self.image])
+        named = [x for c in self.controls.values() for x in ((widgets.Label(c.description), c) if isinstance(c, widgets.Play) else (c,))]  # play shows no name
+        self.box = widgets.VBox([widgets.HBox(named, layout=widgets.Layout(flex_flow='row wrap')), self.image])
         self.redraw()
 
     @property
@@ -91,15 +91,15 @@ def tile_browser(
     first = read(ids[0])
     measured = [k for k, x in first.items() if x.shape[-1] != 3]  # the others are pictures
     errors = {f'error of {k}': k for k in measured if k != truth and first[k].shape == first[truth].shape}
-    looks = {k: b for k, b in LOOKS.items() if set(b) <= set(bands)} | {b: (b,) for b in bands}
+    looks, order = {k: b for k, b in LOOKS.items() if set(b) <= set(bands)} | {b: (b,) for b in bands}, list(bands)
 
     def side(images, title, at, white): # (H, W, 3) of one image
         if title in errors: return plt.get_cmap('magma')(np.abs(images[errors[title]] - images[truth])[at].mean(0)/ERROR_TOP)[..., :3]
         x = images[title]
         return np.broadcast_to(np.clip(x[at]/white, 0, 1).transpose(1, 2, 0), (*x.shape[1:], 3)) if title in measured else x
 
-    def draw(tile, left, right, line, bands_shown, white):
-        images, at = read(tile), [bands.index(b) for b in looks[bands_shown]]
+    def draw(tile, left, right, line, bands, white):
+        images, at = read(tile), [order.index(b) for b in looks[bands]]
         white = white or max(.1, float(np.quantile(images[truth][at], .99)))
         a, b = (side(images, k, at, white) for k in (left, right))
         n = round(line*a.shape[1])
@@ -111,14 +111,14 @@ def tile_browser(
         ax.set_title(right, loc='right')
         ax.set(xlabel='m', ylabel='m', xlim=extent[:2], ylim=extent[2:])
         bar = lambda cmap, top, label: fig.colorbar(plt.cm.ScalarMappable(plt.Normalize(0, top), cmap), ax=ax, shrink=.7, extend='max', label=label)
-        if {left, right} & set(errors): bar('magma', ERROR_TOP, f'mean absolute error of {", ".join(looks[bands_shown])}, reflectance')
-        if {left, right} & set(measured): bar('gray', white, f'{", ".join(looks[bands_shown])}, reflectance')
+        if {left, right} & set(errors): bar('magma', ERROR_TOP, f'mean absolute error of {", ".join(looks[bands])}, reflectance')
+        if {left, right} & set(measured): bar('gray', white, f'{", ".join(looks[bands])}, reflectance')
         return fig
 
     choice = [*first, *errors]
     return Explorer(draw, 'Images of a tile, one swiped over another', tile=widgets.SelectionSlider(options=list(ids)),
                     left=widgets.Dropdown(options=choice, value=left), right=widgets.Dropdown(options=choice, value=truth),
-                    line=widgets.FloatSlider(.5, min=0, max=1, step=.02, readout=False), bands_shown=list(looks), white=list(WHITES.items()))
+                    line=widgets.FloatSlider(.5, min=0, max=1, step=.02, readout=False), bands=list(looks), white=list(WHITES.items()))
 
 # %% ../nbs/explore.ipynb #76f6e21e
 def read_curves(
@@ -166,7 +166,7 @@ def training_monitor(
 # %% ../nbs/explore.ipynb #b7f7e66a
 def attention_viewer(
     ids, # names of tiles
-    weights:dict, # name -> (layers, n, queries, tokens): of the radar's tokens, then as many or more of the image's
+    weights:dict, # name -> (layers, n, queries, tokens): of the radar's tokens, then of the image's
     pictures:dict, # title -> (n, H, W, 3): of the radar, then of the image
     tokens:int, # of the radar
 ) -> Explorer:
