@@ -31,7 +31,7 @@ class Explorer:
             if hasattr(c, 'description'): c.description = name.replace('_', ' ')
             c.observe(lambda _: self.redraw(), 'value')
         self.image = widgets.Image(format='png', layout=widgets.Layout(max_width='100%', align_self='flex-start'))
-        named = [x for c in self.controls.values() for x in ((widgets.Label(c.description), c) if isinstance(c, widgets.Play) else (c,))]  # play shows no name
+        named = [widgets.HBox([widgets.Label(c.description), c]) if isinstance(c, widgets.Play) else c for c in self.controls.values()]  # play shows no name
         self.box = widgets.VBox([widgets.HBox(named, layout=widgets.Layout(flex_flow='row wrap')), self.image])
         self.redraw()
 
