@@ -12,7 +12,7 @@ help:
 	@echo 'make study [PROFILE=mini] [DATA=folder]   run the study and write its report'
 	@echo 'make test                                 everything that is checked on every change'
 	@echo 'make test-slow                            what takes longer'
-	@echo 'make lab                                  the notebooks in JupyterLab'
+	@echo 'make lab [LAB=--no-browser]               the notebooks in JupyterLab'
 	@echo 'make verify [PROFILE=mini]                compare a fresh run with the committed report'
 	@echo 'make docs                                 the documentation, runs/docs/html/index.html'
 	@echo 'make lock, make readme                    derive requirements.lock and README.md anew'
@@ -43,7 +43,7 @@ test-slow: $(READY)
 	  [ $$status -eq 0 ] && cp runs/test-slow.txt reports/test-slow.txt; exit $$status
 
 lab: $(READY)
-	$(BIN)/jupyter lab --notebook-dir=nbs
+	$(BIN)/jupyter lab --notebook-dir=nbs $(LAB)
 
 verify: $(READY)
 	@$(BIN)/gac verify --profile $(PROFILE)

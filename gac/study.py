@@ -7,7 +7,7 @@ __all__ = ['S2_BANDS', 'OPT_BANDS', 'OPT_INDEX', 'S1_BANDS', 'REFLECTANCE', 'LUL
            'COLOURS', 'RUNNER_SETS', 'ROOMS', 'GacError', 'root', 'real_data', 'mend_torchvision', 'seed_everything',
            'progress', 'style', 'format_table', 'Run', 'start', 'requirements', 'sha256', 'weights', 'provenance',
            'Parameter', 'declared', 'read_notebook', 'notebook_parameters', 'check_value', 'read_yaml', 'profiles',
-           'load_profile', 'check_parameters', 'modules_used', 'code_of', 'Stage', 'outputs', 'kernels',
+           'load_profile', 'check_parameters', 'modules_used', 'code_of', 'Stage', 'outputs', 'still', 'kernels',
            'chain_notebooks', 'plan', 'run_chain', 'write_report', 'compare_tables', 'compare_reports', 'verify',
            'fetch_examples', 'render_readme', 'uphill']
 
@@ -551,9 +551,16 @@ def _scrub(text:str) -> str:
         if len(path) > 1: text = text.replace(json.dumps(path)[1:-1], name).replace(path, name)
     return text
 
+def still(nb:dict) -> dict: # as JSON
+    "A notebook, in place, without what is alive only beside its kernel: a widget leaves its picture and its text."
+    nb['metadata'].pop('widgets', None)
+    for cell in nb['cells']:
+        for out in cell.get('outputs', []): out.get('data', {}).pop('application/vnd.jupyter.widget-view+json', None)
+    return nb
+
 def _keep(executed:Path, place:Path) -> None:
-    "Move an executed notebook into the report, without machine paths and run times of cells."
-    nb = json.loads(_scrub(executed.read_text(encoding='utf-8')))
+    "Move an executed notebook into the report, without machine paths, run times of cells and live widgets."
+    nb = still(json.loads(_scrub(executed.read_text(encoding='utf-8'))))
     nb['metadata'].pop('papermill', None)
     for cell in nb['cells']:
         for key in ('papermill', 'execution'): cell['metadata'].pop(key, None)
@@ -977,7 +984,7 @@ def render_readme() -> str:
     return re.sub(r'\n{3,}', '\n\n', text.replace('](../', '](').replace('src="../', 'src="')).strip() + '\n'
 
 # %% ../nbs/00_study.ipynb #c7d1d3de
-ROOMS = ('study', 'world', 'tiles', 'metrics', 'foundations', 'training', 'pretrain', 'gradients', 'stage1', 'stage2', 'stage3',
+ROOMS = ('study', 'explore', 'world', 'tiles', 'metrics', 'foundations', 'training', 'pretrain', 'gradients', 'stage1', 'stage2', 'stage3',
          'baselines', 'evaluate', 'export', 'trust', 'ablations', 'downstream', 'nyc', 'efficiency', 'claims', 'cli')
 
 def uphill(

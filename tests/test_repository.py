@@ -58,6 +58,7 @@ def test_notebook_is_small_and_whole(path):
         assert not [o for o in c.get('outputs', []) if o['output_type'] == 'error'], f'{path.name} keeps an error'
         text = ' '.join(''.join(o.get('text', '')) for o in c.get('outputs', []))
         assert not re.search(r'\b0%\|', text), f'{path.name} keeps a bar that stands still'
+    assert json.loads(path.read_text()) == study.still(json.loads(path.read_text())), f'{path.name} keeps widgets that are dead: study.still leaves their pictures'
 
 class _Bound(ast.NodeVisitor):
     "Names that a cell binds at its top."
@@ -153,7 +154,7 @@ def test_nothing_of_one_machine():
     for path in committed():
         if path.suffix in ('.png', '.safetensors', '.npz', '.parquet'): continue
         text = path.read_text(encoding='utf-8')
-        if path.suffix == '.ipynb': text = re.sub(r'"image/png": "[^"]*"', '', text)
+        if path.suffix == '.ipynb': text = re.sub(r'"image/(png|jpeg)": "[^"]*"', '', text)
         found = MACHINE.search(text)
         assert not found, f'{path.relative_to(ROOT)}: {text[max(0, found.start() - 40):found.end() + 20]!r}'
 

@@ -216,3 +216,14 @@ def test_real_chips(real_data, shelf, tmp_path, capsys):
     out = tmp_path/'out'
     assert cli.main(['precompute', '--data-dir', str(real_data/'bigearthnet_v2'), '--output-dir', str(out), '--timesteps', '1', '--weights', str(shelf)]) == 0
     assert 'processed 3' in capsys.readouterr().out
+
+def test_stage_images_are_browsed(tmp_path):
+    store = tiles.from_world(tmp_path/'tiles', 2, 1, 1, size=32)
+    calls = []
+    browse = stage1.browser(store, store.rows()[1:3], dict(opt_v1=lambda batch: calls.append(batch['id'][0]) or batch['truth']*.5))
+    names = list(store.table.id)
+    assert browse.controls['tile'].options == tuple(names[1:3])
+    assert browse.controls['right'].options == ('radar', 'opt_v1', 'truth', 'error of opt_v1')
+    browse.set(line=.2, tile=names[2], white=.3)
+    assert calls == names[1:3]  # each drawn once, whatever else moves
+    with pytest.raises(study.GacError, match='tile is'): browse.set(tile=names[0])
