@@ -430,17 +430,16 @@ MODALITIES = {'S2L2A': 12, 'S1RTC': 2, 'DEM': 1}  # modality -> bands of a date
 
 def _save(path:Path, x:np.ndarray, box:GeoBox, names:Sequence[str]=(), nodata=None) -> str: # checksum
     "Write one file of a chip whole."
-    part = path.with_name('.part' + path.name)
-    if path.suffix == '.npy':
-        with open(part, 'wb') as f: np.save(f, x)
-    else:
-        import rasterio
-        with rasterio.open(part, 'w', driver='GTiff', height=x.shape[1], width=x.shape[2], count=len(x), dtype=x.dtype, crs=str(box.crs),
-                           transform=box.affine,
-                           compress='deflate', predictor=3 if x.dtype.kind == 'f' else 2, nodata=nodata) as dst:
-            dst.write(x)
-            for i, name in enumerate(names, 1): dst.set_band_description(i, name)
-    os.replace(part, path)
+    with study.replacing(path, path.with_name('.part' + path.name)) as part:
+        if path.suffix == '.npy':
+            with open(part, 'wb') as f: np.save(f, x)
+        else:
+            import rasterio
+            with rasterio.open(part, 'w', driver='GTiff', height=x.shape[1], width=x.shape[2], count=len(x), dtype=x.dtype, crs=str(box.crs),
+                               transform=box.affine,
+                               compress='deflate', predictor=3 if x.dtype.kind == 'f' else 2, nodata=nodata) as dst:
+                dst.write(x)
+                for i, name in enumerate(names, 1): dst.set_band_description(i, name)
     return study.sha256(path)
 
 def write_chip(
@@ -647,7 +646,7 @@ def build(
         else: row = dict(id=p.id, seen=chip.pop('seen'), **class_columns(chip['label']),
                          files=write_chip(out, p.id, box, **chip, days=days, suffix=opt.suffix))
         done[p.id] = row
-        with open(journal, 'a', encoding='utf-8') as f: f.write(json.dumps(row) + '\n')
+        with study.writing(journal), open(journal, 'a', encoding='utf-8') as f: f.write(json.dumps(row) + '\n')
     kept = places.merge(pd.DataFrame([r for r in done.values() if 'files' in r]), on='id') if any('files' in r for r in done.values()) else places[:0]
     left_out = {r['id']: r['why'] for r in done.values() if 'why' in r}
     if kept.empty: raise GacError(f'No chip is left of {len(places)}. The first: {next(iter(left_out.values()))}.')

@@ -703,6 +703,6 @@ def save_panels(
     chosen = stage1.by_gain(metrics.psnr(v1, truth), metrics.psnr(v2, truth))
     at = list(chosen.values())
     fig = stage1.panels(dict(truth=truth[at]), dict(opt_v1=v1[at], opt_v2=v2[at]), list(chosen), nir=False)
-    fig.savefig(path, metadata={'Software': None})
+    study.save_picture(fig, Path(path))
     plt.close(fig)
     return path

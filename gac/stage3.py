@@ -893,9 +893,9 @@ def infer_files(
     model = load_stage3(stage3_checkpoint, stage2_checkpoint, weights)
     v3 = stage3_inference(model, radar, v2, timesteps, batch_size)
     out = dict(opt_v3=v3, s1_vv=radar[:, 0], s1_vh=radar[:, 1])
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if output.suffix == '.pt': torch.save(out, output)
-    else: np.savez(output, **{k: v.numpy() for k, v in out.items()})
+    with study.replacing(output) as partly, open(partly, 'wb') as f:
+        if output.suffix == '.pt': torch.save(out, f)
+        else: np.savez(f, **{k: v.numpy() for k, v in out.items()})
     truth = next((d['s2_real'] for d in (there, found) if 's2_real' in d), None)
     measured = {} if truth is None else compute_stage3_metrics(v3, v2, _batched(truth, len(OPT_BANDS), f'{image}, s2_real'))
     return dict(tiles=len(v3), output=str(output)) | measured
@@ -971,7 +971,7 @@ def save_panels(
     at = list(chosen.values())
     s1, v2, v3, truth = (x[at].numpy() for x in (s1, v2, v3, truth))
     fig = stage1.panels(dict(s1=s1, truth=truth), dict(opt_v2=v2, opt_v3=v3), list(chosen), nir=False)
-    fig.savefig(path, metadata={'Software': None})
+    study.save_picture(fig, Path(path))
     plt.close(fig)
     return path
 
