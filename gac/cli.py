@@ -51,8 +51,9 @@ def main(
 ) -> int: # exit code: 0 done, 1 done in part, 2 refused, 130 interrupted
     "Run one command; a mistake of the user is one line on stderr."
     args = vars(parser().parse_args(argv))
-    from gac.study import GacError
-    try: return args.pop('function')(**args) or 0
+    from gac.study import GacError, writing
+    try:
+        with writing('a file'): return args.pop('function')(**args) or 0
     except GacError as e: print('gac:', ' '.join(str(e).split()), file=sys.stderr)
     except KeyboardInterrupt:
         print('gac: interrupted; the same command goes on from here', file=sys.stderr)

@@ -635,7 +635,7 @@ def build(
                  landcover=Path(landcover).name, mapping={str(k): v for k, v in mapping.items()}, **asdict(opt))
     if (out/'manifest.json').exists() and about.items() <= (made := Chips(out)).about.items(): return made
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-    (out/'chips').mkdir(parents=True, exist_ok=True)
+    study.writable(out/'chips')
     journal = out/'journal.jsonl'
     done = _journal(journal, key)
     for _, p in study.progress(list(places.iterrows()), desc='chips', unit='chips'):
@@ -885,7 +885,7 @@ def from_city(
         if about.items() <= chips.about.items(): return chips
         if not anew: raise GacError(f'{out}: holds a data set of other options. Name another folder, or remove it.')
         shutil.rmtree(out)
-    (out/'chips').mkdir(parents=True, exist_ok=True)
+    study.writable(out/'chips')
     c, places = city(seed, size), layout((size, size), opt.size, opt.per_block, opt.guard)
     grid = GeoBox((size, size), north_up(580_000, 4_515_000), 'EPSG:32618')
     check_contents([x[:, ::4, ::4] for x in c['s2']], SEASONS)
@@ -1171,7 +1171,7 @@ def think(
     import torch
     generator = generator or foundations.build_generator('terramind_mini_generate', given, ('LULC',))
     out, found = Path(out), {}
-    out.mkdir(parents=True, exist_ok=True)
+    study.writable(out)
     names = chips.table.id[chips.table.split != 'spare'].tolist()
     for i in range(0, len(names), batch):
         some = names[i:i + batch]
@@ -1274,7 +1274,7 @@ def publish(
     folder = (run_dir/'nyc'/kept['folders'][best['run']]).resolve()
     if not folder.is_relative_to(run_dir.resolve()): raise GacError(f'{run_dir}/nyc/gate.json: {kept["folders"][best["run"]]} lies outside the run.')
     from safetensors.torch import save_file
-    out.mkdir(parents=True, exist_ok=True)
+    study.writable(out)
     state = metrics.read_torch(folder/'final.ckpt')['state_dict']
     save_file({k.removeprefix('model.'): x.contiguous().clone() for k, x in state.items() if k.startswith('model.')}, out/'model.safetensors',
               metadata={'format': 'pt'})
@@ -1303,7 +1303,7 @@ def from_series(
     "A time series as chips without labels, all of them in the test split."
     import h5py
     out = Path(out)
-    (out/'chips').mkdir(parents=True, exist_ok=True)
+    study.writable(out/'chips')
     try: f = h5py.File(path)
     except OSError as e: raise GacError(f'{path}: not a readable netCDF file ({e}).') from None
     with f:

@@ -443,7 +443,7 @@ def save_stage2(
 ) -> Path: # the folder
     "Adapters in peft's format, everything else that was trained, and a card."
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    study.writable(folder)
     if hasattr(refiner.encoder, 'peft_config'): training.save_adapters(refiner.encoder, folder/ADAPTERS)
     state = {k: v for k, v in training.trained_state(refiner).items() if 'lora_' not in k}
     size = training.weigh(refiner)

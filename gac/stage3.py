@@ -664,7 +664,7 @@ def save_stage3(
 ) -> Path: # the folder
     "Adapters in peft's format, the head beside them, and a card."
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    study.writable(folder)
     if len(model.adapters): training.save_adapters(model.generator, folder/ADAPTERS)
     state = {k: v for k, v in model.state_dict().items() if k.startswith('head.') or k == 'strength'}
     training.save_checkpoint(folder/HEAD_FILE, state, 'stage3', model.config['name'], OPT_BANDS, model.config, model.config['seed'], measured,

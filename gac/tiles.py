@@ -1406,7 +1406,7 @@ def records_of(
     offset, size = _offset_of(source, units, opt), opt.size
     for k in arrays.keys() - {'s1', 's2', *source.extra}: raise GacError(f'{k} is missing, which the tiles before had.')
     if source.meta.get('split', 'test') not in SPLITS: raise GacError(f'split {source.meta["split"]!r}; it is one of {", ".join(SPLITS)}.')
-    if not source.s1_named and np.isfinite(source.s1).any() and _median(source.s1[0]) <= _median(source.s1[1]):
+    if not source.s1_named and np.isfinite(source.s1).any() and _median(source.s1[0]) < _median(source.s1[1]):
         raise GacError('Sentinel-1: the first band (VV) is darker than the second (VH), so they look swapped. '
                        'Say s1_bands=VH,VV, or VV,VH to keep the order.')
     s2 = _pick(source.s2, source.s2_bands, tuple(arrays['s2'][2]['bands']))

@@ -164,3 +164,94 @@ def test_killed_at_any_file_it_goes_on_to_the_same_end(name, given, unbroken, tm
         assert faults.killed(lambda: write(folder, given), step) == -signal.SIGKILL
         assert faults.forked(lambda: write(folder, given)) == 0
         assert not differences(content(folder), want), (step, differences(content(folder), want))
+
+def test_a_command_on_a_full_disk_is_one_line(capsys, monkeypatch):
+    import errno
+    from gac import cli
+    def full(*args, **kw): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'some/file')
+    monkeypatch.setattr(study, 'verify', full)
+    assert cli.main(['verify']) == 2
+    assert capsys.readouterr().err.startswith('gac: some/file: cannot be written (No space left on device). Make room')
+
+# ---- files that were cut short, see test_fuzz for all the rest ------------------------------------------------------------------------
+
+@pytest.mark.parametrize('file', ['table.parquet', 'arrays/zarr.json', 'arrays/s1/zarr.json', 'arrays/s1/c/0/0/0/0'])
+def test_a_store_that_was_cut_short_names_the_file(given, tmp_path, file):
+    path = shutil.copytree(given.store.path, tmp_path/'tiles')/file
+    whole = path.read_bytes()
+    for keep in (0, len(whole)//2, len(whole) - 1):
+        path.write_bytes(whole[:keep])
+        with pytest.raises(GacError, match='(?i)damaged|cannot be read') as e: tiles.Store(tmp_path/'tiles').read('s1', slice(None))
+        assert (path.name if file.startswith('t') else 'arrays') in str(e.value) and ('estore' in str(e.value) or 'again' in str(e.value))
+    path.unlink()
+    with pytest.raises(GacError): tiles.Store(tmp_path/'tiles').read('s1', slice(None))
+    path.write_bytes(whole)
+    assert len(tiles.Store(tmp_path/'tiles').read('s1', slice(None))) == 8
+
+def test_a_table_of_bigearthnet_that_was_cut_short_is_named(tmp_path):
+    layouts.bigearthnet(tmp_path/'ben', 1)
+    table = tmp_path/'ben'/'metadata.parquet'
+    table.write_bytes(table.read_bytes()[:-9])
+    with pytest.raises(GacError, match='metadata.parquet: cannot be read as Parquet.*fetch it again'): tiles.convert(tmp_path/'ben', tmp_path/'out')
+
+# ---- tiles that show nothing or are scaled otherwise than their data set ------------------------------------------------------------------
+
+RADAR, OPTICAL = layouts.radar(1), layouts.optical(1, count=4)
+TILES = {
+    'radar NaN in one pixel': (dict(s1=np.where(np.arange(120) == 7, np.nan, RADAR)), 'Sentinel-1: 120 px are NaN'),
+    'radar infinite': (dict(s1=RADAR/np.float32(0)), 'Sentinel-1: 14400 px are NaN'),
+    'radar all zero': (dict(s1=RADAR*0), 'Sentinel-1: VV or VH is one value everywhere'),
+    'radar constant': (dict(s1=np.stack([RADAR[0], RADAR[1]*0 - 17])), 'Sentinel-1: VV or VH is one value everywhere'),
+    'radar as power': (dict(s1=10**(RADAR/10)), 'no negative value in a data set of dB. Say s1_units='),
+    'radar times 100': (dict(s1=RADAR*100), 'outside −100 to 60 dB'),
+    'swapped': (dict(s1=RADAR[::-1]), 'look swapped. Say s1_bands=VH,VV'),
+    'image NaN': (dict(s2=OPTICAL*np.nan), 'Sentinel-2: 14400 px are NaN'),
+    'image infinite': (dict(s2=OPTICAL*np.inf), 'Sentinel-2: 14400 px are NaN'),
+    'image all zero': (dict(s2=OPTICAL*0), 'Sentinel-2: 14400 px are 0 in every band'),
+    'image constant': (dict(s2=OPTICAL*0 + 900), 'Sentinel-2: 900 everywhere'),
+    'image as reflectance': (dict(s2=OPTICAL/1e4), 'no DN but reflectance? Say s2_units='),
+    'image times 100': (dict(s2=OPTICAL*100.), 'Sentinel-2 from 1.2e+04 to 3.999e+05'),
+    'image with the offset': (dict(s2=OPTICAL + 1000), 'Say s2_offset=1000 or 0 for n1')}
+
+@pytest.mark.parametrize('what', TILES)
+@pytest.mark.filterwarnings('ignore:divide by zero', 'ignore:invalid value')
+def test_a_tile_that_cannot_be_right_is_left_out_and_said(tmp_path, what):
+    change, said = TILES[what]
+    report = tiles.convert(layouts.npz(tmp_path/'npz', change=lambda i: change if i == 1 else {}), tmp_path/'out')
+    assert report['status'].tolist() == ['ok', 'error', 'ok'] and said in report['reason'][1], report['reason'][1]
+    assert tiles.Store(tmp_path/'out').table['id'].tolist() == ['n0', 'n2'] and 'n1.npz' in report['file'][1]
+
+def test_a_training_on_values_that_are_not_finite_stops_at_once(tmp_path):
+    data = torch.utils.data.TensorDataset(torch.full((4, 8), torch.nan))
+    with pytest.raises(GacError, match='The loss is nan in step 0: inspect the batch, or lower lr'):
+        training.fit(torch.nn.Linear(8, 8), lambda m, b: {'loss': m(b[0]).square().mean()}, data, None, BRIEF, tmp_path, every=0)
+
+# ---- the soak ----------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork and SIGKILL')
+def test_soak_of_kills_at_random_moments(given, unbroken, tmp_path):
+    "Precompute and train, killed at any moment, over and over: the arrays and weights are those of an unbroken run. GAC_SOAK_MINUTES, else 30."
+    import random, threading, time
+    until, rng, kills, rounds = time.monotonic() + 60*float(os.environ.get('GAC_SOAK_MINUTES') or 30), random.Random(0), 0, 0
+    while rounds == 0 or time.monotonic() < until:
+        for name in ('images of Stage 1', 'Stage 2', 'Stage 3', 'converted tiles'):
+            folder, write, want = tmp_path/f'{rounds}'/name, WRITERS[name], unbroken(name)[0]
+            folder.mkdir(parents=True)
+            for patience in range(1, 99):  # seconds until the kill grow, so that it ends
+                def doomed():
+                    def die():
+                        time.sleep(rng.uniform(0, .3*patience))
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    threading.Thread(target=die, daemon=True).start()
+                    write(folder, given)
+                code = faults.forked(doomed)
+                rng.random()
+                assert code in (0, -signal.SIGKILL), (name, code)
+                if code == 0: break
+                kills += 1
+            assert not differences(content(folder), want), (name, rounds, differences(content(folder), want))
+            shutil.rmtree(folder)
+        rounds += 1
+    print(f'{kills} kills in {rounds} rounds')
+    assert kills > 4*rounds
