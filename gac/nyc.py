@@ -491,10 +491,14 @@ class Chips:
     ):
         self.folder = Path(folder)
         try: self.about = json.loads((self.folder/'manifest.json').read_text(encoding='utf-8'))
-        except (OSError,
-                json.JSONDecodeError): raise GacError(f'{folder}: no manifest.json of a finished data set. Make one with `gac nyc build`.') from None
-        self.table = pd.read_csv(self.folder/'chips.csv')
-        self.table['files'] = self.table.files.map(json.loads)
+        except (OSError, ValueError, RecursionError): raise GacError(f'{folder}: no manifest.json of a finished data set. Make one with `gac nyc build`.') from None
+        if not isinstance(self.about, dict) or not {'size', 'days'} <= self.about.keys():
+            raise GacError(f'{folder}/manifest.json: fields size and days are missing. Make the data set again with `gac nyc build`.')
+        try:
+            self.table = pd.read_csv(self.folder/'chips.csv')
+            self.table['files'] = self.table['files'].map(json.loads)
+        except (OSError, ValueError, TypeError, KeyError) as e:
+            raise GacError(f'{folder}/chips.csv: damaged ({type(e).__name__}: {e}). Make the data set again with `gac nyc build`.') from e
 
     @property
     def size(self) -> int: return self.about['size']

@@ -863,7 +863,10 @@ def _batched(x:Tensor, channels:int, where) -> Tensor: # (B, channels, H, W)
 
 def radar_in(found:dict, where) -> Tensor: # (B, 2, H, W) dB
     "VV and VH of a file."
-    if {'s1_vv', 's1_vh'} <= found.keys(): return _batched(torch.stack([found['s1_vv'], found['s1_vh']], -3), 2, f'{where}, s1_vv and s1_vh')
+    if {'s1_vv', 's1_vh'} <= found.keys():
+        vv, vh = found['s1_vv'], found['s1_vh']
+        if vv.shape != vh.shape or vv.ndim < 2: raise GacError(f'{where}: s1_vv {tuple(vv.shape)} and s1_vh {tuple(vh.shape)}, expected (tiles, height, width) twice.')
+        return _batched(torch.stack([vv, vh], -3), 2, f'{where}, s1_vv and s1_vh')
     for k in ('s1', 'tensor'):
         if k in found: return _batched(found[k], 2, f'{where}, {k}')
     raise GacError(f'{where}: no radar; expected s1_vv and s1_vh, or s1. It holds {", ".join(found)}.')

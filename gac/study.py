@@ -387,7 +387,7 @@ def declared(source:str) -> dict[str, Parameter]:
                 if t.type == tokenize.COMMENT}
     found = {}
     for node in ast.parse(source).body:
-        if not (isinstance(node, ast.AnnAssign) and node.value is not None):
+        if not (isinstance(node, ast.AnnAssign) and node.value is not None and isinstance(node.target, ast.Name)):
             raise GacError(f'Parameters cell, line {node.lineno}: expected `name: type = value  # what it is`.')
         help = comments.get(node.end_lineno, '')
         found[node.target.id] = Parameter(node.target.id, ast.unparse(node.annotation), ast.literal_eval(node.value), help,
@@ -397,8 +397,11 @@ def declared(source:str) -> dict[str, Parameter]:
 # %% ../nbs/00_study.ipynb #325ce8e2
 def read_notebook(path:str|Path) -> dict:
     "The JSON of a notebook."
-    try: return json.loads(Path(path).read_text(encoding='utf-8'))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise GacError(f'{Path(path).name} is not a notebook: {e}') from e
+    try: nb = json.loads(Path(path).read_text(encoding='utf-8'))
+    except (ValueError, RecursionError) as e: raise GacError(f'{Path(path).name} is not a notebook: {e}') from e
+    try: [(''.join(c['source']), c['cell_type'], list(_tags(c))) for c in nb['cells']]
+    except (KeyError, TypeError, AttributeError) as e: raise GacError(f'{Path(path).name} is not a notebook: {type(e).__name__} {e}') from e
+    return nb
 
 def _tags(cell:dict) -> list[str]: return cell.get('metadata', {}).get('tags', [])
 
@@ -407,7 +410,7 @@ def notebook_parameters(path:str|Path) -> dict[str, Parameter]:
     cells = [''.join(c['source']) for c in read_notebook(path)['cells'] if 'parameters' in _tags(c)]
     if len(cells) != 1: raise GacError(f'{Path(path).name}: {len(cells)} cells are tagged parameters, expected one.')
     try: return declared(cells[0])
-    except (GacError, ValueError, SyntaxError) as e: raise GacError(f'{Path(path).name}: {e}') from e
+    except (ValueError, SyntaxError, tokenize.TokenError, RecursionError) as e: raise GacError(f'{Path(path).name}: {e}') from e
 
 # %% ../nbs/00_study.ipynb #644f44af
 _KINDS = {'int': int, 'float': (int, float), 'str': str, 'bool': bool, 'list': (list, tuple), 'tuple': (list, tuple), 'dict': dict}
@@ -430,7 +433,7 @@ def check_value(
 ): # the value in the declared type
     "The value if it fits the declared type, range and choices; else a GacError that says what was expected."
     try: value = _coerce(value, p.kind)
-    except TypeError: raise GacError(f'{where}: {p.name} is {value!r}, expected {p.kind} ({p.help}).') from None
+    except (TypeError, OverflowError): raise GacError(f'{where}: {p.name} is {str(value)[:80]!r}, expected {p.kind} ({p.help}).') from None
     for v in value if isinstance(value, list) else [value]:
         if p.choices and v not in p.choices: raise GacError(f'{where}: {p.name} is {v!r}, expected one of {", ".join(p.choices)}.')
         if isinstance(v, (int, float)) and not p.low <= v <= p.high:
@@ -453,7 +456,8 @@ def read_yaml(
     "Plain data from a YAML file in which no name stands twice."
     with open(path, encoding='utf-8') as f:
         try: return yaml.load(f, _Once)
-        except yaml.YAMLError as e: raise GacError(f'{Path(path).name} is no YAML: {" ".join(str(e).split())}') from None
+        except GacError: raise
+        except (yaml.YAMLError, ValueError, TypeError, RecursionError) as e: raise GacError(f'{Path(path).name} is no YAML: {" ".join(str(e).split())}') from None
 
 def profiles(
     folder:str|Path='', # folder of the YAML files; empty: nbs/params
@@ -465,7 +469,7 @@ def profiles(
 def _nearest(name:str, known) -> str:
     "`did you mean …?` and the list of what there is."
     known = sorted(known)
-    close = get_close_matches(name, known, n=1, cutoff=0.5)
+    close = get_close_matches(str(name), known, n=1, cutoff=0.5)
     return (f'Did you mean {close[0]}? ' if close else '') + 'There is: ' + ', '.join(known) + '.'
 
 def load_profile(

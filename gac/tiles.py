@@ -143,7 +143,8 @@ def read_ecoregions(
 ): # GeoDataFrame in EPSG:4326
     "Olson's map of ecoregions, for biome_of."
     import geopandas
-    frame = geopandas.read_file(path)
+    try: frame = geopandas.read_file(path)
+    except Exception as e: raise GacError(f'{path}: cannot be read as a map ({type(e).__name__}: {e}). Give a shapefile or GeoPackage, whole.') from e
     if 'BIOME' not in frame.columns:
         raise GacError(f'{path}: no column BIOME (there are {", ".join(map(str, frame.columns))}). Give the ecoregions of Olson et al. '
                        '2001.')
@@ -552,8 +553,8 @@ def append(self:Store,
         seen.add(r['id'])
         if r.get('split', 'test') not in SPLITS: raise GacError(f'Tile {r["id"]}: split {r["split"]!r}; it is one of {", ".join(SPLITS)}.')
     values = {n: np.stack([_fit(r, n, self.arrays[n]) for r in records]) for n in self.attrs['tiles']}
-    plain = lambda k, v: [float(x) for x in v] if k == 'transform' else v.item() if isinstance(v, np.generic) else v
-    table = [{k: plain(k, v) for k, v in {**COLUMNS, **r}.items() if k not in values} for r in records]
+    like = {**records[0], **(self._folded.iloc[0] if self.folded else self._tail[0] if self._tail else {}), **COLUMNS}
+    table = [{k: _fact(r['id'], k, v, like.get(k, v)) for k, v in {**COLUMNS, **r}.items() if k not in values} for r in records]
     for t in table: t['scene'] = t['scene'] or t['id']
     self._enter('tiles', 0, 1, np.arange(len(self), len(self) + len(records)), values, table)
     if len(self) - self.folded >= self.shard: self._fold('tiles')
@@ -566,10 +567,25 @@ def check_id(
         raise GacError(f'Tile id {str(text)[:80]!r} (field id): expected up to 200 letters, digits, ".", "_", "-" or "+". Rename the tile.')
     return str(text)
 
+def _fact(tile:str, name:str, value, like):
+    "A fact about a tile in the kind of its column: text, a number, or the six of a transform."
+    value, kind = value.item() if isinstance(value, np.generic) else value, 'text' if isinstance(like, str) else 'a number'
+    try:
+        if name == 'transform' and len(value) == 6: return [float(x) for x in value]
+        if kind == 'text' and isinstance(value, str) and value.encode(): return value
+        if kind == 'text' and value == '': return value
+        if name != 'transform' and kind == 'a number' and isinstance(value, (int, float)) and abs(float(value)) != np.inf:
+            if not (name in COLUMNS and isinstance(like, int)): return value
+            if isinstance(value, int) and abs(value) < 2**31: return value
+    except (TypeError, ValueError, OverflowError): pass
+    kind = {'transform': 'six numbers', 'month': 'a whole number', 'biome': 'a whole number'}.get(name, kind)
+    raise GacError(f'Tile {tile}: {name} is {str(value)[:80]!r}, expected {kind}.')
+
 def _fit(record:dict, name:str, z) -> np.ndarray:
     "One tile's array in the shape and type of the store."
     if name not in record: raise GacError(f'Tile {record["id"]}: array {name!r} is missing.')
-    x = np.asarray(record[name])
+    try: x = np.asarray(record[name])
+    except ValueError as e: raise GacError(f'Tile {record["id"]}: {name} is no array ({e}).') from e
     if x.shape != z.shape[1:]: raise GacError(f'Tile {record["id"]}: {name} has shape {x.shape}, the store holds {z.shape[1:]}.')
     if x.dtype.kind == 'f' and not np.isfinite(x).all(): raise GacError(f'Tile {record["id"]}: {name} holds NaN or infinite values.')
     if x.dtype != z.dtype and not (np.can_cast(x.dtype, z.dtype) or x.dtype.kind == z.dtype.kind == 'f'):
@@ -1155,14 +1171,18 @@ def _npz(path:Path) -> dict:
                            'numbers and text).')
         raise GacError(f'{path}: cannot be read ({e}).')
     except Exception as e: raise GacError(f'{path}: cannot be read as NPZ ({type(e).__name__}: {e}).')
-    if 's1' not in have and {'s1_vv', 's1_vh'} <= set(have): have['s1'] = np.stack([have.pop('s1_vv'), have.pop('s1_vh')], -3)
+    if 's1' not in have and {'s1_vv', 's1_vh'} <= set(have):
+        vv, vh = have.pop('s1_vv'), have.pop('s1_vh')
+        if vv.shape != vh.shape or vv.ndim < 2: raise GacError(f'{path}: s1_vv {vv.shape} and s1_vh {vh.shape} are not (H, W) of one size.')
+        have['s1'] = np.stack([vv, vh], -3)
     for key, what in (('s1', 's1, or s1_vv and s1_vh'), ('s2', 's2 or s2_real')):
         if key not in have: raise GacError(f'{path}: missing array {what}.')
+    if have['s2'].ndim not in (3, 4): raise GacError(f'{path}: s2 has shape {have["s2"].shape}, expected (C, H, W), or (N, C, H, W) for N sources.')
     single = have['s2'].ndim == 3
     have = {k: v[None] if single else v for k, v in have.items()}
     n = len(have['s2'])
     for k, v in have.items():
-        if len(v) != n: raise GacError(f'{path}: {k} has {len(v)} entries, s2 has {n}.')
+        if not v.ndim or len(v) != n: raise GacError(f'{path}: {k} has {len(v) if v.ndim else "no"} entries, s2 has {n}.')
     return have
 
 def _npz_source(path:Path, i:int, name:str, opt:Options, cache:dict) -> Source:
@@ -1428,7 +1448,8 @@ def records_of(
             clean = dict(s1=_clean_s1(cut(source.s1), units.s1), s2=_clean_s2(scaled, offset),
                          **{k: _clean_extra(k, cut(source.extra[k])) for k in arrays.keys() - {'s1', 's2'}})
             yield name, dict(meta, id=name, scene=source.name, crs=source.crs, transform=place, **clean)
-        except ValueError as e: yield name, GacError(str(e))
+        except GacError as e: yield name, e
+        except (ValueError, TypeError, ArithmeticError, RuntimeError) as e: yield name, GacError(f'what is told about the tile cannot be used ({type(e).__name__}: {e}).')
 
 # %% ../nbs/02_tiles.ipynb #52d5167b
 def convert(
@@ -1512,10 +1533,13 @@ def _place(src:Path) -> str:
 def _loaded(job:Job) -> Source:
     "Load a source; whatever goes wrong in a file is that file's error."
     check_id(job.name)
-    try: return job.load()
+    try: source = job.load()
     except GacError: raise
-    except (OSError, ValueError, KeyError, IndexError, TypeError, MemoryError) as e:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, MemoryError) as e:
         raise GacError(f'{job.file}: cannot be read ({type(e).__name__}: {e}).')
+    for what, x in dict(s1=source.s1, s2=source.s2, **source.extra).items():
+        if x.dtype.kind not in 'iuf' or not x.size: raise GacError(f'{job.file}: {what} is {x.dtype}{x.shape}, expected numbers.')
+    return source
 
 def _why(job:Job) -> str:
     "What is wrong with a source."

@@ -1,5 +1,5 @@
 "Readers are given anything: bytes that were changed, structures that make no sense. Only the project's own error may come out."
-import io, json, math, os, shutil, sys, zipfile
+import io, json, os, sys
 from functools import partial
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from hypothesis.extra import numpy as sn
 from gac import export, foundations, metrics, nyc, stage3, study, tiles, training
 from gac.study import GacError
@@ -17,15 +17,18 @@ import tiles_layouts as layouts
 import tiles_writer as writer
 
 pytestmark = [pytest.mark.filterwarnings('ignore')]
-CASES = pytest.mark.parametrize('cases', [12, pytest.param(3000, marks=pytest.mark.slow)])
+CASES = pytest.mark.parametrize('cases', [12, pytest.param(int(os.environ.get('GAC_FUZZ_CASES') or 3000), marks=pytest.mark.slow)])
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch): monkeypatch.setattr(os, 'fsync', lambda fd: None)
 
 def anything(cases:int, strategy, check) -> None:
     "Call check with so many examples of a strategy, the same ones every time."
-    check_all = given(strategy)(check)
-    settings(max_examples=cases, deadline=None, database=None, derandomize=cases < 100, suppress_health_check=list(HealthCheck))(check_all)()
+    @settings(max_examples=cases, deadline=None, database=None, derandomize=cases < 100, suppress_health_check=list(HealthCheck),
+              phases=(Phase.generate, Phase.shrink))
+    @given(strategy)
+    def check_all(example): check(example)
+    check_all()
 
 def tried(f, *args):
     "What a reader makes of it, None where it refuses; any other error is a failure."
