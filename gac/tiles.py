@@ -1383,13 +1383,13 @@ def _clean_s1(x:np.ndarray, unit:str) -> np.ndarray:
     if db.min() < -100 or db.max() > 60: raise GacError(f'Sentinel-1 from {_range([db])} dB: outside −100 to 60 dB.')
     return db.astype('float32')
 
-def _clean_s2(x:np.ndarray, offset:int) -> np.ndarray:
+def _clean_s2(x:np.ndarray, offset:int, told:bool) -> np.ndarray: # told: the unit was said, not found by the rules
     "One tile's Sentinel-2 (DN) as uint16 without offset, or what is wrong with it."
     if not np.isfinite(x).all(): raise GacError(f'Sentinel-2: {int((~np.isfinite(x)).any(0).sum())} px are NaN or without data.')
     empty = int((x == 0).all(0).sum())
     if empty: raise GacError(f'Sentinel-2: {empty} px are 0 in every band, which marks no data.')
     if x.min() == x.max(): raise GacError(f'Sentinel-2: {x.min():g} everywhere, in every band, so it shows nothing.')
-    if np.percentile(x, 99.9) <= 50: raise GacError(f'Sentinel-2 from {_range([x])}: no DN but reflectance? Say s2_units= or convert this tile apart.')
+    if not told and np.percentile(x, 99.9) <= 50: raise GacError(f'Sentinel-2 from {_range([x])}: no DN but reflectance? Say s2_units= or convert this tile apart.')
     if x.min() < -2000 or x.max() > 65535: raise GacError(f'Sentinel-2 from {_range([x])} DN: outside what a DN can be (no data value?).')
     return np.clip(np.rint(x.astype('float64') - offset), 0, 65535).astype('uint16')
 
@@ -1445,7 +1445,7 @@ def records_of(
             if not 0 <= meta['month'] <= 12 or meta['biome'] not in study.BIOMES:
                 raise GacError(f'month {meta["month"]} or biome {meta["biome"]} is out of range.')
             scaled = cut(s2)*1e4 if units.s2 == 'reflectance' else cut(s2)
-            clean = dict(s1=_clean_s1(cut(source.s1), units.s1), s2=_clean_s2(scaled, offset),
+            clean = dict(s1=_clean_s1(cut(source.s1), units.s1), s2=_clean_s2(scaled, offset, opt.s2_units != 'auto'),
                          **{k: _clean_extra(k, cut(source.extra[k])) for k in arrays.keys() - {'s1', 's2'}})
             yield name, dict(meta, id=name, scene=source.name, crs=source.crs, transform=place, **clean)
         except GacError as e: yield name, e
