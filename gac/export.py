@@ -85,7 +85,7 @@ def _as_cog(
     try:
         rasterio.shutil.copy(source, tmp, driver='COG', compress='DEFLATE', predictor='YES', blocksize=side,
                              overview_resampling='AVERAGE', statistics='YES', bigtiff='IF_SAFER')
-        os.replace(tmp, path)
+        os.replace(tiles.check_whole(tmp), path)
     except Exception as e:  # GDAL's own errors have no common class that is public
         raise GacError(f'{path}: cannot be written ({str(e).splitlines()[0]}). Is there room on the disk? Nothing half-written was left.') from e
     finally: tmp.unlink(missing_ok=True)

@@ -440,6 +440,7 @@ def _save(path:Path, x:np.ndarray, box:GeoBox, names:Sequence[str]=(), nodata=No
                                compress='deflate', predictor=3 if x.dtype.kind == 'f' else 2, nodata=nodata) as dst:
                 dst.write(x)
                 for i, name in enumerate(names, 1): dst.set_band_description(i, name)
+            tiles.check_whole(part)
     return study.sha256(path)
 
 def write_chip(

@@ -9,8 +9,8 @@ __all__ = ['BIOME_BOXES', 'BIGEARTHNET', 'EARTH', 'FORMAT', 'SHARD', 'ABSENT', '
            'to_reflectance', 'to_dn', 'parse_date', 'month_of', 'biome_of', 'read_ecoregions', 'split_by_block',
            'split_distance', 'shard_index', 'write_shard', 'Entry', 'Store', 'check_id', 'tile_arrays', 'from_world',
            'study_store', 's1_unit', 's2_unit', 'has_baseline', 's2_offset', 'Options', 'Source', 'Job', 'windows',
-           'read_bigearthnet', 'read_geotiff', 'read_npz', 'read_benv2', 'recognise', 'Units', 'find_units',
-           'records_of', 'convert', 'real_store', 'run_stores', 'training_store']
+           'check_whole', 'read_bigearthnet', 'read_geotiff', 'read_npz', 'read_benv2', 'recognise', 'Units',
+           'find_units', 'records_of', 'convert', 'real_store', 'run_stores', 'training_store']
 
 # %% ../nbs/02_tiles.ipynb #1e22762c
 import hashlib, io, json, os, re, shutil, socket, weakref
@@ -1035,6 +1035,18 @@ def _raster(
     elif nodata is not None and x.dtype.kind != 'f' and (x == nodata).any():
         raise GacError(f'{path}: {int((x == nodata).any(0).sum())} px without data (nodata {nodata:g}).')
     return x, crs, t if crs else (np.nan,)*6, names, tags
+
+def check_whole(
+    path:Path, # a GeoTIFF that was just written
+) -> Path:
+    "Read every pixel: GDAL says nothing where the disk runs full while it closes a file."
+    import rasterio, warnings
+    from rasterio.errors import NotGeoreferencedWarning
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', NotGeoreferencedWarning)
+        with rasterio.open(path, driver='GTiff') as f:
+            for _, window in f.block_windows(1): f.read(window=window)
+    return path
 
 def _same_place(a:tuple, b:tuple, what:str) -> None:
     "Two rasters (values, crs, transform, …) must cover the same pixels of 10 m, or multiples of them."

@@ -152,6 +152,25 @@ def test_a_full_or_read_only_disk_is_told_and_loses_nothing(name, given, unbroke
     work.folder = tmp_path
     faults.with_disks(work)
 
+def test_a_geotiff_is_whole_or_refused_however_full_the_disk_is(tmp_path):
+    "GDAL itself says nothing where the room ends while it closes a small file."
+    x, box = layouts.optical(0, 48, 4).astype('int16'), nyc._nowhere(48)
+    def work():
+        disk, path, said = faults.Disk(tmp_path/'disk', 4), tmp_path/'disk'/'x.tif', 0
+        for write in (lambda: export.write_cog(path, x), lambda: nyc._save(path, x.astype('uint16'), box)):
+            for kb in range(4, 40, 4):
+                disk.change(kb)
+                try: write()
+                except GacError as e:
+                    said += 'x.tif: cannot be written' in str(e)
+                    assert not list(disk.folder.iterdir())
+                else:
+                    np.testing.assert_array_equal(tiles._raster(path)[0], x)
+                    path.unlink()
+        assert said >= 6
+    work.folder = tmp_path
+    faults.with_disks(work)
+
 KILLED = ['converted tiles', 'Stage 3', 'chain and report', 'chip of New York']  # precompute, Stage 2, tiles and GeoTIFFs: test_stage1, test_stage2, test_tiles, test_export
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork and SIGKILL')
