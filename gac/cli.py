@@ -51,8 +51,9 @@ def main(
 ) -> int: # exit code: 0 done, 1 done in part, 2 refused, 130 interrupted
     "Run one command; a mistake of the user is one line on stderr."
     args = vars(parser().parse_args(argv))
-    from gac.study import GacError
-    try: return args.pop('function')(**args) or 0
+    from gac.study import GacError, writing
+    try:
+        with writing('a file'): return args.pop('function')(**args) or 0
     except GacError as e: print('gac:', ' '.join(str(e).split()), file=sys.stderr)
     except KeyboardInterrupt:
         print('gac: interrupted; the same command goes on from here', file=sys.stderr)
@@ -221,11 +222,11 @@ def precompute(data_dir, output_dir, name, weights, input, device, layout, stric
 Stopped at any moment and called again, it goes on and leaves the same bytes. Tiles that cannot be used are listed and left out; the exit
 code is then 1."""
     import torch
-    from gac import stage1
+    from gac import stage1, study
     store, into = stage1.open_tiles(data_dir, output_dir, layout=layout, strict=strict)
     model = stage1.build_terramind_generator((input or store.attrs.get('s1_product', 'S1GRD'),), timesteps=options['timesteps'], name=name, weights=weights)
     report = stage1.precompute(store, model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu')), into=into, **options)
-    if report['errors']: report['failed'].to_csv(into.path/f'{options["output"]}_errors.csv', index=False)
+    if report['errors']: study._write(into.path/f'{options["output"]}_errors.csv', report['failed'].to_csv(index=False))
     print('processed {processed}, already there {skipped}, errors {errors}, output {output}'.format(**report))
     return int(report['errors'] > 0)
 

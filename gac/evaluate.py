@@ -527,6 +527,6 @@ def save_panels(store, measured, methods, path) -> Path:
     "Write the panel of a data set."
     import matplotlib.pyplot as plt
     fig, _ = panel_of(store, measured, methods)
-    fig.savefig(path, metadata={'Software': None})
+    study.save_picture(fig, Path(path))
     plt.close(fig)
     return Path(path)

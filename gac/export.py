@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['NODATA', 'COLOUR', 'CACHE', 'OPTICAL', 'RADAR', 'ERROR', 'PRODUCTS', 'RESERVED', 'PIXEL', 'SAMPLES', 'SPREAD',
-           'Layer', 'writable', 'write_cog', 'cog_faults', 'lineage', 'provenance_tags', 'tile_tags', 'state_of',
-           'Shelf', 'export_tiles', 'run_export', 'polarisations', 'Scene', 'open_scene', 'Tiling', 'Chain',
-           'spread_of', 'filled', 'draw_block', 'seam_lines', 'seam_excess', 'infer_scene', 'quicklook', 'scene_figure',
+           'Layer', 'write_cog', 'cog_faults', 'lineage', 'provenance_tags', 'tile_tags', 'state_of', 'Shelf',
+           'export_tiles', 'run_export', 'polarisations', 'Scene', 'open_scene', 'Tiling', 'Chain', 'spread_of',
+           'filled', 'draw_block', 'seam_lines', 'seam_excess', 'infer_scene', 'quicklook', 'scene_figure',
            'infer_tiles', 'infer']
 
 # %% ../nbs/10_export.ipynb #f5d52bd6
-import hashlib, json, os, re, shutil, socket, tempfile, warnings
+import hashlib, json, os, re, shutil, socket, warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +28,7 @@ from rasterio.windows import Window
 
 import gac
 from . import evaluate, stage1, stage2, stage3, study, tiles
-from .study import GacError, OPT_BANDS, S1_BANDS
+from .study import GacError, OPT_BANDS, S1_BANDS, writable
 
 # %% ../nbs/10_export.ipynb #144f3f40
 NODATA = -32768  # DN where nothing is known
@@ -85,21 +85,11 @@ def _as_cog(
     try:
         rasterio.shutil.copy(source, tmp, driver='COG', compress='DEFLATE', predictor='YES', blocksize=side,
                              overview_resampling='AVERAGE', statistics='YES', bigtiff='IF_SAFER')
-        os.replace(tmp, path)
+        os.replace(tiles.check_whole(tmp), path)
     except Exception as e:  # GDAL's own errors have no common class that is public
         raise GacError(f'{path}: cannot be written ({str(e).splitlines()[0]}). Is there room on the disk? Nothing half-written was left.') from e
     finally: tmp.unlink(missing_ok=True)
     return path
-
-def writable(
-    folder:str|Path, # made if it is not there
-) -> Path:
-    "A folder that can be written to, or an error before any work is done."
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder): pass
-    except OSError as e: raise GacError(f'{folder}: cannot be written to ({e.strerror or e}). Give another output, or change its permissions.') from e
-    return Path(folder)
 
 def write_cog(
     path:str|Path, # the file, replaced if it is there
@@ -756,7 +746,7 @@ def quicklook(
     "Radar, true colours, near infrared and spread of a scene, small."
     import matplotlib.pyplot as plt
     fig = scene_figure(scene, output, side)
-    fig.savefig(path, metadata={'Software': None})
+    study.save_picture(fig, path)
     plt.close(fig)
     return path
 
@@ -830,7 +820,7 @@ def _panels(store, rows, folders:dict, path:Path, most:int=3) -> Path|None:
     def image(p):
         with _reading(p) as f: return tiles.to_reflectance(f.read(list(range(1, len(OPT_BANDS) + 1))))
     fig = stage1.panels(stage1.read_tiles(store, some), {s: np.stack([image(files(r)[s]) for r in some]) for s in folders})
-    fig.savefig(path, metadata={'Software': None})
+    study.save_picture(fig, path)
     plt.close(fig)
     return path
 

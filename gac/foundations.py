@@ -564,11 +564,9 @@ def save_weights(
 ) -> Path:
     "Write weights as float16; what is not a float stays as it is."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     half = {k: (v.detach().half() if v.is_floating_point() else v.detach()).contiguous().clone() for k, v in state.items()}
-    save_file(half, path.with_suffix('.part'), metadata={'format': 'pt'})
-    os.replace(path.with_suffix('.part'), path)
-    if card is not None: path.with_suffix('.json').write_text(json.dumps(card, indent=1) + '\n', encoding='utf-8')
+    with study.replacing(path) as partly: save_file(half, partly, metadata={'format': 'pt'})
+    if card is not None: study._write(path.with_suffix('.json'), json.dumps(card, indent=1) + '\n')
     return path
 
 # %% ../nbs/04_foundations.ipynb #40c52f0b

@@ -430,17 +430,17 @@ MODALITIES = {'S2L2A': 12, 'S1RTC': 2, 'DEM': 1}  # modality -> bands of a date
 
 def _save(path:Path, x:np.ndarray, box:GeoBox, names:Sequence[str]=(), nodata=None) -> str: # checksum
     "Write one file of a chip whole."
-    part = path.with_name('.part' + path.name)
-    if path.suffix == '.npy':
-        with open(part, 'wb') as f: np.save(f, x)
-    else:
-        import rasterio
-        with rasterio.open(part, 'w', driver='GTiff', height=x.shape[1], width=x.shape[2], count=len(x), dtype=x.dtype, crs=str(box.crs),
-                           transform=box.affine,
-                           compress='deflate', predictor=3 if x.dtype.kind == 'f' else 2, nodata=nodata) as dst:
-            dst.write(x)
-            for i, name in enumerate(names, 1): dst.set_band_description(i, name)
-    os.replace(part, path)
+    with study.replacing(path, path.with_name('.part' + path.name)) as part:
+        if path.suffix == '.npy':
+            with open(part, 'wb') as f: np.save(f, x)
+        else:
+            import rasterio
+            with rasterio.open(part, 'w', driver='GTiff', height=x.shape[1], width=x.shape[2], count=len(x), dtype=x.dtype, crs=str(box.crs),
+                               transform=box.affine,
+                               compress='deflate', predictor=3 if x.dtype.kind == 'f' else 2, nodata=nodata) as dst:
+                dst.write(x)
+                for i, name in enumerate(names, 1): dst.set_band_description(i, name)
+            tiles.check_whole(part)
     return study.sha256(path)
 
 def write_chip(
@@ -492,10 +492,14 @@ class Chips:
     ):
         self.folder = Path(folder)
         try: self.about = json.loads((self.folder/'manifest.json').read_text(encoding='utf-8'))
-        except (OSError,
-                json.JSONDecodeError): raise GacError(f'{folder}: no manifest.json of a finished data set. Make one with `gac nyc build`.') from None
-        self.table = pd.read_csv(self.folder/'chips.csv')
-        self.table['files'] = self.table.files.map(json.loads)
+        except (OSError, ValueError, RecursionError): raise GacError(f'{folder}: no manifest.json of a finished data set. Make one with `gac nyc build`.') from None
+        if not isinstance(self.about, dict) or not {'size', 'days'} <= self.about.keys():
+            raise GacError(f'{folder}/manifest.json: fields size and days are missing. Make the data set again with `gac nyc build`.')
+        try:
+            self.table = pd.read_csv(self.folder/'chips.csv')
+            self.table['files'] = self.table['files'].map(json.loads)
+        except (OSError, ValueError, TypeError, KeyError) as e:
+            raise GacError(f'{folder}/chips.csv: damaged ({type(e).__name__}: {e}). Make the data set again with `gac nyc build`.') from e
 
     @property
     def size(self) -> int: return self.about['size']
@@ -636,7 +640,7 @@ def build(
                  landcover=Path(landcover).name, mapping={str(k): v for k, v in mapping.items()}, **asdict(opt))
     if (out/'manifest.json').exists() and about.items() <= (made := Chips(out)).about.items(): return made
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-    (out/'chips').mkdir(parents=True, exist_ok=True)
+    study.writable(out/'chips')
     journal = out/'journal.jsonl'
     done = _journal(journal, key)
     for _, p in study.progress(list(places.iterrows()), desc='chips', unit='chips'):
@@ -647,7 +651,7 @@ def build(
         else: row = dict(id=p.id, seen=chip.pop('seen'), **class_columns(chip['label']),
                          files=write_chip(out, p.id, box, **chip, days=days, suffix=opt.suffix))
         done[p.id] = row
-        with open(journal, 'a', encoding='utf-8') as f: f.write(json.dumps(row) + '\n')
+        with study.writing(journal), open(journal, 'a', encoding='utf-8') as f: f.write(json.dumps(row) + '\n')
     kept = places.merge(pd.DataFrame([r for r in done.values() if 'files' in r]), on='id') if any('files' in r for r in done.values()) else places[:0]
     left_out = {r['id']: r['why'] for r in done.values() if 'why' in r}
     if kept.empty: raise GacError(f'No chip is left of {len(places)}. The first: {next(iter(left_out.values()))}.')
@@ -886,7 +890,7 @@ def from_city(
         if about.items() <= chips.about.items(): return chips
         if not anew: raise GacError(f'{out}: holds a data set of other options. Name another folder, or remove it.')
         shutil.rmtree(out)
-    (out/'chips').mkdir(parents=True, exist_ok=True)
+    study.writable(out/'chips')
     c, places = city(seed, size), layout((size, size), opt.size, opt.per_block, opt.guard)
     grid = GeoBox((size, size), north_up(580_000, 4_515_000), 'EPSG:32618')
     check_contents([x[:, ::4, ::4] for x in c['s2']], SEASONS)
@@ -1172,7 +1176,7 @@ def think(
     import torch
     generator = generator or foundations.build_generator('terramind_mini_generate', given, ('LULC',))
     out, found = Path(out), {}
-    out.mkdir(parents=True, exist_ok=True)
+    study.writable(out)
     names = chips.table.id[chips.table.split != 'spare'].tolist()
     for i in range(0, len(names), batch):
         some = names[i:i + batch]
@@ -1275,7 +1279,7 @@ def publish(
     folder = (run_dir/'nyc'/kept['folders'][best['run']]).resolve()
     if not folder.is_relative_to(run_dir.resolve()): raise GacError(f'{run_dir}/nyc/gate.json: {kept["folders"][best["run"]]} lies outside the run.')
     from safetensors.torch import save_file
-    out.mkdir(parents=True, exist_ok=True)
+    study.writable(out)
     state = metrics.read_torch(folder/'final.ckpt')['state_dict']
     save_file({k.removeprefix('model.'): x.contiguous().clone() for k, x in state.items() if k.startswith('model.')}, out/'model.safetensors',
               metadata={'format': 'pt'})
@@ -1304,7 +1308,7 @@ def from_series(
     "A time series as chips without labels, all of them in the test split."
     import h5py
     out = Path(out)
-    (out/'chips').mkdir(parents=True, exist_ok=True)
+    study.writable(out/'chips')
     try: f = h5py.File(path)
     except OSError as e: raise GacError(f'{path}: not a readable netCDF file ({e}).') from None
     with f:

@@ -11,7 +11,7 @@ __all__ = ['STAGES', 'FILES', 'HELD_OUT', 'N', 'RECIPES', 'LOSS_WEIGHTS', 'Plan'
            'patch_majority', 'probe', 'probe_encoder', 'judge']
 
 # %% ../nbs/pretrain_mini.ipynb #facc1d0f
-import json, os, random, time
+import json, random, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -235,7 +235,7 @@ def start_from(model, stage:str, folder:str): # model of a stage; folder of fini
 
 def save_state(path:Path, **state):
     "Write a checkpoint so that a kill leaves either the old or the new one."
-    part = path.with_suffix('.part'); torch.save(state, part); os.replace(part, path)
+    with study.replacing(path) as partly: torch.save(state, partly)
 
 def pretrain(p:Plan, # what to learn
              out:Path, # folder of checkpoints and logs

@@ -443,7 +443,7 @@ def save_stage2(
 ) -> Path: # the folder
     "Adapters in peft's format, everything else that was trained, and a card."
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    study.writable(folder)
     if hasattr(refiner.encoder, 'peft_config'): training.save_adapters(refiner.encoder, folder/ADAPTERS)
     state = {k: v for k, v in training.trained_state(refiner).items() if 'lora_' not in k}
     size = training.weigh(refiner)
@@ -703,6 +703,6 @@ def save_panels(
     chosen = stage1.by_gain(metrics.psnr(v1, truth), metrics.psnr(v2, truth))
     at = list(chosen.values())
     fig = stage1.panels(dict(truth=truth[at]), dict(opt_v1=v1[at], opt_v2=v2[at]), list(chosen), nir=False)
-    fig.savefig(path, metadata={'Software': None})
+    study.save_picture(fig, Path(path))
     plt.close(fig)
     return path

@@ -664,7 +664,7 @@ def save_stage3(
 ) -> Path: # the folder
     "Adapters in peft's format, the head beside them, and a card."
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    study.writable(folder)
     if len(model.adapters): training.save_adapters(model.generator, folder/ADAPTERS)
     state = {k: v for k, v in model.state_dict().items() if k.startswith('head.') or k == 'strength'}
     training.save_checkpoint(folder/HEAD_FILE, state, 'stage3', model.config['name'], OPT_BANDS, model.config, model.config['seed'], measured,
@@ -863,7 +863,10 @@ def _batched(x:Tensor, channels:int, where) -> Tensor: # (B, channels, H, W)
 
 def radar_in(found:dict, where) -> Tensor: # (B, 2, H, W) dB
     "VV and VH of a file."
-    if {'s1_vv', 's1_vh'} <= found.keys(): return _batched(torch.stack([found['s1_vv'], found['s1_vh']], -3), 2, f'{where}, s1_vv and s1_vh')
+    if {'s1_vv', 's1_vh'} <= found.keys():
+        vv, vh = found['s1_vv'], found['s1_vh']
+        if vv.shape != vh.shape or vv.ndim < 2: raise GacError(f'{where}: s1_vv {tuple(vv.shape)} and s1_vh {tuple(vh.shape)}, expected (tiles, height, width) twice.')
+        return _batched(torch.stack([vv, vh], -3), 2, f'{where}, s1_vv and s1_vh')
     for k in ('s1', 'tensor'):
         if k in found: return _batched(found[k], 2, f'{where}, {k}')
     raise GacError(f'{where}: no radar; expected s1_vv and s1_vh, or s1. It holds {", ".join(found)}.')
@@ -893,9 +896,9 @@ def infer_files(
     model = load_stage3(stage3_checkpoint, stage2_checkpoint, weights)
     v3 = stage3_inference(model, radar, v2, timesteps, batch_size)
     out = dict(opt_v3=v3, s1_vv=radar[:, 0], s1_vh=radar[:, 1])
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if output.suffix == '.pt': torch.save(out, output)
-    else: np.savez(output, **{k: v.numpy() for k, v in out.items()})
+    with study.replacing(output) as partly, open(partly, 'wb') as f:
+        if output.suffix == '.pt': torch.save(out, f)
+        else: np.savez(f, **{k: v.numpy() for k, v in out.items()})
     truth = next((d['s2_real'] for d in (there, found) if 's2_real' in d), None)
     measured = {} if truth is None else compute_stage3_metrics(v3, v2, _batched(truth, len(OPT_BANDS), f'{image}, s2_real'))
     return dict(tiles=len(v3), output=str(output)) | measured
@@ -971,7 +974,7 @@ def save_panels(
     at = list(chosen.values())
     s1, v2, v3, truth = (x[at].numpy() for x in (s1, v2, v3, truth))
     fig = stage1.panels(dict(s1=s1, truth=truth), dict(opt_v2=v2, opt_v3=v3), list(chosen), nir=False)
-    fig.savefig(path, metadata={'Software': None})
+    study.save_picture(fig, Path(path))
     plt.close(fig)
     return path
 

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['S2_BANDS', 'OPT_BANDS', 'OPT_INDEX', 'S1_BANDS', 'REFLECTANCE', 'LULC_CLASSES', 'BIOMES', 'TERRAMIND_STATS',
            'COLOURS', 'RUNNER_SETS', 'ROOMS', 'GacError', 'root', 'real_data', 'mend_torchvision', 'seed_everything',
-           'progress', 'style', 'format_table', 'Run', 'start', 'requirements', 'sha256', 'weights', 'provenance',
-           'Parameter', 'declared', 'read_notebook', 'notebook_parameters', 'check_value', 'read_yaml', 'profiles',
-           'load_profile', 'check_parameters', 'modules_used', 'code_of', 'Stage', 'outputs', 'still', 'kernels',
-           'chain_notebooks', 'plan', 'run_chain', 'write_report', 'compare_tables', 'compare_reports', 'verify',
-           'fetch_examples', 'render_readme', 'uphill']
+           'progress', 'writing', 'replacing', 'writable', 'style', 'save_picture', 'format_table', 'Run', 'start',
+           'requirements', 'sha256', 'weights', 'provenance', 'Parameter', 'declared', 'read_notebook',
+           'notebook_parameters', 'check_value', 'read_yaml', 'profiles', 'load_profile', 'check_parameters',
+           'modules_used', 'code_of', 'Stage', 'outputs', 'still', 'kernels', 'chain_notebooks', 'plan', 'run_chain',
+           'write_report', 'compare_tables', 'compare_reports', 'verify', 'fetch_examples', 'render_readme', 'uphill']
 
 # %% ../nbs/00_study.ipynb #6c34dab9
-import ast, hashlib, importlib.abc, importlib.util, io, json, os, platform, random, re, subprocess, sys, tempfile, time, tokenize, uuid
+import ast, errno, hashlib, importlib.abc, importlib.util, io, json, os, platform, random, re, subprocess, sys, tempfile, time, tokenize, uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import lru_cache
@@ -145,6 +146,57 @@ def progress(
     spent = time.perf_counter() - start
     print(f'{desc}: {done} {unit} in {_clock(spent)} ({done/max(spent, 1e-9):.3g} {unit}/s)', flush=True)
 
+# %% ../nbs/00_study.ipynb #6e1c8b42
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_SHUT = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+
+def _unwritten(path, e:Exception) -> GacError:
+    "What to say where a file cannot be written."
+    why = getattr(e, 'strerror', None) or (str(e) or type(e).__name__).splitlines()[0]
+    return GacError(f'{path}: cannot be written ({why}). Make room on the disk, change the permissions, or give another place. '
+                    'What was written before is whole; the same command goes on.')
+
+@contextmanager
+def writing(
+    path:str|Path, # what is written, for the message
+) -> Iterator[None]:
+    "A disk that is full or read-only becomes an error that names the file."
+    try: yield
+    except OSError as e:
+        if e.errno not in _FULL | _SHUT: raise
+        raise _unwritten(e.filename or path, e) from e
+
+@contextmanager
+def replacing(
+    path:str|Path, # a file
+    partly:Path|None=None, # where it grows; None: beside it
+) -> Iterator[Path]: # where to write
+    "What the block writes becomes `path` when the block has ended; where it fails, nothing is left."
+    path = Path(path)
+    partly = partly or path.with_name(f'.{path.name}.{os.getpid()}')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partly
+        os.replace(partly, path)
+    except Exception as e:  # Torch, GDAL and safetensors have errors of their own for a full disk
+        with suppress(OSError): partly.unlink(missing_ok=True)
+        raise e if isinstance(e, GacError) else _unwritten(path, e) from e
+
+def writable(
+    folder:str|Path, # made if it is not there
+) -> Path:
+    "A folder that can be written to, or an error before any work is done."
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder): pass
+    except OSError as e: raise GacError(f'{folder}: cannot be written to ({e.strerror or e}). Give another output, or change its permissions.') from e
+    return Path(folder)
+
+def _write(path:Path, content:str|bytes) -> Path:
+    "Write a file beside its place, then move it there."
+    with replacing(path) as partly: partly.write_bytes(content if isinstance(content, bytes) else content.encode('utf-8'))
+    return path
+
 # %% ../nbs/00_study.ipynb #f14666f3
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#F0E442')  # Okabe and Ito, colour-blind safe
 
@@ -156,13 +208,15 @@ def style() -> None:
         'axes.spines.right': False, 'axes.grid': False, 'figure.constrained_layout.use': True,
         'legend.frameon': False})
 
-def _write(path:Path, content:str|bytes) -> Path:
-    "Write a file beside its place, then move it there."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}')
-    tmp.write_bytes(content if isinstance(content, bytes) else content.encode('utf-8'))
-    os.replace(tmp, path)
-    return path
+def save_picture(
+    fig, # a matplotlib figure
+    path:Path, # ends in .png or .svg
+) -> Path:
+    "Write a figure, the same bytes for the same picture."
+    import matplotlib as mpl
+    buffer, kind = io.BytesIO(), path.suffix[1:]
+    with mpl.rc_context({'svg.hashsalt': 'gac'}): fig.savefig(buffer, format=kind, metadata=dict(png={'Software': None}, svg={'Date': None})[kind])
+    return _write(path, buffer.getvalue())
 
 def _tex(text:str) -> str:
     "Text with LaTeX's own characters escaped."
@@ -206,7 +260,7 @@ class Run:
         place = lambda given, default: (root()/(given or default)).resolve()
         run = cls(_name(notebook), profile, seed, place(run_dir, f'runs/alone/{notebook}'), place(reports_dir, f'reports/{_name(profile)}'),
                   str((root()/data).resolve()) if data else '', dict(tables={}, figures={}, artefacts=[], notes={}, missing={}))
-        for path in (run.dir, run.reports): path.mkdir(parents=True, exist_ok=True)
+        for path in (run.dir, run.reports): writable(path)
         run._save()
         return run
 
@@ -236,11 +290,7 @@ class Run:
         caption:str='', # one sentence for the report
     ) -> None: # the figure stays open: a notebook shows it once, at the end of its cell
         "Write figures/`name`.png and .svg, the same bytes for the same picture."
-        import matplotlib as mpl
-        for kind, metadata in (('png', {'Software': None}), ('svg', {'Date': None})):
-            buffer = io.BytesIO()
-            with mpl.rc_context({'svg.hashsalt': 'gac'}): fig.savefig(buffer, format=kind, metadata=metadata)
-            _write(self.reports/'figures'/f'{_name(name)}.{kind}', buffer.getvalue())
+        for kind in ('png', 'svg'): save_picture(fig, self.reports/'figures'/f'{_name(name)}.{kind}')
         self.record['figures'][name] = caption
         self._save()
 
@@ -337,7 +387,7 @@ def declared(source:str) -> dict[str, Parameter]:
                 if t.type == tokenize.COMMENT}
     found = {}
     for node in ast.parse(source).body:
-        if not (isinstance(node, ast.AnnAssign) and node.value is not None):
+        if not (isinstance(node, ast.AnnAssign) and node.value is not None and isinstance(node.target, ast.Name)):
             raise GacError(f'Parameters cell, line {node.lineno}: expected `name: type = value  # what it is`.')
         help = comments.get(node.end_lineno, '')
         found[node.target.id] = Parameter(node.target.id, ast.unparse(node.annotation), ast.literal_eval(node.value), help,
@@ -347,8 +397,11 @@ def declared(source:str) -> dict[str, Parameter]:
 # %% ../nbs/00_study.ipynb #325ce8e2
 def read_notebook(path:str|Path) -> dict:
     "The JSON of a notebook."
-    try: return json.loads(Path(path).read_text(encoding='utf-8'))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise GacError(f'{Path(path).name} is not a notebook: {e}') from e
+    try: nb = json.loads(Path(path).read_text(encoding='utf-8'))
+    except (ValueError, RecursionError) as e: raise GacError(f'{Path(path).name} is not a notebook: {e}') from e
+    try: [(''.join(c['source']), c['cell_type'], list(_tags(c))) for c in nb['cells']]
+    except (KeyError, TypeError, AttributeError) as e: raise GacError(f'{Path(path).name} is not a notebook: {type(e).__name__} {e}') from e
+    return nb
 
 def _tags(cell:dict) -> list[str]: return cell.get('metadata', {}).get('tags', [])
 
@@ -357,7 +410,7 @@ def notebook_parameters(path:str|Path) -> dict[str, Parameter]:
     cells = [''.join(c['source']) for c in read_notebook(path)['cells'] if 'parameters' in _tags(c)]
     if len(cells) != 1: raise GacError(f'{Path(path).name}: {len(cells)} cells are tagged parameters, expected one.')
     try: return declared(cells[0])
-    except (GacError, ValueError, SyntaxError) as e: raise GacError(f'{Path(path).name}: {e}') from e
+    except (ValueError, SyntaxError, tokenize.TokenError, RecursionError) as e: raise GacError(f'{Path(path).name}: {e}') from e
 
 # %% ../nbs/00_study.ipynb #644f44af
 _KINDS = {'int': int, 'float': (int, float), 'str': str, 'bool': bool, 'list': (list, tuple), 'tuple': (list, tuple), 'dict': dict}
@@ -380,7 +433,7 @@ def check_value(
 ): # the value in the declared type
     "The value if it fits the declared type, range and choices; else a GacError that says what was expected."
     try: value = _coerce(value, p.kind)
-    except TypeError: raise GacError(f'{where}: {p.name} is {value!r}, expected {p.kind} ({p.help}).') from None
+    except (TypeError, OverflowError): raise GacError(f'{where}: {p.name} is {str(value)[:80]!r}, expected {p.kind} ({p.help}).') from None
     for v in value if isinstance(value, list) else [value]:
         if p.choices and v not in p.choices: raise GacError(f'{where}: {p.name} is {v!r}, expected one of {", ".join(p.choices)}.')
         if isinstance(v, (int, float)) and not p.low <= v <= p.high:
@@ -403,7 +456,8 @@ def read_yaml(
     "Plain data from a YAML file in which no name stands twice."
     with open(path, encoding='utf-8') as f:
         try: return yaml.load(f, _Once)
-        except yaml.YAMLError as e: raise GacError(f'{Path(path).name} is no YAML: {" ".join(str(e).split())}') from None
+        except GacError: raise
+        except (yaml.YAMLError, ValueError, TypeError, RecursionError) as e: raise GacError(f'{Path(path).name} is no YAML: {" ".join(str(e).split())}') from None
 
 def profiles(
     folder:str|Path='', # folder of the YAML files; empty: nbs/params
@@ -415,7 +469,7 @@ def profiles(
 def _nearest(name:str, known) -> str:
     "`did you mean …?` and the list of what there is."
     known = sorted(known)
-    close = get_close_matches(name, known, n=1, cutoff=0.5)
+    close = get_close_matches(str(name), known, n=1, cutoff=0.5)
     return (f'Did you mean {close[0]}? ' if close else '') + 'There is: ' + ', '.join(known) + '.'
 
 def load_profile(
@@ -532,9 +586,10 @@ def _shown(path:Path) -> str:
     return path.relative_to(root()).as_posix() if path.is_relative_to(root()) else str(path)
 
 def _read_json(path:Path) -> dict:
-    "A JSON file, or nothing where it is missing or torn."
-    try: return json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, json.JSONDecodeError): return {}
+    "What a JSON file says by name, or nothing where it is missing or torn."
+    try: found = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError, RecursionError): return {}
+    return found if isinstance(found, dict) else {}
 
 def outputs(stage:str, runs:Path, reports:Path) -> list[Path]:
     "Every file a notebook said it made: tables, figures, artefacts, and its executed copy."
@@ -746,7 +801,7 @@ def run_chain(
     os.environ.setdefault('OMP_NUM_THREADS', '2')  # for the kernels: sums in another order round otherwise, and training carries that on
     os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # on a busy machine threads that spin while they wait take the time the others need
     if not dry_run:
-        with _Lock(run):
+        with _Lock(run), writing(run):
             kernel = kernels(todo)
             for s in stages: _run_stage(s, stages, run, report, verbose, kernel)
             write_report(stages, run, report, profile, layout)

@@ -9,8 +9,8 @@ __all__ = ['BIOME_BOXES', 'BIGEARTHNET', 'EARTH', 'FORMAT', 'SHARD', 'ABSENT', '
            'to_reflectance', 'to_dn', 'parse_date', 'month_of', 'biome_of', 'read_ecoregions', 'split_by_block',
            'split_distance', 'shard_index', 'write_shard', 'Entry', 'Store', 'check_id', 'tile_arrays', 'from_world',
            'study_store', 's1_unit', 's2_unit', 'has_baseline', 's2_offset', 'Options', 'Source', 'Job', 'windows',
-           'read_bigearthnet', 'read_geotiff', 'read_npz', 'read_benv2', 'recognise', 'Units', 'find_units',
-           'records_of', 'convert', 'real_store', 'run_stores', 'training_store']
+           'check_whole', 'read_bigearthnet', 'read_geotiff', 'read_npz', 'read_benv2', 'recognise', 'Units',
+           'find_units', 'records_of', 'convert', 'real_store', 'run_stores', 'training_store']
 
 # %% ../nbs/02_tiles.ipynb #1e22762c
 import hashlib, io, json, os, re, shutil, socket, weakref
@@ -143,7 +143,8 @@ def read_ecoregions(
 ): # GeoDataFrame in EPSG:4326
     "Olson's map of ecoregions, for biome_of."
     import geopandas
-    frame = geopandas.read_file(path)
+    try: frame = geopandas.read_file(path)
+    except Exception as e: raise GacError(f'{path}: cannot be read as a map ({type(e).__name__}: {e}). Give a shapefile or GeoPackage, whole.') from e
     if 'BIOME' not in frame.columns:
         raise GacError(f'{path}: no column BIOME (there are {", ".join(map(str, frame.columns))}). Give the ecoregions of Olson et al. '
                        '2001.')
@@ -204,13 +205,11 @@ CODEC = Blosc(cname='zstd', clevel=1, shuffle=Blosc.BITSHUFFLE)  # of one tile; 
 
 def _write_whole(path:Path, content:bytes, partly:Path=None) -> None:
     "Write a file so that it is there whole or not at all, and stays."
-    partly = partly or path.with_name(path.name + '.part')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(partly, 'wb') as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partly, path)
+    with study.replacing(path, partly or path.with_name(path.name + '.part')) as partly:
+        with open(partly, 'wb') as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
     if os.name == 'posix':
         folder = os.open(path.parent, os.O_RDONLY)
         try: os.fsync(folder)
@@ -314,17 +313,24 @@ class Store:
         path = Path(path)
         if (path/'table.parquet').exists():
             raise GacError(f'{path} holds a tile store already. Open it with Store(path), or delete it first.')
-        group = zarr.create_group(path/'arrays', overwrite=True)
-        group.attrs.update(dict(format=FORMAT, shard=int(shard), tiles=list(arrays), **(attrs or {})))
-        for name, spec in arrays.items(): _new_array(group, name, 0, shard, *spec)
+        with study.writing(path):
+            group = zarr.create_group(path/'arrays', overwrite=True)
+            group.attrs.update(dict(format=FORMAT, shard=int(shard), tiles=list(arrays), **(attrs or {})))
+            for name, spec in arrays.items(): _new_array(group, name, 0, shard, *spec)
         _write_table(path, _frame([]))
         return cls(path)
 
     def refresh(self) -> None:
         "Look at the folder again."
-        self.group = zarr.open_group(self.path/'arrays', mode='r')
-        self.attrs, self.arrays = dict(self.group.attrs), dict(self.group.arrays())
+        try:
+            self.group = zarr.open_group(self.path/'arrays', mode='r')
+            self.attrs, self.arrays = dict(self.group.attrs), dict(self.group.arrays())
+        except Exception as e:  # zarr has no common class of errors
+            raise GacError(f'{self.path}/arrays: damaged or missing zarr.json ({type(e).__name__}: {e}). Restore the folder, or delete the store and '
+                           'make it again.') from e
         self.shard = self.attrs.get('shard', SHARD)
+        lacks = [n for n in self.attrs.get('tiles', ['tiles']) if n not in self.arrays]
+        if lacks or not isinstance(self.shard, int): raise GacError(f'{self.path}/arrays/zarr.json: damaged (field {lacks[0] if lacks else "shard"}). Restore it.')
         entries = []
         for path in sorted(self.journal.glob('*.safetensors')):
             try: entries.append(_read_entry(path))
@@ -345,7 +351,7 @@ class Store:
         stat = (self.path/'table.parquet').stat()
         stamp = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
         if stamp == self._stamp: return
-        self._folded, self._stamp = pd.read_parquet(self.path/'table.parquet'), stamp
+        self._folded, self._stamp = _read_table(self.path/'table.parquet', COLUMNS), stamp
         self._ids = set(self._folded['id'])
 
     @property
@@ -373,6 +379,20 @@ def _frame(rows:list) -> pd.DataFrame:
     kinds = {int: 'int64', float: 'float64', tuple: 'object', str: 'str'}
     return frame.astype({c: kinds[type(v)] for c, v in COLUMNS.items()})
 
+def _read_table(
+    path:Path, # a Parquet file
+    need:Iterable=(), # columns it must have
+    **options, # of pandas.read_parquet
+) -> pd.DataFrame:
+    "A table, or an error that names the file."
+    try: table = pd.read_parquet(path, **options)
+    except Exception as e:  # pyarrow has several classes of errors for a damaged file
+        raise GacError(f'{path}: cannot be read as Parquet ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else "no reason given"}). It may be cut '
+                       'short: restore it or fetch it again.') from e
+    lacks = [c for c in need if c not in table.columns]
+    if lacks: raise GacError(f'{path}: no column {", ".join(lacks)} (there is {", ".join(map(str, table.columns))}).')
+    return table
+
 def _write_table(path:Path, frame:pd.DataFrame) -> None:
     "Write table.parquet, whole or not at all."
     transform = pa.array([[float(v) for v in t] for t in frame['transform']], pa.list_(pa.float64()))  # pandas would make NaN a null
@@ -396,7 +416,7 @@ def _new_array(group, name:str, n:int, shard:int, shape:tuple, dtype, attrs:dict
 @patch
 def _guard(self:Store):
     "Held for the moment in which locks are looked at and set."
-    self.journal.mkdir(exist_ok=True)
+    study.writable(self.journal)
     return FileLock(self.journal/'guard', timeout=600)
 
 @patch
@@ -465,8 +485,8 @@ def close(self:Store) -> None:
     for array, rank, world in list(self.held):
         with self._guard():
             alone = all(who == (array, rank, world) or who[0] not in ('tiles', array) for _, who, _ in self._writers())
-        self._fold(array, None if alone else (rank, world))
-        self.held.pop((array, rank, world))()
+        try: self._fold(array, None if alone else (rank, world))
+        finally: self.held.pop((array, rank, world))()  # a full disk must not leave the store locked
 
 # %% ../nbs/02_tiles.ipynb #3c2f99d6
 @patch
@@ -506,9 +526,9 @@ def _fold(self:Store, array:str, part:tuple=None) -> None:
     if not entries: return
     paths = {e.path for e in entries}
     if array == 'tiles':
-        group = zarr.open_group(self.path/'arrays', mode='r+')
-        for _, z in group.arrays():
-            if z.shape[0] < len(self): z.resize((len(self), *z.shape[1:]))
+        with study.writing(self.path/'arrays'):
+            for _, z in zarr.open_group(self.path/'arrays', mode='r+').arrays():
+                if z.shape[0] < len(self): z.resize((len(self), *z.shape[1:]))
     for name in (self.attrs['tiles'] if array == 'tiles' else [array]):
         rows = np.array(sorted(r for r, (path, _) in self._journalled[name].items() if path in paths))
         for s in np.unique(rows//self.shard):
@@ -533,8 +553,8 @@ def append(self:Store,
         seen.add(r['id'])
         if r.get('split', 'test') not in SPLITS: raise GacError(f'Tile {r["id"]}: split {r["split"]!r}; it is one of {", ".join(SPLITS)}.')
     values = {n: np.stack([_fit(r, n, self.arrays[n]) for r in records]) for n in self.attrs['tiles']}
-    plain = lambda k, v: [float(x) for x in v] if k == 'transform' else v.item() if isinstance(v, np.generic) else v
-    table = [{k: plain(k, v) for k, v in {**COLUMNS, **r}.items() if k not in values} for r in records]
+    like = {**records[0], **(self._folded.iloc[0] if self.folded else self._tail[0] if self._tail else {}), **COLUMNS}
+    table = [{k: _fact(r['id'], k, v, like.get(k, v)) for k, v in {**COLUMNS, **r}.items() if k not in values} for r in records]
     for t in table: t['scene'] = t['scene'] or t['id']
     self._enter('tiles', 0, 1, np.arange(len(self), len(self) + len(records)), values, table)
     if len(self) - self.folded >= self.shard: self._fold('tiles')
@@ -547,10 +567,25 @@ def check_id(
         raise GacError(f'Tile id {str(text)[:80]!r} (field id): expected up to 200 letters, digits, ".", "_", "-" or "+". Rename the tile.')
     return str(text)
 
+def _fact(tile:str, name:str, value, like):
+    "A fact about a tile in the kind of its column: text, a number, or the six of a transform."
+    value, kind = value.item() if isinstance(value, np.generic) else value, 'text' if isinstance(like, str) else 'a number'
+    try:
+        if name == 'transform' and len(value) == 6: return [float(x) for x in value]
+        if kind == 'text' and isinstance(value, str) and value.encode(): return value
+        if kind == 'text' and value == '': return value
+        if name != 'transform' and kind == 'a number' and isinstance(value, (int, float)) and abs(float(value)) != np.inf:
+            if not (name in COLUMNS and isinstance(like, int)): return value
+            if isinstance(value, int) and abs(value) < 2**31: return value
+    except (TypeError, ValueError, OverflowError): pass
+    kind = {'transform': 'six numbers', 'month': 'a whole number', 'biome': 'a whole number'}.get(name, kind)
+    raise GacError(f'Tile {tile}: {name} is {str(value)[:80]!r}, expected {kind}.')
+
 def _fit(record:dict, name:str, z) -> np.ndarray:
     "One tile's array in the shape and type of the store."
     if name not in record: raise GacError(f'Tile {record["id"]}: array {name!r} is missing.')
-    x = np.asarray(record[name])
+    try: x = np.asarray(record[name])
+    except ValueError as e: raise GacError(f'Tile {record["id"]}: {name} is no array ({e}).') from e
     if x.shape != z.shape[1:]: raise GacError(f'Tile {record["id"]}: {name} has shape {x.shape}, the store holds {z.shape[1:]}.')
     if x.dtype.kind == 'f' and not np.isfinite(x).all(): raise GacError(f'Tile {record["id"]}: {name} holds NaN or infinite values.')
     if x.dtype != z.dtype and not (np.can_cast(x.dtype, z.dtype) or x.dtype.kind == z.dtype.kind == 'f'):
@@ -581,8 +616,8 @@ def read(self:Store,
     rows = np.atleast_1d(np.arange(len(self))[idx])
     for attempt in (0, 1):
         try: return self._read(name, rows, self.bands(name, bands))
-        except FileNotFoundError:  # another process has just folded the journal
-            if attempt: raise
+        except FileNotFoundError as e:  # another process has just folded the journal
+            if attempt: raise GacError(f'{e} Restore it from a copy, or delete the store and make it again.') from e
             self.refresh()
 
 @patch
@@ -658,7 +693,8 @@ def ensure_array(self:Store,
     with self._guard():
         self.refresh()
         if name not in self.arrays:
-            _new_array(zarr.open_group(self.path/'arrays', mode='r+'), name, len(self), self.shard, tuple(shape), dtype, attrs)
+            with study.writing(self.path/'arrays'/name):
+                _new_array(zarr.open_group(self.path/'arrays', mode='r+'), name, len(self), self.shard, tuple(shape), dtype, attrs)
             return self.refresh()
     z = self.arrays[name]
     have = dict(shape=list(z.shape[1:]), dtype=str(z.dtype), **dict(z.attrs))
@@ -790,7 +826,8 @@ def from_world(
     made = dict(source='world', s1_product='S1GRD', seed=seed, size=size, n_train=n_train, n_val=n_val, n_test=n_test)
     if not 0 <= seed <= 9 or n_train > 800_000 or max(n_val, n_test) > 100_000:
         raise GacError('The study has seeds 0–9, with 800,000 scenes to train on and 100,000 each for val and test.')
-    store = _resume(path, made) or Store.create(path, tile_arrays(size), made, shard)
+    store = _resume(path, made)
+    if store is None: store = Store.create(path, tile_arrays(size), made, shard)  # one that is empty counts as false
     todo = want[len(store):]
     if not todo: return store
     if len(store): print(f'{path}: {len(store)} of {len(want)} tiles are there, going on with {todo[0][0]} scene {todo[0][1]}', flush=True)
@@ -999,6 +1036,18 @@ def _raster(
         raise GacError(f'{path}: {int((x == nodata).any(0).sum())} px without data (nodata {nodata:g}).')
     return x, crs, t if crs else (np.nan,)*6, names, tags
 
+def check_whole(
+    path:Path, # a GeoTIFF that was just written
+) -> Path:
+    "Read every pixel: GDAL says nothing where the disk runs full while it closes a file."
+    import rasterio, warnings
+    from rasterio.errors import NotGeoreferencedWarning
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', NotGeoreferencedWarning)
+        with rasterio.open(path, driver='GTiff') as f:
+            for _, window in f.block_windows(1): f.read(window=window)
+    return path
+
 def _same_place(a:tuple, b:tuple, what:str) -> None:
     "Two rasters (values, crs, transform, …) must cover the same pixels of 10 m, or multiples of them."
     if a[1] != b[1]: raise GacError(f'{what}: CRS {b[1] or "none"}, expected {a[1] or "none"}.')
@@ -1038,10 +1087,7 @@ def read_bigearthnet(
     "The patches of BigEarthNet v2."
     need = ['patch_id', 's1_name', 'split', 'country', 'labels', 'contains_seasonal_snow', 'contains_cloud_or_shadow']
     names = ('metadata.parquet', 'metadata_for_patches_with_snow_cloud_or_shadow.parquet')
-    tables = [pd.read_parquet(src/n) for n in names if (src/n).is_file()]
-    for table in tables:
-        lacks = [c for c in need if c not in table.columns]
-        if lacks: raise GacError(f'{src}/metadata.parquet: no column {", ".join(lacks)}. Take the metadata of BigEarthNet v2.')
+    tables = [_read_table(src/n, need) for n in names if (src/n).is_file()]
     known2, known1 = _folders(src/'BigEarthNet-S2'), _folders(src/'BigEarthNet-S1')
     jobs, absent = [], 0
     for row in pd.concat(tables, ignore_index=True)[need].to_dict('records'):
@@ -1137,14 +1183,18 @@ def _npz(path:Path) -> dict:
                            'numbers and text).')
         raise GacError(f'{path}: cannot be read ({e}).')
     except Exception as e: raise GacError(f'{path}: cannot be read as NPZ ({type(e).__name__}: {e}).')
-    if 's1' not in have and {'s1_vv', 's1_vh'} <= set(have): have['s1'] = np.stack([have.pop('s1_vv'), have.pop('s1_vh')], -3)
+    if 's1' not in have and {'s1_vv', 's1_vh'} <= set(have):
+        vv, vh = have.pop('s1_vv'), have.pop('s1_vh')
+        if vv.shape != vh.shape or vv.ndim < 2: raise GacError(f'{path}: s1_vv {vv.shape} and s1_vh {vh.shape} are not (H, W) of one size.')
+        have['s1'] = np.stack([vv, vh], -3)
     for key, what in (('s1', 's1, or s1_vv and s1_vh'), ('s2', 's2 or s2_real')):
         if key not in have: raise GacError(f'{path}: missing array {what}.')
+    if have['s2'].ndim not in (3, 4): raise GacError(f'{path}: s2 has shape {have["s2"].shape}, expected (C, H, W), or (N, C, H, W) for N sources.')
     single = have['s2'].ndim == 3
     have = {k: v[None] if single else v for k, v in have.items()}
     n = len(have['s2'])
     for k, v in have.items():
-        if len(v) != n: raise GacError(f'{path}: {k} has {len(v)} entries, s2 has {n}.')
+        if not v.ndim or len(v) != n: raise GacError(f'{path}: {k} has {len(v) if v.ndim else "no"} entries, s2 has {n}.')
     return have
 
 def _npz_source(path:Path, i:int, name:str, opt:Options, cache:dict) -> Source:
@@ -1334,6 +1384,7 @@ def find_units(
 def _clean_s1(x:np.ndarray, unit:str) -> np.ndarray:
     "One tile's Sentinel-1 in dB, or what is wrong with it."
     if not np.isfinite(x).all(): raise GacError(f'Sentinel-1: {int((~np.isfinite(x)).any(0).sum())} px are NaN or without data.')
+    if (x.min((1, 2)) == x.max((1, 2))).any(): raise GacError(f'Sentinel-1: VV or VH is one value everywhere (the tile goes from {_range([x])}), so it shows nothing.')
     if (x == 0).mean() > .01: raise GacError(f'Sentinel-1: {int((x == 0).any(0).sum())} px are exactly 0, which marks no data.')
     if unit == 'dB' and x.min() >= 0:
         raise GacError(f'Sentinel-1 from {_range([x])}: no negative value in a data set of dB. Say s1_units= or convert this tile apart.')
@@ -1344,11 +1395,13 @@ def _clean_s1(x:np.ndarray, unit:str) -> np.ndarray:
     if db.min() < -100 or db.max() > 60: raise GacError(f'Sentinel-1 from {_range([db])} dB: outside −100 to 60 dB.')
     return db.astype('float32')
 
-def _clean_s2(x:np.ndarray, offset:int) -> np.ndarray:
+def _clean_s2(x:np.ndarray, offset:int, told:bool) -> np.ndarray: # told: the unit was said, not found by the rules
     "One tile's Sentinel-2 (DN) as uint16 without offset, or what is wrong with it."
     if not np.isfinite(x).all(): raise GacError(f'Sentinel-2: {int((~np.isfinite(x)).any(0).sum())} px are NaN or without data.')
     empty = int((x == 0).all(0).sum())
     if empty: raise GacError(f'Sentinel-2: {empty} px are 0 in every band, which marks no data.')
+    if x.min() == x.max(): raise GacError(f'Sentinel-2: {x.min():g} everywhere, in every band, so it shows nothing.')
+    if not told and np.percentile(x, 99.9) <= 50: raise GacError(f'Sentinel-2 from {_range([x])}: no DN but reflectance? Say s2_units= or convert this tile apart.')
     if x.min() < -2000 or x.max() > 65535: raise GacError(f'Sentinel-2 from {_range([x])} DN: outside what a DN can be (no data value?).')
     return np.clip(np.rint(x.astype('float64') - offset), 0, 65535).astype('uint16')
 
@@ -1385,7 +1438,7 @@ def records_of(
     offset, size = _offset_of(source, units, opt), opt.size
     for k in arrays.keys() - {'s1', 's2', *source.extra}: raise GacError(f'{k} is missing, which the tiles before had.')
     if source.meta.get('split', 'test') not in SPLITS: raise GacError(f'split {source.meta["split"]!r}; it is one of {", ".join(SPLITS)}.')
-    if not source.s1_named and np.isfinite(source.s1).any() and _median(source.s1[0]) <= _median(source.s1[1]):
+    if not source.s1_named and np.isfinite(source.s1).any() and _median(source.s1[0]) < _median(source.s1[1]):
         raise GacError('Sentinel-1: the first band (VV) is darker than the second (VH), so they look swapped. '
                        'Say s1_bands=VH,VV, or VV,VH to keep the order.')
     s2 = _pick(source.s2, source.s2_bands, tuple(arrays['s2'][2]['bands']))
@@ -1404,10 +1457,11 @@ def records_of(
             if not 0 <= meta['month'] <= 12 or meta['biome'] not in study.BIOMES:
                 raise GacError(f'month {meta["month"]} or biome {meta["biome"]} is out of range.')
             scaled = cut(s2)*1e4 if units.s2 == 'reflectance' else cut(s2)
-            clean = dict(s1=_clean_s1(cut(source.s1), units.s1), s2=_clean_s2(scaled, offset),
+            clean = dict(s1=_clean_s1(cut(source.s1), units.s1), s2=_clean_s2(scaled, offset, opt.s2_units != 'auto'),
                          **{k: _clean_extra(k, cut(source.extra[k])) for k in arrays.keys() - {'s1', 's2'}})
             yield name, dict(meta, id=name, scene=source.name, crs=source.crs, transform=place, **clean)
-        except ValueError as e: yield name, GacError(str(e))
+        except GacError as e: yield name, e
+        except (ValueError, TypeError, ArithmeticError, RuntimeError) as e: yield name, GacError(f'what is told about the tile cannot be used ({type(e).__name__}: {e}).')
 
 # %% ../nbs/02_tiles.ipynb #52d5167b
 def convert(
@@ -1427,7 +1481,7 @@ def convert(
     jobs = READERS[layout](src, opt)
     store, units, report, ecoregions = None, None, [], read_ecoregions(opt.ecoregions) if opt.ecoregions else None
     made = dict(source=src.name, place=_place(src), layout=layout, options=_as_json(opt), size=opt.size)
-    (dst/'report.csv').unlink(missing_ok=True)
+    with study.writing(dst): (dst/'report.csv').unlink(missing_ok=True)
     if (dst/'table.parquet').exists():
         store = _resume(dst, made)
         units = Units(**store.attrs['units'])
@@ -1448,9 +1502,11 @@ def convert(
     found = '' if units.settled else ' (found by the rules)'
     print(f'{src.name}: layout {layout}; Sentinel-1 in {units.s1}; Sentinel-2 as {units.s2}, offset {units.offset} DN{found}', flush=True)
     arrays = {n: (z.shape[1:], z.dtype, dict(z.attrs)) for n, z in store.arrays.items() if n in store.attrs['tiles']}
-    held, done, waiting = set(store.table['id']), set(store.table['scene']), []
-    report = [(i, s, 'ok', '') for i, s in zip(store.table['id'], store.table['source'])]
-    names = set()
+    held, done, waiting = set(store.table['id']), store.table.groupby('scene')['id'].apply(list).to_dict(), []
+    report, names = [], set()
+    def taken(name, job):
+        known = opt.s2_offset == 'auto' and job.name in KNOWN_OFFSETS
+        report.append((name, job.file, 'ok', f'{KNOWN_OFFSETS[job.name]} DN taken off: see KNOWN_OFFSETS' if known else ''))
     def failed(name, job, e):
         if strict: raise GacError(f'{name} ({job.file}): {e}') from e
         report.append((name, job.file, 'error', str(e)))
@@ -1458,7 +1514,9 @@ def convert(
         for job in study.progress(jobs, desc=f'{src.name}', unit='sources'):
             if job.excluded: report.append((job.name, job.file, 'excluded', job.excluded))
             elif job.name in names: failed(job.name, job, GacError(f'duplicate id {job.name}.'))
-            elif job.name not in done:
+            elif job.name in done:  # by the run before
+                for name in done[job.name]: taken(name, job)
+            else:
                 try: tiles = list(records_of(_loaded(job), units, opt, arrays, ecoregions))
                 except GacError as e: tiles = [(job.name, e)]
                 for name, tile in tiles:
@@ -1467,8 +1525,7 @@ def convert(
                     else:
                         waiting.append(tile)
                         held.add(name)
-                        known = opt.s2_offset == 'auto' and job.name in KNOWN_OFFSETS
-                        report.append((name, job.file, 'ok', f'{KNOWN_OFFSETS[job.name]} DN taken off: see KNOWN_OFFSETS' if known else ''))
+                        taken(name, job)
                 if len(waiting) >= batch: waiting = store.append(waiting) or []
             names.add(job.name)
         store.append(waiting)
@@ -1488,10 +1545,13 @@ def _place(src:Path) -> str:
 def _loaded(job:Job) -> Source:
     "Load a source; whatever goes wrong in a file is that file's error."
     check_id(job.name)
-    try: return job.load()
+    try: source = job.load()
     except GacError: raise
-    except (OSError, ValueError, KeyError, IndexError, TypeError, MemoryError) as e:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, MemoryError) as e:
         raise GacError(f'{job.file}: cannot be read ({type(e).__name__}: {e}).')
+    for what, x in dict(s1=source.s1, s2=source.s2, **source.extra).items():
+        if x.dtype.kind not in 'iuf' or not x.size: raise GacError(f'{job.file}: {what} is {x.dtype}{x.shape}, expected numbers.')
+    return source
 
 def _why(job:Job) -> str:
     "What is wrong with a source."

@@ -6,7 +6,7 @@
 __all__ = ['FREE_TO_CHANGE', 'Settings', 'cosine_warmup', 'Order', 'seeded', 'Seeded', 'loader', 'inject_lora', 'is_int8',
            'unfreeze', 'save_adapters', 'load_adapters', 'merge_lora', 'read_safetensors', 'to_int8', 'weigh',
            'save_checkpoint', 'load_checkpoint', 'trained_state', 'load_trained', 'Task', 'StepSeed', 'Finish',
-           'Rounds', 'Curve', 'AtomicIO', 'trainer', 'Fit', 'fit', 'export_best']
+           'Rounds', 'Curve', 'AtomicIO', 'Log', 'trainer', 'Fit', 'fit', 'export_best']
 
 # %% ../nbs/05_training.ipynb #7ffe61f8
 import json, logging, math, os, random, re, time, warnings
@@ -233,11 +233,10 @@ def save_adapters(
     "Write the adapters in peft's format."
     from peft import get_peft_model_state_dict
     if not hasattr(model, 'peft_config'): raise GacError('No adapters to save: call inject_lora first.')
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    model.peft_config['default'].save_pretrained(str(folder))
+    folder = study.writable(folder)
+    with study.writing(folder): model.peft_config['default'].save_pretrained(str(folder))
     state = {_PEFT_PREFIX + k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(model).items()}
-    save_file(state, folder/'adapter_model.safetensors', metadata={'format': 'pt'})
+    with study.replacing(folder/'adapter_model.safetensors') as partly: save_file(state, partly, metadata={'format': 'pt'})
     return folder
 
 def load_adapters(
@@ -359,11 +358,9 @@ def save_checkpoint(
     meta = dict(kind=kind, backbone=backbone, bands=list(bands), params=dict(params or {}), seed=seed, metrics=dict(metrics or {}),
                 gac=made['packages']['gac'], commit=made['commit'], changed=made['changed'], device=made['device'], time=made['time'], **more)
     text = json.dumps(meta, indent=1, default=str)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, tmp, metadata={'format': 'pt', 'gac': text})
-    os.replace(tmp, path)
-    path.with_suffix('.json').write_text(text + '\n', encoding='utf-8')
+    with study.replacing(path) as partly:
+        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, partly, metadata={'format': 'pt', 'gac': text})
+    study._write(path.with_suffix('.json'), text + '\n')
     return path
 
 def load_checkpoint(
@@ -522,13 +519,15 @@ class AtomicIO(TorchCheckpointIO):
     "Checkpoints that are there wholly or not at all."
     def save_checkpoint(self, checkpoint, path, storage_options=None):
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = path.with_name(f'.{path.name}')
-        torch.save(checkpoint, tmp)
-        os.replace(tmp, path)
+        with study.replacing(path, path.with_name(f'.{path.name}')) as partly: torch.save(checkpoint, partly)
 
     def load_checkpoint(self, path, map_location=None, weights_only=True):
         return {k: v for k, v in read_torch(path).items() if k != 'loops'}  # `Rounds` sets the loops
+
+class Log(CSVLogger):
+    "Lightning's table of the curve; a full disk is told."
+    def save(self):
+        with study.writing(self.log_dir): super().save()
 
 def trainer(
     settings:Settings,
@@ -550,7 +549,7 @@ def trainer(
     return Trainer(max_epochs=-1, max_steps=total_steps, accumulate_grad_batches=s.grad_accum_steps, gradient_clip_val=s.clip or None,
                    precision=s.precision, accelerator=s.accelerator, devices=s.devices, num_nodes=s.num_nodes, strategy=s.strategy,
                    deterministic='warn' if s.deterministic else None, callbacks=callbacks, plugins=[AtomicIO()],
-                   logger=CSVLogger(str(out_dir), name='', version='curve'), default_root_dir=str(out_dir), use_distributed_sampler=False,
+                   logger=Log(str(out_dir), name='', version='curve'), default_root_dir=str(out_dir), use_distributed_sampler=False,
                    num_sanity_val_steps=0, limit_val_batches=None if validate else 0, enable_progress_bar=False, enable_model_summary=False)
 
 # %% ../nbs/05_training.ipynb #704eb32a
@@ -588,7 +587,7 @@ def fit(
     every:float=30., # seconds between printed lines; 0: none
 ) -> Fit:
     "Train, or continue, or load what is finished."
-    s, out_dir = settings, Path(out_dir)
+    s, out_dir = settings, study.writable(out_dir)
     total = s.steps(len(train))
     last, start, checkpoint = out_dir/'last.ckpt', 0, None
     task = Task(model, step, s, total)

@@ -1,0 +1,276 @@
+"Everything that can go wrong, inflicted on the real code: nothing is lost, and the message names the file and says what to do."
+import json, os, shutil, signal, sys, types
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from gac import export, nyc, stage1, stage2, stage3, study, tiles, training
+from gac.metrics import read_torch
+from gac.study import GacError, OPT_BANDS
+
+sys.path.insert(0, str(Path(__file__).parent))
+import export_chains as chains
+import faults_disk as faults
+import tiles_layouts as layouts
+
+BRIEF = training.Settings(lr=1e-3, max_steps=4, batch_size=2, grad_accum_steps=1, val_every=2, save_every=2, early_stopping=False, log_every=1, warmup=0., accelerator='cpu')
+SMALL = dict(width=16, depth=1)
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch): monkeypatch.setattr(os, 'fsync', lambda fd: None)
+
+@pytest.fixture(scope='module')
+def given(tmp_path_factory) -> types.SimpleNamespace:
+    "What the writers are given: tiles with the images of the first stages, models, files of every layout."
+    home = tmp_path_factory.mktemp('given')
+    store = tiles.from_world(home/'tiles', 4, 2, 2, size=48, shard=4)
+    dim = tiles.to_dn(tiles.to_reflectance(store.read('s2', slice(None), OPT_BANDS))*.8 + .02)
+    for name in ('opt_v1', 'opt_v2'):
+        store.ensure_array(name, dim.shape[1:], 'int16', dict(bands=list(OPT_BANDS), model=name, seed=0))
+        with store: store.write(name, slice(None), dim)
+    scene = layouts.write_tif(home/'scene.tif', np.tile(layouts.radar(0, 60), (1, 2, 2)), names=('VV', 'VH'))
+    return types.SimpleNamespace(home=home, store=store, scene=scene, npz=layouts.npz(home/'npz', 3), generator=stage1.build_terramind_generator(), toys=toys(home/'toys'))
+
+def toys(folder:Path) -> Path:
+    "A chain of two notebooks without prose."
+    head = "profile: str = 'toy'  # name\nseed: int = 0  # seed\nrun_dir: str = ''  # artefacts\nreports_dir: str = ''  # report\ndata: str = ''  # tiles"
+    cell = lambda source, *tags: dict(cell_type='code', metadata=dict(tags=list(tags)), source=source, outputs=[], execution_count=None, id=f'c{len(source)}')
+    (folder/'params').mkdir(parents=True)
+    (folder/'params'/'toy.yaml').write_text('description: a toy\n')
+    for name in ('00_first', '01_second'):
+        open_run = f"from gac import study\nrun = study.Run.open('{name}', profile, seed, run_dir, reports_dir, data)"
+        table = f"import pandas as pd\nrun.save_table(pd.DataFrame({{'x': range(300)}}), 'table_{name}', 'Rows.')\nrun.artefact('{name}.bin').write_bytes(bytes(9999))"
+        (folder/f'{name}.ipynb').write_text(json.dumps(dict(cells=[cell(head, 'parameters'), cell(open_run), cell(table)], metadata={}, nbformat=4, nbformat_minor=5)))
+    return folder
+
+def in_this_process(source, to, values, **_) -> None:
+    "What papermill does, without a kernel."
+    space, cells = dict(values), study.read_notebook(source)['cells'][1:]
+    for cell in cells: exec(cell['source'], space)
+    Path(to).write_text(Path(source).read_text())
+
+# ---- the writers: each is called with a folder, and again to go on --------------------------------------------------------------------
+
+def write_report(at, given):
+    import papermill
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(papermill, 'execute_notebook', in_this_process)
+        study.run_chain('toy', nbs=given.toys, reports=at/'report', runs=at/'run')
+
+def write_figures(at, given):
+    import matplotlib.pyplot as plt
+    run = study.start('00_toy', 'toy', 0, str(at/'run'), str(at/'report'))
+    run.save_table(pd.DataFrame(dict(x=range(900))), 'table')
+    fig, ax = plt.subplots()
+    ax.imshow(np.random.default_rng(0).random((90, 90)))
+    run.save_figure(fig, 'figure')
+    plt.close(fig)
+
+def train(at, given):
+    torch.manual_seed(0)
+    model, data = torch.nn.Linear(64, 64), torch.utils.data.TensorDataset(torch.rand(8, 64))
+    training.fit(model, lambda m, b: {'loss': m(b[0]).square().mean()}, data, data, BRIEF, at/'run', every=0)
+    training.export_best(at/'run', at/'model.safetensors', 'toy')
+
+def train2(at, given):
+    sets = (stage2.Pairs(given.store, given.store.rows(s), stage1.stored(given.store)) for s in ('train', 'val'))
+    stage2.train_stage2(stage2.build_prithvi_refiner(**SMALL), *sets, BRIEF, at, every=0)
+
+def train3(at, given):
+    sets = (stage3.Triples(given.store, given.store.rows(s), stage1.stored(given.store, 'opt_v2')) for s in ('train', 'val'))
+    stage3.train_stage3(stage3.build_stage3_model(**SMALL, taps=2, lora_r=2), *sets, BRIEF, at, frozen=.5, crop=24, every=0)
+
+def write_chip(at, given):
+    from affine import Affine
+    r, box = np.random.default_rng(0), nyc.GeoBox((48, 48), Affine(10, 0, 6e5, 0, -10, 4.5e6), 'EPSG:32618')
+    nyc.write_chip(at, 'c0', box, r.uniform(1, 9e3, (1, 12, 48, 48)), r.normal(-12, 3, (1, 2, 48, 48)), r.uniform(0, 99, (48, 48)), np.zeros((48, 48), int), ['2021-07-18'])
+
+def precompute(at, given):
+    stage1.precompute(given.store, given.generator, into=stage1.companion(given.store, at/'stages'), timesteps=1, tokens='expected', batch_size=2)
+
+WRITERS = {
+    'procedural tiles': lambda at, given: tiles.from_world(at/'tiles', 4, 1, 1, size=32, batch=2, shard=4),
+    'converted tiles': lambda at, given: tiles.convert(given.npz, at/'tiles', size=60, batch=2),
+    'images of Stage 1': precompute,
+    'tables and figures': write_figures,
+    'checkpoints': train,
+    'Stage 2': train2,
+    'Stage 3': train3,
+    'GeoTIFFs of tiles': lambda at, given: export.export_tiles(given.store, at/'tif', ('s1', 'opt_v1')),
+    'GeoTIFF of a scene': lambda at, given: export.infer_scene(given.scene, at/'scene.tif', chains.Grey(), export.Tiling(48, 16, 96)),
+    'chip of New York': write_chip,
+    'chain and report': write_report,
+}
+TIMED = ('provenance.json', 'index.html', 'chain.json', 'chain.lock', 'guard', 'refiner.json', 'grounding.json', 'model.json')  # hold a date or a duration
+
+def content(folder:Path) -> dict:
+    "What lies in a folder: bytes of files, tensors of checkpoints, of what holds a date only that it is there; nothing that is hidden."
+    def of(path):
+        if path.name in TIMED: return b''
+        if path.suffix == '.safetensors': return {k: v.numpy().tobytes() for k, v in training.read_safetensors(path)[0].items()}
+        if path.suffix == '.ckpt': return {k: v.numpy().tobytes() for k, v in read_torch(path)['state_dict'].items()}
+        return path.read_bytes()
+    files = sorted(p for p in folder.rglob('*') if p.is_file() and p.name not in ('chain.lock', 'guard', 'lock'))
+    return {p.relative_to(folder).as_posix(): of(p) for p in files if not p.name.startswith('.')}
+
+def differences(a:dict, b:dict) -> set: return {k for k in a.keys() | b.keys() if a.get(k) != b.get(k)}
+def half_written(folder:Path) -> list: return [p.name for p in folder.rglob('*') if p.is_file() and (p.name.startswith('.') or '.part' in p.name)]
+
+@pytest.fixture(scope='module')
+def unbroken(given) -> dict:
+    "What each writer leaves that nobody stops, its size and how many files it moves to their place; made when asked for."
+    made = {}
+    def of(name):
+        if name not in made:
+            folder = given.home/name
+            folder.mkdir()
+            moves = faults.moves(lambda: WRITERS[name](folder, given))
+            made[name] = content(folder), sum(p.stat().st_size for p in folder.rglob('*') if p.is_file()), moves
+        return made[name]
+    return of
+
+@pytest.mark.parametrize('name', WRITERS)
+def test_a_full_or_read_only_disk_is_told_and_loses_nothing(name, given, unbroken, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage1, 'disk_forecast', lambda *args: dict(need=0, free=0))  # it would refuse before anything is written
+    write, (want, size, _) = WRITERS[name], unbroken(name)
+    def refused(disk):
+        with pytest.raises(GacError, match='cannot be written') as e: write(disk.folder, given)
+        assert str(disk.folder) in str(e.value) and ('Make room' in str(e.value) or 'Give another output' in str(e.value) or 'Is there room' in str(e.value)), e.value
+    def work():
+        shut = faults.Disk(tmp_path/'shut', 65536)
+        shut.shut()
+        refused(shut)
+        for share in (0., .6):
+            disk = faults.Disk(tmp_path/f'full{share}', max(4, int(share*size/1024)))
+            refused(disk)
+            assert not half_written(disk.folder), half_written(disk.folder)
+            disk.change()  # room is made
+            write(disk.folder, given)
+            assert not differences(content(disk.folder), want), differences(content(disk.folder), want)
+    work.folder = tmp_path
+    faults.with_disks(work)
+
+def test_a_geotiff_is_whole_or_refused_however_full_the_disk_is(tmp_path):
+    "GDAL itself says nothing where the room ends while it closes a small file."
+    x, box = layouts.optical(0, 48, 4).astype('int16'), nyc._nowhere(48)
+    def work():
+        disk, path, said = faults.Disk(tmp_path/'disk', 4), tmp_path/'disk'/'x.tif', 0
+        for write in (lambda: export.write_cog(path, x), lambda: nyc._save(path, x.astype('uint16'), box)):
+            for kb in range(4, 40, 4):
+                disk.change(kb)
+                try: write()
+                except GacError as e:
+                    said += 'x.tif: cannot be written' in str(e)
+                    assert not list(disk.folder.iterdir())
+                else:
+                    np.testing.assert_array_equal(tiles._raster(path)[0], x)
+                    path.unlink()
+        assert said >= 6
+    work.folder = tmp_path
+    faults.with_disks(work)
+
+KILLED = ['converted tiles', 'Stage 3', 'chain and report', 'chip of New York']  # precompute, Stage 2, tiles and GeoTIFFs: test_stage1, test_stage2, test_tiles, test_export
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork and SIGKILL')
+@pytest.mark.parametrize('name', KILLED)
+def test_killed_at_any_file_it_goes_on_to_the_same_end(name, given, unbroken, tmp_path):
+    write, (want, _, moves) = WRITERS[name], unbroken(name)
+    for step in sorted({1, moves//2, moves}):
+        folder = tmp_path/str(step)
+        folder.mkdir()
+        assert faults.killed(lambda: write(folder, given), step) == -signal.SIGKILL
+        assert faults.forked(lambda: write(folder, given)) == 0
+        assert not differences(content(folder), want), (step, differences(content(folder), want))
+
+def test_a_command_on_a_full_disk_is_one_line(capsys, monkeypatch):
+    import errno
+    from gac import cli
+    def full(*args, **kw): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'some/file')
+    monkeypatch.setattr(study, 'verify', full)
+    assert cli.main(['verify']) == 2
+    assert capsys.readouterr().err.startswith('gac: some/file: cannot be written (No space left on device). Make room')
+
+# ---- files that were cut short, see test_fuzz for all the rest ------------------------------------------------------------------------
+
+@pytest.mark.parametrize('file', ['table.parquet', 'arrays/zarr.json', 'arrays/s1/zarr.json', 'arrays/s1/c/0/0/0/0'])
+def test_a_store_that_was_cut_short_names_the_file(given, tmp_path, file):
+    path = shutil.copytree(given.store.path, tmp_path/'tiles')/file
+    whole = path.read_bytes()
+    for keep in (0, len(whole)//2, len(whole) - 1):
+        path.write_bytes(whole[:keep])
+        with pytest.raises(GacError, match='(?i)damaged|cannot be read') as e: tiles.Store(tmp_path/'tiles').read('s1', slice(None))
+        assert (path.name if file.startswith('t') else 'arrays') in str(e.value) and ('estore' in str(e.value) or 'again' in str(e.value))
+    path.unlink()
+    with pytest.raises(GacError): tiles.Store(tmp_path/'tiles').read('s1', slice(None))
+    path.write_bytes(whole)
+    assert len(tiles.Store(tmp_path/'tiles').read('s1', slice(None))) == 8
+
+def test_a_table_of_bigearthnet_that_was_cut_short_is_named(tmp_path):
+    layouts.bigearthnet(tmp_path/'ben', 1)
+    table = tmp_path/'ben'/'metadata.parquet'
+    table.write_bytes(table.read_bytes()[:-9])
+    with pytest.raises(GacError, match='metadata.parquet: cannot be read as Parquet.*fetch it again'): tiles.convert(tmp_path/'ben', tmp_path/'out')
+
+# ---- tiles that show nothing or are scaled otherwise than their data set ------------------------------------------------------------------
+
+RADAR, OPTICAL = layouts.radar(1), layouts.optical(1, count=4)
+TILES = {
+    'radar NaN in one pixel': (dict(s1=np.where(np.arange(120) == 7, np.nan, RADAR)), 'Sentinel-1: 120 px are NaN'),
+    'radar infinite': (dict(s1=RADAR/np.float32(0)), 'Sentinel-1: 14400 px are NaN'),
+    'radar all zero': (dict(s1=RADAR*0), 'Sentinel-1: VV or VH is one value everywhere'),
+    'radar constant': (dict(s1=np.stack([RADAR[0], RADAR[1]*0 - 17])), 'Sentinel-1: VV or VH is one value everywhere'),
+    'radar as power': (dict(s1=10**(RADAR/10)), 'no negative value in a data set of dB. Say s1_units='),
+    'radar times 100': (dict(s1=RADAR*100), 'outside −100 to 60 dB'),
+    'swapped': (dict(s1=RADAR[::-1]), 'look swapped. Say s1_bands=VH,VV'),
+    'image NaN': (dict(s2=OPTICAL*np.nan), 'Sentinel-2: 14400 px are NaN'),
+    'image infinite': (dict(s2=OPTICAL*np.inf), 'Sentinel-2: 14400 px are NaN'),
+    'image all zero': (dict(s2=OPTICAL*0), 'Sentinel-2: 14400 px are 0 in every band'),
+    'image constant': (dict(s2=OPTICAL*0 + 900), 'Sentinel-2: 900 everywhere'),
+    'image as reflectance': (dict(s2=OPTICAL/1e4), 'no DN but reflectance? Say s2_units='),
+    'image times 100': (dict(s2=OPTICAL*100.), 'Sentinel-2 from 1.2e+04 to 3.999e+05'),
+    'image with the offset': (dict(s2=OPTICAL + 1000), 'Say s2_offset=1000 or 0 for n1')}
+
+@pytest.mark.parametrize('what', TILES)
+@pytest.mark.filterwarnings('ignore:divide by zero', 'ignore:invalid value')
+def test_a_tile_that_cannot_be_right_is_left_out_and_said(tmp_path, what):
+    change, said = TILES[what]
+    report = tiles.convert(layouts.npz(tmp_path/'npz', change=lambda i: change if i == 1 else {}), tmp_path/'out')
+    assert report['status'].tolist() == ['ok', 'error', 'ok'] and said in report['reason'][1], report['reason'][1]
+    assert tiles.Store(tmp_path/'out').table['id'].tolist() == ['n0', 'n2'] and 'n1.npz' in report['file'][1]
+
+def test_a_training_on_values_that_are_not_finite_stops_at_once(tmp_path):
+    data = torch.utils.data.TensorDataset(torch.full((4, 8), torch.nan))
+    with pytest.raises(GacError, match='The loss is nan in step 0: inspect the batch, or lower lr'):
+        training.fit(torch.nn.Linear(8, 8), lambda m, b: {'loss': m(b[0]).square().mean()}, data, None, BRIEF, tmp_path, every=0)
+
+# ---- the soak ----------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork and SIGKILL')
+def test_soak_of_kills_at_random_moments(given, unbroken, tmp_path):
+    "Precompute and train, killed at any moment, over and over: the arrays and weights are those of an unbroken run. GAC_SOAK_MINUTES, else 30."
+    import random, threading, time
+    until, rng, kills, rounds = time.monotonic() + 60*float(os.environ.get('GAC_SOAK_MINUTES') or 30), random.Random(0), 0, 0
+    while rounds == 0 or time.monotonic() < until:
+        for name in ('images of Stage 1', 'Stage 2', 'Stage 3', 'converted tiles'):
+            folder, write, want = tmp_path/f'{rounds}'/name, WRITERS[name], unbroken(name)[0]
+            folder.mkdir(parents=True)
+            for patience in range(1, 99):  # seconds until the kill grow, so that it ends
+                def doomed():
+                    def die():
+                        time.sleep(rng.uniform(0, .3*patience))
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    threading.Thread(target=die, daemon=True).start()
+                    write(folder, given)
+                code = faults.forked(doomed)
+                rng.random()
+                assert code in (0, -signal.SIGKILL), (name, code)
+                if code == 0: break
+                kills += 1
+            assert not differences(content(folder), want), (name, rounds, differences(content(folder), want))
+            shutil.rmtree(folder)
+        rounds += 1
+    print(f'{kills} kills in {rounds} rounds')
+    assert kills > 4*rounds
