@@ -274,8 +274,14 @@ class Maker:
         train = self.store.table.id.iloc[self.store.rows('train')[:setup.recipe.pairs]].tolist()
         return digest(dict(parts, seed=self.seed + setup.reseed, train=train, weights=self.weights, code=code_digest()))
 
+    def ran(self, setup:Setup, stage:int) -> bool:
+        "Whether the run itself has made this training."
+        own = self.seed + setup.reseed == self.run.seed and tiles.training_store(self.run)[1].path == self.store.path
+        return own and self.mark(setup, stage) == self.mark(setup_of(self.run), stage)
+
     def trained(self, setup:Setup, stage:int, images:Callable) -> Path:
         "The folder of a training; it is done if it has not been."
+        if self.ran(setup, stage): return self.run.dir/f'stage{stage}'
         folder = self.run.dir/'ablations'/'trainings'/f'stage{stage}-{self.mark(setup, stage)}'
         if not (folder/{2: stage2.HEAD_FILE, 3: stage3.HEAD_FILE}[stage]).exists():
             began, size = time.perf_counter(), setup.size or self.store.arrays['s2'].shape[-1]

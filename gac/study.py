@@ -180,7 +180,8 @@ def replacing(
         os.replace(partly, path)
     except Exception as e:  # Torch, GDAL and safetensors have errors of their own for a full disk
         with suppress(OSError): partly.unlink(missing_ok=True)
-        raise e if isinstance(e, GacError) else _unwritten(path, e) from e
+        if isinstance(e, (GacError, TypeError, AttributeError, NameError, LookupError, AssertionError)): raise  # ours, or a mistake in the block
+        raise _unwritten(path, e) from e
 
 def writable(
     folder:str|Path, # made if it is not there

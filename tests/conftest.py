@@ -22,6 +22,10 @@ data: str = ''  # folder of real tiles
 def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: takes longer than a change should wait for (make test-slow)')
 
+def pytest_collection_modifyitems(items):
+    "The longest test first, so that the other worker has all the rest."
+    items.sort(key=lambda item: item.path.name != 'test_study.py')
+
 @pytest.fixture(scope='session')
 def real_data() -> Path:
     "The folder of real chips; tests that ask for it are skipped where there is none."

@@ -1,4 +1,4 @@
-"The chain runner: skipping, resuming, refusing, reporting; and the study itself at profile smoke."
+"The chain runner: skipping, resuming, refusing, reporting."
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -155,22 +155,6 @@ def test_tables_and_figures_are_the_same_bytes_in_two_processes(tmp_path):
     assert text.endswith('n/a\n') and '\r' not in text
     assert '50 \\%' in (tmp_path/'a/report/tables/table.tex').read_text()
 
-def test_the_study_at_profile_smoke(tmp_path):
-    "Every notebook of the chain in order, on a report of its own, and then nothing to do."
-    kw = dict(reports=str(tmp_path/'report'), runs=str(tmp_path/'run'))
-    first = study.run_chain('smoke', **kw)
-    print(first.to_string())
-    assert set(first.status) == {'ran'}
-    began = time.perf_counter()
-    assert set(study.run_chain('smoke', **kw).status) == {'unchanged'}
-    assert time.perf_counter() - began < 20
-    assert (tmp_path/'report/index.html').exists()
-    tables = {p.stem for p in (tmp_path/'report/tables').glob('*.csv')}
-    for name in (t for t in tables if not t.startswith('efficiency')):
-        columns = pd.read_csv(tmp_path/f'report/tables/{name}.csv', nrows=1).columns
-        timed = [c for c in columns if c in ('seconds', 'time', 'ms_per_tile', 'tiles_per_s', 'minutes')]
-        assert not timed, f'{name}.csv holds times ({timed}): they belong to efficiency.csv'
-
 @pytest.fixture
 def house(tmp_path, make_notebook, monkeypatch):
     "A repository of its own with one toy notebook and the report it made."
@@ -210,14 +194,3 @@ def test_notebooks_that_run_alone_never_meet(tmp_path, monkeypatch):
     first, second = (study.start(n).dir for n in ('07_stage1', '08_stage2'))  # nbdev_test runs them at the same time
     assert first != second and first not in second.parents and second not in first.parents
     assert study.start('08_stage2', run_dir='runs/mini').dir == study.start('09_stage3', run_dir='runs/mini').dir  # one run, one folder
-
-@pytest.mark.slow
-def test_the_study_trains_on_tiles_it_is_given(tmp_path):
-    "Enough tiles of somebody's store: every stage learns from them, and the report is about them."
-    from gac import tiles
-    tiles.from_world(tmp_path/'given', tiles.MIN_PAIRS, 8, 8, size=48)
-    study.run_chain('smoke', data=str(tmp_path/'given'), reports=tmp_path/'report', runs=tmp_path/'run')
-    assert set(pd.read_csv(tmp_path/'report/tables/results.csv').data) == {'real: given'}
-    about = json.loads((tmp_path/'report/provenance.json').read_text())['notebooks']
-    assert not [m for n in about.values() for m in n['missing'] if m.startswith('training on')]
-    assert 'real: given' in about['08_stage2']['tables']['stage2'] and 'real: given' in about['09_stage3']['tables']['stage3']

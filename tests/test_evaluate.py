@@ -201,7 +201,7 @@ def test_pretrained_chain_of_the_comparison_starts_from_the_stored_opt_v1(traine
     recipe, batch = evaluate.replace(evaluate.recipe_of(run), crop=48), stage1.read_tiles(store, store.rows('test'))
     chain, blind = (evaluate.variant_methods(run, store, v, recipe, tmp_path, 0) for v in ('pretrained', 'head without TerraMind features'))
     np.testing.assert_array_equal(chain['opt_v1'](batch), stage1.stored(store)(batch))
-    assert list(blind) == ['opt_v3'] and (tmp_path/'stage2_known').is_dir() and not (tmp_path/'stage2_random').exists()
+    assert list(blind) == ['opt_v3'] and (tmp_path/'stage2').is_dir() and not (tmp_path/'stage2_random').exists()
 
 def test_knowledge_goes_on_where_it_stopped_and_starts_anew_when_asked_for_something_else(trained, monkeypatch):
     run, store = trained
