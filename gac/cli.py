@@ -275,7 +275,7 @@ Needs opt_v1 (gac precompute). Writes the best checkpoint as adapters in peft's 
 
 @command(opt('--data-dir', required=True, metavar='DIR', help='tile store with radar and truth'),
     opt('--stage2-dir', default='', metavar='DIR', help='store with opt_v2; nothing: where opt_v1 is'),
-    opt('--stage2-checkpoint', default='', metavar='DIR', help='output of gac train-stage2; opt_v2 is made with it where there is none yet'),
+    opt('--stage2-checkpoint', default='', metavar='DIR', help='output of gac train-stage2, or its repository on the Hugging Face Hub; opt_v2 is made with it where there is none yet'),
     opt('--stage1-dir', '--stage1-outputs-dir', default='', metavar='DIR', help='store with opt_v1; nothing: the one at --data-dir'),
     opt('--name', default='terramind_mini_generate', help='generator, see gac info'),
     opt('--route', choices=('features', 'tokens', 'soft'), default='features', help='how the generator is trained, see 06_gradient_flow'),
@@ -298,7 +298,7 @@ def _opt_v2(data_dir:str, stage1_dir:str, checkpoint:str) -> None:
     store, into = stage1.open_tiles(data_dir, stage1_dir)
     stage2.precompute_stage2(store, stage2.load_stage2(checkpoint), into=into)
 
-@command(opt('--stage3-checkpoint', default='', metavar='DIR', help='output of gac train-stage3; nothing: an untrained model of --name'),
+@command(opt('--stage3-checkpoint', default='', metavar='DIR', help='output of gac train-stage3, or its repository on the Hugging Face Hub; nothing: an untrained model of --name'),
     opt('--name', default='terramind_mini_generate', help='generator, see gac info'),
     opt('--lora-rank', dest='lora_r', type=int, default=8, metavar='R', help='rank of the adapters'))
 def stage3_info(**options):
@@ -309,7 +309,7 @@ def stage3_info(**options):
 @command(opt('--s1', required=True, metavar='FILE', help='.pt or .npz with s1_vv and s1_vh, or s1, in dB'),
     opt('--opt_v2', '--opt-v2', default='', metavar='FILE', help='.pt or .npz with opt_v2 in reflectance, and s2_real if there is a truth; nothing: in the file of --s1'),
     opt('--output', required=True, metavar='FILE', help='.pt or .npz that is written: opt_v3, s1_vv, s1_vh'),
-    opt('--stage3-checkpoint', required=True, metavar='DIR', help='output of gac train-stage3'),
+    opt('--stage3-checkpoint', required=True, metavar='DIR', help='output of gac train-stage3, or its repository on the Hugging Face Hub'),
     opt('--stage2-checkpoint', default='', metavar='DIR', help='output of gac train-stage2 that made opt_v2; refused where it is of another kind than Stage 3 was trained on'),
     opt('--timesteps', type=int, default=8, metavar='N', help='diffusion steps of the token routes'),
     opt('--batch-size', type=int, default=8, metavar='N', help='tiles at a time'), WEIGHTS)
@@ -373,8 +373,8 @@ Writes downstream.csv and downstream_gains.csv, and one file per training that `
 # %% ../nbs/cli.ipynb #88a4afb2
 @command(opt('--data-dir', required=True, metavar='DIR', help='tile store, or real tiles in a known layout (converted into the output folder first)'),
     opt('--output-dir', required=True, metavar='DIR', help='store beside the tiles: generations, their mean and their spread; called again after a stop, it goes on'),
-    opt('--stage2-checkpoint', default='', metavar='DIR', help='output of gac train-stage2; nothing: without Stage 2'),
-    opt('--stage3-checkpoint', default='', metavar='DIR', help='output of gac train-stage3; nothing: without Stage 3'),
+    opt('--stage2-checkpoint', default='', metavar='DIR', help='output of gac train-stage2, or its repository on the Hugging Face Hub; nothing: without Stage 2'),
+    opt('--stage3-checkpoint', default='', metavar='DIR', help='output of gac train-stage3, or its repository on the Hugging Face Hub; nothing: without Stage 3'),
     opt('--samples', type=int, default=8, metavar='N', help='generations of every tile, 2 or more'),
     opt('--timesteps', type=int, default=1, metavar='N', help='diffusion steps'),
     opt('--clamp', choices=('pretraining', 'off'), default='pretraining', help="range of each step's estimate"),
@@ -403,8 +403,8 @@ DECODING = (opt('--timesteps', type=int, default=1, metavar='N', help='diffusion
 
 @command(opt('source', help='Sentinel-1 GeoTIFF of any size (VV and VH, 10 m), tile store, or real tiles in a known layout'),
     opt('output', help='GeoTIFF that is written; for tiles a folder'),
-    opt('--stage2-checkpoint', default='', metavar='DIR', help='output of gac train-stage2; nothing: without Stage 2'),
-    opt('--stage3-checkpoint', default='', metavar='DIR', help='output of gac train-stage3; nothing: without Stage 3'),
+    opt('--stage2-checkpoint', default='', metavar='DIR', help='output of gac train-stage2, or its repository on the Hugging Face Hub; nothing: without Stage 2'),
+    opt('--stage3-checkpoint', default='', metavar='DIR', help='output of gac train-stage3, or its repository on the Hugging Face Hub; nothing: without Stage 3'),
     opt('--uncertainty', type=int, default=0, metavar='N', help='generations whose spread becomes a fifth band; 0: none'),
     opt('--visualise', '--save-visualizations', action='store_true', help='a picture as well'),
     opt('--tile-size', type=int, default=120, metavar='PX', help='side of the tiles a scene is cut into'),

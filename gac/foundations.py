@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['MODALITIES', 'BAND_NAMES', 'HLS_NAMES', 'LULC_LABELS', 'SIZE', 'PATCH', 'LEVELS', 'KEYS', 'INPUTS', 'OUTPUTS', 'CORE',
            'PRITHVI', 'PRITHVI_BANDS', 'TERRAMIND_KEY_STATS', 'PRITHVI_STATS', 'MINI_STATS', 'ROLES', 'MODELS',
-           'terramind_mini', 'terramind_mini_tim', 'terramind_mini_generate', 'DEFAULTS', 'INTO', 'Part', 'CLAMPS',
-           'TOKENS', 'modality_key', 'band_names', 'vocab', 'mini_modalities', 'vit_mini_enc', 'vit_nano_enc',
+           'terramind_mini', 'terramind_mini_tim', 'terramind_mini_generate', 'DEFAULTS', 'INTO', 'REPOSITORY', 'Part',
+           'CLAMPS', 'TOKENS', 'modality_key', 'band_names', 'vocab', 'mini_modalities', 'vit_mini_enc', 'vit_nano_enc',
            'vit_nano_dec', 'unet_mini', 'unet_nano', 'mini_tokenizer', 'mini_core', 'mini_prithvi', 'Entry',
            'available', 'entry', 'prithvi_mini', 'without_memory', 'blank', 'select_bands', 'info', 'describe',
-           'WeightFile', 'needed_files', 'offline', 'find_file', 'locate', 'spare_keys', 'read_weights', 'match_keys',
-           'load_checked', 'build', 'checksum', 'weights_checksums', 'save_weights', 'Units', 'tile_identity',
-           'tile_generator', 'draw', 'own_randomness', 'top_p_tokens', 'steps_run', 'scheduler_for', 'diffuse',
-           'Generator', 'place', 'build_generator', 'features', 'reach', 'clip_error', 'true_tiles']
+           'WeightFile', 'needed_files', 'offline', 'find_file', 'locate', 'find_folder', 'spare_keys', 'read_weights',
+           'match_keys', 'load_checked', 'build', 'checksum', 'weights_checksums', 'save_weights', 'Units',
+           'tile_identity', 'tile_generator', 'draw', 'own_randomness', 'top_p_tokens', 'steps_run', 'scheduler_for',
+           'diffuse', 'Generator', 'place', 'build_generator', 'features', 'reach', 'clip_error', 'true_tiles']
 
 # %% ../nbs/04_foundations.ipynb #1d817898
 from . import study  # first: it mends a torchvision built for another torch
@@ -410,6 +410,30 @@ def locate(
         hub = f'; it is published as {w.repo} on the Hugging Face Hub' if w.repo else ''
         lines.append(f'  {w.file}{f" ({why})" if why else ""}: put it at {place/w.file}{hub}')
     raise study.GacError('\n'.join([*lines, 'Or name the folder that holds them: weights=FOLDER.']))
+
+# %% ../nbs/04_foundations.ipynb #7be2d05f
+REPOSITORY = r'([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?'  # org/name@revision
+
+def find_folder(
+    place:str|Path, # folder, or name of a repository of the Hugging Face Hub
+    need:Sequence[str], # files that must be in it
+    more:Sequence[str]=(), # files that are fetched where they are there
+) -> Path: # the folder; one that is named as no repository is given back as it is
+    "A folder of weights on this machine, in the Hugging Face cache or on the Hub, best first."
+    named = re.fullmatch(REPOSITORY, str(place))
+    if not named or Path(place).exists() or Path(place).parent.exists(): return Path(place)
+    from huggingface_hub import snapshot_download
+    asked = dict(repo_id=named[1], revision=named[2], cache_dir=_cache(), allow_patterns=[*need, *more])
+    why = 'HF_HUB_OFFLINE is set' if offline() else ''
+    for here in (True, False)[:1 if why else 2]:
+        try: found = Path(snapshot_download(**asked, local_files_only=here))
+        except Exception as problem: why = why or ('' if here else f'the Hub gave {type(problem).__name__}')
+        else:
+            lacks = [n for n in need if not (found/n).is_file()]
+            if not lacks: return found
+            if not here: why = f'it has no {", ".join(lacks)}'
+    raise study.GacError(f'{place} is no folder here and not in the Hugging Face cache ({why}). It needs {", ".join(need)}: fetch them where there is a '
+                         f'network (hf download {named[1]}), or put them into a folder and give that.')
 
 # %% ../nbs/04_foundations.ipynb #c12a84b9
 _BOTH = r'\.(weight|bias)'

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['REACH', 'WINDOWS', 'GAIN', 'ROUTES', 'CODES', 'KINDS', 'PAINT', 'MARKS', 'SETTINGS', 'STRENGTHS', 'HEAD_FILE',
-           'ADAPTERS', 'adapt', 'despeckled', 'Reading', 'GroundingHead', 'tapped', 'without_adapters',
-           'Stage3GroundingModel', 'check_inputs', 'build_stage3_model', 'identity', 'texture', 'texture_agreement',
-           'steepness', 'Stage3Loss', 'shape_mask', 'ring', 'contrast', 'plant', 'taken_back', 'Triples', 'remember',
-           'padded', 'watch', 'window', 'whole', 'stage3_step', 'calibrate', 'train_stage3', 'save_stage3',
-           'read_stage3', 'check_stage2', 'load_stage3', 'stage3_inference', 'stage3_batch_inference',
+           'ABOUT', 'USE', 'USE_ADAPTERS', 'adapt', 'despeckled', 'Reading', 'GroundingHead', 'tapped',
+           'without_adapters', 'Stage3GroundingModel', 'check_inputs', 'build_stage3_model', 'identity', 'texture',
+           'texture_agreement', 'steepness', 'Stage3Loss', 'shape_mask', 'ring', 'contrast', 'plant', 'taken_back',
+           'Triples', 'remember', 'padded', 'watch', 'window', 'whole', 'stage3_step', 'calibrate', 'train_stage3',
+           'save_stage3', 'read_stage3', 'check_stage2', 'load_stage3', 'stage3_inference', 'stage3_batch_inference',
            'compute_stage3_metrics', 'grounded', 'model_info', 'fingerprint', 'precompute_stage3', 'images_of',
            'read_images', 'radar_in', 'image_in', 'infer_files', 'stage3_info', 'run_stage3', 'save_panels', 'lie_test',
            'lie_table']
@@ -618,7 +618,7 @@ def train_stage3(
         measured = measured | {f'val_{k}': v for k, v in table.loc[table.monitor.idxmin()].drop('strength').items()}
         if model.strength == 0: print('stage 3: on validation no strength of the correction is better than none; opt_v2 stays as it is', flush=True)
     save_stage3(model.eval(), out_dir, measured, strength=float(model.strength), settings=asdict(settings), loss=loss.weights, steps=int(steps[-1]),
-                select=select, pairs=len(train), stage2=None if stage2_card is None else {k: stage2_card[k] for k in ('backbone', 'bands')})
+                select=select, pairs=len(train), data=stage2.data_name(train), stage2=None if stage2_card is None else {k: stage2_card[k] for k in ('backbone', 'bands')})
     return replace(fits[-1], curve=curve, steps=int(steps[-1]), resumed_at=sum(f.resumed_at for f in fits))
 
 def _parts(model, settings, n:int, frozen:float) -> dict: # name -> settings
@@ -654,7 +654,7 @@ def _same(out_dir:Path, made:dict, overwrite:bool) -> bool:
     return not changed
 
 # %% ../nbs/09_stage3.ipynb #b04da4a0
-HEAD_FILE, ADAPTERS = 'grounding.safetensors', 'adapters'  # in the folder of a checkpoint
+HEAD_FILE = 'grounding.safetensors'  # in the folder of a checkpoint, beside the adapters
 
 def save_stage3(
     model:Stage3GroundingModel,
@@ -663,20 +663,32 @@ def save_stage3(
     **more, # further facts for the card, stage2 among them
 ) -> Path: # the folder
     "Adapters in peft's format, the head beside them, and a card."
-    folder = Path(folder)
-    study.writable(folder)
-    if len(model.adapters): training.save_adapters(model.generator, folder/ADAPTERS)
+    folder, repository, lora = study.writable(folder), foundations.entry(model.config['name']).repo, len(model.adapters) > 0
+    if lora: training.save_adapters(model.generator, folder, repository or model.config['name'])
     state = {k: v for k, v in model.state_dict().items() if k.startswith('head.') or k == 'strength'}
     training.save_checkpoint(folder/HEAD_FILE, state, 'stage3', model.config['name'], OPT_BANDS, model.config, model.config['seed'], measured,
                              weights=identity(model), size=training.weigh(model), **more)
+    training.write_card(folder, read_stage3(folder)[1], f'GAC Stage 3 on {model.config["name"]}', ABOUT, USE + USE_ADAPTERS*lora, repository)
     return folder
 
+ABOUT = '''Stage 3 of GAC: an image that Stage 2 refined (B02, B03, B04, B08 as reflectance, 10 m), checked against the radar it was drawn from (Sentinel-1 VV and VH,
+dB). TerraMind reads both through LoRA adapters (`adapter_config.json`, `adapter_model.safetensors`, as peft writes them), a head (`grounding.safetensors`)
+takes back what the radar does not support.'''
+USE = '''from gac import stage3
+
+model = stage3.load_stage3('FOLDER')
+image = stage3.stage3_inference(model, s1, opt_v2)  # (n, 2, H, W) dB, (n, 4, H, W) reflectance'''
+USE_ADAPTERS = '''
+
+from peft import PeftModel  # the adapters alone
+
+generator = PeftModel.from_pretrained(stage3.build_stage3_model(**model.config | dict(lora_r=0)).generator, 'FOLDER')'''
+
 def read_stage3(
-    path:str|Path, # folder of a checkpoint, or the file in it
+    path:str|Path, # folder of a checkpoint, the file in it, or a repository of the Hugging Face Hub
 ) -> tuple: # tensors, card
     "The head and the card of a checkpoint."
-    path = Path(path)
-    return training.load_checkpoint(path/HEAD_FILE if path.is_dir() or not path.suffix else path, 'stage3', '', OPT_BANDS)
+    return training.load_checkpoint(stage2.checkpoint_file(path, HEAD_FILE), 'stage3', '', OPT_BANDS)
 
 def check_stage2(
     path:str|Path, # Stage 2 checkpoint
@@ -687,20 +699,20 @@ def check_stage2(
     return stage2.read_stage2(path, known['backbone'], known['bands'])[1]
 
 def load_stage3(
-    path:str|Path, # folder of a checkpoint, or the file in it
+    path:str|Path, # folder of a checkpoint, the file in it, or a repository of the Hugging Face Hub
     stage2_checkpoint:str|Path='', # the Stage 2 whose images it will get; empty: not checked
     weights:str='', # of the generator, as for build_stage3_model
     timesteps:int|None=None, # None: as trained
 ) -> Stage3GroundingModel: # in evaluation mode
     "A trained grounding model."
-    state, card = read_stage3(path)
+    file = stage2.checkpoint_file(path, HEAD_FILE)
+    state, card = read_stage3(file)
     if stage2_checkpoint: check_stage2(stage2_checkpoint, card)
     model = build_stage3_model(weights=weights, **card['params'] | ({} if timesteps is None else dict(timesteps=timesteps)))
     if identity(model) != card['weights']:
         raise GacError(f'{path} was trained on other weights of {card["backbone"]}: {card["weights"]}, here {identity(model)}. '
                        'Train it again, or name their folder.')
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    if len(model.adapters): training.load_adapters(model.generator, folder/ADAPTERS)
+    if len(model.adapters): training.load_adapters(model.generator, file.parent)
     training._account(state, {k: v for k, v in model.state_dict().items() if k.startswith('head.') or k == 'strength'}, path)
     model.load_state_dict(state, strict=False)
     return model.eval()

@@ -100,14 +100,25 @@ def test_notebook_ends_with_something_to_explore(name):
     data = [o['data'] for c in cells[-3:] for o in c['outputs'] if 'image/jpeg' in o.get('data', {})]
     assert data and all('JupyterLab' in ''.join(d['text/plain']) for d in data)
 
-@pytest.mark.parametrize('path', STAGES, ids=lambda p: p.stem)
+WITH_PARAMETERS = [*STAGES, ROOT/'nbs'/'pretrain_mini.ipynb']
+
+def test_the_other_notebooks_have_no_parameters():
+    others = set((ROOT/'nbs').glob('*.ipynb')) - set(WITH_PARAMETERS)
+    assert {p.stem for p in others} == {'cli', 'explore', 'index'}
+    for p in others: assert not [c for c in study.read_notebook(p)['cells'] if 'parameters' in c['metadata'].get('tags', [])], p
+
+@pytest.mark.parametrize('path', WITH_PARAMETERS, ids=lambda p: p.stem)
 def test_papermill_tells_the_parameters(path):
     "What `papermill --help-notebook` prints: every parameter with its type, its default and what it is."
+    from click.testing import CliRunner
+    from papermill.cli import papermill
     from papermill.inspection import inspect_notebook
-    told = inspect_notebook(str(path))
-    assert list(told) == list(study.notebook_parameters(path))
-    for p in told.values():
-        assert p['inferred_type_name'] not in ('', 'None') and p['default'] and len(p['help']) > 3, p
+    told, declared = inspect_notebook(str(path)), study.notebook_parameters(path)
+    assert list(told) == list(declared)
+    for name, p in told.items():
+        assert (p['inferred_type_name'], p['default'] != '') == (declared[name].kind, True) and len(p['help']) > 3, p
+    said = CliRunner().invoke(papermill, ['--help-notebook', str(path)]).output
+    for name, p in told.items(): assert f"{name}: {p['inferred_type_name']}" in said and p['help'].split()[0] in said, name
 
 # in JupyterLab
 

@@ -145,7 +145,7 @@ def test_checkpoints_that_do_not_belong_are_refused(trained, tmp_path):
     with pytest.raises(GacError, match='other weights of prithvi_mini'): stage2.load_stage2(tampered(folder, tmp_path/'weights', weights={'prithvi_mini.safetensors': '0'*16}))
     with pytest.raises(GacError, match='is missing'): stage2.load_stage2(tmp_path/'nothing')
     broken = shutil.copytree(folder, tmp_path/'broken')
-    (broken/stage2.ADAPTERS/'adapter_model.safetensors').write_bytes(b'x'*100)
+    (broken/'adapter_model.safetensors').write_bytes(b'x'*100)
     with pytest.raises(GacError, match='no readable safetensors'): stage2.load_stage2(broken)
     state, _ = training.load_checkpoint(folder/stage2.HEAD_FILE)
     short = shutil.copytree(folder, tmp_path/'short')
@@ -159,9 +159,9 @@ def test_the_file_in_the_folder_is_a_path_too(trained):
 
 def test_adapters_are_pefts_and_can_be_merged(trained):
     from peft import LoraConfig
-    config = LoraConfig.from_pretrained(str(trained[1]/stage2.ADAPTERS))
+    config = LoraConfig.from_pretrained(str(trained[1]))
     assert (config.r, config.lora_alpha) == (8, 16)
-    assert all(k.startswith('base_model.model.blocks.') for k in load_file(trained[1]/stage2.ADAPTERS/'adapter_model.safetensors'))
+    assert all(k.startswith('base_model.model.blocks.') for k in load_file(trained[1]/'adapter_model.safetensors'))
     refiner, x = stage2.load_stage2(trained[1]), torch.rand(1, 4, 40, 40)*.3
     with torch.no_grad():
         before = refiner(x)

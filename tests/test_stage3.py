@@ -151,7 +151,7 @@ def test_files_and_refusals(store, tmp_path):
     stage3.save_stage3(model, tmp_path/'ckpt', stage2=dict(backbone='prithvi_mini', bands=list(OPT_BANDS)))
     card = json.loads((tmp_path/'ckpt'/'grounding.json').read_text())
     assert (card['kind'], card['backbone'], card['stage2']['backbone']) == ('stage3', 'terramind_mini_generate', 'prithvi_mini')
-    assert (tmp_path/'ckpt'/'adapters'/'adapter_model.safetensors').exists()
+    assert (tmp_path/'ckpt'/'adapter_model.safetensors').exists()
     for backbone, bands, said in (('prithvi_eo_v2_600_tl', OPT_BANDS, 'backbone'), ('prithvi_mini', ('B02', 'B03', 'B04', 'B8A'), 'bands')):
         training.save_checkpoint(tmp_path/said/stage2.HEAD_FILE, {'x': torch.zeros(1)}, 'stage2', backbone, bands)
         with pytest.raises(GacError, match=f'{said} is'): stage3.load_stage3(tmp_path/'ckpt', tmp_path/said)

@@ -1,0 +1,136 @@
+"What is trained is a folder that peft and the Hugging Face Hub know: its card is true, its code runs, and its name is enough to load it."
+import json, re, shutil
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard, metadata_load
+from huggingface_hub.utils import validate_repo_id
+from safetensors.torch import load_file
+from gac import cli, foundations, stage2, stage3, study, training
+from gac.study import GacError, OPT_BANDS
+
+SMALL = dict(width=16, depth=1)
+MEASURED = dict(val_psnr=27.25, val_psnr_calibrated=28.125, val_ssim=.75, val_sar_edge=.5, val_loss=-3., val_psnr_v2=float('nan'))
+HEADS = dict(stage2='refiner', stage3='grounding')
+
+def drawn(model):
+    "A model whose head and adapters do something."
+    r = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for k, p in model.named_parameters():
+            if p.requires_grad and p.ndim > 1: p.add_(torch.randn(p.shape, generator=r)*.05)
+    return model.eval()
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory) -> dict:
+    home = tmp_path_factory.mktemp('sharing')
+    two, three = drawn(stage2.build_prithvi_refiner(**SMALL)), drawn(stage3.build_stage3_model(taps=2, lora_r=2, **SMALL))
+    more = dict(steps=40, pairs=12, data='procedural world')
+    return dict(stage2=stage2.save_stage2(two, home/'two', MEASURED, **more),
+                stage3=stage3.save_stage3(three, home/'three', MEASURED, stage2=dict(backbone='prithvi_mini', bands=list(OPT_BANDS)), **more))
+
+@pytest.fixture
+def hub(folders, tmp_path, monkeypatch):
+    "A Hugging Face cache that holds both folders, and no network."
+    def put(name, folder, revision='main', commit='0'*40):
+        at = tmp_path/'hub'/f'models--{name.replace("/", "--")}'
+        shutil.copytree(folder, at/'snapshots'/commit)
+        (at/'refs').mkdir(exist_ok=True)
+        (at/'refs'/revision).write_text(commit)
+    for stage, folder in folders.items(): put(f'someone/gac-{stage}.v1', folder)
+    monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path/'hub'))
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path/'hub'))  # for peft: it was imported before
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    monkeypatch.chdir(tmp_path)
+    return put
+
+def images() -> dict:
+    r = np.random.default_rng(0)
+    x = r.uniform(0, .3, (1, 4, 48, 48)).astype('float32')
+    return dict(opt_v1=x, opt_v2=x, s1=r.normal(-14, 3, (1, 2, 48, 48)).astype('float32'))
+
+def run_card(folder:Path, name='') -> dict: # what its code leaves
+    "Run the code of a card as it stands there."
+    code, space = re.search(r'```python\n(.*?)```', (folder/'README.md').read_text(encoding='utf-8'), re.S)[1], images()
+    exec(code.replace('FOLDER', name or str(folder)), space)
+    return space
+
+@pytest.mark.parametrize('stage', HEADS)
+def test_the_card_is_one_of_the_hub_and_tells_what_was_measured(folders, stage):
+    folder = folders[stage]
+    assert sorted(p.name for p in folder.iterdir()) == sorted(['README.md', 'adapter_config.json', 'adapter_model.safetensors', f'{HEADS[stage]}.json', f'{HEADS[stage]}.safetensors'])
+    card, head = ModelCard.load(folder/'README.md'), metadata_load(folder/'README.md')
+    assert (head['library_name'], head['license'], head['pipeline_tag']) == ('peft', 'apache-2.0', 'image-to-image') and {stage, 'gac', 'lora'} <= set(head['tags'])
+    told = {r.metric_type: r.metric_value for r in card.data.eval_results}
+    assert told == dict(psnr=27.25, psnr_calibrated=28.125, ssim=.75, sar_edge=.5)  # no loss, and nothing that is no number
+    assert {(r.dataset_name, r.dataset_split, r.task_type) for r in card.data.eval_results} == {('procedural world', 'validation', 'image-to-image')}
+    assert ModelCard(str(card)).data.to_dict() == card.data.to_dict() and yaml.safe_load(card.data.to_yaml()) == head
+    for said in ('| PSNR, dB | 27.2500 |', '| pairs | `12` |', 'They look like observations and are none'): assert said in card.text, said
+    meta = json.loads((folder/f'{HEADS[stage]}.json').read_text())
+    assert all(f'`{k}` ({v})' in card.text for k, v in meta['weights'].items())
+
+@pytest.mark.parametrize('stage, name', [('stage2', 'prithvi_eo_v2_600'), ('stage3', 'terramind_v1_large_generate')])
+def test_the_base_model_is_a_repository_of_the_hub(folders, tmp_path, stage, name):
+    "Real backbones have one, miniatures have none."
+    repository = foundations.entry(name).repo
+    validate_repo_id(repository)
+    meta = json.loads((folders[stage]/f'{HEADS[stage]}.json').read_text()) | dict(backbone=name)
+    head = metadata_load(training.write_card(tmp_path, meta, 'A title', 'It does.', 'code', repository))
+    assert (head['base_model'], head['base_model_relation']) == (repository, 'adapter')
+    assert 'base_model' not in metadata_load(folders[stage]/'README.md')
+    assert json.loads((folders[stage]/'adapter_config.json').read_text())['base_model_name_or_path'] == meta['params'].get('backbone', meta['params'].get('name'))
+
+def test_the_code_of_a_card_runs_and_peft_reads_the_adapters(folders):
+    two, three = run_card(folders['stage2']), run_card(folders['stage3'])
+    x, given = torch.rand(1, 4, 48, 48)*.3, images()
+    with torch.no_grad():
+        for a, b in zip(two['encoder'].base_model.model(x[:, :, None]), two['refiner'].encoder(x[:, :, None])): torch.testing.assert_close(a, b)
+    assert not np.allclose(two['image'], given['opt_v1'], atol=1e-3) and not np.allclose(three['image'], given['opt_v2'], atol=1e-3)
+    adapted = {k: v for k, v in three['generator'].state_dict().items() if 'lora_' in k}
+    kept = load_file(folders['stage3']/'adapter_model.safetensors')
+    assert len(adapted) == len(kept) > 0
+    for k, v in adapted.items(): torch.testing.assert_close(v, kept[k.replace('.default', '')], rtol=0, atol=0)
+
+def test_the_name_of_a_repository_is_enough(folders, hub, capsys):
+    for stage, what in (('stage2', 'refiner'), ('stage3', 'model')):
+        here, there = run_card(folders[stage]), run_card(folders[stage], f'someone/gac-{stage}.v1')
+        np.testing.assert_array_equal(here['image'], there['image'])
+    assert cli.main(['stage3', 'info', '--stage3-checkpoint', 'someone/gac-stage3.v1']) == 0 and 'val_psnr' in capsys.readouterr().out
+    other = stage2.build_prithvi_refiner(lora_r=0, **SMALL)
+    hub('someone/gac-stage2.v1', stage2.save_stage2(other, Path('plain')), 'plain', '1'*40)
+    assert stage2.load_stage2('someone/gac-stage2.v1@plain').config['lora_r'] == 0 and stage2.load_stage2('someone/gac-stage2.v1').config['lora_r'] == 8
+    shutil.copytree(folders['stage2'], 'someone/gac-stage2.v1')  # a folder of that name comes first
+    state, meta = training.load_checkpoint('someone/gac-stage2.v1/refiner.safetensors')
+    assert stage2.read_stage2('someone/gac-stage2.v1')[1] == meta
+
+def test_what_is_nowhere_is_told_with_repository_and_files(hub, monkeypatch, capsys):
+    with pytest.raises(GacError, match=r'nobody/nothing is no folder here and not in the Hugging Face cache \(HF_HUB_OFFLINE is set\)') as e: stage2.load_stage2('nobody/nothing')
+    assert 'refiner.safetensors' in str(e.value) and 'hf download nobody/nothing' in str(e.value)
+    assert cli.main(['stage3', 'info', '--stage3-checkpoint', 'nobody/nothing']) == 2
+    assert 'needs grounding.safetensors' in capsys.readouterr().err
+    with pytest.raises(GacError, match=r'needs grounding.safetensors'): stage3.load_stage3('someone/gac-stage2.v1')  # it is of another stage
+    monkeypatch.delenv('HF_HUB_OFFLINE')
+    asked = []
+    def download(repo_id, local_files_only, **more):
+        asked.append((repo_id, local_files_only, more['revision']))
+        raise OSError('no route')
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', download)
+    with pytest.raises(GacError, match='the Hub gave OSError'): stage2.load_stage2('nobody/nothing@main')
+    assert asked == [('nobody/nothing', True, 'main'), ('nobody/nothing', False, 'main')]
+    Path('runs').mkdir()
+    for place in ('runs/stage2', 'a/b/c', '../x/y', 'nothing', './some/one'):  # a slip in a path is not asked of the Hub
+        with pytest.raises(GacError, match='is missing'): stage2.load_stage2(place)
+    assert len(asked) == 2
+
+def test_adapters_of_earlier_versions_lie_one_below(folders, tmp_path):
+    old = shutil.copytree(folders['stage2'], tmp_path/'old')
+    (old/'adapters').mkdir()
+    for name in training.ADAPTER_FILES: shutil.move(old/name, old/'adapters'/name)
+    assert stage2.fingerprint(stage2.load_stage2(old)) == stage2.fingerprint(stage2.load_stage2(folders['stage2']))
+    shutil.rmtree(old/'adapters')
+    with pytest.raises(GacError, match='old/adapter_config.json is missing'): stage2.load_stage2(old)
