@@ -632,7 +632,7 @@ def _blocks_file(folder:Path, block:tuple) -> Path: return folder/f'{block[0]}-{
 
 def _read_block(path:Path, shape:tuple) -> np.ndarray|None: # (C, h, w) int16
     "A block that was drawn before, None if it is not whole."
-    try: return np.frombuffer(tiles.CODEC.decode(path.read_bytes()), 'int16').reshape(shape)
+    try: return tiles.unpack(path.read_bytes(), 'int16', shape)
     except (OSError, ValueError, RuntimeError): return None
 
 def _journal(output:Path, made:dict, overwrite:bool) -> Path: # the folder
@@ -709,7 +709,7 @@ def infer_scene(
 
 def _store_block(folder:Path, block:tuple, x:np.ndarray) -> np.ndarray:
     "Keep a block."
-    tiles._write_whole(_blocks_file(folder, block), tiles.CODEC.encode(np.ascontiguousarray(x)))
+    tiles._write_whole(_blocks_file(folder, block), tiles.pack(x))
     return x
 
 def _scene_tags(scene:Scene, chain, made:dict) -> dict:

@@ -390,7 +390,9 @@ def shelf(
     store, # tiles.Store
 ): # tiles.Store
     "Where arrays of later stages go: into a store that belongs to the run; beside one that belongs to the user."
-    return store if store.path.resolve().is_relative_to(run.dir) else companion(store, run.dir/'real_stages')
+    if store.path.resolve().is_relative_to(run.dir): return store
+    tiles.drop_older(run.dir/'real_stages')
+    return companion(store, run.dir/'real_stages')
 
 def images_of(
     run, # study.Run

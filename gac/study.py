@@ -434,7 +434,7 @@ def check_value(
 ): # the value in the declared type
     "The value if it fits the declared type, range and choices; else a GacError that says what was expected."
     try: value = _coerce(value, p.kind)
-    except (TypeError, OverflowError): raise GacError(f'{where}: {p.name} is {repr(value)[:80]}, expected {p.kind} ({p.help}).') from None
+    except (TypeError, OverflowError, KeyError, StopIteration): raise GacError(f'{where}: {p.name} is {repr(value)[:80]}, expected {p.kind} ({p.help}).') from None
     for v in value if isinstance(value, list) else [value]:
         if p.choices and v not in p.choices: raise GacError(f'{where}: {p.name} is {v!r}, expected one of {", ".join(p.choices)}.')
         if isinstance(v, (int, float)) and not p.low <= v <= p.high:

@@ -7,10 +7,11 @@ __all__ = ['BIOME_BOXES', 'BIGEARTHNET', 'EARTH', 'FORMAT', 'SHARD', 'ABSENT', '
            'S2_OFFSET', 'LEVELS', 'APART', 'KNOWN_OFFSETS', 'S1_UNITS', 'S2_UNITS', 'BEN_PIXELS', 'EXTRA', 'NPZ_META',
            'NPZ_KEYS', 'BENV2_S1', 'MAGIC', 'LAYOUTS', 'READERS', 'MIN_PAIRS', 'pad_to_multiple', 'crop_back',
            'to_reflectance', 'to_dn', 'parse_date', 'month_of', 'biome_of', 'read_ecoregions', 'split_by_block',
-           'split_distance', 'shard_index', 'write_shard', 'Entry', 'Store', 'check_id', 'tile_arrays', 'from_world',
-           'study_store', 's1_unit', 's2_unit', 'has_baseline', 's2_offset', 'Options', 'Source', 'Job', 'windows',
-           'check_whole', 'read_bigearthnet', 'read_geotiff', 'read_npz', 'read_benv2', 'recognise', 'Units',
-           'find_units', 'records_of', 'convert', 'real_store', 'run_stores', 'training_store']
+           'split_distance', 'pack', 'unpack', 'shard_index', 'write_shard', 'Entry', 'Store', 'check_id',
+           'tile_arrays', 'from_world', 'drop_older', 'study_store', 's1_unit', 's2_unit', 'has_baseline', 's2_offset',
+           'Options', 'Source', 'Job', 'windows', 'check_whole', 'read_bigearthnet', 'read_geotiff', 'read_npz',
+           'read_benv2', 'recognise', 'Units', 'find_units', 'records_of', 'convert', 'real_store', 'run_stores',
+           'training_store']
 
 # %% ../nbs/02_tiles.ipynb #1e22762c
 import hashlib, io, json, os, re, shutil, socket, weakref
@@ -198,7 +199,7 @@ def split_distance(
     return pd.DataFrame(rows, columns=['split', 'other', 'km'])
 
 # %% ../nbs/02_tiles.ipynb #4fd6e87f
-FORMAT = 1  # of the folder
+FORMAT = 2  # of the folder; 1 had no checksum in a chunk
 SHARD = 128  # tiles in a shard file
 ABSENT = np.uint64(2**64 - 1)  # in a shard's index: no such chunk
 CODEC = Blosc(cname='zstd', clevel=1, shuffle=Blosc.BITSHUFFLE)  # of one tile; decoding needs no parameters
@@ -214,6 +215,22 @@ def _write_whole(path:Path, content:bytes, partly:Path=None) -> None:
         folder = os.open(path.parent, os.O_RDONLY)
         try: os.fsync(folder)
         finally: os.close(folder)
+
+def pack(
+    tile:np.ndarray,
+) -> bytes:
+    "A chunk: compressed values, then their checksum."
+    chunk = CODEC.encode(np.ascontiguousarray(tile))
+    return chunk + google_crc32c.value(chunk).to_bytes(4, 'little')
+
+def unpack(
+    chunk:bytes, # from `pack`
+    dtype, # of the values
+    shape:tuple, # of the tile
+) -> np.ndarray:
+    "The values of a chunk, or a ValueError: the codec itself must not see damaged bytes, they can end the process."
+    if len(chunk) <= 4 or google_crc32c.value(chunk[:-4]) != int.from_bytes(chunk[-4:], 'little'): raise ValueError('it fails the checksum')
+    return np.frombuffer(CODEC.decode(chunk[:-4]), dtype).reshape(shape)
 
 def shard_index(
     f, # an open shard file
@@ -241,7 +258,7 @@ def write_shard(
                 if offset == ABSENT: continue
                 f.seek(int(offset))
                 chunks[i] = f.read(int(length))
-    for i, tile in tiles.items(): chunks[i] = CODEC.encode(np.ascontiguousarray(tile))
+    for i, tile in tiles.items(): chunks[i] = pack(tile)
     index, at = np.full((shard, 2), ABSENT, '<u8'), 0
     for i in sorted(chunks):
         index[i], at = (at, len(chunks[i])), at + len(chunks[i])
@@ -382,10 +399,12 @@ def _frame(rows:list) -> pd.DataFrame:
 def _read_table(
     path:Path, # a Parquet file
     need:Iterable=(), # columns it must have
-    **options, # of pandas.read_parquet
 ) -> pd.DataFrame:
     "A table, or an error that names the file."
-    try: table = pd.read_parquet(path, **options)
+    try:
+        found = pq.read_table(path)
+        found.validate(full=True)  # text that is no UTF-8 would only be noticed when it is used
+        table = found.to_pandas()
     except Exception as e:  # pyarrow has several classes of errors for a damaged file
         raise GacError(f'{path}: cannot be read as Parquet ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else "no reason given"}). It may be cut '
                        'short: restore it or fetch it again.') from e
@@ -396,6 +415,8 @@ def _read_table(
 def _write_table(path:Path, frame:pd.DataFrame) -> None:
     "Write table.parquet, whole or not at all."
     transform = pa.array([[float(v) for v in t] for t in frame['transform']], pa.list_(pa.float64()))  # pandas would make NaN a null
+    some = lambda x: x if pd.api.types.is_numeric_dtype(x) else x.where(x.notna(), '')  # text that is told of some tiles only
+    frame = frame.assign(**{c: some(frame[c]) for c in frame.columns if c not in COLUMNS})
     table = pa.Table.from_pandas(frame, preserve_index=False)
     table = table.set_column(table.column_names.index('transform'), 'transform', transform)
     buffer = io.BytesIO()
@@ -408,9 +429,9 @@ def _new_array(group, name:str, n:int, shard:int, shape:tuple, dtype, attrs:dict
         raise GacError(f'{name!r} cannot be the name of an array: small letters, digits and "_", not "tiles" or "rows".')
     plane = ('y', 'x') if len(shape) > 1 else ()
     axes = ('tile', *(f'{name}_{a}' for a in ('band', 'axis2', 'axis3')[:len(shape) - len(plane)]), *plane)
-    codec = zarr.codecs.BloscCodec(cname='zstd', clevel=1, shuffle='bitshuffle')
+    codecs = [zarr.codecs.BloscCodec(cname='zstd', clevel=1, shuffle='bitshuffle'), zarr.codecs.Crc32cCodec()]  # as `pack`
     return group.create_array(name, shape=(n, *shape), dtype=dtype, chunks=(1, *shape), shards=(shard, *shape), fill_value=0,
-                              compressors=codec, attributes=attrs or {}, dimension_names=axes, overwrite=True)
+                              compressors=codecs, attributes=attrs or {}, dimension_names=axes, overwrite=True)
 
 # %% ../nbs/02_tiles.ipynb #821c58d1
 @patch
@@ -424,8 +445,14 @@ def _writers(self:Store) -> list:
     "Who writes here: (lock file, (array, rank, world), holder) of every lock."
     found = []
     for path in self.journal.glob('*.lock'):
-        array, part, _ = path.name.split('.')
-        found.append((path, (array, *map(int, part.split('of'))), json.loads(path.read_text())))
+        try:
+            array, part, _ = path.name.split('.')
+            rank, world = map(int, part.split('of'))
+            holder = json.loads(path.read_text())
+            found.append((path, (array, rank, world), dict(pid=int(holder['pid']), host=str(holder['host']), started=float(holder['started']))))
+        except FileNotFoundError: continue  # let go of meanwhile
+        except (ValueError, KeyError, TypeError, OverflowError) as e:
+            raise GacError(f'{path}: damaged lock ({type(e).__name__}: {e}). Delete it if no process writes to this store.') from e
     return found
 
 def _release(path:Path, pid:int) -> None:
@@ -553,7 +580,9 @@ def append(self:Store,
         seen.add(r['id'])
         if r.get('split', 'test') not in SPLITS: raise GacError(f'Tile {r["id"]}: split {r["split"]!r}; it is one of {", ".join(SPLITS)}.')
     values = {n: np.stack([_fit(r, n, self.arrays[n]) for r in records]) for n in self.attrs['tiles']}
-    like = {**records[0], **(self._folded.iloc[0] if self.folded else self._tail[0] if self._tail else {}), **COLUMNS}
+    like = {}
+    for t in (*reversed(records), *reversed(self._tail)): like |= t  # who came first decides what a column holds
+    like |= {c: 0. if pd.api.types.is_numeric_dtype(x) else '' for c, x in self._folded.items()} | COLUMNS
     table = [{k: _fact(r['id'], k, v, like.get(k, v)) for k, v in {**COLUMNS, **r}.items() if k not in values} for r in records]
     for t in table: t['scene'] = t['scene'] or t['id']
     self._enter('tiles', 0, 1, np.arange(len(self), len(self) + len(records)), values, table)
@@ -574,9 +603,8 @@ def _fact(tile:str, name:str, value, like):
         if name == 'transform' and len(value) == 6: return [float(x) for x in value]
         if kind == 'text' and isinstance(value, str) and value.encode(): return value
         if kind == 'text' and value == '': return value
-        if name != 'transform' and kind == 'a number' and isinstance(value, (int, float)) and abs(float(value)) != np.inf:
-            if not (name in COLUMNS and isinstance(like, int)): return value
-            if isinstance(value, int) and abs(value) < 2**31: return value
+        whole = name in COLUMNS and isinstance(like, int)
+        if name != 'transform' and kind == 'a number' and type(value) in ((int,) if whole else (int, float)) and not abs(value) > 2**53: return value
     except (TypeError, ValueError, OverflowError): pass
     kind = {'transform': 'six numbers', 'month': 'a whole number', 'biome': 'a whole number'}.get(name, kind)
     raise GacError(f'Tile {tile}: {name} is {str(value)[:80]!r}, expected {kind}.')
@@ -640,7 +668,7 @@ def _read(self:Store, name:str, rows:np.ndarray, bands) -> np.ndarray:
                 if offset == ABSENT: missing.append(n)
                 else:
                     f.seek(int(offset))
-                    try: tile = np.frombuffer(CODEC.decode(f.read(int(length))), z.dtype).reshape(z.shape[1:])
+                    try: tile = unpack(f.read(int(length)), z.dtype, z.shape[1:])
                     except (RuntimeError, ValueError) as e:
                         raise GacError(f'{path}: tile {rows[n]} of {name} is damaged ({e}). Restore the file, or delete it and run the '
                                        'stage that wrote it again.')
@@ -853,6 +881,15 @@ def _resume(path, made:dict) -> Store|None:
     if differ: raise GacError(f'{path} holds tiles made otherwise: {"; ".join(differ)}. Delete the folder or choose another run_dir.')
     return store
 
+def drop_older(
+    path:Path, # a folder that belongs to a run
+) -> None:
+    "Delete a run's own tiles where an earlier version of this code made them: they are made again."
+    attrs = study._read_json(path/'arrays'/'zarr.json').get('attributes')
+    if isinstance(attrs, dict) and attrs.get('format') in range(1, FORMAT):
+        print(f'{path.name}: tiles of format {attrs["format"]} are made anew in format {FORMAT}', flush=True)
+        shutil.rmtree(path)
+
 def study_store(
     run:study.Run, # of this notebook
     n_train:int=16, # tiles
@@ -863,6 +900,7 @@ def study_store(
 ) -> Store:
     "The procedural tiles of a run: what is there, else made."
     path, asked = run.dir/'tiles', dict(n_train=n_train, n_val=n_val, n_test=n_test, size=size, seed=run.seed)
+    drop_older(path)
     if (path/'table.parquet').exists():
         begun = Store(path).attrs
         if not exact: asked = {k: begun[k] for k in asked}
@@ -1185,7 +1223,8 @@ def _npz(path:Path) -> dict:
     except Exception as e: raise GacError(f'{path}: cannot be read as NPZ ({type(e).__name__}: {e}).')
     if 's1' not in have and {'s1_vv', 's1_vh'} <= set(have):
         vv, vh = have.pop('s1_vv'), have.pop('s1_vh')
-        if vv.shape != vh.shape or vv.ndim < 2: raise GacError(f'{path}: s1_vv {vv.shape} and s1_vh {vh.shape} are not (H, W) of one size.')
+        if vv.shape != vh.shape or vv.ndim < 2 or {vv.dtype.kind, vh.dtype.kind} - set('iuf'):
+            raise GacError(f'{path}: s1_vv {vv.dtype}{vv.shape} and s1_vh {vh.dtype}{vh.shape} are not numbers (H, W) of one size.')
         have['s1'] = np.stack([vv, vh], -3)
     for key, what in (('s1', 's1, or s1_vv and s1_vh'), ('s2', 's2 or s2_real')):
         if key not in have: raise GacError(f'{path}: missing array {what}.')
@@ -1272,7 +1311,10 @@ def _contents(
     head = _bytes(f, start, 18)
     if len(head) < 18 or head[:2] != MAGIC: raise GacError(f'{where}: no tortilla (it does not begin with {MAGIC.decode()}).')
     at = _part(f, start, size, int.from_bytes(head[2:10], 'little'), int.from_bytes(head[10:18], 'little'), f'{where}, table')
-    try: table = pq.read_table(pa.BufferReader(_bytes(f, *at))).to_pandas()
+    try:
+        found = pq.read_table(pa.BufferReader(_bytes(f, *at)))
+        found.validate(full=True)
+        table = found.to_pandas()
     except (pa.ArrowException, OSError, ValueError) as e:
         raise GacError(f'{where}: its table cannot be read ({type(e).__name__}: {str(e).splitlines()[0]}). Fetch the file again.')
     lacks = [c for c in ('tortilla:id', 'tortilla:offset', 'tortilla:length') if c not in table.columns]
@@ -1579,6 +1621,7 @@ def real_store(
     if not (data or run.data): return None
     src, dst = study.root()/(data or run.data), run.dir/'real'
     if recognise(src) == 'store': return Store(src)
+    drop_older(dst)
     if (dst/'table.parquet').exists():
         have = Store(dst).attrs
         if have.get('place') != _place(src) or options and have.get('options') != _as_json(Options(**options)): shutil.rmtree(dst)

@@ -68,8 +68,8 @@ class Settings:
             value = getattr(self, f.name)
             if not isinstance(value, (float, int) if f.type is float else f.type) or (isinstance(value, bool) and f.type is not bool):
                 raise GacError(f'Setting {f.name}={value!r}: expected {f.type.__name__}.')
-            if f.type in (int, float) and not (low.get(f.name, 0) <= value < math.inf):
-                raise GacError(f'Setting {f.name}={value}: expected {low.get(f.name, 0)} or more.')
+            if f.type in (int, float) and not (low.get(f.name, 0) <= value <= 2**53):
+                raise GacError(f'Setting {f.name}={str(value)[:40]}: expected {low.get(f.name, 0)} or more, at most 2**53.')
         for name, choice in {'mode': ('min', 'max'), 'precision': ('32-true', 'bf16-mixed', '16-mixed')}.items():
             if getattr(self, name) not in choice: raise GacError(f'Setting {name}={getattr(self, name)!r}: expected one of {choice}.')
         if self.save_every % self.val_every:

@@ -1,5 +1,6 @@
 "Disks that are full or read-only and processes that are killed, each inflicted on a fork of this process that leaves nothing behind."
 import ctypes, os, signal, sys, traceback
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,13 @@ class Disk:
         folder.mkdir(parents=True)
         _call('mount', b'none', os.fsencode(folder), b'tmpfs', 0, b'size=%dk' % kb)
 
-    def change(self, kb:int=65536, flags:int=0) -> None: _call('mount', b'none', os.fsencode(self.folder), b'tmpfs', REMOUNT | flags, b'size=%dk' % kb)
+    def change(self, kb:int=16384, flags:int=0) -> None:
+        (self.folder/'.filler').unlink(missing_ok=True)
+        _call('mount', b'none', os.fsencode(self.folder), b'tmpfs', REMOUNT | flags, b'size=%dk' % kb)
+    def fill(self) -> None:
+        "Leave no room, until `change`."
+        with suppress(OSError), open(self.folder/'.filler', 'wb', buffering=0) as f:
+            while f.write(bytes(4096)) == 4096: pass
     def shut(self) -> None: self.change(flags=RDONLY)
 
 def with_disks(work) -> None:

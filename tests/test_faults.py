@@ -15,7 +15,7 @@ import export_chains as chains
 import faults_disk as faults
 import tiles_layouts as layouts
 
-BRIEF = training.Settings(lr=1e-3, max_steps=4, batch_size=2, grad_accum_steps=1, val_every=2, save_every=2, early_stopping=False, log_every=1, warmup=0., accelerator='cpu')
+BRIEF = training.Settings(lr=1e-3, max_steps=8, batch_size=2, grad_accum_steps=1, val_every=2, save_every=2, early_stopping=False, log_every=1, warmup=0., accelerator='cpu')
 SMALL = dict(width=16, depth=1)
 
 @pytest.fixture(autouse=True)
@@ -103,6 +103,7 @@ WRITERS = {
     'chip of New York': write_chip,
     'chain and report': write_report,
 }
+JOURNALLED = ('procedural tiles', 'converted tiles', 'images of Stage 1')  # a disk may hold the journal and not the shards it is folded into
 TIMED = ('provenance.json', 'index.html', 'chain.json', 'chain.lock', 'guard', 'refiner.json', 'grounding.json', 'model.json')  # hold a date or a duration
 
 def content(folder:Path) -> dict:
@@ -135,20 +136,27 @@ def unbroken(given) -> dict:
 def test_a_full_or_read_only_disk_is_told_and_loses_nothing(name, given, unbroken, tmp_path, monkeypatch):
     monkeypatch.setattr(stage1, 'disk_forecast', lambda *args: dict(need=0, free=0))  # it would refuse before anything is written
     write, (want, size, _) = WRITERS[name], unbroken(name)
+    held = []  # as a notebook holds the last error, and with it the store that was being written
     def refused(disk):
         with pytest.raises(GacError, match='cannot be written') as e: write(disk.folder, given)
-        assert str(disk.folder) in str(e.value) and ('Make room' in str(e.value) or 'Give another output' in str(e.value) or 'Is there room' in str(e.value)), e.value
+        assert str(disk.folder) in str(e.value) and any(w in str(e.value) for w in ('Make room', 'Give another output', 'Is there room')), e.value
+        held.append(e)
     def work():
-        shut = faults.Disk(tmp_path/'shut', 65536)
+        shut = faults.Disk(tmp_path/'shut', 16384)
         shut.shut()
         refused(shut)
-        for share in (0., .6):
+        for share in (0., .6, *[1.2]*(name in JOURNALLED)):
             disk = faults.Disk(tmp_path/f'full{share}', max(4, int(share*size/1024)))
             refused(disk)
             assert not half_written(disk.folder), half_written(disk.folder)
             disk.change()  # room is made
             write(disk.folder, given)
             assert not differences(content(disk.folder), want), differences(content(disk.folder), want)
+        disk.fill()
+        try: write(disk.folder, given)  # again, though nothing can be written: what was there stays
+        except GacError as e: assert 'cannot be written' in str(e)
+        disk.change()
+        assert not differences(content(disk.folder), want), differences(content(disk.folder), want)
     work.folder = tmp_path
     faults.with_disks(work)
 
@@ -177,7 +185,7 @@ KILLED = ['converted tiles', 'Stage 3', 'chain and report', 'chip of New York'] 
 @pytest.mark.parametrize('name', KILLED)
 def test_killed_at_any_file_it_goes_on_to_the_same_end(name, given, unbroken, tmp_path):
     write, (want, _, moves) = WRITERS[name], unbroken(name)
-    for step in sorted({1, moves//2, moves}):
+    for step in sorted({1, 2*moves//3, moves}):  # of Stage 3 the second is in the middle of a part
         folder = tmp_path/str(step)
         folder.mkdir()
         assert faults.killed(lambda: write(folder, given), step) == -signal.SIGKILL
@@ -218,7 +226,7 @@ def test_a_table_of_bigearthnet_that_was_cut_short_is_named(tmp_path):
 RADAR, OPTICAL = layouts.radar(1), layouts.optical(1, count=4)
 TILES = {
     'radar NaN in one pixel': (dict(s1=np.where(np.arange(120) == 7, np.nan, RADAR)), 'Sentinel-1: 120 px are NaN'),
-    'radar infinite': (dict(s1=RADAR/np.float32(0)), 'Sentinel-1: 14400 px are NaN'),
+    'radar infinite': (dict(s1=RADAR*np.float32('inf')), 'Sentinel-1: 14400 px are NaN'),
     'radar all zero': (dict(s1=RADAR*0), 'Sentinel-1: VV or VH is one value everywhere'),
     'radar constant': (dict(s1=np.stack([RADAR[0], RADAR[1]*0 - 17])), 'Sentinel-1: VV or VH is one value everywhere'),
     'radar as power': (dict(s1=10**(RADAR/10)), 'no negative value in a data set of dB. Say s1_units='),

@@ -79,6 +79,12 @@ def journalled(path:Path) -> Path:
     store.append([writer.record(i) for i in range(3)])
     return path
 
+def locked(path:Path) -> None:
+    "A store that another machine writes to."
+    tiles.Store.create(path, writer.ARRAYS)
+    (path/'journal').mkdir()
+    (path/'journal'/'tiles.0of1.lock').write_text('{"pid": 1, "host": "elsewhere", "started": 0.5}')
+
 def notebook(path:Path) -> Path:
     cell = dict(cell_type='code', source='k: int = 3  # a number [1, 9]\nname: str = "a"  # one of {a, b}\n', metadata=dict(tags=['parameters']))
     path.write_text(json.dumps(dict(cells=[cell])))
@@ -101,6 +107,7 @@ FILES = {  # name -> (what makes it in a folder, the file that is changed, the r
     'zarr.json of an array': (writer.work, 'arrays/s1/zarr.json', whole_store),
     'shard': (writer.work, 'arrays/s1/c/1/0/0/0', whole_store),
     'journal': (journalled, 'journal/tiles.0of1.000000000.0-2.safetensors', whole_store),
+    'lock': (locked, 'journal/tiles.0of1.lock', lambda d: tiles.Store(d)._writers()),
     'Torch file': (lambda d: (d/'x.pt').write_bytes(torch_bytes(dict(s1=torch.zeros(1, 2, 9, 9), n=3, s='x'))), 'x.pt', lambda d: metrics.read_torch(d/'x.pt')),
     'safetensors': (lambda d: training.save_checkpoint(d/'x.safetensors', dict(a=torch.zeros(3, 3)), 'toy'), 'x.safetensors', lambda d: training.load_checkpoint(d/'x.safetensors', 'toy')),
     'weights': (lambda d: (d/'x.pt').write_bytes(torch_bytes(dict(a=torch.zeros(3)))), 'x.pt', lambda d: foundations.read_weights(d/'x.pt')),
@@ -121,7 +128,7 @@ FILES = {  # name -> (what makes it in a folder, the file that is changed, the r
 def test_bytes(name, cases, tmp_path):
     make, file, read = FILES[name]
     folder = tmp_path/'there'
-    if name not in ('table of a store', 'zarr.json of a store', 'zarr.json of an array', 'shard', 'journal'): folder.mkdir()
+    if name not in ('table of a store', 'zarr.json of a store', 'zarr.json of an array', 'shard', 'journal', 'lock'): folder.mkdir()
     make(folder)
     path = folder/file
     good = path.read_bytes()

@@ -168,6 +168,9 @@ def test_damage_is_named(tmp_path):
     with pytest.raises(GacError, match='shard is damaged'): Store(path).read('s1', [0])
     shard.write_bytes(b'\xff'*64 + whole[64:])
     with pytest.raises(GacError, match='tile 0 of s1 is damaged'): Store(path).read('s1', [0])
+    for at in (20, 99):  # in the values or in what the codec says of them: the checksum speaks before the codec, which might end the process
+        shard.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
+        with pytest.raises(GacError, match='tile 0 of s1 is damaged .it fails the checksum'): Store(path).read('s1', [0])
     (path/'journal'/'opt_v1.0of1.000000099.0-3.safetensors').write_bytes(b'junk')
     with pytest.raises(GacError, match='damaged journal entry'): Store(path)
 
@@ -324,6 +327,18 @@ def test_a_run_keeps_its_real_store_until_data_or_options_change(tmp_path, monke
     assert len(tiles.real_store(run, str(layouts.npz(tmp_path/'other'/'npz', 2)), size=96)) == 8
     run.data = ''
     assert tiles.real_store(run) is None
+
+def test_tiles_of_an_earlier_format_are_made_anew_by_their_run_and_refused_elsewhere(tmp_path, capsys):
+    run = study.Run('02_tiles', 'smoke', 0, tmp_path/'run', tmp_path/'reports')
+    store = tiles.study_store(run, 2, 1, 1, size=32)
+    want, group = store.read('s1', slice(None)), store.path/'arrays'/'zarr.json'
+    group.write_text(group.read_text().replace(f'"format": {tiles.FORMAT}', '"format": 1'))
+    with pytest.raises(GacError, match='format 1, this version reads 2. Convert the tiles again'): Store(store.path)
+    np.testing.assert_array_equal(tiles.study_store(run, 2, 1, 1, size=32).read('s1', slice(None)), want)
+    assert 'tiles of format 1 are made anew in format 2' in capsys.readouterr().out
+    group.write_text('{"attributes": []}')  # damaged, and not taken for old
+    with pytest.raises(GacError): tiles.study_store(run)
+    assert group.exists()
 
 # ---- readers: what is wrong is a row of the report, and the rest goes on --------------------------------------------------------
 
