@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['REACH', 'WINDOWS', 'GAIN', 'ROUTES', 'CODES', 'KINDS', 'PAINT', 'MARKS', 'SETTINGS', 'STRENGTHS', 'HEAD_FILE',
-           'ABOUT', 'USE', 'USE_ADAPTERS', 'adapt', 'despeckled', 'Reading', 'GroundingHead', 'tapped',
-           'without_adapters', 'Stage3GroundingModel', 'check_inputs', 'build_stage3_model', 'identity', 'texture',
-           'texture_agreement', 'steepness', 'Stage3Loss', 'shape_mask', 'ring', 'contrast', 'plant', 'taken_back',
-           'Triples', 'remember', 'padded', 'watch', 'window', 'whole', 'stage3_step', 'calibrate', 'train_stage3',
-           'save_stage3', 'read_stage3', 'check_stage2', 'load_stage3', 'stage3_inference', 'stage3_batch_inference',
-           'compute_stage3_metrics', 'grounded', 'model_info', 'fingerprint', 'precompute_stage3', 'images_of',
-           'read_images', 'radar_in', 'image_in', 'infer_files', 'stage3_info', 'run_stage3', 'save_panels', 'lie_test',
-           'lie_table']
+           'adapt', 'despeckled', 'Reading', 'GroundingHead', 'tapped', 'without_adapters', 'Stage3GroundingModel',
+           'check_inputs', 'build_stage3_model', 'identity', 'texture', 'texture_agreement', 'steepness', 'Stage3Loss',
+           'shape_mask', 'ring', 'contrast', 'plant', 'taken_back', 'Triples', 'remember', 'padded', 'watch', 'window',
+           'whole', 'stage3_step', 'calibrate', 'train_stage3', 'both_trained', 'save_stage3', 'read_stage3',
+           'check_stage2', 'load_stage3', 'stage3_inference', 'stage3_batch_inference', 'compute_stage3_metrics',
+           'grounded', 'model_info', 'fingerprint', 'precompute_stage3', 'images_of', 'read_images', 'radar_in',
+           'image_in', 'infer_files', 'stage3_info', 'run_stage3', 'save_panels', 'lie_test', 'lie_table']
 
 # %% ../nbs/09_stage3.ipynb #da204487
 import json, math
@@ -656,6 +655,12 @@ def _same(out_dir:Path, made:dict, overwrite:bool) -> bool:
 # %% ../nbs/09_stage3.ipynb #b04da4a0
 HEAD_FILE = 'grounding.safetensors'  # in the folder of a checkpoint, beside the adapters
 
+def both_trained(
+    folder:Path, # of a run
+) -> bool:
+    "Whether the run has a trained Stage 2 and a trained Stage 3."
+    return all((folder/s/f).exists() for s, f in (('stage2', stage2.HEAD_FILE), ('stage3', HEAD_FILE)))
+
 def save_stage3(
     model:Stage3GroundingModel,
     folder:str|Path, # where to
@@ -668,17 +673,17 @@ def save_stage3(
     state = {k: v for k, v in model.state_dict().items() if k.startswith('head.') or k == 'strength'}
     training.save_checkpoint(folder/HEAD_FILE, state, 'stage3', model.config['name'], OPT_BANDS, model.config, model.config['seed'], measured,
                              weights=identity(model), size=training.weigh(model), **more)
-    training.write_card(folder, read_stage3(folder)[1], f'GAC Stage 3 on {model.config["name"]}', ABOUT, USE + USE_ADAPTERS*lora, repository)
+    training.write_card(folder, read_stage3(folder)[1], f'GAC Stage 3 on {model.config["name"]}', _ABOUT, _USE + _USE_ADAPTERS*lora, repository)
     return folder
 
-ABOUT = '''Stage 3 of GAC: an image that Stage 2 refined (B02, B03, B04, B08 as reflectance, 10 m), checked against the radar it was drawn from (Sentinel-1 VV and VH,
+_ABOUT = '''Stage 3 of GAC: an image that Stage 2 refined (B02, B03, B04, B08 as reflectance, 10 m), checked against the radar it was drawn from (Sentinel-1 VV and VH,
 dB). TerraMind reads both through LoRA adapters (`adapter_config.json`, `adapter_model.safetensors`, as peft writes them), a head (`grounding.safetensors`)
 takes back what the radar does not support.'''
-USE = '''from gac import stage3
+_USE = '''from gac import stage3
 
 model = stage3.load_stage3('FOLDER')
 image = stage3.stage3_inference(model, s1, opt_v2)  # (n, 2, H, W) dB, (n, 4, H, W) reflectance'''
-USE_ADAPTERS = '''
+_USE_ADAPTERS = '''
 
 from peft import PeftModel  # the adapters alone
 
