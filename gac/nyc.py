@@ -1071,9 +1071,7 @@ class Recorder(Callback):
 
     def on_fit_start(self, trainer, module):
         import torch
-        torch.manual_seed(self.seed)
-        for m in (*module.model.decoder.modules(), *module.model.head.modules()):
-            if hasattr(m, 'reset_parameters'): m.reset_parameters()
+        downstream.SameStart(self.seed).draw(module.model)
         for name, p in module.model.encoder.named_parameters():
             if 'encoder_embeddings.' in name or 'tokenizer.' in name: p.requires_grad_(False)
         torch.manual_seed(self.seed)
