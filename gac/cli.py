@@ -439,7 +439,7 @@ A scene is drawn in overlapping tiles that fade into each other, block by block;
     opt('--max-tiles', type=int, default=0, metavar='N', help='spread evenly; 0 for all'),
     opt('--overwrite', action='store_true', help='replace files that were made otherwise'))
 def export(**options):
-    """Write products of a tile store as Cloud-Optimised GeoTIFFs, each in its place, with names, units and provenance.
+    """Write products of a tile store as Cloud-Optimised GeoTIFFs, each in its place, with names, units, provenance and colours for QGIS.
 Stopped and called again, it goes on."""
     from gac import export
     print(', '.join(f'{k} {v}' for k, v in export.run_export(**options).items()))

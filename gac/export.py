@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NODATA', 'COLOUR', 'CACHE', 'OPTICAL', 'RADAR', 'ERROR', 'PRODUCTS', 'RESERVED', 'PIXEL', 'SAMPLES', 'SPREAD',
-           'Layer', 'write_cog', 'cog_faults', 'lineage', 'provenance_tags', 'tile_tags', 'state_of', 'Shelf',
+           'Layer', 'style', 'write_cog', 'cog_faults', 'lineage', 'provenance_tags', 'tile_tags', 'state_of', 'Shelf',
            'export_tiles', 'run_export', 'polarisations', 'Scene', 'open_scene', 'Tiling', 'Chain', 'spread_of',
            'filled', 'draw_block', 'seam_lines', 'seam_excess', 'infer_scene', 'quicklook', 'scene_figure',
            'infer_tiles', 'infer']
@@ -43,9 +43,10 @@ class Layer:
     units:str = 'reflectance' # of the value times the scale
     scale:float = study.REFLECTANCE
     nodata:float = NODATA
+    signed:bool = False # zero is shown mid-grey
 
 OPTICAL, RADAR = Layer(OPT_BANDS), Layer(S1_BANDS, 'float32', 'dB', 1., float('nan'))
-ERROR = Layer(tuple(f'{b} error' for b in OPT_BANDS))
+ERROR = Layer(tuple(f'{b} error' for b in OPT_BANDS), signed=True)
 
 def _profile(layer:Layer, h:int, w:int, crs:str='', transform=None) -> dict:
     "What rasterio needs to begin a file."
@@ -60,6 +61,26 @@ def _dress(f, layer:Layer, tags:dict) -> None:
     f.colorinterp = [getattr(ColorInterp, COLOUR.get(b, 'undefined')) for b in layer.bands]
     f.update_tags(**tags)
 
+def style(
+    f, # an open file
+    layer:Layer,
+    most:int=1000, # px a side that are looked at
+) -> str: # XML
+    "How QGIS shows a file: bands and stretch."
+    at = {COLOUR.get(b.split()[0]): i for i, b in enumerate(layer.bands, 1)}
+    shown = {c: at[c] for c in ('red', 'green', 'blue')} if at.keys() >= {'red', 'green', 'blue'} else dict(gray=1)
+    shape = [min(n, most) for n in f.shape]
+    seen = f.read(list(shown.values()), out_shape=(len(shown), *shape), masked=True).compressed()*layer.scale
+    low, high = np.percentile(seen, (2, 98)) if seen.size else (0., 1.)
+    if layer.signed: low, high = -max(-low, high), max(-low, high)
+    kind = 'multibandcolor' if len(shown) > 1 else 'singlebandgray'
+    bands = ' '.join(f'{c}Band="{i}"' for c, i in shown.items())
+    stretch = (f'<minValue>{low:.4g}</minValue><maxValue>{max(high, low + 1e-4):.4g}</maxValue><algorithm>StretchToMinimumMaximum</algorithm>')
+    each = ''.join(f'<{c}>{stretch}</{c}>' for c in ([f'{c}ContrastEnhancement' for c in shown] if len(shown) > 1 else ['contrastEnhancement']))
+    return (f'<!DOCTYPE qgis PUBLIC "http://mrcc.com/qgis.dtd" "SYSTEM">\n<qgis version="3.22" styleCategories="Symbology"><pipe>'
+            f'<rasterrenderer type="{kind}" {bands} alphaBand="-1" opacity="1"><rasterTransparency/>'
+            f'<minMaxOrigin><limits>None</limits></minMaxOrigin>{each}</rasterrenderer></pipe></qgis>\n')
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     "Tiles without a place are no news, and GDAL keeps little in memory."
@@ -69,24 +90,28 @@ def _quiet() -> Iterator[None]:
 
 def _swept(folder:Path) -> Path:
     "A folder without the half-written files of processes that were killed on this machine."
-    for p in folder.glob(f'.*.{socket.gethostname()}-*.tif*'):
-        pid = re.search(r'-(\d+)\.tif', p.name)
+    for p in folder.glob(f'.*.{socket.gethostname()}-*'):
+        pid = re.search(r'-(\d+)\.(tif|qml)', p.name)
         if pid and not psutil.pid_exists(int(pid[1])): p.unlink(missing_ok=True)
     return folder
 
 def _as_cog(
     source, # an open data set
     path:Path, # the file
+    layer:Layer, # of the style
     aside:Path=None, # folder of what is half-written, on the same disk; None: that of the file
 ) -> Path:
-    "Rewrite a data set as COG: there whole or not at all."
+    "Rewrite a data set as COG, its style beside it: there whole or not at all."
     tmp, (h, w) = (aside or path.parent)/f'.{path.name}.{socket.gethostname()}-{os.getpid()}.tif', source.shape
     side = min(512, -(-max(h, w)//16)*16)
     try:
         rasterio.shutil.copy(source, tmp, driver='COG', compress='DEFLATE', predictor='YES', blocksize=side,
                              overview_resampling='AVERAGE', statistics='YES', bigtiff='IF_SAFER')
-        os.replace(tiles.check_whole(tmp), path)
+        with rasterio.open(tiles.check_whole(tmp)) as f: shown = style(f, layer)
+        with study.replacing(path.with_suffix('.qml'), tmp.with_suffix('.qml')) as partly: partly.write_text(shown, encoding='utf-8')
+        os.replace(tmp, path)
     except Exception as e:  # GDAL's own errors have no common class that is public
+        if not path.exists(): path.with_suffix('.qml').unlink(missing_ok=True)
         raise GacError(f'{path}: cannot be written ({str(e).splitlines()[0]}). Is there room on the disk? Nothing half-written was left.') from e
     finally: tmp.unlink(missing_ok=True)
     return path
@@ -106,7 +131,7 @@ def write_cog(
         with m.open(**_profile(layer, *x.shape[1:], crs, transform)) as f:
             f.write(x)
             _dress(f, layer, tags or {})
-        with m.open() as f: return _as_cog(f, Path(path))
+        with m.open() as f: return _as_cog(f, Path(path), layer)
 
 # %% ../nbs/10_export.ipynb #5c4e3312
 def cog_faults(
@@ -735,7 +760,7 @@ def _assemble(folder:Path, scene:Scene, blocks:list, layer:Layer, tags:dict, dra
                 x = _read_block(_blocks_file(folder, b), (len(layer.bands), *b[2:]))
                 f.write(_store_block(folder, b, draw(b)) if x is None else x, window=Window(b[1], b[0], b[3], b[2]))
             _dress(f, layer, tags)
-        with rasterio.open(whole) as f: _as_cog(f, output, folder)
+        with rasterio.open(whole) as f: _as_cog(f, output, layer, folder)
 
 def quicklook(
     scene:Scene,

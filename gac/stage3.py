@@ -7,8 +7,8 @@ __all__ = ['REACH', 'WINDOWS', 'GAIN', 'ROUTES', 'CODES', 'KINDS', 'PAINT', 'MAR
            'ADAPTERS', 'adapt', 'despeckled', 'Reading', 'GroundingHead', 'tapped', 'without_adapters',
            'Stage3GroundingModel', 'check_inputs', 'build_stage3_model', 'identity', 'texture', 'texture_agreement',
            'steepness', 'Stage3Loss', 'shape_mask', 'ring', 'contrast', 'plant', 'taken_back', 'Triples', 'remember',
-           'padded', 'watch', 'window', 'whole', 'stage3_step', 'calibrate', 'train_stage3', 'save_stage3',
-           'read_stage3', 'check_stage2', 'load_stage3', 'stage3_inference', 'stage3_batch_inference',
+           'padded', 'watch', 'window', 'whole', 'stage3_step', 'calibrate', 'train_stage3', 'both_trained',
+           'save_stage3', 'read_stage3', 'check_stage2', 'load_stage3', 'stage3_inference', 'stage3_batch_inference',
            'compute_stage3_metrics', 'grounded', 'model_info', 'fingerprint', 'precompute_stage3', 'images_of',
            'read_images', 'radar_in', 'image_in', 'infer_files', 'stage3_info', 'run_stage3', 'save_panels', 'lie_test',
            'lie_table']
@@ -655,6 +655,12 @@ def _same(out_dir:Path, made:dict, overwrite:bool) -> bool:
 
 # %% ../nbs/09_stage3.ipynb #b04da4a0
 HEAD_FILE, ADAPTERS = 'grounding.safetensors', 'adapters'  # in the folder of a checkpoint
+
+def both_trained(
+    folder:Path, # of a run
+) -> bool:
+    "Whether the run has a trained Stage 2 and a trained Stage 3."
+    return all((folder/s/f).exists() for s, f in (('stage2', stage2.HEAD_FILE), ('stage3', HEAD_FILE)))
 
 def save_stage3(
     model:Stage3GroundingModel,

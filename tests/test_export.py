@@ -63,6 +63,44 @@ def test_every_product_comes_back_from_its_file(store, tmp_path):
                 assert [s['weights'] for s in json.loads(tags['GAC_PROVENANCE'])] == [{'TerraMind.safetensors': '0123456789abcdef'}, {'Prithvi.safetensors': 'feed'}]
                 assert tags['TIFFTAG_DATETIME'] == '2017:06:17 11:33:21' and float(stats['STATISTICS_MAXIMUM']) == values[2].max()
 
+def shown(path:Path) -> tuple: # kind, bands, (low, high) of each
+    "What the style beside a file tells QGIS."
+    from xml.etree import ElementTree
+    r = ElementTree.parse(path.with_suffix('.qml')).find('pipe/rasterrenderer')
+    stretches = [(float(e.find('minValue').text), float(e.find('maxValue').text)) for e in r if e.tag.lower().endswith('contrastenhancement')]
+    assert all(e.find('algorithm').text == 'StretchToMinimumMaximum' for e in r if e.tag.lower().endswith('contrastenhancement'))
+    return r.get('type'), {k.removesuffix('Band'): int(v) for k, v in r.attrib.items() if k.endswith('Band') and k != 'alphaBand'}, stretches
+
+def test_every_file_has_a_style_of_true_colours(store, tmp_path):
+    "QGIS takes bands 1, 2, 3 for red, green, blue, whatever their colour interpretation, unless a style of the same name says otherwise."
+    export_tiles(store, tmp_path, ids=['t.1'])
+    assert {p.with_suffix('.qml').name for p in tmp_path.rglob('*.tif')} == {p.name for p in tmp_path.rglob('*.qml')} == {'t.1.qml'}
+    for product in ('truth', 'opt_v1', 'opt_v2', 'error'):
+        kind, bands, stretches = shown(tmp_path/product/'t.1.tif')
+        with rasterio.open(tmp_path/product/'t.1.tif') as f:
+            assert (kind, {k: f.descriptions[i - 1].split()[0] for k, i in bands.items()}) == ('multibandcolor', dict(red='B04', green='B03', blue='B02'))
+            low, high = np.percentile(f.read([3, 2, 1])*1e-4, (2, 98))
+        if product == 'error': low, high = -max(-low, high), max(-low, high)  # no error is mid-grey
+        np.testing.assert_allclose(stretches, [(low, high)]*3, rtol=1e-3)
+    kind, bands, stretches = shown(tmp_path/'s1'/'t.1.tif')
+    assert (kind, bands) == ('singlebandgray', dict(gray=1))
+    np.testing.assert_allclose(stretches, [np.percentile(store.read('s1', [1])[0, 0], (2, 98))], rtol=1e-3)
+
+def test_a_style_survives_files_without_data_and_goes_with_a_file_that_cannot_be_written(tmp_path, monkeypatch):
+    layer = export.replace(export.OPTICAL, bands=(*OPT_BANDS, export.SPREAD))
+    x = np.full((5, 48, 48), NODATA, 'int16')
+    assert shown(export.write_cog(tmp_path/'empty.tif', x, layer)) == ('multibandcolor', dict(red=3, green=2, blue=1), [(0, 1)]*3)
+    x[:, 9:] = 700
+    low, high = shown(export.write_cog(tmp_path/'flat.tif', x, layer))[2][0]
+    assert low == .07 < high
+    replace = os.replace
+    def full(src, dst):
+        if str(dst).endswith('.tif'): raise OSError(28, 'No space left on device')
+        return replace(src, dst)
+    monkeypatch.setattr(os, 'replace', full)
+    with pytest.raises(GacError, match='x.tif: cannot be written'): export.write_cog(tmp_path/'x.tif', x, layer)
+    assert not list(tmp_path.glob('*x.*'))
+
 def test_export_goes_on_where_it_was(store, tmp_path, monkeypatch):
     write, count = export.write_cog, [0]
     def stops(*args):
@@ -74,7 +112,7 @@ def test_export_goes_on_where_it_was(store, tmp_path, monkeypatch):
     monkeypatch.undo()
     damaged = tmp_path/'a'/'s1'/'t.0.tif'
     damaged.write_bytes(damaged.read_bytes()[:-3000])
-    (tmp_path/'a'/'s1'/f'.t.1.tif.{socket.gethostname()}-{2**22 + 1}.tif').write_bytes(b'of a process that was killed')
+    for end in ('tif', 'qml'): (tmp_path/'a'/'s1'/f'.t.1.tif.{socket.gethostname()}-{2**22 + 1}.{end}').write_bytes(b'of a process that was killed')
     assert export_tiles(store, tmp_path/'a', ('s1', 'opt_v1'))['written'] == 4  # three that were left, one that was damaged
     export_tiles(store, tmp_path/'b', ('s1', 'opt_v1'))
     tree = lambda d: {p.relative_to(d).as_posix(): p.read_bytes() for p in d.rglob('*') if p.is_file()}
@@ -241,7 +279,8 @@ def test_a_killed_run_ends_on_the_bytes_of_an_unbroken_one(tmp_path):
         if (tmp_path/'o.tif').exists() and not (tmp_path/'o.tif.parts').exists(): break
     infer_scene(source, tmp_path/'o.tif', chains.Mirror(), SMALL)
     assert kills >= 3 and (tmp_path/'o.tif').read_bytes() == (tmp_path/'whole.tif').read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['o.tif', 's1.tif', 'whole.tif']
+    assert (tmp_path/'o.qml').read_bytes() == (tmp_path/'whole.qml').read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['o.qml', 'o.tif', 's1.tif', 'whole.qml', 'whole.tif']
 
 def test_seams_are_measured_and_blending_takes_them_away(tmp_path):
     opened, r = open_scene(scene(tmp_path/'s1.tif', 240, 240)), np.random.default_rng(0)
@@ -277,7 +316,7 @@ def test_the_command_on_a_scene_and_on_tiles(store, tmp_path, capsys):
     for said in ('drawn 2', 'drawn 0'):
         assert cli.main(['infer', str(store.path), str(tmp_path/'tiles'), '--split', 'test', '--visualise']) == 0
         assert said in capsys.readouterr().out
-    assert sorted(p.name for p in (tmp_path/'tiles').rglob('*.*')) == ['panels.png', 't.1.tif', 't.2.tif']
+    assert sorted(p.name for p in (tmp_path/'tiles').rglob('*.*')) == ['panels.png', 't.1.qml', 't.1.tif', 't.2.qml', 't.2.tif']
     with rasterio.open(tmp_path/'tiles'/'opt_v1'/'t.2.tif') as f:
         assert f.tags()['GAC_ID'] == 't.2' and tuple(f.transform)[:6] == (10, 0, 6e5 + 960, 0, -10, 5.8e6)
     assert cli.main(['infer', str(tmp_path/'nowhere.tif'), str(tmp_path/'p.tif')]) == 2 or 'nothing here' in capsys.readouterr().err

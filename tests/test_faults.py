@@ -174,7 +174,7 @@ def test_a_geotiff_is_whole_or_refused_however_full_the_disk_is(tmp_path):
                     assert not list(disk.folder.iterdir())
                 else:
                     np.testing.assert_array_equal(tiles._raster(path)[0], x)
-                    path.unlink()
+                    for p in disk.folder.iterdir(): p.unlink()  # the file, and the style beside it
         assert said >= 6
     work.folder = tmp_path
     faults.with_disks(work)

@@ -13,11 +13,17 @@ def run(home, data='') -> tuple: # status of each notebook, seconds
     assert done.returncode == 0, done.stdout + done.stderr
     return re.findall(r'(?m)^\| \d\d_\w+ +\| (\w+)', done.stdout), time.perf_counter() - began
 
+def overwritten(run) -> list: # files
+    "What a notebook said it made and a later one wrote over."
+    return [a for r in (run/'records').glob('*.json') for a in json.loads(r.read_text())['artefacts']
+            if (run/a).is_file() and (run/a).stat().st_mtime > r.stat().st_mtime]
+
 def test_every_notebook_runs_in_order_and_then_there_is_nothing_to_do(tmp_path):
     assert run(tmp_path)[0] == ['ran']*len(study.chain_notebooks(study.root()/'nbs'))
     status, seconds = run(tmp_path)
     assert set(status) == {'unchanged'} and seconds < 20
     assert (tmp_path/'report/index.html').exists()
+    assert not overwritten(tmp_path/'run')
     tables = {p.stem for p in (tmp_path/'report/tables').glob('*.csv')}
     for name in (t for t in tables if not t.startswith('efficiency')):
         columns = pd.read_csv(tmp_path/f'report/tables/{name}.csv', nrows=1).columns
