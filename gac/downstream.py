@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['ARMS', 'STEPS', 'CODES', 'IGNORED', 'SOURCES', 'DEPTH', 'LORA', 'TERRATORCH', 'AVERAGES', 'ANSWERS', 'PALETTE', 'Arm',
            'arm', 'as_classes', 'check_sources', 'Windows', 'StoreData', 'Recipe', 'input_of', 'statistics',
-           'encoder_args', 'one_cycle', 'model_config', 'data_config', 'trainer_config', 'config_of', 'write_config',
-           'parts_of', 'SameStart', 'hushed', 'at_root', 'open_config', 'terratorch', 'fit_config', 'confusion',
-           'class_scores', 'measures', 'resampled', 'interval', 'columns_of', 'predicted', 'truth_of', 'part_of',
-           'gradient_check', 'mark_of', 'Outcome', 'run_arm', 'run_arms', 'by_arm', 'table_of', 'gains_of',
-           'verdict_of', 'conclusion', 'land_cover_seen', 'labelled_store', 'fill_shelf', 'image_table', 'coloured',
-           'map_figure', 'run_downstream']
+           'encoder_args', 'model_config', 'data_config', 'trainer_config', 'config_of', 'write_config', 'parts_of',
+           'SameStart', 'hushed', 'at_root', 'open_config', 'terratorch', 'fit_config', 'confusion', 'class_scores',
+           'measures', 'resampled', 'interval', 'columns_of', 'predicted', 'truth_of', 'part_of', 'gradient_check',
+           'mark_of', 'Outcome', 'run_arm', 'run_arms', 'by_arm', 'table_of', 'gains_of', 'verdict_of', 'conclusion',
+           'land_cover_seen', 'labelled_store', 'fill_shelf', 'image_table', 'coloured', 'map_figure', 'run_downstream']
 
 # %% ../nbs/12_downstream.ipynb #08dc7203
 from . import study  # first: it mends a torchvision built for another torch
@@ -247,14 +246,6 @@ def encoder_args(
     if recipe.weights and recipe.mini: out['backbone_weights'] = recipe.weights
     return out
 
-def one_cycle(
-    lr:float, # peak
-    steps:int, # optimizer steps
-) -> dict: # arguments of the task
-    "A schedule that rises and falls within the budget, so that a run of few steps ends as settled as a long one."
-    rise = .1 if steps < 2 else min(.9, max(.1, 2/steps))  # OneCycleLR divides by zero where the rise is one step
-    return dict(scheduler='OneCycleLR', scheduler_hparams=dict(max_lr=lr, total_steps=steps, pct_start=rise, interval='step'))
-
 def model_config(
     arm:Arm,
     recipe:Recipe,
@@ -263,9 +254,11 @@ def model_config(
     necks = [dict(name='SelectIndices', indices=recipe.depths), dict(name='ReshapeTokensToImage', remove_cls_token=False), dict(name='LearnedInterpolateToPyramidal')]
     lora = dict(method='LORA', peft_config_kwargs=dict(r=recipe.lora_rank, lora_alpha=recipe.lora_alpha, target_modules=LORA)) if recipe.lora_rank else None
     args = encoder_args(arm, recipe) | dict(necks=necks, decoder='UNetDecoder', decoder_channels=list(recipe.channels), num_classes=len(recipe.classes), peft_config=lora)
+    rise = .1 if recipe.steps < 2 else min(.9, max(.1, 2/recipe.steps))  # OneCycleLR divides by zero where the rise is one step
+    schedule = dict(max_lr=recipe.lr, total_steps=recipe.steps, pct_start=rise, interval='step')
     return dict(class_path='terratorch.tasks.SemanticSegmentationTask', init_args=dict(
         model_factory='EncoderDecoderFactory', model_args=args, loss='ce', ignore_index=IGNORED, lr=recipe.lr, optimizer='AdamW',
-        optimizer_hparams=dict(weight_decay=recipe.weight_decay), **one_cycle(recipe.lr, recipe.steps), freeze_backbone=not recipe.lora_rank, plot_on_val=False,
+        optimizer_hparams=dict(weight_decay=recipe.weight_decay), scheduler='OneCycleLR', scheduler_hparams=schedule, freeze_backbone=not recipe.lora_rank, plot_on_val=False,
         class_names=[study.LULC_CLASSES[k].replace('/', ' or ') for k in recipe.classes]))
 
 def data_config(
