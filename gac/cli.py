@@ -330,6 +330,7 @@ GROUPS['nyc'] = 'New York: build the data set, publish the winning model'
     opt('--output-dir', required=True, metavar='DIR', help='folder of the new data set; called again after a stop, it goes on'),
     opt('--tile-size', dest='size', type=int, default=224, metavar='PX', help='side of a chip in pixels of 10 m'),
     opt('--guard', type=int, default=32, metavar='PX', help='strip without chips between parent blocks'),
+    opt('--timestamps', type=int, default=4, metavar='N', help='dates the data set has; more or fewer are refused'),
     opt('--test', type=int, default=64, metavar='N', help='test chips, where the area allows'),
     opt('--s2-offset', type=int, metavar='DN', help='digital numbers to take off; nothing: by the pixels and the baseline'),
     opt('--s1-units', choices=('auto', 'dB', 'linear', 'amplitude'), default='auto', help='unit of Sentinel-1'),

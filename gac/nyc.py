@@ -4,22 +4,22 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'CITY_CODES', 'TO_CLASS', 'NO_LABEL', 'S2_ASSETS', 'OTHER_ASSETS', 'CLOUDY', 'DARK', 'MODALITIES',
-           'SEASONS', 'LAT', 'ISLAND', 'KINDS', 'QUARTERS', 'COVER', 'CLASS_COLOURS', 'INPUTS', 'VARIANTS', 'FAMILIES',
-           'THOUGHT', 'LULC_TO', 'FEW', 'class_table', 'majority', 'metres_per_pixel', 'utm_grid', 'warped',
+           'SEASONS', 'LAT', 'ISLAND', 'KINDS', 'QUARTERS', 'COVER', 'CLASS_COLOURS', 'INPUTS', 'THOUGHTS', 'VARIANTS',
+           'FAMILIES', 'THOUGHT', 'LULC_TO', 'FEW', 'class_table', 'majority', 'metres_per_pixel', 'utm_grid', 'warped',
            'class_shares', 'Date', 'check_days', 'Files', 'stac_items', 'Catalogue', 'same_image', 'check_contents',
            'offset_of', 'check_dem', 'layout', 'deal', 'split_gap', 'write_chip', 'finish', 'Chips', 'BuildOptions',
            'seen_optical', 'fill_from_others', 'to_db', 'read_chip', 'class_columns', 'build', 'Plan', 'plan', 'ground',
            'shadow', 'city_optical', 'bounce', 'city_radar', 'city', 'from_city', 'north_up', 'true_colour',
-           'class_map', 'legend', 'show_city', 'Variant', 'Family', 'standardisation', 'config', 'flat', 'differences',
-           'Recorder', 'confusion', 'scores', 'run_config', 'read_test', 'gflop', 'usable', 'fallback', 'think',
-           'ndvi_thought', 'zero_shot', 'built_class', 'gate', 'verdict', 'publishable', 'publish', 'card',
-           'from_series', 'map_with']
+           'class_map', 'legend', 'show_city', 'Variant', 'Family', 'standardisation', 'settling', 'config', 'flat',
+           'differences', 'Recorder', 'confusion', 'scores', 'run_config', 'read_test', 'gflop', 'equal_steps',
+           'usable', 'fallback', 'as_it_loads', 'think', 'ndvi_thought', 'zero_shot', 'built_class', 'gate', 'verdict',
+           'publishable', 'publish', 'card', 'from_series', 'map_with']
 
 # %% ../nbs/13_nyc_tim.ipynb #6c1f62dd
 import hashlib, json, math, os, re, shutil, warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +61,8 @@ def metres_per_pixel(src) -> float: # src: an open raster
     "Size of a raster's pixel on the ground, from its own units."
     if src.crs is None: raise GacError(f'{src.name}: no coordinate reference system, so it cannot be placed. Assign one (gdal_edit -a_srs).')
     factor = 111_320. if src.crs.is_geographic else src.crs.linear_units_factor[1]
-    return min(map(abs, src.res))*factor
+    t = src.transform
+    return min(math.hypot(t.a, t.d), math.hypot(t.b, t.e))*factor  # along the sides of a pixel, however the raster is turned
 
 @contextmanager
 def _opened(path):
@@ -538,6 +539,7 @@ class BuildOptions:
     size:int = 224 # chip, px
     per_block:int = 2 # chips along the side of a parent block
     guard:int = 32 # strip between blocks, px
+    timestamps:int = 4 # dates a data set has
     test:int = 64 # test chips
     val:float = .12 # share for validation
     seed:int = 0 # of the split
@@ -631,6 +633,8 @@ def build(
     landcover, out = landcover or getattr(source, 'landcover', None), Path(out)
     if landcover is None: raise GacError('No land-cover raster: name it with --landcover, or as landcover in the YAML.')
     grid = grid or utm_grid(landcover)
+    if len(source.dates) != opt.timestamps: raise GacError(f'{len(source.dates)} timestamps ({", ".join(d.day for d in source.dates)}); expected '
+        f'{opt.timestamps}. Name as many dates, or say --timestamps {len(source.dates)}.')
     places = layout(grid.shape, opt.size, opt.per_block, opt.guard)
     if places.empty: raise GacError(f'The area is {grid.shape[0]}x{grid.shape[1]} px of 10 m: no chip of {opt.size} px fits. Use a smaller --tile-size.')
     offsets, unit = _survey(source, grid, opt)
@@ -950,19 +954,21 @@ def show_city(c:dict): # from `city`; matplotlib Figure
 # %% ../nbs/13_nyc_tim.ipynb #c485d2fd
 INPUTS = ('S2L2A', 'S1RTC', 'DEM')
 
+THOUGHTS = ('LULC', 'NDVI')
+
 @dataclass(frozen=True)
 class Variant:
     "One run of the comparison."
     name:str # in tables
     modalities:tuple = INPUTS # what the encoder is given
     tim:tuple = () # what it thinks of
-    given:bool = False # the thought comes with the data
+    given:tuple = () # thoughts that come with the data
     against:str = 'no TiM' # the run it is compared with
     as_dear_as:str = '' # steps are added until this run's arithmetic is spent
 
 VARIANTS = {v.name: v for v in (
     Variant('no TiM'), Variant('TiM LULC', tim=('LULC',)), Variant('TiM NDVI', tim=('NDVI',)), Variant('TiM LULC+NDVI', tim=('LULC', 'NDVI')),
-    Variant('LULC given', given=True), Variant('no TiM, equal compute', as_dear_as='TiM LULC'),
+    Variant('LULC given', given=('LULC',)), Variant('no TiM, equal compute', as_dear_as='TiM LULC'),
     Variant('S1 alone', modalities=('S1RTC',)), Variant('S1 alone, TiM LULC', modalities=('S1RTC',), tim=('LULC',), against='S1 alone'))}
 
 @dataclass(frozen=True)
@@ -992,13 +998,17 @@ def standardisation(family:str, modality:str) -> tuple[list, list]: # mean and s
     return tuple([float(x) for x in v] for v in stats[foundations.modality_key(modality)])
 
 # %% ../nbs/13_nyc_tim.ipynb #06395383
+def settling(steps:int) -> dict: # arguments of the task
+    "The full rate for four fifths of the steps, then a tenth of it: what a run scores is not the luck of its last steps."
+    return dict(scheduler='MultiStepLR', scheduler_hparams=dict(milestones=[max(1, 4*steps//5)], gamma=.1, interval='step'))
+
 def config(
     v:Variant,
     data:str, # folder of the data set
     out:str, # folder of the run's weights and predictions
     steps:int=100, # optimizer steps
     batch_size:int=4,
-    lr:float=1e-3,
+    lr:float=4e-3,
     seed:int=0,
     family:str='mini', # mini or base
     suffix:str='.tif', # of the chips
@@ -1009,7 +1019,7 @@ def config(
 ) -> dict: # what the YAML holds
     "A TerraTorch configuration of one run."
     f = FAMILIES[family]
-    inputs = [*v.modalities, *(['LULC'] if v.given else [])]
+    inputs = [*v.modalities, *v.given]
     model = dict(backbone=f.tim if v.tim else f.encoder, backbone_pretrained=True, backbone_modalities=inputs, backbone_use_temporal=True,
                  backbone_temporal_pooling='mean', backbone_temporal_n_timestamps=timestamps)
     if v.tim: model |= dict(backbone_tim_modalities=list(v.tim), backbone_tim_temps=0.)
@@ -1031,10 +1041,10 @@ def config(
                             enable_version_counter=False)]),
         model=init('terratorch.tasks.SemanticSegmentationTask', model_factory='EncoderDecoderFactory', model_args=model, loss='ce', ignore_index=-1,
                    lr=lr, optimizer='AdamW',
-            optimizer_hparams=dict(weight_decay=.05), freeze_backbone=False, plot_on_val=False, class_names=list(CLASSES)),
+            optimizer_hparams=dict(weight_decay=.05), **settling(steps), freeze_backbone=False, plot_on_val=False, class_names=list(CLASSES)),
         data=init('terratorch.datamodules.GenericMultiModalDataModule', task='segmentation', num_classes=len(CLASSES), batch_size=batch_size,
                   num_workers=workers, modalities=inputs,
-            rgb_modality=None, data_root={m: thoughts if m == 'LULC' else f'{data}/chips' for m in inputs}, label_data_root=f'{data}/chips', **split,
+            rgb_modality=None, data_root={m: thoughts if m in v.given else f'{data}/chips' for m in inputs}, label_data_root=f'{data}/chips', **split,
             image_grep={m: f'*_{m}{suffix}' for m in inputs}, label_grep=f'*_LABEL{suffix}', no_label_replace=-1, drop_last=True,
             check_stackability=False, means=mean, stds=std,
             rgb_indices={inputs[0]: [3, 2, 1] if inputs[0] == 'S2L2A' else [0]}, **{f'{s}_transform': transform for s in ('train', 'val', 'test')}))
@@ -1065,9 +1075,7 @@ class Recorder(Callback):
 
     def on_fit_start(self, trainer, module):
         import torch
-        torch.manual_seed(self.seed)
-        for m in (*module.model.decoder.modules(), *module.model.head.modules()):
-            if hasattr(m, 'reset_parameters'): m.reset_parameters()
+        downstream.SameStart(self.seed).draw(module.model)
         for name, p in module.model.encoder.named_parameters():
             if 'encoder_embeddings.' in name or 'tokenizer.' in name: p.requires_grad_(False)
         torch.manual_seed(self.seed)
@@ -1097,11 +1105,17 @@ def confusion(truth:np.ndarray, pred:np.ndarray) -> np.ndarray: # (5, 5): rows t
     ok, n = (truth >= 0) & (truth < len(CLASSES)), len(CLASSES)
     return np.bincount(truth[ok].astype(np.int64)*n + pred[ok], minlength=n*n).reshape(n, n)
 
-def scores(c:np.ndarray) -> dict: # (…, 5, 5) counts
+def scores(
+    c:np.ndarray, # (…, 5, 5) counts
+    whole:np.ndarray|None=None, # counts of which `c` are resamples: their scores stand for classes a resample's truth lacks
+) -> dict:
     "mIoU, IoU by class, pixel accuracy and F1 (macro); a class that is neither there nor predicted does not count."
     c = np.asarray(c, float)
     tp, row, col = np.diagonal(c, axis1=-2, axis2=-1), c.sum(-1), c.sum(-2)
     with np.errstate(all='ignore'): iou, f1 = tp/(row + col - tp), 2*tp/(row + col)
+    if whole is not None:
+        all_of = scores(whole)
+        iou = np.where(row > 0, iou, np.stack([all_of[f'iou_{n}'] for n in CLASSES], -1))
     found = dict(miou=np.nanmean(iou, -1), **{f'iou_{n}': iou[..., i] for i, n in enumerate(CLASSES)}, pixel_accuracy=tp.sum(-1)/c.sum((-1, -2)),
                  f1=np.nanmean(f1, -1))
     return {k: float(v) if np.ndim(v) == 0 else v for k, v in found.items()}
@@ -1119,7 +1133,7 @@ def run_config(
     c = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
     out = study.root()/c['trainer']['callbacks'][0]['init_args']['folder']
     manifest = (study.root()/c['data']['init_args']['train_split']).parent.parent/'manifest.json'
-    digest, mark = f'{study.sha256(path)} {study.sha256(manifest)} {_code()}', out/'made_of.txt'
+    digest, mark = f'{study.sha256(path)} {study.sha256(manifest)} {_code()} {_weights(c)}', out/'made_of.txt'
     if not (mark.exists() and mark.read_text() == digest and (out/'test.npz').exists()):
         shutil.rmtree(out, ignore_errors=True)
         cli = downstream.open_config(path)
@@ -1129,6 +1143,15 @@ def run_config(
             (out/'metrics.json').write_text(json.dumps({k: float(x) for k, x in cli.trainer.callback_metrics.items()}))
         mark.write_text(digest)
     return read_test(out)
+
+def _weights(c:dict) -> str: # configuration
+    "Checksum of the weights a run begins with, and of those that made the thoughts it is given."
+    args, thoughts = c['model']['init_args']['model_args'], [m for m in c['data']['init_args']['modalities'] if m in THOUGHTS]
+    f, own = next(f for f in FAMILIES.values() if args['backbone'] in (f.encoder, f.tim)), args.get('backbone_weights', '')
+    thinks = dict(tim_modalities=t) if (t := args.get('backbone_tim_modalities')) else {}
+    sums = foundations.weights_checksums(args['backbone'], own, modalities=args['backbone_modalities'], **thinks)
+    if thoughts: sums |= foundations.weights_checksums(f.generator, own, output_modalities=thoughts)
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
 
 def read_test(out) -> dict: # folder of a run
     "What a test left."
@@ -1150,6 +1173,14 @@ def gflop(
             torch.nn.functional.cross_entropy(out, batch['mask'].long(), ignore_index=-1).backward()
     return counter.get_total_flops()/1e9
 
+def equal_steps(
+    steps:int, # of the dearer run
+    dear:float, # GFLOP of its step
+    plain:float, # GFLOP of a step of the other
+) -> int:
+    "Steps in which the cheaper run spends the arithmetic of the dearer one."
+    return max(1, round(steps*dear/plain))
+
 def usable(
     v:Variant, # with a thought
     family:str='mini',
@@ -1162,7 +1193,16 @@ def usable(
 
 def fallback(v:Variant) -> Variant:
     "What runs where a thinking backbone does not load: the thought is made once by the generator and given as an input."
-    return Variant(v.name, v.modalities, (), True, v.against)
+    return replace(v, tim=(), given=v.tim)
+
+def as_it_loads(
+    v:Variant,
+    family:str='mini',
+    weights:str='', # folder of the weights
+) -> tuple[Variant, str]: # what runs; `ran`, or what stands for it and why
+    "A run itself, or its fallback."
+    why = usable(v, family, weights) if v.tim else ''
+    return (fallback(v), f'fallback, {" and ".join(v.tim)} given: {why}') if why else (v, 'ran')
 
 # %% ../nbs/13_nyc_tim.ipynb #623ecb01
 def think(
@@ -1171,23 +1211,29 @@ def think(
     generator=None, # foundations.Generator; None: the miniature
     batch:int=4, # chips at a time
     given:Sequence[str]=INPUTS, # what it is made from
+    wanted:Sequence[str]=('LULC',), # thoughts that are written
 ) -> dict: # chip -> land-cover codes (T, H, W)
-    "The generator's land cover of every date, written as one-hot rasters that a data module can read."
-    import torch
-    generator = generator or foundations.build_generator('terramind_mini_generate', given, ('LULC',))
+    "The generator's thoughts of every date, as rasters that a data module can read: land cover one-hot, NDVI as it is."
+    generator = generator or foundations.build_generator('terramind_mini_generate', given, {'LULC', *wanted})
     out, found = Path(out), {}
     study.writable(out)
     names = chips.table.id[chips.table.split != 'spare'].tolist()
     for i in range(0, len(names), batch):
         some = names[i:i + batch]
-        x = {m: torch.from_numpy(np.concatenate([chips.read(n, m) for n in some]).astype(np.float32)) for m in given}  # (B*T, C, H, W)
-        if 'S2L2A' in x: x['S2L2A'] = x['S2L2A']*study.REFLECTANCE
-        codes = generator.generate(x, tokens='argmax', output='LULC').numpy().astype(np.uint8).reshape(len(some), -1, chips.size, chips.size)
-        for n, c in zip(some, codes):
-            found[n] = c
-            one_hot = (c[:, None] == np.arange(foundations.LULC_LABELS)[None, :, None, None]).astype(np.uint8)
-            _save(out/f'{n}_LULC{chips.suffix}', one_hot.reshape(-1, chips.size, chips.size), _nowhere(chips.size))
+        x, shape = _given(chips, some, given), (len(some), -1, chips.size, chips.size)
+        codes = generator.generate(x, tokens='argmax', output='LULC').numpy().astype(np.uint8).reshape(shape)
+        found |= dict(zip(some, codes))
+        bands = dict(LULC=(codes[:, :, None] == np.arange(foundations.LULC_LABELS)[:, None, None]).astype(np.uint8))  # (B, T, 10, H, W)
+        if 'NDVI' in wanted: bands['NDVI'] = generator.generate(x, timesteps=1, tokens='argmax', output='NDVI').numpy()
+        for m in wanted:
+            for n, b in zip(some, bands[m].reshape(shape)): _save(out/f'{n}_{m}{chips.suffix}', b, _nowhere(chips.size))
     return found
+
+def _given(chips:Chips, names:Sequence[str], given:Sequence[str]) -> dict: # modality -> (B*T, C, H, W) in house units
+    "What a generator reads of some chips, all dates in one batch."
+    import torch
+    x = {m: torch.from_numpy(np.concatenate([chips.read(n, m) for n in names]).astype(np.float32)) for m in given}
+    return x | ({'S2L2A': x['S2L2A']*study.REFLECTANCE} if 'S2L2A' in x else {})
 
 def _nowhere(size:int) -> GeoBox:
     "A grid for rasters whose place does not matter."
@@ -1200,12 +1246,9 @@ def ndvi_thought(
     given:Sequence[str]=INPUTS, # what it is made from
 ) -> dict: # mean absolute error, and correlation with the NDVI of the optical images
     "How well the generator thinks of NDVI."
-    import torch
-    x = {m: torch.from_numpy(np.concatenate([chips.read(n, m) for n in names]).astype(np.float32)) for m in given}
     dn = np.concatenate([chips.read(n, 'S2L2A') for n in names]).astype(np.float32)
     red, nir = dn[:, S2_BANDS.index('B04')], dn[:, S2_BANDS.index('B08')]
-    if 'S2L2A' in x: x['S2L2A'] = x['S2L2A']*study.REFLECTANCE
-    truth, pred = (nir - red)/(nir + red), generator.generate(x, timesteps=1, tokens='argmax', output='NDVI').numpy()[:, 0]
+    truth, pred = (nir - red)/(nir + red), generator.generate(_given(chips, names, given), timesteps=1, tokens='argmax', output='NDVI').numpy()[:, 0]
     return dict(mae=float(np.abs(truth - pred).mean()), correlation=float(np.corrcoef(truth.ravel(), pred.ravel())[0, 1]))
 
 LULC_TO = {1: 2, 2: 0, 3: 0, 4: 0, 6: 1, 9: 0}  # TerraMind's land cover -> class; built area is building or impervious, snow and clouds are none
@@ -1242,7 +1285,8 @@ def gate(
     B, S = group.max() + 1, len(a)
     sums = [np.stack([x[:, group == g].sum(1) for g in range(B)], 1).reshape(S, B, -1).astype(float) for x in (a, b)]
     def gain(block_weight, seed_weight): # (n, B), (n, S)
-        miou = [scores(np.einsum('nb,sbk->nsk', block_weight, x).reshape(-1, S, len(CLASSES), len(CLASSES)))['miou'] for x in sums]
+        square = lambda x: x.reshape(*x.shape[:-1], len(CLASSES), len(CLASSES))
+        miou = [scores(square(np.einsum('nb,sbk->nsk', block_weight, x)), square(x.sum(1)))['miou'] for x in sums]
         return ((miou[0] - miou[1])*seed_weight).sum(1)*100
     rng = np.random.default_rng(seed)
     mean = float(gain(np.ones((1, B)), np.full((1, S), 1/S))[0])
@@ -1259,8 +1303,9 @@ def verdict(lo:float, hi:float) -> str: # points of mIoU
     return 'open'
 
 def publishable(row:dict) -> bool: # of the gate
-    "More than one point gained, and a gain for certain."
-    return row['gain'] > 1 and row['lo'] > 0 and row['blocks'] >= FEW
+    "A thinking run that gains more than one point on the run without the thought, and gains for certain."
+    v = VARIANTS.get(row['run'])
+    return bool(v and v.tim and row['against'] == v.against and row['gain'] > 1 and row['lo'] > 0 and row['blocks'] >= FEW)
 
 # %% ../nbs/13_nyc_tim.ipynb #4494add3
 def publish(
@@ -1271,9 +1316,10 @@ def publish(
     run_dir, out = study.root()/run_dir, study.root()/out
     try: kept = json.loads((run_dir/'nyc'/'gate.json').read_text(encoding='utf-8'))
     except (OSError, json.JSONDecodeError): raise GacError(f'{run_dir}: no finished comparison (nyc/gate.json). Run 13_nyc_tim first.') from None
-    wins = sorted((r for r in kept['gate'] if r['run'] in VARIANTS and VARIANTS[r['run']].tim and publishable(r)), key=lambda r: -r['gain'])
+    wins = sorted(filter(publishable, kept['gate']), key=lambda r: -r['gain'])
     if not wins:
-        told = '; '.join(f'{r["run"]} {r["gain"]:+.1f} [{r["lo"]:+.1f}, {r["hi"]:+.1f}] ({r["verdict"]})' for r in kept['gate'])
+        told = '; '.join(f'{r["run"]} {r["gain"]:+.1f} [{r["lo"]:+.1f}, {r["hi"]:+.1f}] ({r["verdict"]})' for r in kept['gate']
+            if r['run'] in VARIANTS and r['against'] == VARIANTS[r['run']].against)
         raise GacError(f'Nothing to publish: no thinking run gains more than 1 pp of mIoU for certain. {told}.')
     best = wins[0]
     folder = (run_dir/'nyc'/kept['folders'][best['run']]).resolve()
@@ -1291,7 +1337,7 @@ def card(best:dict, kept:dict) -> str: # rows of the gate; gate.json
     "The card of a published model."
     table = pd.DataFrame(kept['gate']).round(2).to_markdown(index=False)
     return (f'# {best["run"]}: five classes of a city\n\nClasses: {", ".join(CLASSES)}. Inputs: four dates of '
-            f'{", ".join(VARIANTS[best["run"]].modalities)}; thought: {", ".join(VARIANTS[best["run"]].tim)}.\n'
+            f'{", ".join(VARIANTS[best["run"]].modalities)}; thought: {", ".join(VARIANTS[best["run"]].tim)} ({kept["status"][best["run"]]}).\n'
             f'Data: {kept["data"]}. Gate: **{best["verdict"]}**, {best["gain"]:+.2f} points of mIoU [{best["lo"]:+.2f}, {best["hi"]:+.2f}] against '
             f'"{best["against"]}", '
             f'{best["blocks"]} blocks, {best["seeds"]} seeds.\n\n{table}\n\n`config.yaml` is a TerraTorch configuration; the weights are those of '

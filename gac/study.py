@@ -607,6 +607,12 @@ def _scrub(text:str) -> str:
         if len(path) > 1: text = text.replace(json.dumps(path)[1:-1], name).replace(path, name)
     return text
 
+def _scrub_notebook(x, key:str=''): # part of a notebook; its name
+    "A notebook without the folders of this machine; pictures stay as they are, for Base64 spells \"/tmp\" by chance."
+    if isinstance(x, dict): return {k: _scrub_notebook(v, k) for k, v in x.items()}
+    if isinstance(x, list): return [_scrub_notebook(v, key) for v in x]
+    return _scrub(x) if isinstance(x, str) and not key.startswith('image/') else x
+
 def still(nb:dict) -> dict: # as JSON
     "A notebook, in place, without what is alive only beside its kernel: a widget leaves its picture and its text."
     nb['metadata'].pop('widgets', None)
@@ -616,7 +622,7 @@ def still(nb:dict) -> dict: # as JSON
 
 def _keep(executed:Path, place:Path) -> None:
     "Move an executed notebook into the report, without machine paths, run times of cells and live widgets."
-    nb = still(json.loads(_scrub(executed.read_text(encoding='utf-8'))))
+    nb = still(_scrub_notebook(json.loads(executed.read_text(encoding='utf-8'))))
     nb['metadata'].pop('papermill', None)
     for cell in nb['cells']:
         for key in ('papermill', 'execution'): cell['metadata'].pop(key, None)

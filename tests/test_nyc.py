@@ -1,6 +1,7 @@
 "The New York data set: built from rasters of odd grids and from a STAC catalogue; what is refused; the experiment's configurations."
-import datetime, json, shutil
-from dataclasses import replace
+import datetime, json, shutil, threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -100,11 +101,55 @@ def test_labels_lie_where_the_images_do(built):
         assert s2.shape == (4, 12, 32, 32) and s1.shape == (4, 2, 32, 32) and -40 < s1.min() < s1.max() < 15
     assert right/n > .97 and water >= 0
 
-def test_rotated_edges_have_no_label(built):
-    labels = np.stack([built.read(i, 'LABEL') for i in built.table.id])
-    assert (labels == -1).any() and set(np.unique(labels)) == {-1, 0, 1, 2, 3, 4}
-    edge = built.table[(built.table.top == 0)]
-    assert len(edge) < 8 or (labels[built.table.top == 0] == -1).any()
+def test_rotated_edges_have_no_label(built, area):
+    "A pixel has a label where the survey, askew in UTM, covers it, and where it does not it has none."
+    with rasterio.open(area.parent/'landcover.tif') as src: inverse, shape, to = ~src.transform, src.shape, src.crs
+    outside = 0
+    for chip in built.table.itertuples():
+        label = built.read(chip.id, 'LABEL')
+        x, y = places('EPSG:32618', rasterio.Affine(*built.about['transform'])*rasterio.Affine.translation(chip.left, chip.top), *label.shape)
+        col, row = inverse*Transformer.from_crs('EPSG:32618', to, always_xy=True).transform(x, y)
+        deep = np.minimum.reduce([col, row, shape[1] - col, shape[0] - row])  # pixels of the survey to its nearest edge
+        assert (label[deep < -2] == -1).all() and (label[deep > 2] >= 0).all()
+        outside += (deep < -2).sum()
+    assert outside > 50
+
+@pytest.mark.parametrize('crs, turn, step', [('EPSG:2263', 0, 8.), ('EPSG:2263', -20, 12.), ('EPSG:32618', 33, 4.), ('EPSG:32618', 90, 4.), ('EPSG:4326', 0, 3e-5),
+                                             ('EPSG:3857', 0, 30.)])
+def test_a_survey_on_any_grid(tmp_path, crs, turn, step):
+    "State plane in feet, degrees, rasters that are turned, pixels finer and coarser than 10 m: labels lie where the codes do."
+    x, y = Transformer.from_crs('EPSG:32618', crs, always_xy=True).transform(EAST + 800, NORTH + 1000)
+    n = 40 if step == 30 else 200
+    t = rasterio.Affine.translation(x, y)*rasterio.Affine.rotation(turn)*rasterio.Affine.scale(step, -step)*rasterio.Affine.translation(-n/2, -n/2)
+    survey = save(tmp_path/'survey.tif', codes(*places(crs, t, n, n))[None], crs, t, nodata=0)
+    grid = nyc.utm_grid(survey)
+    label = nyc.majority(nyc.class_shares(survey, grid))
+    known = label != nyc.NO_LABEL
+    truth = nyc.class_table()[codes(*places('EPSG:32618', grid.affine, *grid.shape))]
+    corners = np.array(Transformer.from_crs(crs, 'EPSG:32618', always_xy=True).transform(*t*(np.array([0, n, n, 0]), np.array([0, 0, n, n]))))
+    ground = abs(np.cross(corners[:, 1] - corners[:, 0], corners[:, 3] - corners[:, 0]))
+    assert (label == truth)[known].mean() > (.75 if step == 30 else .9) and known.sum()*100 == pytest.approx(ground, rel=.05)
+
+def test_a_survey_that_does_not_fit_in_memory_is_read_in_strips(tmp_path, monkeypatch):
+    "Four billion pixels of 6 inches, most of them never written: a chip is labelled by reads of its own size."
+    import rasterio.vrt
+    side, step = 64_000, .1524
+    t = rasterio.transform.from_origin(EAST, NORTH + side*step, step, step)
+    with rasterio.open(tmp_path/'big.tif', 'w', driver='GTiff', height=side, width=side, count=1, dtype='uint8', crs='EPSG:32618', transform=t, nodata=0, tiled=True,
+                       blockxsize=512, blockysize=512, compress='deflate', SPARSE_OK=True) as dst:
+        dst.write(np.where(np.arange(2048) < 1024, 4, 5).astype(np.uint8)[None].repeat(2048, 0), 1, window=((30_000, 32_048), (30_000, 32_048)))
+    reads = []
+    class Watched(rasterio.vrt.WarpedVRT):
+        def read(self, *args, **kw):
+            x = super().read(*args, **kw)
+            reads.append(x.size)
+            return x
+    monkeypatch.setattr(rasterio.vrt, 'WarpedVRT', Watched)
+    grid = nyc.utm_grid(tmp_path/'big.tif')
+    top, left = 30_000*step/10, 30_000*step/10
+    label = nyc.majority(nyc.class_shares(tmp_path/'big.tif', grid[int(top) - 96:int(top) + 128, int(left) - 96:int(left) + 128]))
+    assert {2, 3, nyc.NO_LABEL} == set(np.unique(label)) and (label != nyc.NO_LABEL).sum()*100 == pytest.approx((2048*step)**2, rel=.1)
+    assert len(reads) == 14 and max(reads) < 4_000_000 < side**2/1000
 
 def test_split_and_manifest(built):
     about, table = built.about, built.table
@@ -129,6 +174,11 @@ def test_exactly_64_test_chips_where_the_area_allows():
     few = places[:60].copy()
     few['split'] = nyc.deal(few)
     assert (few.split == 'test').sum() == 20 and nyc.split_gap(few, 80) >= 16
+
+def test_a_whole_data_set_has_exactly_64_test_chips(tmp_path):
+    chips = nyc.from_city(tmp_path/'city', 1, 270, nyc.BuildOptions(size=16, guard=4, test=64, suffix='.npy'))
+    assert chips.about['n']['test'] == len(chips.ids('test')) == 64 and len(set(chips.table.id)) == len(chips.table) >= 192
+    assert nyc.split_gap(chips.table, 16) >= 4 and not set(chips.table.block[chips.table.split == 'test']) & set(chips.table.block[chips.table.split == 'train'])
 
 def test_four_timestamps_differ(built):
     assert len(set(built.days)) == len(set(built.about['s1_days'])) == 4
@@ -160,6 +210,9 @@ def refused(path:Path, out:Path, match:str, opt=OPT):
 def test_one_date_four_times_is_refused(changed, tmp_path):
     def by_date(spec): spec['dates'][2]['date'] = spec['dates'][1]['date']
     refused(changed(by_date), tmp_path, f'{DAYS[1]} is used for 2 of 4 timestamps')
+
+def test_three_dates_are_not_four(changed, tmp_path):
+    refused(changed(lambda spec: spec['dates'].pop()), tmp_path, '3 timestamps .*expected 4')
 
 def test_copies_under_other_dates_are_refused(changed, tmp_path):
     def by_content(spec):
@@ -198,7 +251,7 @@ def test_the_offset_of_baseline_4_is_taken_off(tmp_path):
     name = next(i for i in chips.table.id if (chips.read(i, 'LABEL') == 2).mean() > .3)
     assert np.median(chips.read(name, 'S2L2A')[0, 0][chips.read(name, 'LABEL') == 2]) < 200
 
-def write_catalogue(area:Path, to:Path, days=DAYS) -> Path:
+def write_catalogue(area:Path, to:Path, days=DAYS, relative:bool=False) -> Path:
     "A static STAC catalogue of the area's files, bands by the names of a public catalogue."
     import pystac
     from shapely.geometry import box, mapping
@@ -224,7 +277,9 @@ def write_catalogue(area:Path, to:Path, days=DAYS) -> Path:
         item('sentinel-1-rtc', f'S1_{day}', s1_day, split(area.parent/f's1_{day}.tif', ('vv', 'vh')))
     item('sentinel-2-l2a', 'S2_cloudy', '2021-04-18', {'blue': area}, **{'eo:cloud_cover': 90})
     item('cop-dem-glo-30', 'DEM', '2021-01-01', {'data': area.parent/'dem.tif'})
-    cat.normalize_and_save(str(to/'stac'), pystac.CatalogType.ABSOLUTE_PUBLISHED)
+    cat.normalize_hrefs(str(to/'stac'))
+    if relative: cat.make_all_asset_hrefs_relative()
+    cat.save(pystac.CatalogType.SELF_CONTAINED if relative else pystac.CatalogType.ABSOLUTE_PUBLISHED)
     return to/'stac'/'catalog.json'
 
 SPANS = ('2021-01-12', '2021-04-01/2021-04-30', '2021-07-20', '2021-10-01/2021-10-31')
@@ -249,6 +304,58 @@ def test_missing_dates_are_named_all_at_once(area, tmp_path):
     with pytest.raises(GacError, match='2021-01-12 is used for 2 of 2'): nyc.Catalogue(url, grid, ('2021-01-12', '2021-01-01/2021-01-31'))
     with pytest.raises(GacError, match='no Sentinel-1 image within 1 days of 2021-01-12'): nyc.Catalogue(url, grid, ('2021-01-12',), s1_days=1)
     with pytest.raises(GacError, match='not a readable STAC catalogue'): nyc.Catalogue(tmp_path/'nothing.json', grid, SPANS)
+
+@contextmanager
+def served(catalogue:Path): # -> address, searches it was asked
+    "The items of a static catalogue behind a STAC API."
+    import pystac
+    items, asked = list(pystac.Catalog.from_file(str(catalogue)).get_items(recursive=True)), []
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args): pass
+        def answer(self, what):
+            body = json.dumps(what).encode()
+            self.send_response(200)
+            for k, v in (('Content-Type', 'application/json'), ('Content-Length', str(len(body)))): self.send_header(k, v)
+            self.end_headers()
+            self.wfile.write(body)
+        def do_GET(self):
+            here = f'http://127.0.0.1:{self.server.server_port}/'
+            self.answer(dict(type='Catalog', id='api', description='an API', stac_version='1.0.0',
+                conformsTo=['https://api.stacspec.org/v1.0.0/core', 'https://api.stacspec.org/v1.0.0/item-search'],
+                links=[dict(rel='self', href=here), dict(rel='root', href=here), dict(rel='search', href=here + 'search', type='application/geo+json', method='POST')]))
+        def do_POST(self):
+            q = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
+            asked.append(q)
+            first, _, last = q.get('datetime', '0000/9999').partition('/')
+            hits = [i.to_dict(transform_hrefs=False) for i in items if i.collection_id in q['collections'] and first[:10] <= i.datetime.date().isoformat() <= last[:10]]
+            self.answer(dict(type='FeatureCollection', features=[h | dict(links=[]) for h in hits], links=[]))
+    server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try: yield f'http://127.0.0.1:{server.server_port}/', asked
+    finally: server.shutdown(); server.server_close()
+
+def test_an_api_is_searched(area, tmp_path):
+    static, grid = write_catalogue(area, tmp_path/'cat'), nyc.utm_grid(area.parent/'landcover.tif')[30:94, 30:94]
+    with served(static) as (url, asked):
+        api = nyc.Catalogue(url, grid, SPANS)
+        assert len(asked) == 9 and asked[0]['collections'] == ['sentinel-2-l2a'] and len(asked[0]['bbox']) == 4  # four optical, four radar, terrain
+        walked = nyc.Catalogue(static, grid, SPANS)
+        assert [(d.day, d.s1_day) for d in api.dates] == [(d.day, d.s1_day) for d in walked.dates]
+        assert np.array_equal(api.s2(api.dates[1], grid)[0], walked.s2(walked.dates[1], grid)[0]) and np.array_equal(api.dem(grid), walked.dem(grid))
+        with pytest.raises(GacError, match='no Sentinel-2 image .*2023-01-01'): nyc.Catalogue(url, grid, ('2023-01-01',))
+
+def test_a_catalogue_from_the_command_line(area, tmp_path, capsys):
+    "A catalogue whose links and assets are relative, as one is that was copied to a disk."
+    from gac.cli import main
+    url = write_catalogue(area, tmp_path/'cat', relative=True)
+    assert '"/' not in (url.parent/'sentinel-2-l2a'/f'S2_{DAYS[0]}'/f'S2_{DAYS[0]}.json').read_text()
+    words = ['nyc', 'build', '--catalog', str(url), '--landcover', str(area.parent/'landcover.tif'), '--output-dir', str(tmp_path/'nyc'), '--tile-size', '64',
+             '--guard', '8', '--test', '2', '--dates']
+    assert main([*words, ','.join(SPANS)]) == 0
+    chips = nyc.Chips(tmp_path/'nyc')
+    chips.verify()
+    assert "'test': 2" in capsys.readouterr().out and chips.days == list(DAYS) and nyc.split_gap(chips.table, 64) >= 8
+    assert main([*words, ','.join(SPANS[:3])]) == 2 and 'expected 4' in capsys.readouterr().err
 
 def test_from_the_command_line(area, tmp_path, capsys):
     from gac.cli import main
@@ -288,15 +395,56 @@ def test_thinking_and_not_differ_in_the_thought_alone(family):
         if v.tim and v.modalities == nyc.INPUTS: assert nyc.differences(plain, nyc.config(v, 'd', 'o', family=family)) == set(nyc.THOUGHT), name
     alone = [nyc.config(nyc.VARIANTS[n], 'd', 'o', family=family) for n in ('S1 alone', 'S1 alone, TiM LULC')]
     assert nyc.differences(*alone) == set(nyc.THOUGHT)
+    longer = nyc.differences(plain, nyc.config(nyc.VARIANTS['no TiM, equal compute'], 'd', 'o', family=family, steps=150))
+    assert longer == {'trainer.max_steps', 'trainer.callbacks', 'model.init_args.scheduler_hparams.milestones'}
+
+@pytest.mark.parametrize('profile', ['mini', 'paper'])
+def test_committed_configurations_differ_in_the_thought_alone(profile):
+    "The files of the committed reports, their folders of weights and predictions apart."
+    folder, compared = study.root()/'reports'/profile/'configs', 0
+    for given, thinking in (('no_TiM', 'TiM_LULC'), ('no_TiM', 'TiM_NDVI'), ('no_TiM', 'TiM_LULC_NDVI'), ('S1_alone', 'S1_alone_TiM_LULC'), ('base_no_TiM', 'base_TiM_LULC')):
+        for path in sorted(folder.glob(f'nyc_{thinking}*.yaml')):
+            if not (end := path.stem.removeprefix(f'nyc_{thinking}')) == '' and not end[1:].isdigit(): continue
+            text = (path.read_text(), (folder/f'nyc_{given}{end}.yaml').read_text())
+            own = [t.replace(f'/{n.removeprefix("base_")}{e}', '/RUN') for t, n in zip(text, (thinking, given)) for e in [end]]
+            assert nyc.differences(*map(yaml.safe_load, own)) == set(nyc.THOUGHT), path.name
+            compared += 1
+    assert compared >= 2
+
+def test_the_paper_profile_has_every_run_and_three_seeds():
+    paper = yaml.safe_load((study.root()/'nbs'/'params'/'paper.yaml').read_text())['13_nyc_tim']
+    assert set(paper['runs']) == set(nyc.VARIANTS) and len(set(paper['seeds'])) >= 3
+
+@pytest.mark.parametrize('profile', ['mini', 'paper'])
+def test_equal_compute_is_equal(town, tmp_path, profile):
+    "The steps in the profile spend the arithmetic of the thinking run, counted anew."
+    params = yaml.safe_load((study.root()/'nbs'/'params'/f'{profile}.yaml').read_text())['13_nyc_tim']
+    cost = [nyc.gflop(configured(town, tmp_path/str(i), name, batch_size=params['batch_size'])) for i, name in enumerate(('TiM LULC', 'no TiM, equal compute'))]
+    assert cost[0] > 1.3*cost[1] and params['equal_compute_steps'] == nyc.equal_steps(params['steps'], *cost)
+
+def test_four_dates_reach_the_model(town, tmp_path):
+    "The batch holds the dates of a chip in their order, standardised, and no two of them are the same."
+    cli = downstream.open_config(configured(town, tmp_path, 'no TiM'))
+    with downstream.at_root():
+        cli.datamodule.setup('test')
+        batch = cli.datamodule.aug(next(iter(cli.datamodule.test_dataloader())))
+    name = Path(batch['filename']['mask'][0]).name.rsplit('_', 1)[0]
+    for m in nyc.INPUTS:
+        mean, std = (np.array(v, np.float32)[:, None, None] for v in nyc.standardisation('mini', m))
+        x = batch['image'][m][0].numpy()  # (C, T, H, W)
+        assert x.shape[1] == 4
+        for t in range(4): np.testing.assert_allclose(x[:, t], (town.read(name, m)[t].astype(np.float32) - mean)/std, rtol=1e-3, atol=1e-3)
+        if m != 'DEM': assert not any(np.allclose(x[:, i], x[:, j]) for i in range(4) for j in range(i))
 
 def test_runs_start_alike_and_see_the_same_chips_in_the_same_order(town, tmp_path):
     from lightning.pytorch import Callback
     class Watch(Callback):
-        def __init__(self): self.seen = []
+        def __init__(self): self.seen, self.rates = [], []
         def on_train_batch_start(self, trainer, module, batch, i):
             if not self.seen: self.start = {k: v.clone() for k, v in module.model.state_dict().items()
                                             if k.startswith(('decoder.', 'head.', 'encoder.encoder.encoder.'))}
             self.seen.append([Path(f).name for f in batch['filename']['mask']])
+            self.rates.append(trainer.optimizers[0].param_groups[0]['lr'])
         def on_train_end(self, trainer, module): self.moved = {k for k, p in module.model.named_parameters() if p.grad is not None and p.grad.any()}
     watched = []
     for name in ('S1 alone', 'S1 alone, TiM LULC'):
@@ -308,6 +456,7 @@ def test_runs_start_alike_and_see_the_same_chips_in_the_same_order(town, tmp_pat
     assert a.seen == b.seen and len(a.seen) == 5 and a.seen[0] != a.seen[-1]  # over more than one round
     assert a.start.keys() == b.start.keys() and all((a.start[k] == b.start[k]).all() for k in a.start)
     assert a.moved == b.moved and a.moved  # the same parts are trained
+    assert a.rates == b.rates == pytest.approx([4e-3]*4 + [4e-4])  # the last fifth at a tenth
 
 def test_a_run_is_not_made_twice_and_its_score_is_terratorchs(town, tmp_path):
     path = configured(town, tmp_path, 'S1 alone')
@@ -323,11 +472,59 @@ def test_a_run_is_not_made_twice_and_its_score_is_terratorchs(town, tmp_path):
     assert (again['confusion'] == one['confusion']).all()
 
 def test_a_thought_that_does_not_load_is_said_and_given_instead(tmp_path):
-    why = nyc.usable(nyc.VARIANTS['TiM LULC'], weights=str(tmp_path))
-    assert 'terramind_mini.safetensors' in why and not nyc.usable(nyc.VARIANTS['TiM LULC'])
-    instead = nyc.fallback(nyc.VARIANTS['TiM LULC'])
+    v = nyc.VARIANTS['TiM LULC']
+    instead, status = nyc.as_it_loads(v, weights=str(tmp_path))
+    assert status.startswith('fallback, LULC given: ') and 'terramind_mini.safetensors' in status and nyc.as_it_loads(v) == (v, 'ran')
     c = nyc.config(instead, 'd', 'o', thoughts='t')
     assert c['data']['init_args']['data_root']['LULC'] == 't' and c['model']['init_args']['model_args']['backbone'] == 'terramind_mini'
+
+def test_the_fallback_gives_every_thought_that_was_asked_for(town, tmp_path, monkeypatch):
+    "Land cover and NDVI, made ahead by the generator, read as the thinking backbone would have thought them, and trained on."
+    real = nyc.foundations.build
+    def broken(name, *args, **kw):
+        if name.endswith('_tim'): raise RuntimeError('size mismatch')
+        return real(name, *args, **kw)
+    monkeypatch.setattr(nyc.foundations, 'build', broken)
+    instead, status = nyc.as_it_loads(nyc.VARIANTS['TiM LULC+NDVI'])
+    assert (instead.given, instead.tim, status) == (('LULC', 'NDVI'), (), 'fallback, LULC and NDVI given: size mismatch')
+    found = nyc.think(town, tmp_path/'thoughts', wanted=instead.given)
+    name = town.ids('test')[0]
+    lulc, ndvi = (np.load(tmp_path/'thoughts'/f'{name}_{m}.npy') for m in instead.given)
+    assert (lulc.reshape(4, -1, 48, 48).argmax(1) == found[name]).all() and ndvi.shape == (4, 48, 48) and -1.2 < ndvi.min() < ndvi.max() < 1.2
+    c = nyc.config(instead, str(town.folder), str(tmp_path/'run'), 1, 2, suffix='.npy', thoughts=str(tmp_path/'thoughts'))
+    assert c['data']['init_args']['modalities'] == [*nyc.INPUTS, 'LULC', 'NDVI']
+    assert nyc.run_config(downstream.write_config(tmp_path/'config.yaml', c))['confusion'].sum() == 4*48*48
+
+def test_a_run_with_other_weights_is_made_anew(town, tmp_path, monkeypatch):
+    path = configured(town, tmp_path, 'S1 alone', steps=1)
+    nyc.run_config(path)
+    mark = (tmp_path/'run'/'made_of.txt').read_text()
+    monkeypatch.setattr(nyc.foundations, 'weights_checksums', lambda *args, **kw: {'terramind_mini.safetensors': 'other'})
+    nyc.run_config(path)
+    assert (tmp_path/'run'/'made_of.txt').read_text() != mark
+
+def test_the_gate_draws_seeds_and_blocks():
+    "A gain of one seed alone, or of one block alone, is no certain gain, however large the mean."
+    good, bad = np.diag([90]*5) + 1, np.diag([40]*5) + 11
+    a, b = (np.stack([[c]*12 for c in per_seed]) for per_seed in ((good, bad, bad), (bad, bad, bad)))
+    blocks = np.repeat(np.arange(6), 2)
+    one_seed = nyc.gate(a, b, blocks)
+    assert one_seed['gain'] > 10 and one_seed['lo'] == 0 and (one_seed['verdict'], one_seed['seeds']) == ('open', 3)
+    c = np.stack([[good if k == 0 else bad for k in blocks]]*3)
+    one_block = nyc.gate(c, b, blocks)
+    assert one_block['gain'] > 2 and (one_block['lo'], one_block['verdict']) == (0, 'open')
+    assert nyc.gate(np.stack([[good]*12]*3), b, blocks)['verdict'] == 'strong'
+
+def test_a_class_of_one_block_does_not_move_the_gate_by_its_absence():
+    "Bare ground lies in one block and neither run finds it; one pixel predicted elsewhere must not count as a class lost."
+    chip = np.diag([50, 0, 50, 50, 50])
+    a = np.stack([[chip]*12]).astype(int)
+    a[0, :2, 1, 0] = 9  # bare, called vegetation
+    b = a.copy()
+    b[0, 2:, 0, 0] -= 1
+    b[0, 2:, 0, 1] += 1  # a pixel of vegetation called bare
+    g = nyc.gate(a, b, np.repeat(np.arange(6), 2))
+    assert 0 < g['gain'] < 1 and g['hi'] < 1
 
 def test_a_given_thought_runs(town, tmp_path):
     found = nyc.think(town, tmp_path/'thoughts')
@@ -345,19 +542,40 @@ def test_publishing_needs_a_certain_gain(tmp_path):
     from safetensors.torch import load_file
     run = tmp_path/'run'/'nyc'
     (run/'runs'/'TiM_LULC_0').mkdir(parents=True)
+    status = {'TiM LULC': 'ran'}
     torch.save(dict(state_dict={'model.head.weight': torch.ones(2)}), run/'runs'/'TiM_LULC_0'/'final.ckpt')
     (run/'runs'/'TiM_LULC_0'/'config.yaml').write_text('seed_everything: 0\n')
     row = dict(run='TiM LULC', against='no TiM', gain=1.6, lo=-.2, hi=3., verdict='open', blocks=16, seeds=3)
-    kept = lambda **kw: (run/'gate.json').write_text(json.dumps(dict(data='a city', seed=0, folders={'TiM LULC': 'runs/TiM_LULC_0'},
-        gate=[row | kw])))
+    dearer = row | dict(against='no TiM, equal compute', gain=-3.2, lo=-5., hi=-1., verdict='negative')
+    kept = lambda **kw: (run/'gate.json').write_text(json.dumps(dict(data='a city', seed=0, folders={'TiM LULC': 'runs/TiM_LULC_0'}, status=status,
+        gate=[row | kw, dearer])))
     kept()
     with pytest.raises(GacError, match='Nothing to publish.*TiM LULC .1.6'): nyc.publish(tmp_path/'run', tmp_path/'out')
     kept(lo=.3, verdict='stable')
     out = nyc.publish(tmp_path/'run', tmp_path/'out')
-    assert load_file(out/'model.safetensors')['head.weight'].tolist() == [1, 1] and (out/'config.yaml').exists() and '**stable**' in (out/
-        'README.md').read_text()
-    (run/'gate.json').write_text(json.dumps(dict(data='', seed=0, folders={'TiM LULC': '../../../etc'}, gate=[row | dict(lo=.3)])))
+    assert load_file(out/'model.safetensors')['head.weight'].tolist() == [1, 1] and (out/'config.yaml').exists()
+    card = (out/'README.md').read_text()
+    assert '**stable**' in card and '+1.60 points of mIoU [+0.30, +3.00]' in card and '-3.2' in card  # what speaks against it stands there too
+    (run/'gate.json').write_text(json.dumps(dict(data='', seed=0, folders={'TiM LULC': '../../../etc'}, status=status, gate=[row | dict(lo=.3)])))
     with pytest.raises(GacError, match='outside the run'): nyc.publish(tmp_path/'run', tmp_path/'out')
+
+def test_a_published_model_draws_the_maps_of_the_run(town, tmp_path):
+    "Weights and configuration of the published folder, loaded key by key, give the test's predictions."
+    import torch
+    from safetensors.torch import load_file
+    path, run = configured(town, tmp_path/'run'/'nyc', 'TiM LULC'), tmp_path/'run'/'nyc'
+    tested = nyc.run_config(path)
+    shutil.copy(path, run/'run'/'config.yaml')
+    row = dict(run='TiM LULC', against='no TiM', gain=1.6, lo=.3, hi=3., verdict='stable', blocks=16, seeds=3)
+    (run/'gate.json').write_text(json.dumps(dict(data='a city', seed=0, folders={'TiM LULC': 'run'}, status={'TiM LULC': 'ran'}, gate=[row])))
+    out = nyc.publish(tmp_path/'run', tmp_path/'out')
+    cli = downstream.open_config(out/'config.yaml')
+    cli.model.model.load_state_dict(load_file(out/'model.safetensors'), strict=True)
+    with downstream.at_root(), torch.no_grad():
+        cli.datamodule.setup('test')
+        for batch in map(cli.datamodule.aug, cli.datamodule.test_dataloader()):
+            pred = cli.model.model.eval()({k: x.float() for k, x in batch['image'].items()}).output.argmax(1).numpy()
+            for f, p in zip(batch['filename']['mask'], pred): assert (p == tested['prediction'][list(tested['id']).index(Path(f).name.rsplit('_', 1)[0])]).all()
 
 def test_the_real_time_series_goes_through(real_data, town, tmp_path):
     there = nyc.from_series(real_data/'time_series_belgium'/'worldcereal_preprocessed_inputs.nc', tmp_path/'series')

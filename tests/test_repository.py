@@ -1,9 +1,10 @@
 "What the repository promises about itself: one place for every fact, nothing that belongs to one machine."
-import ast, configparser, json, os, re, shutil, subprocess, sys
+import ast, base64, configparser, io, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 from gac import study
 
 ROOT = study.root()
@@ -182,3 +183,9 @@ def test_torchvision_is_mended_only_where_it_is_broken():
 def test_study_imports_light():
     code = "import sys; from gac import study; print(sorted({'torch', 'pandas', 'matplotlib', 'papermill'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT).stdout.strip() == '[]'
+
+@pytest.mark.parametrize('path', sorted(p for p in committed() if p.parent.name == 'notebooks'), ids=lambda p: f'{p.parent.parent.name}-{p.stem}')
+def test_pictures_of_an_executed_notebook_are_whole(path):
+    for cell in json.loads(path.read_text(encoding='utf-8'))['cells']:
+        for out in cell.get('outputs', []):
+            if 'image/png' in out.get('data', {}): Image.open(io.BytesIO(base64.b64decode(''.join(out['data']['image/png']).strip(), validate=True))).verify()

@@ -34,7 +34,7 @@ def test_every_notebook_runs_in_order_and_then_there_is_nothing_to_do(tmp_path):
 def test_the_study_trains_on_tiles_it_is_given(tmp_path):
     "Enough tiles of somebody's store: every stage learns from them, and the report is about them."
     from gac import tiles
-    tiles.from_world(tmp_path/'given', tiles.MIN_PAIRS, 8, 8, size=48)
+    tiles.from_world(tmp_path/'given', tiles.MIN_PAIRS, 8, 8, size=80)  # windows of 64 px to train on and of 40 for land cover
     run(tmp_path, tmp_path/'given')
     assert set(pd.read_csv(tmp_path/'report/tables/results.csv').data) == {'real: given'}
     about = json.loads((tmp_path/'report/provenance.json').read_text())['notebooks']
