@@ -122,6 +122,7 @@ def test_a_survey_on_any_grid(tmp_path, crs, turn, step):
     n = 40 if step == 30 else 200
     t = rasterio.Affine.translation(x, y)*rasterio.Affine.rotation(turn)*rasterio.Affine.scale(step, -step)*rasterio.Affine.translation(-n/2, -n/2)
     survey = save(tmp_path/'survey.tif', codes(*places(crs, t, n, n))[None], crs, t, nodata=0)
+    with rasterio.open(survey) as src: assert nyc.metres_per_pixel(src) == pytest.approx(step*{'EPSG:2263': 1200/3937, 'EPSG:4326': 111_320}.get(crs, 1))
     grid = nyc.utm_grid(survey)
     label = nyc.majority(nyc.class_shares(survey, grid))
     known = label != nyc.NO_LABEL
