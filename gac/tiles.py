@@ -396,15 +396,18 @@ def _frame(rows:list) -> pd.DataFrame:
     kinds = {int: 'int64', float: 'float64', tuple: 'object', str: 'str'}
     return frame.astype({c: kinds[type(v)] for c, v in COLUMNS.items()})
 
+def _whole_table(source) -> pd.DataFrame: # of a path or an Arrow reader
+    "A Parquet table that was looked through: text that is no UTF-8 would only be noticed when it is used."
+    found = pq.read_table(source)
+    found.validate(full=True)
+    return found.to_pandas()
+
 def _read_table(
     path:Path, # a Parquet file
     need:Iterable=(), # columns it must have
 ) -> pd.DataFrame:
     "A table, or an error that names the file."
-    try:
-        found = pq.read_table(path)
-        found.validate(full=True)  # text that is no UTF-8 would only be noticed when it is used
-        table = found.to_pandas()
+    try: table = _whole_table(path)
     except Exception as e:  # pyarrow has several classes of errors for a damaged file
         raise GacError(f'{path}: cannot be read as Parquet ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else "no reason given"}). It may be cut '
                        'short: restore it or fetch it again.') from e
@@ -1311,10 +1314,7 @@ def _contents(
     head = _bytes(f, start, 18)
     if len(head) < 18 or head[:2] != MAGIC: raise GacError(f'{where}: no tortilla (it does not begin with {MAGIC.decode()}).')
     at = _part(f, start, size, int.from_bytes(head[2:10], 'little'), int.from_bytes(head[10:18], 'little'), f'{where}, table')
-    try:
-        found = pq.read_table(pa.BufferReader(_bytes(f, *at)))
-        found.validate(full=True)
-        table = found.to_pandas()
+    try: table = _whole_table(pa.BufferReader(_bytes(f, *at)))
     except (pa.ArrowException, OSError, ValueError) as e:
         raise GacError(f'{where}: its table cannot be read ({type(e).__name__}: {str(e).splitlines()[0]}). Fetch the file again.')
     lacks = [c for c in ('tortilla:id', 'tortilla:offset', 'tortilla:length') if c not in table.columns]
