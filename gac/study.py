@@ -6,7 +6,7 @@
 __all__ = ['S2_BANDS', 'OPT_BANDS', 'OPT_INDEX', 'S1_BANDS', 'REFLECTANCE', 'LULC_CLASSES', 'BIOMES', 'TERRAMIND_STATS',
            'COLOURS', 'RUNNER_SETS', 'ROOMS', 'GacError', 'root', 'real_data', 'mend_torchvision', 'seed_everything',
            'progress', 'writing', 'replacing', 'writable', 'style', 'save_picture', 'format_table', 'Run', 'start',
-           'requirements', 'sha256', 'weights', 'provenance', 'Parameter', 'declared', 'read_notebook',
+           'requirements', 'sha256', 'weights', 'code_state', 'provenance', 'Parameter', 'declared', 'read_notebook',
            'notebook_parameters', 'check_value', 'read_yaml', 'profiles', 'load_profile', 'check_parameters',
            'modules_used', 'code_of', 'Stage', 'outputs', 'still', 'kernels', 'chain_notebooks', 'plan', 'run_chain',
            'write_report', 'compare_tables', 'compare_reports', 'verify', 'fetch_examples', 'render_readme', 'uphill']
@@ -348,6 +348,10 @@ def weights() -> dict[str, str]:
     folder = root()/'data'/'weights'/'mini'
     return {p.name: sha256(p) for p in sorted(folder.glob('*.safetensors'))}
 
+def code_state() -> dict:
+    "The commit, and whether notebooks or package differ from it."
+    return dict(commit=_git('rev-parse', 'HEAD') or 'n/a', changed=bool(_git('status', '--porcelain', '--', 'nbs', 'gac')))
+
 def provenance() -> dict:
     "Versions, commit, weights, device and time of this run."
     from importlib.metadata import PackageNotFoundError, version
@@ -359,8 +363,7 @@ def provenance() -> dict:
     return dict(time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), python=platform.python_version(),
                 platform=f'{platform.system()} {platform.machine()}', cores=os.cpu_count(),
                 device=torch.cuda.get_device_name(0) if torch.cuda.is_available() else 'cpu',
-                commit=_git('rev-parse', 'HEAD') or 'n/a', changed=bool(_git('status', '--porcelain', '--', 'nbs', 'gac')),
-                weights=weights(), packages={n: found(n) for n in ['gac', *names]})
+                **code_state(), weights=weights(), packages={n: found(n) for n in ['gac', *names]})
 
 # %% ../nbs/00_study.ipynb #afd58d24
 @dataclass(frozen=True)
@@ -834,7 +837,7 @@ def _run_stage(stage:Stage, stages:list[Stage], run:Path, report:Path, verbose:b
     left = [s.seconds for s in stages if s.status == 'to run']
     ahead = f', about {_clock(sum(left))} left' if left and all(left) else ''
     print(f'{number}: {_clock(stage.seconds)}{ahead}', flush=True)
-    done = _read_json(run/'chain.json') | {stage.name: dict(key=stage.key, seconds=stage.seconds)}
+    done = _read_json(run/'chain.json') | {stage.name: dict(key=stage.key, seconds=stage.seconds, parameters=stage.values, **code_state())}
     _write(run/'chain.json', json.dumps(done, indent=1) + '\n')
 
 # %% ../nbs/00_study.ipynb #7ecbd918
@@ -880,17 +883,19 @@ def write_report(
     from html import escape
     entries = {}
     for s in stages:
-        record = _read_json(run/'records'/f'{s.name}.json')
-        if record and s.status in ('ran', 'unchanged', 'left alone'): entries[s.name] = dict(record, parameters=s.values, seconds=s.seconds)
+        record, ran = (_read_json(p) for p in (run/'records'/f'{s.name}.json', run/'chain.json'))
+        if record and s.status in ('ran', 'unchanged', 'left alone'):
+            entries[s.name] = record | dict(parameters=s.values, seconds=s.seconds) | {k: v for k, v in ran.get(s.name, {}).items() if k != 'key'}
     for entry in entries.values(): entry['parameters'] = {k: v for k, v in entry['parameters'].items() if k not in ('run_dir', 'reports_dir')}
     about = dict(profile=profile, data=stages[0].values['data'] or 'world', layout=layout, **provenance(), notebooks=entries)
     _write(report/'provenance.json', _scrub(json.dumps(about, indent=1, default=str)) + '\n')
     title = f'GAC study: {about["data"] if layout else profile}'
-    rows = ''.join(f'<tr><td><a href="#{n}">{n}</a></td><td>{_clock(e["seconds"] or 0)}</td></tr>' for n, e in entries.items())
+    rows = ''.join(f'<tr><td><a href="#{n}">{n}</a></td><td>{_clock(e["seconds"] or 0)}</td><td>{e.get("commit", "n/a")[:10]}'
+                   f'{" and changes" if e.get("changed") else ""}</td></tr>' for n, e in entries.items())
     head = (f'<p>Profile {escape(profile)}{", " + escape(layout) if layout else ""}; {about["platform"]}, {about["cores"]} cores, '
-            f'{escape(about["device"])}; Python {about["python"]}, torch {about["packages"]["torch"]}; commit {about["commit"][:10]}; '
+            f'{escape(about["device"])}; Python {about["python"]}, torch {about["packages"]["torch"]}; written at commit {about["commit"][:10]}; '
             f'{about["time"]}. <a href="provenance.json">Everything else</a></p>'
-            f'<table><caption>What ran, and how long</caption><tr><th>notebook</th><th>time</th></tr>{rows}</table>')
+            f'<table><caption>What ran, how long, and at which commit</caption><tr><th>notebook</th><th>time</th><th>commit</th></tr>{rows}</table>')
     body = '\n'.join([head, *(_html_stage(n, e, report) for n, e in entries.items())])
     return _write(report/'index.html', _PAGE.format(title=escape(title), body=body))
 

@@ -70,6 +70,10 @@ def test_chain_runs_again_what_it_must(chain):
     assert plan() == ['to run']*3
     assert go(chain, only='2') == ['left alone', 'left alone', 'ran']  # on what the old notebooks left
     assert plan() == ['to run']*3
+    assert go(chain, only='2', sets={'n': 7}) == ['left alone', 'left alone', 'ran']
+    about = json.loads((chain/'report/provenance.json').read_text())
+    first = about['notebooks']['00_first']  # what it ran with, not what was asked for since
+    assert first['parameters']['n'] == 4 and (first['commit'], first['changed']) == (about['commit'], about['changed'])
     assert go(chain, only='0') == ['ran', 'left alone', 'left alone']
     assert {p.name for p in (chain/'report/tables').iterdir()} == {'lines.csv', 'lines.md', 'lines.tex'}
     assert plan() == ['unchanged', 'to run', 'to run']
