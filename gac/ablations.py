@@ -39,7 +39,8 @@ def flat(
     name:str='', # its own
 ) -> dict: # dotted name -> value
     "Every single thing a setup holds."
-    inner = {f.name: getattr(node, f.name) for f in fields(node)} if is_dataclass(node) else node if isinstance(node, dict) and node else None
+    inner = ({f.name: getattr(node, f.name) for f in fields(node)} if is_dataclass(node) else node if isinstance(node, dict)
+             and node else None)
     if inner is None: return {name: node}
     return {k: v for key, value in inner.items() for k, v in flat(value, f'{name}.{key}'.lstrip('.')).items()}
 
@@ -109,7 +110,8 @@ def setup_of(
 # %% ../nbs/11_ablations.ipynb #ab2grid
 SAY = 'recipe.refiner.', 'recipe.loss2.', 'recipe.grounding.', 'recipe.loss3.', 'recipe.how3.'
 _R, _L2, _G, _L3, _H3 = SAY
-_CODES = {'argmax': {'decoding.tokens': 'argmax'}, 'sampled': {'decoding.tokens': 'sample'}, 'expected': {'decoding.tokens': 'expected'}}
+_CODES = {'argmax': {'decoding.tokens': 'argmax'}, 'sampled': {'decoding.tokens': 'sample'},
+          'expected': {'decoding.tokens': 'expected'}}
 STEPS_TRIED, RANKS, PAIRS = (1, 2, 5, 10, 20), (0, 2, 4, 8, 16), (32, 64, 128, 256, 512, 1024)
 
 GRID = { # question -> (outputs it is measured at, {row: what changes})
@@ -126,13 +128,16 @@ GRID = { # question -> (outputs it is measured at, {row: what changes})
         'with 3 blocks of structure': {_R + 'depth': 3}}),
     'Prithvi': (('opt_v2',), {'random weights': {_R + 'pretrained': False}, 'int8': {_R + 'load_in_8bit': True},
         'exact': {_R + 'load_in_8bit': False}}),
-    'adapters of Stage 2': (('opt_v2',), {**{f'rank {r}': {_R + 'lora_r': r} for r in RANKS}, 'attention': {_R + 'reach': 'attention'},
+    'adapters of Stage 2': (('opt_v2',), {**{f'rank {r}': {_R + 'lora_r': r} for r in RANKS},
+                                          'attention': {_R + 'reach': 'attention'},
         'all linear layers': {_R + 'reach': 'wider'}}),
     'loss of Stage 2': (('opt_v2',), {f'no {k}': {_L2 + k: 0.} for k in ('log_mse', 'l1', 'l2', 'ms_ssim', 'sam', 'lpips')}),
-    'route of Stage 3': (('opt_v3',), {**{r: {_G + 'route': r} for r in stage3.ROUTES}, 'tokens, image replaced': {_G + 'route': 'tokens',
-        'delta': False},
+    'route of Stage 3': (('opt_v3',), {**{r: {_G + 'route': r} for r in stage3.ROUTES},
+                                       'tokens, image replaced': {_G + 'route': 'tokens',
+                                       'delta': False},
                          'features, not seen': {_G + 'see': False}, 'TerraMind with random weights': {_G + 'pretrained': False}}),
-    'adapters of Stage 3': (('opt_v3',), {**{f'rank {r}': {_G + 'lora_r': r} for r in RANKS}, 'cross-attention': {_G + 'reach': 'cross'},
+    'adapters of Stage 3': (('opt_v3',), {**{f'rank {r}': {_G + 'lora_r': r} for r in RANKS},
+                                          'cross-attention': {_G + 'reach': 'cross'},
                             'all attention': {_G + 'reach': 'attention'}, 'all linear layers': {_G + 'reach': 'linear'},
                                 'trained from half-way on': {_H3 + 'frozen': .5}}),
     'loss of Stage 3': (('opt_v3',), {f'no {k}': {_L3 + k: 0.} for k in ('relative', 'l1', 'sar', 'identity', 'spectral', 'lpips')}),
@@ -173,10 +178,12 @@ def rows_of(
     "The rows that ask something of this default."
     every = [Row(question, row, change, outputs) for question, (outputs, rows) in GRID.items() for row, change in rows.items()]
     names = {r.question for r in every} | {r.name for r in every}
-    if wrong := [w for w in wanted if w not in names]: raise GacError(f'The grid has no {wrong[0]!r}. {study._nearest(wrong[0], names)}')
+    if wrong := [w for w in wanted if w not in names]:
+        raise GacError(f'The grid has no {wrong[0]!r}. {study._nearest(wrong[0], names)}')
     chosen = [r for r in every if not wanted or r.question in wanted or r.name in wanted]
-    return [r for r in chosen if _asks(setup, r) and not (pairs and r.change.get('recipe.pairs', 0) > pairs) and not (side and r.change.get('size',
-        0) >= side)]
+    return [r for r in chosen if _asks(setup, r) and not (pairs and r.change.get('recipe.pairs', 0) > pairs)
+            and not (side and r.change.get('size',
+            0) >= side)]
 
 def _asks(setup:Setup, row:Row) -> bool:
     "Whether a row differs from the default, and something is left to train on."
@@ -197,8 +204,9 @@ class View:
     @property
     def table(self) -> pd.DataFrame: return self.store.table.drop(columns=self.hide, errors='ignore')
     @property
-    def arrays(self) -> dict: return {k: SimpleNamespace(shape=(*z.shape[:-2], *[self.size or s for s in z.shape[-2:]]), attrs=z.attrs) for k,
-        z in self.store.arrays.items()}
+    def arrays(self) -> dict:
+        return {k: SimpleNamespace(shape=(*z.shape[:-2], *[self.size or s for s in z.shape[-2:]]), attrs=z.attrs) for k,
+            z in self.store.arrays.items()}
     def read(self, name, idx, bands=None) -> np.ndarray: return middle(self.store.read(name, idx, bands), self.size)
 
 def middle(
@@ -208,7 +216,8 @@ def middle(
     "The middle of some images."
     if not size: return x
     top, left = ((s - size)//2 for s in x.shape[-2:])
-    if min(top, left) < 0: raise GacError(f'The middle {size} px of images of {x.shape[-2]}×{x.shape[-1]} px: there are not so many.')
+    if min(top, left) < 0:
+        raise GacError(f'The middle {size} px of images of {x.shape[-2]}×{x.shape[-1]} px: there are not so many.')
     return x[..., top:top + size, left:left + size]
 
 def held(
@@ -218,7 +227,8 @@ def held(
     kept = {}
     def again(batch):
         new = [n for n, i in enumerate(batch['id']) if i not in kept]
-        if new: kept.update(zip(np.asarray(batch['id'])[new], tiles.to_dn(method({k: np.asarray(v)[new] for k, v in batch.items()}))))
+        if new:
+            kept.update(zip(np.asarray(batch['id'])[new], tiles.to_dn(method({k: np.asarray(v)[new] for k, v in batch.items()}))))
         return tiles.to_reflectance(np.stack([kept[i] for i in batch['id']]))
     return again
 
@@ -230,7 +240,8 @@ def replacing(
 ): # the model
     "Let a token route replace the image by the decoding of its codes."
     def grounded(s1, opt_v2, timesteps=None, features=None):
-        painted = model.paint(model.codes(model.logits(s1, opt_v2)), model.noise(s1), model.timesteps if timesteps is None else timesteps)
+        painted = model.paint(model.codes(model.logits(s1, opt_v2)), model.noise(s1), model.timesteps if timesteps is None
+                              else timesteps)
         return opt_v2 + model.strength*(painted - opt_v2)
     model.grounded = grounded
     stage3.calibrate(model, val, select)
@@ -292,7 +303,8 @@ class Maker:
         return folder
 
     def opt_v1(self, setup:Setup) -> Callable:
-        if setup.decoding == stage1.chosen(self.run)[2] and not setup.size: return stage1.images_of(self.run, self.store, self.store.rows())[0]
+        if setup.decoding == stage1.chosen(self.run)[2] and not setup.size:
+            return stage1.images_of(self.run, self.store, self.store.rows())[0]
         return held(stage1.drawn(self.generator, setup.decoding, self.run.seed))
 
     def opt_v2(self, setup:Setup) -> Callable:
@@ -342,11 +354,13 @@ def answers(
 ) -> pd.DataFrame: # question, row, seed, output, id, scene, measures: one row per tile
     "The grid, answered; what is on disk is not made again."
     home, parts, ids = run.dir/'ablations', [], store.table.id.iloc[rows].tolist()
-    jobs = [(s, r) for s in seeds for r in with_default(grid) if s == seeds[0] or r.outputs != ('opt_v1',)]  # opt_v1 is not trained
+    # opt_v1 is not trained
+    jobs = [(s, r) for s in seeds for r in with_default(grid) if s == seeds[0] or r.outputs != ('opt_v1',)]
     maker = None
     for seed, row in study.progress(jobs, desc='ablations', unit='rows', every=30.):
         if maker is None or maker.seed != seed: maker = Maker(run, store, default, seed)
-        made = dict(setup=flat(changed(default, row.change)), outputs=row.outputs, middle=row.middle, seed=seed, tiles=ids, weights=maker.weights,
+        made = dict(setup=flat(changed(default, row.change)), outputs=row.outputs, middle=row.middle, seed=seed, tiles=ids,
+                    weights=maker.weights,
             code=code_digest())
         file = home/f'{digest(made)}.csv'
         if not file.exists():
@@ -386,7 +400,8 @@ def forecast(
     for stage in (2, 3):
         setups = [changed(default, r.change) for r in with_default(grid) for o in r.outputs if f'opt_v{stage}' <= o]
         cause = {digest({k: v for k,
-            v in flat(s).items() if k != 'delta' and (stage == 3 or not k.startswith(LATER))}) for s in setups if stage in s.stages}
+            v in flat(s).items() if k != 'delta' and (stage == 3 or not k.startswith(LATER))})
+            for s in setups if stage in s.stages}
         steps = {2: default.recipe.settings2, 3: default.recipe.settings3}[stage]['max_steps']
         rows.append(dict(stage=stage, trainings=len(cause)*len(seeds), steps=steps, steps_in_all=len(cause)*len(seeds)*steps))
     return pd.DataFrame(rows)
@@ -412,10 +427,13 @@ def ablation_table(
             old = mean.loc[('default', f'middle {size} px' if size else 'default', output)].reindex(new.index)
             for m in columns:
                 gain, lo, hi = metrics.paired_gain(new[m], old[m], m, scenes=scene.loc[new.index], seed=seed)
-                rows.append(dict(question=r.question, row=r.row, stage=stage_of(r), output=output, metric=m, gain=gain, lo=lo, hi=hi,
+                rows.append(dict(question=r.question, row=r.row, stage=stage_of(r), output=output, metric=m, gain=gain, lo=lo,
+                                 hi=hi,
                     n_scenes=scene.loc[new.index].nunique(),
-                                 seeds=int(counted[(r.question, r.row, output)]), steps=budget(changed(default, r.change), output)))
-    return pd.DataFrame(rows, columns=['question', 'row', 'stage', 'output', 'metric', 'gain', 'lo', 'hi', 'n_scenes', 'seeds', 'steps'])
+                                 seeds=int(counted[(r.question, r.row, output)]),
+                                 steps=budget(changed(default, r.change), output)))
+    return pd.DataFrame(rows, columns=['question', 'row', 'stage', 'output', 'metric', 'gain', 'lo', 'hi', 'n_scenes', 'seeds',
+                                       'steps'])
 
 def verdict(
     lo:float, # of the interval
@@ -436,7 +454,8 @@ def findings(
         texts = {v: [f'{r.row} {r.gain:+.{digits}f} [{r.lo:+.{digits}f}, {r.hi:+.{digits}f}]' for r,
             w in zip(rows.itertuples(), verdicts) if w == v] for v in ('better', 'worse', 'open')}
         words = {'better': 'better than the default', 'worse': 'worse', 'open': 'not told apart from it'}
-        said.append(f'**{question}** at {output}: ' + '; '.join(f'{words[v]}: {", ".join(t)}' for v, t in texts.items() if t) + '.')
+        said.append(f'**{question}** at {output}: ' + '; '.join(f'{words[v]}: {", ".join(t)}' for v, t in texts.items()
+                                                                if t) + '.')
     return said
 
 # %% ../nbs/11_ablations.ipynb #ab4plotc
@@ -457,7 +476,8 @@ def forest(
     for ax, (metric, (title, linear)) in zip(axes[0], shown.items()):
         for r in table[table.metric == metric].itertuples():
             colour, sure = study.COLOURS[OUTPUTS.index(r.output)], verdict(r.lo, r.hi) != 'open'
-            ax.plot(np.nan_to_num([r.lo, r.hi], nan=r.gain), [at[(r.question, r.row, r.output)]]*2, color=colour, lw=1.2, solid_capstyle='butt')
+            ax.plot(np.nan_to_num([r.lo, r.hi], nan=r.gain), [at[(r.question, r.row, r.output)]]*2, color=colour, lw=1.2,
+                    solid_capstyle='butt')
             ax.plot(r.gain, at[(r.question, r.row, r.output)], marker='osD'[OUTPUTS.index(r.output)], ms=4, color=colour,
                 mfc=colour if sure else 'white')
         ax.axvline(0, color='.5', lw=.8, zorder=0)

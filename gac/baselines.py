@@ -31,7 +31,8 @@ class MeanBy:
     "The mean spectrum of the training tiles that share some property with the tile; without properties: of all."
     def __init__(self, *keys): # month, biome
         self.keys = keys
-    def _groups(self, batch:dict) -> list[tuple]: return list(zip(*(batch[k].tolist() for k in self.keys))) if self.keys else [()]*len(batch['idx'])
+    def _groups(self, batch:dict) -> list[tuple]:
+        return list(zip(*(batch[k].tolist() for k in self.keys))) if self.keys else [()]*len(batch['idx'])
     def fit(self, batch:dict):
         spectra = batch['truth'].mean((2, 3), dtype=np.float64)  # (n, 4)
         groups = pd.Series(self._groups(batch))
@@ -169,10 +170,12 @@ class UNet(nn.Module):
         hide:float=.1, # share of training tiles whose month, and whose biome, is hidden
     ):
         super().__init__()
-        if wrong := set(seen) - set(SEEN) | set(metadata) - set(stage2.KNOWN): raise GacError(f'A U-Net knows nothing of {", ".join(sorted(wrong))}.')
+        if wrong := set(seen) - set(SEEN) | set(metadata) - set(stage2.KNOWN):
+            raise GacError(f'A U-Net knows nothing of {", ".join(sorted(wrong))}.')
         self.seen, self.depth, self.metadata = tuple(seen), depth, tuple(metadata)
         given, out = sum(SEEN[k] for k in self.seen), ([2*width] + [width]*depth)[:depth]
-        net = _library().Unet(encoder, depth, None, decoder_channels=out, in_channels=given, channels=[width*2**i for i in range(4)], stem_width=width)
+        net = _library().Unet(encoder, depth, None, decoder_channels=out, in_channels=given,
+                              channels=[width*2**i for i in range(4)], stem_width=width)
         self.encoder, self.decoder = net.encoder, net.decoder
         self.condition = stage2.Condition(self.metadata, drop=hide) if self.metadata else None
         self.films = nn.ModuleList(nn.Linear(self.condition.dim, 2*d) for d in self.encoder.out_channels[1:]) if self.metadata else ()
@@ -183,7 +186,8 @@ class UNet(nn.Module):
 
     def standardise(self, mean, std) -> 'UNet': # (6,) VV and VH in dB, then four bands in reflectance
         "Set the units it computes in."
-        for buffer, value in ((self.mean, mean), (self.std, std)): buffer.copy_(torch.as_tensor(np.asarray(value), dtype=torch.float32)[:, None, None])
+        for buffer, value in ((self.mean, mean), (self.std, std)):
+            buffer.copy_(torch.as_tensor(np.asarray(value), dtype=torch.float32)[:, None, None])
         return self
 
     def told(self, metadata:dict, n:int) -> Tensor: # (n, 32)
@@ -221,7 +225,8 @@ def weights_file(
 ) -> Path:
     "Where pretrained weights are."
     path = study.root()/'data'/'weights'/'mini'/f'{PRETRAINED}.safetensors' if weights == 'mini' else Path(weights)
-    if not path.is_file(): raise GacError(f'{path} is missing: the weights of the pretrained U-Net. Make them with baselines.pretrain_unet, or leave that variant out.')
+    if not path.is_file():
+        raise GacError(f'{path} is missing: the weights of the pretrained U-Net. Make them with baselines.pretrain_unet, or leave that variant out.')
     return path
 
 def build_unet(
@@ -263,7 +268,8 @@ def matched(
     return own/theirs
 
 # %% ../nbs/10_baselines.ipynb #a11da0b7
-UNETS = {'U-Net from scratch': {}, 'U-Net with opt_v1': dict(seen=('s1', 'opt_v1')), 'U-Net pretrained': dict(weights='mini')}  # variant -> what build_unet is told
+# variant -> what build_unet is told
+UNETS = {'U-Net from scratch': {}, 'U-Net with opt_v1': dict(seen=('s1', 'opt_v1')), 'U-Net pretrained': dict(weights='mini')}
 FILE = 'unet.safetensors'
 
 def unet_step(
@@ -290,14 +296,16 @@ def train_unet(
     "Train, or go on, or load what is finished; another training in the folder is replaced."
     out_dir, loss = Path(out_dir), loss or stage2.Stage2Loss()
     mark = lambda data: data.mark() if hasattr(data, 'mark') else len(data) if data is not None else 0
-    made = json.loads(json.dumps(dict(unet=model.config, loss=loss.weights, train=mark(train), crop=getattr(train, 'crop', 0), augment=getattr(train, 'augment', ''),
+    made = json.loads(json.dumps(dict(unet=model.config, loss=loss.weights, train=mark(train), crop=getattr(train, 'crop', 0),
+                                      augment=getattr(train, 'augment', ''),
                                       val=mark(val), settings=asdict(settings), digest=_digest(model.state_dict()))))
     resume = not (out_dir/'last.ckpt').exists() or study._read_json(out_dir/'made.json') == made
     study._write(out_dir/'made.json', json.dumps(made, indent=1) + '\n')
     fit = training.fit(model.train(), unet_step(loss), train, val, settings, out_dir, resume, name, every=every)
     best = metrics.read_torch(fit.best or fit.last)
     training.load_trained(model, {k.removeprefix('model.'): v for k, v in best['state_dict'].items()}, fit.best or fit.last)
-    training.save_checkpoint(out_dir/FILE, model.state_dict(), 'unet', model.config.get('encoder', ''), study.OPT_BANDS, model.config, settings.seed,
+    training.save_checkpoint(out_dir/FILE, model.state_dict(), 'unet', model.config.get('encoder', ''), study.OPT_BANDS,
+                             model.config, settings.seed,
                              best['gac']['metrics'], steps=best['global_step'], pairs=len(train), loss=loss.weights)
     model.eval()
     return fit
@@ -348,7 +356,8 @@ def brief_unet(
     **settings, # of training.Settings
 ) -> UNetRecipe:
     "A few steps: enough to run, not to learn."
-    brief = dict(max_steps=2, batch_size=2, grad_accum_steps=1, val_every=2, save_every=2, lr=1e-3, monitor='val_psnr', mode='max', early_stopping=False)
+    brief = dict(max_steps=2, batch_size=2, grad_accum_steps=1, val_every=2, save_every=2, lr=1e-3, monitor='val_psnr',
+                 mode='max', early_stopping=False)
     return UNetRecipe(asdict(training.Settings(**brief | settings)), {}, {}, pairs, crop=48, val_tiles=2)
 
 def slug(variant:str) -> str: # of UNETS
@@ -370,7 +379,8 @@ def fit_unet(
     if not model.config['weights']: model.standardise(*channel_stats(stage1.read_tiles(store, rows[:256])))
     drawn = images if 'opt_v1' in model.seen else lambda batch: np.zeros_like(batch['truth'])
     data = stage2.Pairs(store, rows, drawn, recipe.crop, recipe.augment), stage2.Pairs(store, store.rows('val')[:recipe.val_tiles], drawn)
-    train_unet(model, *data, training.Settings(**recipe.settings | dict(seed=seed)), out_dir, stage2.Stage2Loss(**recipe.loss), every, variant)
+    train_unet(model, *data, training.Settings(**recipe.settings | dict(seed=seed)), out_dir, stage2.Stage2Loss(**recipe.loss),
+               every, variant)
     return painted(model, images)
 
 # %% ../nbs/10_baselines.ipynb #9a0e5a6f
@@ -408,11 +418,15 @@ def chain_trainings(
     few = lambda settings, n: training.Settings(**settings | dict(max_steps=n, val_every=n, save_every=n))
     rows = store.rows('train')[:int(card['pairs'])]
     pairs, triples = stage2.Pairs(store, rows, v1, int(card.get('crop', 64))), stage3.Triples(store, rows, v1)
-    def two(n): stage2.train_stage2(stage2.build_prithvi_refiner(**card['params']), pairs, None, few(card['settings'], n), f'{out_dir}/stage2-{n}', resume=False, every=0)
+    def two(n):
+        stage2.train_stage2(stage2.build_prithvi_refiner(**card['params']), pairs, None, few(card['settings'], n),
+                            f'{out_dir}/stage2-{n}', resume=False, every=0)
     def three(n):
         how = {k: made[k] for k in ('frozen', 'crop', 'augment', 'select') if k in made}
-        stage3.train_stage3(stage3.build_stage3_model(**made['model']), triples, None, few(made['settings'], n), f'{out_dir}/stage3-{n}', **how, resume=False, every=0)
-    return {'Stage 2': two, 'Stage 3': three}, {'Stage 2': card['settings']['max_steps'], 'Stage 3': made['settings']['max_steps']}
+        stage3.train_stage3(stage3.build_stage3_model(**made['model']), triples, None, few(made['settings'], n),
+                            f'{out_dir}/stage3-{n}', **how, resume=False, every=0)
+    return {'Stage 2': two, 'Stage 3': three}, {'Stage 2': card['settings']['max_steps'],
+                                                'Stage 3': made['settings']['max_steps']}
 
 def measure_cost(
     run, # study.Run with trained Stages 2 and 3
@@ -428,7 +442,8 @@ def measure_cost(
         few = replace(recipe, settings=recipe.settings | dict(max_steps=n, val_every=n, save_every=n), val_tiles=0)
         fit_unet(store, v1, 'U-Net from scratch', few, f'{out_dir}/unet-{n}-{time.perf_counter_ns()}')
     costs = {k: cost(f, steps) for k, f in (trainings | {'U-Net': unet}).items()}
-    return pd.DataFrame([dict(training=k, fixed_s=a, s_per_step=b, steps=lengths.get(k) or equal_steps(costs, lengths)) for k, (a, b) in costs.items()])
+    return pd.DataFrame([dict(training=k, fixed_s=a, s_per_step=b, steps=lengths.get(k) or equal_steps(costs, lengths))
+                         for k, (a, b) in costs.items()])
 
 # %% ../nbs/10_baselines.ipynb #4d9cfe86
 class Worlds(Dataset):
@@ -477,7 +492,8 @@ def pretrain_unet(
     "Run or resume the pretraining."
     model = build_unet(seed, weights, **dict(hide=.5, dropout=0.) | config)
     if not weights: model.standardise(*world_stats())
-    settings = training.Settings(lr=lr, max_steps=steps, batch_size=batch_size, grad_accum_steps=1, val_every=min(every, steps), save_every=min(every, steps), weight_decay=.01,
+    settings = training.Settings(lr=lr, max_steps=steps, batch_size=batch_size, grad_accum_steps=1, val_every=min(every, steps),
+                                 save_every=min(every, steps), weight_decay=.01,
                                  warmup=.05, early_stopping=False, monitor='val_psnr', mode='max', seed=seed)
     train, val = Worlds(first, steps*batch_size, crop, 'all'), Worlds(world.HELD_OUT_BASE + 900_000, val_scenes)
     return train_unet(model, train, val, settings, out_dir, stage2.Stage2Loss(ms_ssim=0.), 30., 'pretraining')
@@ -493,15 +509,21 @@ def export_unet(
     made, last = study._read_json(Path(out_dir)/'made.json'), metrics.read_torch(Path(out_dir)/'last.ckpt')
     rows = next(v['rows'] for k, v in last['callbacks'].items() if k.startswith('Curve'))
     first, n = map(int, made['train'].split('+'))
-    card = dict(name=PRETRAINED, stage='unet', parameters=training.weigh(model)['params'], dtype='float16', config=made['unet'], settings=made['settings'], loss=made['loss'],
-                steps_planned=made['settings']['max_steps'], steps_done=about['steps'], scenes_seen=about['steps']*made['settings']['batch_size'], seeds=[first, first + n - 1], hours=round(hours, 2), device='cpu',
+    card = dict(name=PRETRAINED, stage='unet', parameters=training.weigh(model)['params'], dtype='float16', config=made['unet'],
+                settings=made['settings'], loss=made['loss'],
+                steps_planned=made['settings']['max_steps'], steps_done=about['steps'],
+                scenes_seen=about['steps']*made['settings']['batch_size'], seeds=[first, first + n - 1], hours=round(hours, 2),
+                device='cpu',
                 torch=torch.__version__, history=history, metrics={k: round(v, 4) for k, v in about['metrics'].items()},
-                log=[{k: round(float(v), 4) for k, v in r.items() if k in ('step', 'train_loss', 'val_loss', 'val_psnr')} for r in rows if 'val_psnr' in r])
-    foundations.save_weights(Path(dest or study.root()/'data'/'weights'/'mini')/f'{PRETRAINED}.safetensors', model.state_dict(), card)
+                log=[{k: round(float(v), 4) for k, v in r.items() if k in ('step', 'train_loss', 'val_loss', 'val_psnr')}
+                     for r in rows if 'val_psnr' in r])
+    foundations.save_weights(Path(dest or study.root()/'data'/'weights'/'mini')/f'{PRETRAINED}.safetensors', model.state_dict(),
+                             card)
     return card
 
 # %% ../nbs/10_baselines.ipynb #52de460d
-SPACE = dict(lr=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3), width=(16, 20), dropout=(0., .1, .3), weight_decay=(.01, .05, .2), augment=('none', 'all'))
+SPACE = dict(lr=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3), width=(16, 20), dropout=(0., .1, .3), weight_decay=(.01, .05, .2),
+             augment=('none', 'all'))
 
 def draw_trials(
     n:int, # how many
@@ -519,7 +541,8 @@ def tried(
 ) -> UNetRecipe:
     "A recipe with the values of a trial."
     model, settings = ({k: trial[k] for k in keys if k in trial} for keys in (('width', 'dropout'), ('lr', 'weight_decay')))
-    return replace(recipe, model=recipe.model | model, settings=recipe.settings | settings, augment=trial.get('augment', recipe.augment))
+    return replace(recipe, model=recipe.model | model, settings=recipe.settings | settings,
+                   augment=trial.get('augment', recipe.augment))
 
 def search(
     store, # tiles.Store with radar and truth
@@ -533,7 +556,8 @@ def search(
     rows = []
     for trial in study.progress(trials, len(trials), 'search', 'trials'):
         now = tried(recipe, trial)
-        made = json.dumps(dict(trial=trial, recipe=asdict(now), variant=variant, seed=seed, tiles=store.table.id.iloc[store.rows('train')[:now.pairs]].tolist()), sort_keys=True)
+        made = json.dumps(dict(trial=trial, recipe=asdict(now), variant=variant, seed=seed,
+                               tiles=store.table.id.iloc[store.rows('train')[:now.pairs]].tolist()), sort_keys=True)
         folder = Path(out_dir)/hashlib.sha256(made.encode()).hexdigest()[:12]
         if not (folder/FILE).exists(): fit_unet(store, None, variant, now, folder, seed)
         psnr = training.load_checkpoint(folder/FILE, 'unet')[1]['metrics']['val_psnr']

@@ -36,7 +36,8 @@ class Claim:
     only_if: str = '' # the reading under which it holds
     otherwise: tuple = () # (expression, cells) without that reading
 
-NEEDS = dict(weights='the pretrained weights', bigearthnet='BigEarthNet v2', gpu='a GPU', floods='Sen1Floods11', crops='the South African crop data',
+NEEDS = dict(weights='the pretrained weights', bigearthnet='BigEarthNet v2', gpu='a GPU', floods='Sen1Floods11',
+             crops='the South African crop data',
              nyc='the New York chips', days='a full-scale training')
 
 class Absent(Exception):
@@ -67,9 +68,11 @@ class Tables:
         table = self[name]
         try: rows = table.query(query, engine='python') if query else table
         except Exception as e: raise Absent(f'{name}.csv, which has other columns ({e})') from e
-        if not len(rows) or column not in rows: raise Absent(f'{column} where {query}, in {name}.csv' if query else f'{column} in {name}.csv')
+        if not len(rows) or column not in rows:
+            raise Absent(f'{column} where {query}, in {name}.csv' if query else f'{column} in {name}.csv')
         ends = ('lo', 'hi') if column == 'gain' else (f'{column}_lo', f'{column}_hi')
-        value, low, high = (float(pd.to_numeric(rows[c], errors='coerce').mean()) if c in rows else np.nan for c in (column, *ends))
+        value, low, high = (float(pd.to_numeric(rows[c], errors='coerce').mean()) if c in rows else np.nan
+                            for c in (column, *ends))
         if not np.isfinite(value): raise Absent(f'{column} in {name}.csv, which reads n/a')
         return value, low, high
 
@@ -81,7 +84,8 @@ def computed(
     "The value of an expression over cells."
     expression, cells = reads
     found = {k: tables.cell(t, q.format(data=data), c) for k, (t, q, c) in cells.items()}
-    at = lambda i: float(pd.eval(expression, engine='python', local_dict={k: (v[i] if k == 'x' else v[0]) for k, v in found.items()}))
+    at = lambda i: float(pd.eval(expression, engine='python',
+                                 local_dict={k: (v[i] if k == 'x' else v[0]) for k, v in found.items()}))
     bounds = sorted((at(1), at(2))) if 'x' in found and np.isfinite(found['x'][1:]).all() else (np.nan, np.nan)
     return at(0), *bounds
 
@@ -124,7 +128,8 @@ def judge(
     if lacking:
         mini = f'; the miniature {verdict}' if known else f'; of the miniature, {verdict}' if claim.reads else ''
         verdict = f'cannot be tested here: needs {" and ".join(lacking)}{mini}'
-    return dict(about=claim.about, claim=claim.claim, claimed=claim.said, measured=value, lo=lo, hi=hi, unit=claim.unit, verdict=verdict, how=how)
+    return dict(about=claim.about, claim=claim.claim, claimed=claim.said, measured=value, lo=lo, hi=hi, unit=claim.unit,
+                verdict=verdict, how=how)
 
 def described(
     reads:tuple, # (expression, cells)
@@ -158,7 +163,8 @@ def lora_share(
     linear = {f'core.{k}': m for k, m in core.named_modules() if isinstance(m, torch.nn.Linear)}
     lora = r*sum(m.in_features + m.out_features for k, m in linear.items() if re.fullmatch(stage3.REACH[reach], k))
     dim = core.sampler.model.mask_token.shape[-1]
-    with foundations.without_memory(): head = stage3.GroundingHead(taps*dim, 2*(1 + len(stage3.WINDOWS)) + len(study.OPT_BANDS), len(study.OPT_BANDS))
+    with foundations.without_memory():
+        head = stage3.GroundingHead(taps*dim, 2*(1 + len(stage3.WINDOWS)) + len(study.OPT_BANDS), len(study.OPT_BANDS))
     own = lora + sum(p.numel() for p in head.parameters())
     return 100*own/(own + sum(p.numel() for p in core.parameters()))
 
@@ -196,7 +202,8 @@ def _of(table:str, query:str, column:str, expression:str='x') -> tuple:
 
 def _result(method:str, column:str) -> tuple: return _of('results', _WORLD % method, column)
 
-def _gain(step:str, metric:str) -> tuple: return _of('stage_gains', f"data == '{{data}}' and step == '{step}' and metric == '{metric}'", 'gain')
+def _gain(step:str, metric:str) -> tuple:
+    return _of('stage_gains', f"data == '{{data}}' and step == '{step}' and metric == '{metric}'", 'gain')
 
 def _percent(step:str, metric:str, of:str) -> tuple:
     "A gain as a share of what it was before."
@@ -234,10 +241,12 @@ QUALITY = [c for stage, (method, (p, ps), (s, ss), (e, es)) in _REACHED.items() 
 STAGE_GAINS = [
     Claim('gains', 'Stage 2 over Stage 1: PSNR', '+3–4', 3., None, 'dB', _gain('1→2', 'psnr'), _REAL),
     Claim('gains', 'The whole chain over Stage 1: PSNR', '+5–6', 5., None, 'dB', _gain('1→2→3', 'psnr'), _REAL),
-    Claim('gains', 'Stage 3 lowers the SAR-edge of Stage 2 by', '25', 25., None, '%', _percent('2→3', 'sar_edge', 'Stage 1+2'), _REAL),
+    Claim('gains', 'Stage 3 lowers the SAR-edge of Stage 2 by', '25', 25., None, '%', _percent('2→3', 'sar_edge', 'Stage 1+2'),
+          _REAL),
     Claim('gains', 'Stage 3 lowers the MSE of Stage 2 by', '5–15', 5., None, '%', _percent('2→3', 'mse', 'Stage 1+2'), _REAL),
     Claim('gains', 'Stage 3 lowers the MAE of Stage 2 by', '5–10', 5., None, '%', _percent('2→3', 'mae', 'Stage 1+2'), _REAL),
-    Claim('gains', 'More diffusion steps give better images: PSNR of 10 steps over the decoding of this run', '> 0', 1e-9, None, 'dB',
+    Claim('gains', 'More diffusion steps give better images: PSNR of 10 steps over the decoding of this run', '> 0', 1e-9, None,
+          'dB',
           (*_of('ablations', "question == 'diffusion steps' and row.astype('str') == '10' and metric == 'psnr'", 'gain'),
            ('a - b', {k: ('stage1_decodings', f"timesteps == {t} and tokens == 'expected' and clamp == 'pretraining' and n_samples == 1",
                'psnr') for k, t in (('a', 10), ('b', 1))})), ('weights',)),
@@ -249,23 +258,29 @@ GRADIENTS = [
         'parameters', _of('gradient_flow', TRAINED % 'as shipped', 'params_with_grad'),
           only_if='the loss is on the generated image as shipped; token cross-entropy reaches them',
               otherwise=_of('gradient_flow', TRAINED % 'tokens', 'params_with_grad')[0]),
-    Claim('training', 'Stage 3 can be trained through the same generator: parameters of its cross-attention that get a gradient', '> 0', 1., None,
+    Claim('training', 'Stage 3 can be trained through the same generator: parameters of its cross-attention that get a gradient',
+          '> 0', 1., None,
         'parameters', _of('gradient_flow', TRAINED % 'features', 'params_with_grad'),
           only_if='the loss leaves the path before the codes are chosen (features); through the generated image nothing arrives',
               otherwise=_of('gradient_flow', TRAINED % 'as shipped', 'params_with_grad')[0]),
     Claim('training', 'LoRA trains of Stage 2', '1–8', 1., 8., '%', _fact('trained share of Stage 2, 600M, two blocks unfrozen'),
           only_if='the last two blocks are unfrozen too', otherwise=_fact('trained share of Stage 2, 600M, rank 8')[0]),
-    Claim('training', 'LoRA trains of Stage 3', '< 2', None, 2., '%', _fact('trained share of Stage 3, large, cross-attention, rank 8')),
-    Claim('training', 'TerraMind large sees an image of 224 px as', '196', 196., 196., 'patches', _fact('patches of an image of 224 px')),
-    Claim('training', 'An embedding of TerraMind large has', '768', 768., 768., 'channels', _fact('width of an embedding of TerraMind large'))]
+    Claim('training', 'LoRA trains of Stage 3', '< 2', None, 2., '%',
+          _fact('trained share of Stage 3, large, cross-attention, rank 8')),
+    Claim('training', 'TerraMind large sees an image of 224 px as', '196', 196., 196., 'patches',
+          _fact('patches of an image of 224 px')),
+    Claim('training', 'An embedding of TerraMind large has', '768', 768., 768., 'channels',
+          _fact('width of an embedding of TerraMind large'))]
 
 COST = [
     Claim('cost', 'The large generator has parameters', '1.01', 1.005, 1.015, 'billion', _model(_LARGE, 'params_m', 'x/1000')),
     Claim('cost', '8 bits save of the weights', '75', 74., 76., '%', (_saved(_PRITHVI),),
-        only_if='nearly all weights are in linear layers, as in Prithvi; the generator has convolutions', otherwise=_saved(_LARGE)),
+        only_if='nearly all weights are in linear layers, as in Prithvi; the generator has convolutions',
+        otherwise=_saved(_LARGE)),
     Claim('cost', 'Prithvi 600M in 8 bits', '200–250', 200., 250., 'MB', _model(_PRITHVI, 'int8_mb')),
     Claim('cost', 'Stage 1 takes', '~4', 3.6, 4.4, 'GB', _model(_LARGE, 'float32_mb', 'x/1000'),
-        only_if='the weights are in float32 and activations are not counted', otherwise=_model(_LARGE, 'float16_mb', 'x/1000')[0]),
+        only_if='the weights are in float32 and activations are not counted',
+        otherwise=_model(_LARGE, 'float16_mb', 'x/1000')[0]),
     Claim('cost', 'Stage 2 trains in', '~1.4', None, 1.1*1.4, 'GB', _trains('Stage 2', 'Prithvi 600M, int8'),
         only_if='the frozen weights are in 8 bits', otherwise=_trains('Stage 2', 'Prithvi 600M, float32')[0]),
     Claim('cost', 'Stage 2 trains in less than', '3', None, 3., 'GB', _trains('Stage 2', 'Prithvi 600M, int8'),
@@ -285,8 +300,9 @@ COST = [
     Claim('cost', 'Stage 2, per tile', '~0.2', None, .2, 's', _time('Stage 2'), ('weights', 'gpu')),
     *(Claim('cost', f'Stage 3 at {n} steps, per tile (the default route takes none)', f'~{s}', None, s, 's', _time('Stage 3, features'),
         ('weights', 'gpu')) for n, s in ((5, .5), (10, 1.), (20, 2.))),
-    Claim('cost', 'Stage 1 of 199,762 tiles takes', '~28', None, 28., 'h', _of('efficiency', "method == 'this project' and steps == 10",
-        'ms_per_tile', f'x/1000*{TILES}/3600'), ('weights', 'gpu')),
+    Claim('cost', 'Stage 1 of 199,762 tiles takes', '~28', None, 28., 'h',
+          _of('efficiency', "method == 'this project' and steps == 10",
+          'ms_per_tile', f'x/1000*{TILES}/3600'), ('weights', 'gpu')),
     Claim('cost', 'opt_v1 of 199,762 tiles takes', '40–50', 40., 50., 'GB', _fact('opt_v1 of all tiles, float32'),
         only_if='it is stored as float32; 16-bit integers take half', otherwise=_fact('opt_v1 of all tiles, int16')[0]),
     Claim('cost', 'Stage 2 trains on one consumer GPU in', '2–3', 2., 3., 'days', (), (*_REAL, 'gpu')),
@@ -298,13 +314,16 @@ _TIM_GAIN = _of('nyc_gate', "run == 'TiM LULC' and against == 'no TiM'", 'gain_p
 _SCORE = lambda cell: (('x', dict(x=cell)),)
 TIM = [
     Claim('thinking in modalities', 'TiM gains: mIoU', '2–5', 2., None, 'pp', _TIM_GAIN, ('weights', 'nyc')),
-    Claim('thinking in modalities', 'Sen1Floods11, TiM (land cover): water IoU', '72.25', 72.25, None, '%', (), ('weights', 'floods')),
+    Claim('thinking in modalities', 'Sen1Floods11, TiM (land cover): water IoU', '72.25', 72.25, None, '%', (),
+          ('weights', 'floods')),
     Claim('thinking in modalities', 'Sen1Floods11, without TiM: water IoU', '68.00', 68., None, '%', (), ('weights', 'floods')),
     Claim('thinking in modalities', 'Sen1Floods11: TiM gains', '4.25', 4.25, None, 'pp', (), ('weights', 'floods')),
     Claim('thinking in modalities', 'South African crops, TiM: mIoU', '42.74', 42.74, None, '%', (), ('weights', 'crops')),
-    Claim('thinking in modalities', 'South African crops, without TiM: mIoU', '41.87', 41.87, None, '%', (), ('weights', 'crops')),
+    Claim('thinking in modalities', 'South African crops, without TiM: mIoU', '41.87', 41.87, None, '%', (),
+          ('weights', 'crops')),
     Claim('thinking in modalities', 'South African crops: TiM gains', '0.87', .87, None, 'pp', (), ('weights', 'crops')),
-    Claim('thinking in modalities', 'New York, without TiM: mIoU', '0.5253', .5253, None, '', _SCORE(_NYC_NO), ('weights', 'nyc')),
+    Claim('thinking in modalities', 'New York, without TiM: mIoU', '0.5253', .5253, None, '', _SCORE(_NYC_NO),
+          ('weights', 'nyc')),
     Claim('thinking in modalities', 'New York, TiM: mIoU', '0.5380', .538, None, '', _SCORE(_NYC_TIM), ('weights', 'nyc')),
     Claim('thinking in modalities', 'New York: TiM gains', '1.27', 1.27, None, 'pp', _TIM_GAIN, ('weights', 'nyc')),
     Claim('thinking in modalities', 'New York, LoRA: mIoU', '0.5866', .5866, None, '', (), ('weights', 'nyc')),
@@ -317,7 +336,8 @@ def _standard(column:str) -> tuple:
         _WORLD % 'Stage 1', column)
 PAPER = [Claim('TerraMind paper', f'S1GRD to S2L2A, in standard deviations: {name}', said, low, high, unit, _standard(column),
     ('weights',)) for name, said, low, high, unit, column in (
-    ('MAE', '0.074', None, .074, '', 'mae_std'), ('RMSE', '0.116', None, .116, '', 'rmse_std'), ('SSIM', '0.750', .75, None, '', 'ssim_std'),
+    ('MAE', '0.074', None, .074, '', 'mae_std'), ('RMSE', '0.116', None, .116, '', 'rmse_std'),
+    ('SSIM', '0.750', .75, None, '', 'ssim_std'),
         ('PSNR', '26.21', 26.21, None, 'dB', 'psnr_std'))]
 
 CLAIMS = (*QUALITY, *STAGE_GAINS, *GRADIENTS, *COST, *TIM, *PAPER)
@@ -336,7 +356,8 @@ def tables_of(
     folder='', # of tables; empty: the run's own where it has measured its stages, else a committed report
 ) -> Tables:
     "The tables the claims are held against."
-    reports = [Path(folder).parent if folder else run.reports, *(() if folder else (study.root()/'reports'/p for p in ('paper', 'mini')))]
+    reports = [Path(folder).parent if folder else run.reports,
+               *(() if folder else (study.root()/'reports'/p for p in ('paper', 'mini')))]
     report = next((r for r in reports if (r/'tables'/'results.csv').exists()), reports[0])
     own = report == run.reports
     records = run.dir/'records' if own else None
@@ -346,8 +367,9 @@ def tables_of(
 def _known_makers(report:Path) -> dict: # table -> notebook
     "Which notebook made each table of a committed report."
     found = study._read_json(report/'provenance.json').get('notebooks', {})
-    return {t: n for n, entry in (found.items() if isinstance(found, dict) else ()) for t in (entry.get('tables', {}) if isinstance(entry,
-        dict) else ())}
+    return {t: n for n, entry in (found.items() if isinstance(found, dict) else ())
+            for t in (entry.get('tables', {}) if isinstance(entry,
+            dict) else ())}
 
 def home(tables:Tables) -> str:
     "The label of the tiles the stages were trained on: the first of results.csv."
@@ -379,8 +401,10 @@ def report(
     "The claims, chapter by chapter."
     parts = []
     for about, rows in table.groupby('about', sort=False):
-        lines = [f'| {r.claim} | {r.claimed} {r.unit} | {told(r.measured, r.lo, r.hi, r.unit)} | {r.verdict} |' for r in rows.itertuples()]
-        parts.append('\n'.join([f'### {about[0].upper()}{about[1:]}', '', '| claim | claimed | measured | verdict |', '|---|---|---|---|', *lines]))
+        lines = [f'| {r.claim} | {r.claimed} {r.unit} | {told(r.measured, r.lo, r.hi, r.unit)} | {r.verdict} |'
+                 for r in rows.itertuples()]
+        parts.append('\n'.join([f'### {about[0].upper()}{about[1:]}', '', '| claim | claimed | measured | verdict |',
+                                '|---|---|---|---|', *lines]))
     return '\n\n'.join(parts)
 
 # %% ../nbs/15_claims.ipynb #cl5cmdc
@@ -389,15 +413,18 @@ def report_of(
 ) -> str: # Markdown
     "Findings and claims of a finished report: what `gac claims` prints."
     folder = Path(folder)
-    if not (folder/'tables').is_dir(): raise GacError(f'{folder} is no report: it has no folder tables. Make one with gac run --profile mini.')
+    if not (folder/'tables').is_dir():
+        raise GacError(f'{folder} is no report: it has no folder tables. Make one with gac run --profile mini.')
     tables = Tables(folder/'tables', _known_makers(folder), claims_facts=facts())
     table = claims_table(tables)
     return '\n'.join([*(f'- {s}' for s in findings(table, tables)), '', report(table)])
 
 # %% ../nbs/15_claims.ipynb #cl5foundc
-def _sign(value:float, lo:float, hi:float, digits:int=2) -> str: return f'{value:+.{digits}f} [{lo:+.{digits}f}, {hi:+.{digits}f}]'
+def _sign(value:float, lo:float, hi:float, digits:int=2) -> str:
+    return f'{value:+.{digits}f} [{lo:+.{digits}f}, {hi:+.{digits}f}]'
 
-def _sure(lo:float, hi:float) -> str: return 'for certain' if lo > 0 else 'negative for certain' if hi < 0 else 'not told apart from nothing'
+def _sure(lo:float, hi:float) -> str:
+    return 'for certain' if lo > 0 else 'negative for certain' if hi < 0 else 'not told apart from nothing'
 
 def found_ladder(tables:Tables, data:str) -> str:
     rows = tables['results'].query('data == @data').set_index('method').psnr
@@ -408,7 +435,8 @@ def found_gains(tables:Tables, data:str) -> str:
     rows = tables['stage_gains'].query("data == @data and metric in ('psnr', 'sar_edge_gap')")
     said = [f'{step}: PSNR {_sign(p.gain, p.lo, p.hi)} dB ({_sure(p.lo, p.hi)}), '
             f'distance to the truth\'s agreement with the radar {_sign(e.gain, e.lo, e.hi, 3)} ({_sure(e.lo, e.hi)})'
-            for step, part in rows.groupby('step', sort=False) for p, e in [[part[part.metric == m].iloc[0] for m in ('psnr', 'sar_edge_gap')]]]
+            for step, part in rows.groupby('step', sort=False)
+            for p, e in [[part[part.metric == m].iloc[0] for m in ('psnr', 'sar_edge_gap')]]]
     return 'What each stage adds, positive is better: ' + '; '.join(said) + '.'
 
 def found_knowledge(tables:Tables, data:str) -> str:
@@ -450,9 +478,11 @@ def findings(
         if text: said.append({'fails': 'Not so: ', 'holds only if': 'So in one reading: '}[kind] + '; '.join(text) + '.')
     mini = table[table.verdict.str.contains('; the miniature ')]
     short = mini.verdict.str.contains('the miniature fails')
-    counts = [f'{n} of {len(rows)} in {about}' for about, rows in mini.groupby('about', sort=False) if (n := int(short[rows.index].sum()))]
-    if len(mini): said.append(f'{len(mini)} claims need inputs this run has not got, and have a value of the miniatures, which falls short '
-                              f'of {int(short.sum())}: {", ".join(counts)}.')
+    counts = [f'{n} of {len(rows)} in {about}' for about, rows in mini.groupby('about', sort=False)
+              if (n := int(short[rows.index].sum()))]
+    if len(mini):
+        said.append(f'{len(mini)} claims need inputs this run has not got, and have a value of the miniatures, which falls short '
+                    f'of {int(short.sum())}: {", ".join(counts)}.')
     for make in (found_ladder, found_gains, found_knowledge, found_ablations, found_downstream, found_tim):
         try: said.append(make(tables, home(tables)))
         except (Absent, KeyError, IndexError, AttributeError, pd.errors.UndefinedVariableError): pass

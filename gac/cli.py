@@ -79,12 +79,15 @@ def _pairs(words:list) -> dict:
 
 @command(PROFILE,
     opt('--data', default='', metavar='PATH', help='folder or file of real tiles; nothing: the procedural world'),
-    opt('--reports', default='', metavar='DIR', help='where tables and figures go; nothing: reports/<profile>, for real tiles reports/real/<name>'),
+    opt('--reports', default='', metavar='DIR',
+        help='where tables and figures go; nothing: reports/<profile>, for real tiles reports/real/<name>'),
     opt('--from', dest='start', default='', metavar='NN', help='first notebook to run, e.g. 07'),
     opt('--only', default='', metavar='NN', help='the one notebook to run, e.g. 10'),
-    opt('--set', dest='sets', action='append', default=[], metavar='KEY=VALUE', help='a parameter, over the profile, e.g. 07_stage1.batch_size=16; may be repeated'),
+    opt('--set', dest='sets', action='append', default=[], metavar='KEY=VALUE',
+        help='a parameter, over the profile, e.g. 07_stage1.batch_size=16; may be repeated'),
     opt('--force', action='store_true', help='run notebooks even if nothing has changed'),
-    opt('--dry-run', action='store_true', help='run nothing: say what would run, what it needs, costs and lacks (exit code 1 if anything)'))
+    opt('--dry-run', action='store_true',
+        help='run nothing: say what would run, what it needs, costs and lacks (exit code 1 if anything)'))
 def run(profile, data, reports, start, only, sets, force, dry_run):
     """Run the study's notebooks in order and write the report.
 Notebooks whose code, parameters and inputs are unchanged are skipped; a run that failed or was stopped goes on where it was."""
@@ -111,9 +114,11 @@ def version():
 # %% ../nbs/cli.ipynb #e1fec75e
 def _words(text:str) -> list[str]: return [w for w in text.split(',') if w]  # S1GRD,S2L2A
 
-WEIGHTS = opt('--weights', default='', metavar='DIR', help='folder of weight files, or hub; nothing: data/weights, then the Hugging Face cache and Hub')
+WEIGHTS = opt('--weights', default='', metavar='DIR',
+              help='folder of weight files, or hub; nothing: data/weights, then the Hugging Face cache and Hub')
 
-@command(opt('name', nargs='?', default='', metavar='NAME', help='model, e.g. terramind_v1_large_generate; nothing: list them all'),
+@command(opt('name', nargs='?', default='', metavar='NAME',
+             help='model, e.g. terramind_v1_large_generate; nothing: list them all'),
     opt('--modalities', type=_words, metavar='A,B', help='inputs, e.g. S1GRD,DEM'),
     opt('--output-modalities', type=_words, metavar='A,B', help='outputs of a generator, e.g. S2L2A,LULC'))
 def info(name, **modalities):
@@ -123,7 +128,8 @@ def info(name, **modalities):
 
 @command(opt('--params', default='cpu', metavar='NAME', help='plan: cpu, gpu (nbs/params/pretrain_NAME.yaml) or a YAML file'),
     opt('--only', default='', metavar='STAGE', help='one stage: s2l2a, lulc, ndvi, prithvi or core'),
-    opt('--output-dir', default='runs/pretrain', metavar='DIR', help='checkpoints and logs; a run that was stopped goes on from there'),
+    opt('--output-dir', default='runs/pretrain', metavar='DIR',
+        help='checkpoints and logs; a run that was stopped goes on from there'),
     opt('--weights-dir', default='', metavar='DIR', help='where finished weights go; nothing: data/weights/mini'),
     opt('--device', default='cpu', help='cpu or cuda'),
     opt('--threads', type=int, default=1, metavar='N', help='CPU threads'))
@@ -131,7 +137,8 @@ def pretrain(params, only, output_dir, weights_dir, device, threads):
     "Pretrain the miniature models on procedural scenes (hours on a CPU, minutes on a GPU)."
     from gac import pretrain, study
     path = pretrain_params(params)
-    pretrain.pretrain_all(pretrain.load_plans(path), study.root()/output_dir, device, threads, only, study.root()/weights_dir if weights_dir else None)
+    pretrain.pretrain_all(pretrain.load_plans(path), study.root()/output_dir, device, threads, only,
+                          study.root()/weights_dir if weights_dir else None)
 
 def pretrain_params(name:str): # cpu, gpu or a file
     "The file of a pretraining plan."
@@ -156,13 +163,17 @@ def world(output_dir, train, val, test, tile_size, seed):
 
 STRICT = opt('--strict', action='store_true', help='stop at the first tile that cannot be taken')
 LAYOUT = opt('--layout', metavar='NAME', help='bigearthnet_v2, geotiff or npz; nothing: recognised')
-READING = (opt('--tile-size', dest='size', type=int, metavar='PX', help='side of a tile in pixels; larger sources are cut (default: 120)'),
+READING = (opt('--tile-size', dest='size', type=int, metavar='PX',
+               help='side of a tile in pixels; larger sources are cut (default: 120)'),
     opt('--split', choices=('train', 'val', 'test'), help='split of tiles whose layout has none (default: test)'),
-    opt('--s1-units', choices=('auto', 'dB', 'linear', 'amplitude'), help='unit of Sentinel-1 (default: auto, by documented rules)'),
+    opt('--s1-units', choices=('auto', 'dB', 'linear', 'amplitude'),
+        help='unit of Sentinel-1 (default: auto, by documented rules)'),
     opt('--s2-units', choices=('auto', 'dn', 'reflectance'), help='unit of Sentinel-2 (default: auto)'),
-    opt('--s2-offset', type=lambda v: v if v == 'auto' else int(v), metavar='DN', help='digital numbers to take off, 0 or 1000 for baseline 04.00 and later (default: auto)'),
+    opt('--s2-offset', type=lambda v: v if v == 'auto' else int(v), metavar='DN',
+        help='digital numbers to take off, 0 or 1000 for baseline 04.00 and later (default: auto)'),
     opt('--s1-bands', type=lambda v: tuple(_words(v)), metavar='A,B', help='order of unnamed Sentinel-1 bands, e.g. VV,VH'),
-    opt('--s2-bands', type=lambda v: tuple(_words(v)), metavar='A,B', help='order of unnamed Sentinel-2 bands, e.g. B02,B03,B04,B08'),
+    opt('--s2-bands', type=lambda v: tuple(_words(v)), metavar='A,B',
+        help='order of unnamed Sentinel-2 bands, e.g. B02,B03,B04,B08'),
     opt('--s1-product', choices=('S1GRD', 'S1RTC'), help='which Sentinel-1, where a data set has both or does not say'),
     opt('--keep-snow-cloud', action='store_const', const=True, help='BigEarthNet: keep patches with snow, cloud or shadow'),
     opt('--ecoregions', metavar='FILE', help='ecoregions of Olson et al. 2001, for the biome'))
@@ -171,7 +182,8 @@ def _given(options:dict) -> dict:
     "Options somebody gave; the others keep the defaults of the function."
     return {k: v for k, v in options.items() if v is not None}
 
-@command(opt('source', help='folder or file of real tiles'), opt('store', help='folder of the new tile store'), LAYOUT, STRICT, *READING)
+@command(opt('source', help='folder or file of real tiles'), opt('store', help='folder of the new tile store'), LAYOUT, STRICT,
+         *READING)
 def data_convert(source, store, **options):
     "Convert real tiles into a tile store; what is left out and why goes to report.csv there."
     from gac import tiles
@@ -195,11 +207,13 @@ def data_info(path):
     if layout != 'store': return
     store = tiles.Store(path)
     print(store, *(f'{k}: {v}' for k, v in store.attrs.items() if k in ('source', 's1_product', 'layout')), sep='\n')
-    print(store.table.groupby('split', sort=False).agg(tiles=('id', 'size'), scenes=('scene', 'nunique'), months=('month', 'nunique'), biomes=('biome', 'nunique')).to_string())
+    print(store.table.groupby('split', sort=False).agg(tiles=('id', 'size'), scenes=('scene', 'nunique'),
+                                                       months=('month', 'nunique'), biomes=('biome', 'nunique')).to_string())
     for name in store.arrays: print(f'{name}: {store.written(name).sum()} of {len(store)} tiles')
 
 # %% ../nbs/cli.ipynb #5a4072b2
-@command(opt('--data-dir', required=True, metavar='DIR', help='tile store, or real tiles in a known layout (converted into the output folder first)'),
+@command(opt('--data-dir', required=True, metavar='DIR',
+             help='tile store, or real tiles in a known layout (converted into the output folder first)'),
     opt('--output-dir', default='', metavar='DIR', help='where new arrays go; nothing: into the store at --data-dir'),
     opt('--batch-size', type=int, default=8, metavar='N', help='tiles at a time'),
     opt('--timesteps', type=int, default=10, metavar='N', help='diffusion steps'),
@@ -209,7 +223,8 @@ def data_info(path):
     opt('--n-samples', type=int, default=1, metavar='N', help='images drawn and averaged'),
     SEED,
     opt('--rank', type=int, default=0, metavar='R', help='this worker, counting from 0'),
-    opt('--world-size', type=int, default=1, metavar='N', help='workers that share the tiles; each is started with its own --rank'),
+    opt('--world-size', type=int, default=1, metavar='N',
+        help='workers that share the tiles; each is started with its own --rank'),
     WEIGHTS,
     opt('--name', default='terramind_mini_generate', help='generator, see gac info'),
     opt('--input', default='', metavar='MODALITY', help='S1GRD or S1RTC; nothing: what the tiles are'),
@@ -224,7 +239,8 @@ code is then 1."""
     import torch
     from gac import stage1, study
     store, into = stage1.open_tiles(data_dir, output_dir, layout=layout, strict=strict)
-    model = stage1.build_terramind_generator((input or store.attrs.get('s1_product', 'S1GRD'),), timesteps=options['timesteps'], name=name, weights=weights)
+    model = stage1.build_terramind_generator((input or store.attrs.get('s1_product', 'S1GRD'),), timesteps=options['timesteps'],
+                                             name=name, weights=weights)
     report = stage1.precompute(store, model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu')), into=into, **options)
     if report['errors']: study._write(into.path/f'{options["output"]}_errors.csv', report['failed'].to_csv(index=False))
     print('processed {processed}, already there {skipped}, errors {errors}, output {output}'.format(**report))
@@ -233,24 +249,29 @@ code is then 1."""
 # %% ../nbs/cli.ipynb #81bcf6f9
 def _training(epochs:int, lr:float) -> tuple: # defaults of a stage
     "Options both trainings share."
-    return (opt('--output-dir', required=True, metavar='DIR', help='adapters, head, card and curve; called again after a stop, the training goes on from there'),
+    return (opt('--output-dir', required=True, metavar='DIR',
+                help='adapters, head, card and curve; called again after a stop, the training goes on from there'),
         opt('--epochs', type=float, default=epochs, metavar='N', help='passes over the training pairs'),
         opt('--max-steps', type=int, default=0, metavar='N', help='optimizer steps; 0: as many as the epochs need'),
         opt('--batch-size', type=int, default=1, metavar='N', help='tiles per backward pass'),
         opt('--grad-accum-steps', type=int, default=8, metavar='N', help='backward passes to an optimizer step'),
         opt('--lr', type=float, default=lr, metavar='RATE', help='peak learning rate'),
-        opt('--precision', choices=('32-true', 'bf16-mixed', '16-mixed'), default='32-true', help='arithmetic; 16-mixed needs a GPU'),
+        opt('--precision', choices=('32-true', 'bf16-mixed', '16-mixed'), default='32-true',
+            help='arithmetic; 16-mixed needs a GPU'),
         opt('--lora-rank', type=int, default=8, metavar='R', help='rank of the adapters'),
         opt('--lora-alpha', type=int, default=16, metavar='A', help='their scale is alpha/rank'),
         opt('--freeze-backbone', action='store_true', help='no adapters: only the head trains'),
         opt('--max-tiles', type=int, default=0, metavar='N', help='training pairs; 0: all'),
         opt('--val-every', type=int, default=500, metavar='N', help='optimizer steps between validations'),
-        opt('--save-every', type=int, default=2500, metavar='N', help='optimizer steps between checkpoints, a multiple of --val-every'),
-        opt('--early-stopping', action=argparse.BooleanOptionalAction, default=True, help='stop when validation no longer improves'),
+        opt('--save-every', type=int, default=2500, metavar='N',
+            help='optimizer steps between checkpoints, a multiple of --val-every'),
+        opt('--early-stopping', action=argparse.BooleanOptionalAction, default=True,
+            help='stop when validation no longer improves'),
         opt('--early-stopping-patience', type=int, default=10, metavar='N', help='validations without improvement'),
         opt('--save-visualizations', action='store_true', help='panels.png in the output folder'),
         opt('--num-workers', type=int, default=0, metavar='N', help='processes that load tiles; none on Windows'),
-        opt('--devices', type=int, default=1, metavar='N', help='GPUs per node'), opt('--num-nodes', type=int, default=1, metavar='N', help='machines'),
+        opt('--devices', type=int, default=1, metavar='N', help='GPUs per node'),
+        opt('--num-nodes', type=int, default=1, metavar='N', help='machines'),
         opt('--strategy', default='auto', help='ddp for several devices'),
         opt('--overwrite', action='store_true', help='replace a training that was made with other settings'), SEED, WEIGHTS)
 
@@ -260,12 +281,15 @@ def _trained(report:dict) -> None:
     print(f"{report['steps']} steps (begun at {report['resumed_at']}), best on validation: {values}, output {report['output']}")
 
 @command(opt('--data-dir', required=True, metavar='DIR', help='tile store with radar and truth'),
-    opt('--stage1-dir', '--stage1-outputs-dir', default='', metavar='DIR', help='store with opt_v1 (gac precompute --output-dir); nothing: the one at --data-dir'),
+    opt('--stage1-dir', '--stage1-outputs-dir', default='', metavar='DIR',
+        help='store with opt_v1 (gac precompute --output-dir); nothing: the one at --data-dir'),
     opt('--backbone', default='prithvi_mini', help='Prithvi by the name of gac info, e.g. prithvi_eo_v2_600_tl'),
     opt('--load-in-8bit', action='store_true', help='frozen linear layers in 8 bits (bitsandbytes)'),
     opt('--unfreeze-last-n-blocks', type=int, default=0, metavar='N', help='blocks of the encoder that train in full'),
-    opt('--metadata', type=_words, default=['month', 'biome'], metavar='A,B', help='what the refiner is told: month,biome, one of them, or none'),
-    opt('--tile-size', type=int, default=0, metavar='PX', help='side of the random window of a tile that a step sees; 0: the whole tile'),
+    opt('--metadata', type=_words, default=['month', 'biome'], metavar='A,B',
+        help='what the refiner is told: month,biome, one of them, or none'),
+    opt('--tile-size', type=int, default=0, metavar='PX',
+        help='side of the random window of a tile that a step sees; 0: the whole tile'),
     *_training(30, 1e-4), name='train-stage2')
 def train_stage2(metadata, **options):
     """Stage 2: train Prithvi's adapters and the ConvNeXt head to refine opt_v1.
@@ -275,13 +299,18 @@ Needs opt_v1 (gac precompute). Writes the best checkpoint as adapters in peft's 
 
 @command(opt('--data-dir', required=True, metavar='DIR', help='tile store with radar and truth'),
     opt('--stage2-dir', default='', metavar='DIR', help='store with opt_v2; nothing: where opt_v1 is'),
-    opt('--stage2-checkpoint', default='', metavar='DIR', help='output of gac train-stage2, or its repository on the Hugging Face Hub; opt_v2 is made with it where there is none yet'),
-    opt('--stage1-dir', '--stage1-outputs-dir', default='', metavar='DIR', help='store with opt_v1; nothing: the one at --data-dir'),
+    opt('--stage2-checkpoint', default='', metavar='DIR',
+        help='output of gac train-stage2, or its repository on the Hugging Face Hub; opt_v2 is made with it where there is none yet'),
+    opt('--stage1-dir', '--stage1-outputs-dir', default='', metavar='DIR',
+        help='store with opt_v1; nothing: the one at --data-dir'),
     opt('--name', default='terramind_mini_generate', help='generator, see gac info'),
-    opt('--route', choices=('features', 'tokens', 'soft'), default='features', help='how the generator is trained, see 06_gradient_flow'),
-    opt('--lora-cross-attention-only', action=argparse.BooleanOptionalAction, default=True, help='adapters on cross-attention alone; without: on all linear layers'),
+    opt('--route', choices=('features', 'tokens', 'soft'), default='features',
+        help='how the generator is trained, see 06_gradient_flow'),
+    opt('--lora-cross-attention-only', action=argparse.BooleanOptionalAction, default=True,
+        help='adapters on cross-attention alone; without: on all linear layers'),
     opt('--timesteps', type=int, default=10, metavar='N', help='diffusion steps of the token routes'),
-    opt('--select', choices=('gap', 'raw', 'psnr'), default='gap', help='best checkpoint by distance of SAR-edge agreement to the truth, by its raw value, or by PSNR'),
+    opt('--select', choices=('gap', 'raw', 'psnr'), default='gap',
+        help='best checkpoint by distance of SAR-edge agreement to the truth, by its raw value, or by PSNR'),
     opt('--tile-size', type=int, default=60, metavar='PX', help='side of the window the head trains on; 0: the whole tile'),
     *_training(50, 5e-5), name='train-stage3')
 def train_stage3(stage1_dir, stage2_dir, **options):
@@ -298,7 +327,8 @@ def _opt_v2(data_dir:str, stage1_dir:str, checkpoint:str) -> None:
     store, into = stage1.open_tiles(data_dir, stage1_dir)
     stage2.precompute_stage2(store, stage2.load_stage2(checkpoint), into=into)
 
-@command(opt('--stage3-checkpoint', default='', metavar='DIR', help='output of gac train-stage3, or its repository on the Hugging Face Hub; nothing: an untrained model of --name'),
+@command(opt('--stage3-checkpoint', default='', metavar='DIR',
+             help='output of gac train-stage3, or its repository on the Hugging Face Hub; nothing: an untrained model of --name'),
     opt('--name', default='terramind_mini_generate', help='generator, see gac info'),
     opt('--lora-rank', dest='lora_r', type=int, default=8, metavar='R', help='rank of the adapters'))
 def stage3_info(**options):
@@ -307,10 +337,13 @@ def stage3_info(**options):
     print(stage3.stage3_info(**options))
 
 @command(opt('--s1', required=True, metavar='FILE', help='.pt or .npz with s1_vv and s1_vh, or s1, in dB'),
-    opt('--opt_v2', '--opt-v2', default='', metavar='FILE', help='.pt or .npz with opt_v2 in reflectance, and s2_real if there is a truth; nothing: in the file of --s1'),
+    opt('--opt_v2', '--opt-v2', default='', metavar='FILE',
+        help='.pt or .npz with opt_v2 in reflectance, and s2_real if there is a truth; nothing: in the file of --s1'),
     opt('--output', required=True, metavar='FILE', help='.pt or .npz that is written: opt_v3, s1_vv, s1_vh'),
-    opt('--stage3-checkpoint', required=True, metavar='DIR', help='output of gac train-stage3, or its repository on the Hugging Face Hub'),
-    opt('--stage2-checkpoint', default='', metavar='DIR', help='output of gac train-stage2 that made opt_v2; refused where it is of another kind than Stage 3 was trained on'),
+    opt('--stage3-checkpoint', required=True, metavar='DIR',
+        help='output of gac train-stage3, or its repository on the Hugging Face Hub'),
+    opt('--stage2-checkpoint', default='', metavar='DIR',
+        help='output of gac train-stage2 that made opt_v2; refused where it is of another kind than Stage 3 was trained on'),
     opt('--timesteps', type=int, default=8, metavar='N', help='diffusion steps of the token routes'),
     opt('--batch-size', type=int, default=8, metavar='N', help='tiles at a time'), WEIGHTS)
 def stage3_infer(**options):
@@ -321,11 +354,13 @@ def stage3_infer(**options):
 # %% ../nbs/cli.ipynb #9560e4a8
 GROUPS['nyc'] = 'New York: build the data set, publish the winning model'
 
-@command(opt('--landcover', default='', metavar='FILE', help="the city's land-cover raster, any grid; nothing: the one the YAML names"),
+@command(opt('--landcover', default='', metavar='FILE',
+             help="the city's land-cover raster, any grid; nothing: the one the YAML names"),
     opt('--sources', default='', metavar='YAML', help='files: landcover, dem, dates: [{date, s2, scl, s1_date, s1}]'),
     opt('--catalog', default='', metavar='URL', help='STAC catalogue, a file or an address, instead of --sources'),
     opt('--dates', type=_words, default=[], metavar='A,B,C,D', help='with --catalog: days or spans, e.g. 2021-01-01/2021-02-15'),
-    opt('--collections', type=_words, default=['sentinel-2-l2a', 'sentinel-1-rtc', 'cop-dem-glo-30'], metavar='A,B,C', help='optical, radar, terrain'),
+    opt('--collections', type=_words, default=['sentinel-2-l2a', 'sentinel-1-rtc', 'cop-dem-glo-30'], metavar='A,B,C',
+        help='optical, radar, terrain'),
     opt('--s1-days', type=int, default=6, metavar='N', help='days a radar pass may be away from the optical image'),
     opt('--output-dir', required=True, metavar='DIR', help='folder of the new data set; called again after a stop, it goes on'),
     opt('--tile-size', dest='size', type=int, default=224, metavar='PX', help='side of a chip in pixels of 10 m'),
@@ -341,7 +376,8 @@ Copies of one date, an all-zero terrain model and dates that are missing are ref
     from gac import nyc, study
     if bool(sources) == bool(catalog): raise study.GacError('Give either --sources (files) or --catalog (STAC).')
     if catalog and not landcover: raise study.GacError("--catalog needs --landcover, the city's raster.")
-    source = nyc.Files(sources) if sources else nyc.Catalogue(catalog, nyc.utm_grid(landcover), dates, tuple(collections), s1_days)
+    source = nyc.Files(sources) if sources else nyc.Catalogue(catalog, nyc.utm_grid(landcover), dates, tuple(collections),
+                                                              s1_days)
     print(nyc.build(source, output_dir, landcover or None, nyc.BuildOptions(**options)))
 
 @command(opt('--run-dir', required=True, metavar='DIR', help='artefacts of the run, runs/PROFILE'),
@@ -353,14 +389,20 @@ def nyc_publish(run_dir, output_dir):
 
 # %% ../nbs/cli.ipynb #d0w25e0a
 @command(opt('--data-dir', required=True, metavar='DIR', help='tile store with radar, truth and land cover'),
-    opt('--output-dir', required=True, metavar='DIR', help='configurations, trainings and tables; called again after a stop, the comparison goes on from there'),
-    opt('--stage1-dir', '--stage1-outputs-dir', default='', metavar='DIR', help='store with opt_v1, opt_v2, opt_v3; nothing: the one at --data-dir'),
-    opt('--arms', type=_words, default=['s1', 's2', 'a', 'b', 'c_v1', 'c_v2', 'c_v3', 'bound', 'random'], metavar='A,B', help='what the encoder is given, see 12_downstream'),
+    opt('--output-dir', required=True, metavar='DIR',
+        help='configurations, trainings and tables; called again after a stop, the comparison goes on from there'),
+    opt('--stage1-dir', '--stage1-outputs-dir', default='', metavar='DIR',
+        help='store with opt_v1, opt_v2, opt_v3; nothing: the one at --data-dir'),
+    opt('--arms', type=_words, default=['s1', 's2', 'a', 'b', 'c_v1', 'c_v2', 'c_v3', 'bound', 'random'], metavar='A,B',
+        help='what the encoder is given, see 12_downstream'),
     opt('--seeds', type=lambda text: [int(w) for w in _words(text)], default=[0], metavar='N,M', help='trainings of every arm'),
     opt('--name', default='terramind_mini', help='encoder, as TerraTorch names it, e.g. terramind_v1_base'),
-    opt('--tile-size', dest='size', type=int, default=60, metavar='PX', help='side of a window, a divisor of the side of the tiles; 0: whole tiles'),
-    opt('--batch-size', type=int, default=16, metavar='N', help='windows'), opt('--max-steps', dest='steps', type=int, default=60, metavar='N', help='optimizer steps of every arm'),
-    opt('--lr', type=float, default=2e-3, metavar='RATE', help='peak learning rate'), opt('--lora-rank', type=int, default=8, metavar='R', help='rank of the adapters; 0: the encoder is frozen'),
+    opt('--tile-size', dest='size', type=int, default=60, metavar='PX',
+        help='side of a window, a divisor of the side of the tiles; 0: whole tiles'),
+    opt('--batch-size', type=int, default=16, metavar='N', help='windows'),
+    opt('--max-steps', dest='steps', type=int, default=60, metavar='N', help='optimizer steps of every arm'),
+    opt('--lr', type=float, default=2e-3, metavar='RATE', help='peak learning rate'),
+    opt('--lora-rank', type=int, default=8, metavar='R', help='rank of the adapters; 0: the encoder is frozen'),
     opt('--precision', choices=('32-true', 'bf16-mixed', '16-mixed'), default='32-true', help='arithmetic; 16-mixed needs a GPU'),
     opt('--max-tiles', dest='train_tiles', type=int, default=0, metavar='N', help='labelled training tiles; 0: all'),
     opt('--configs-only', action='store_true', help='write the files for terratorch fit, train nothing'), WEIGHTS)
@@ -369,13 +411,18 @@ def downstream(configs_only, **options):
 Writes downstream.csv and downstream_gains.csv, and one file per training that `terratorch fit --config` takes as well."""
     from gac import downstream as room
     made = room.run_downstream(configs_only=configs_only, **options)
-    print(*made, sep='\n') if configs_only else print(made[['what', 'seed', 'miou', 'miou_lo', 'miou_hi', 'pixel_accuracy']].round(3).to_string(index=False))
+    print(*made, sep='\n') if configs_only else print(made[['what', 'seed', 'miou', 'miou_lo', 'miou_hi',
+                                                            'pixel_accuracy']].round(3).to_string(index=False))
 
 # %% ../nbs/cli.ipynb #88a4afb2
-@command(opt('--data-dir', required=True, metavar='DIR', help='tile store, or real tiles in a known layout (converted into the output folder first)'),
-    opt('--output-dir', required=True, metavar='DIR', help='store beside the tiles: generations, their mean and their spread; called again after a stop, it goes on'),
-    opt('--stage2-checkpoint', default='', metavar='DIR', help='output of gac train-stage2, or its repository on the Hugging Face Hub; nothing: without Stage 2'),
-    opt('--stage3-checkpoint', default='', metavar='DIR', help='output of gac train-stage3, or its repository on the Hugging Face Hub; nothing: without Stage 3'),
+@command(opt('--data-dir', required=True, metavar='DIR',
+             help='tile store, or real tiles in a known layout (converted into the output folder first)'),
+    opt('--output-dir', required=True, metavar='DIR',
+        help='store beside the tiles: generations, their mean and their spread; called again after a stop, it goes on'),
+    opt('--stage2-checkpoint', default='', metavar='DIR',
+        help='output of gac train-stage2, or its repository on the Hugging Face Hub; nothing: without Stage 2'),
+    opt('--stage3-checkpoint', default='', metavar='DIR',
+        help='output of gac train-stage3, or its repository on the Hugging Face Hub; nothing: without Stage 3'),
     opt('--samples', type=int, default=8, metavar='N', help='generations of every tile, 2 or more'),
     opt('--timesteps', type=int, default=1, metavar='N', help='diffusion steps'),
     opt('--clamp', choices=('pretraining', 'off'), default='pretraining', help="range of each step's estimate"),
@@ -387,7 +434,8 @@ def uncertainty(**options):
     """Several generations of every tile through the stages: their mean, and their spread band by band.
 Where the tiles have a truth, it says how well the spread predicts the error of the mean."""
     from gac import trust
-    print(*(f'{k}: {v:.4g}' if isinstance(v, float) else f'{k}: {v}' for k, v in trust.run_uncertainty(**options).items()), sep='\n')
+    print(*(f'{k}: {v:.4g}' if isinstance(v, float) else f'{k}: {v}' for k, v in trust.run_uncertainty(**options).items()),
+          sep='\n')
 
 # %% ../nbs/cli.ipynb #c1a1m5ca
 @command(opt('--reports', default='reports/mini', metavar='DIR', help='folder of a report, with tables/'))
@@ -404,8 +452,10 @@ DECODING = (opt('--timesteps', type=int, default=1, metavar='N', help='diffusion
 
 @command(opt('source', help='Sentinel-1 GeoTIFF of any size (VV and VH, 10 m), tile store, or real tiles in a known layout'),
     opt('output', help='GeoTIFF that is written; for tiles a folder'),
-    opt('--stage2-checkpoint', default='', metavar='DIR', help='output of gac train-stage2, or its repository on the Hugging Face Hub; nothing: without Stage 2'),
-    opt('--stage3-checkpoint', default='', metavar='DIR', help='output of gac train-stage3, or its repository on the Hugging Face Hub; nothing: without Stage 3'),
+    opt('--stage2-checkpoint', default='', metavar='DIR',
+        help='output of gac train-stage2, or its repository on the Hugging Face Hub; nothing: without Stage 2'),
+    opt('--stage3-checkpoint', default='', metavar='DIR',
+        help='output of gac train-stage3, or its repository on the Hugging Face Hub; nothing: without Stage 3'),
     opt('--uncertainty', type=int, default=0, metavar='N', help='generations whose spread becomes a fifth band; 0: none'),
     opt('--visualise', '--save-visualizations', action='store_true', help='a picture as well'),
     opt('--tile-size', type=int, default=120, metavar='PX', help='side of the tiles a scene is cut into'),
@@ -413,8 +463,10 @@ DECODING = (opt('--timesteps', type=int, default=1, metavar='N', help='diffusion
     opt('--block', type=int, default=960, metavar='PX', help='side of what is drawn and stored at a time'),
     opt('--month', type=int, default=0, choices=range(13), metavar='M', help="1 to 12; 0: of the file's date"),
     opt('--biome', type=int, default=0, choices=range(15), metavar='B', help='1 to 14; 0: of the place'),
-    opt('--s1-units', choices=('auto', 'dB', 'linear', 'amplitude'), default='auto', help='unit of the radar; auto: by documented rules'),
-    opt('--s1-bands', type=lambda v: tuple(_words(v)), default=(), metavar='A,B', help='order of bands without names, e.g. VV,VH'),
+    opt('--s1-units', choices=('auto', 'dB', 'linear', 'amplitude'), default='auto',
+        help='unit of the radar; auto: by documented rules'),
+    opt('--s1-bands', type=lambda v: tuple(_words(v)), default=(), metavar='A,B',
+        help='order of bands without names, e.g. VV,VH'),
     opt('--s1-product', choices=('', 'S1GRD', 'S1RTC'), default='', help='what the radar is; nothing: S1GRD'),
     opt('--split', choices=('', 'train', 'val', 'test'), default='', help='of a tile store; nothing: all'),
     opt('--max-tiles', type=int, default=0, metavar='N', help='of a tile store, spread evenly; 0 for all'),
@@ -430,10 +482,12 @@ A scene is drawn in overlapping tiles that fade into each other, block by block;
 
 @command(opt('--data-dir', required=True, metavar='DIR', help='tile store, or real tiles in a known layout'),
     opt('--output-dir', required=True, metavar='DIR', help='<product>/<id>.tif go below it'),
-    opt('--stage1-dir', '--stage1-outputs-dir', default='', metavar='DIR', help='store with opt_v1; nothing: the one at --data-dir'),
+    opt('--stage1-dir', '--stage1-outputs-dir', default='', metavar='DIR',
+        help='store with opt_v1; nothing: the one at --data-dir'),
     opt('--stage2-dir', default='', metavar='DIR', help='store with opt_v2; nothing: likewise'),
     opt('--stage3-dir', default='', metavar='DIR', help='store with opt_v3; nothing: likewise'),
-    opt('--products', type=_words, default=[], metavar='A,B', help='of s1, opt_v1, opt_v2, opt_v3, truth, error; nothing: all that are there'),
+    opt('--products', type=_words, default=[], metavar='A,B',
+        help='of s1, opt_v1, opt_v2, opt_v3, truth, error; nothing: all that are there'),
     opt('--ids', type=_words, default=[], metavar='A,B', help='tiles; nothing: all'),
     opt('--split', choices=('', 'train', 'val', 'test'), default='', help='tiles of this split; nothing: all'),
     opt('--max-tiles', type=int, default=0, metavar='N', help='spread evenly; 0 for all'),

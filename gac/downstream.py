@@ -41,12 +41,17 @@ class Arm:
     pretrained:bool = True # False: random weights, the control
 
 ARMS = dict(
-    s1=Arm('S1 alone'), s2=Arm('S2 alone, 12 bands', s1=False, s2='s2', bands=S2_BANDS), a=Arm('A: S1 + S2, 12 bands', s2='s2', bands=S2_BANDS),
-    b=Arm('B: S1, S2 thought of', thought=('S2L2A',)), c_v1=Arm('C: S1 + opt_v1', s2='opt_v1'), c_v2=Arm('C: S1 + opt_v2', s2='opt_v2'),
-    c_v3=Arm('C: S1 + opt_v3', s2='opt_v3'), bound=Arm('S1 + true S2, 4 bands', s2='s2'), random=Arm('random: S1 + true S2, 4 bands', s2='s2', pretrained=False))
+    s1=Arm('S1 alone'), s2=Arm('S2 alone, 12 bands', s1=False, s2='s2', bands=S2_BANDS),
+    a=Arm('A: S1 + S2, 12 bands', s2='s2', bands=S2_BANDS),
+    b=Arm('B: S1, S2 thought of', thought=('S2L2A',)), c_v1=Arm('C: S1 + opt_v1', s2='opt_v1'),
+    c_v2=Arm('C: S1 + opt_v2', s2='opt_v2'),
+    c_v3=Arm('C: S1 + opt_v3', s2='opt_v3'), bound=Arm('S1 + true S2, 4 bands', s2='s2'),
+    random=Arm('random: S1 + true S2, 4 bands', s2='s2', pretrained=False))
 STEPS = {  # what a step asks -> from, to
-    'S2 on top of S1': ('s1', 'a'), 'S1 on top of S2': ('s2', 'a'), 'S2 thought of': ('s1', 'b'), 'S2 drawn by Stage 1': ('s1', 'c_v1'), 'Stage 2': ('c_v1', 'c_v2'),
-    'Stage 3': ('c_v2', 'c_v3'), 'the whole chain': ('s1', 'c_v3'), 'drawn, not thought of': ('b', 'c_v1'), 'true S2 in place of opt_v3': ('c_v3', 'bound'),
+    'S2 on top of S1': ('s1', 'a'), 'S1 on top of S2': ('s2', 'a'), 'S2 thought of': ('s1', 'b'),
+    'S2 drawn by Stage 1': ('s1', 'c_v1'), 'Stage 2': ('c_v1', 'c_v2'),
+    'Stage 3': ('c_v2', 'c_v3'), 'the whole chain': ('s1', 'c_v3'), 'drawn, not thought of': ('b', 'c_v1'),
+    'true S2 in place of opt_v3': ('c_v3', 'bound'),
     'true S2 of 4 bands on top of S1': ('s1', 'bound'), 'eight more bands': ('bound', 'a'), 'pretraining': ('random', 'bound')}
 
 def arm(name:str) -> Arm: # of ARMS
@@ -57,7 +62,8 @@ def arm(name:str) -> Arm: # of ARMS
 # %% ../nbs/12_downstream.ipynb #ab3fb6dd
 CODES = tuple(k for k, v in study.LULC_CLASSES.items() if v not in ('no data', 'clouds'))
 IGNORED = -1
-SOURCES = {'S1GRD': ('s1',), 'S1RTC': ('s1',), 'S2L2A': ('s2', 'opt_v1', 'opt_v2', 'opt_v3', 'opt_v3_no2'), 'DEM': ('dem',)}  # modality -> arrays it may be read from
+# modality -> arrays it may be read from
+SOURCES = {'S1GRD': ('s1',), 'S1RTC': ('s1',), 'S2L2A': ('s2', 'opt_v1', 'opt_v2', 'opt_v3', 'opt_v3_no2'), 'DEM': ('dem',)}
 
 def as_classes(
     codes, # land-cover codes of any shape
@@ -74,7 +80,8 @@ def check_sources(
 ) -> None:
     "Only what a sensor saw, or what was drawn from it, may be an input."
     for modality, array in images.items():
-        if modality not in SOURCES: raise GacError(f'Modality {modality!r} cannot be an input here: expected {", ".join(SOURCES)}.')
+        if modality not in SOURCES:
+            raise GacError(f'Modality {modality!r} cannot be an input here: expected {", ".join(SOURCES)}.')
         if array == labels or array not in SOURCES[modality]:
             raise GacError(f'{modality} from {array!r}: expected {" or ".join(SOURCES[modality])}. Labels, and what is made of them, are never an input.')
 
@@ -97,13 +104,15 @@ class Windows(Dataset):
         self.store, self.shelf, self.rows, self.images, self.bands = store, shelf, np.asarray(rows), images, tuple(bands)
         self.classes, self.labels, self.random, self.side = tuple(classes), labels, random, store.arrays[labels].shape[-1]
         self.size = size or self.side
-        if self.side % self.size: raise GacError(f'Windows of {self.size} px do not fill tiles of {self.side} px: choose a divisor.')
+        if self.side % self.size:
+            raise GacError(f'Windows of {self.size} px do not fill tiles of {self.side} px: choose a divisor.')
         self.cuts = 1 if random else self.side//self.size  # windows along a side
         self.means, self.stds = ({m: np.array(values[m], np.float32)[:, None, None] for m in images} for values in (means, stds))
         self.held = None, None
         for m, array in images.items():
             n = len(self.home(array).bands(array, self.bands)) if m == 'S2L2A' else len(self.means[m])
-            if not n == len(self.means[m]) == len(self.stds[m]): raise GacError(f'{m}: {n} bands, {len(self.means[m])} means and {len(self.stds[m])} standard deviations.')
+            if not n == len(self.means[m]) == len(self.stds[m]):
+                raise GacError(f'{m}: {n} bands, {len(self.means[m])} means and {len(self.stds[m])} standard deviations.')
 
     def __len__(self) -> int: return len(self.rows)*self.cuts**2
 
@@ -116,7 +125,8 @@ class Windows(Dataset):
         "A whole tile; the last one is held."
         if self.held[0] != row:
             read = lambda m, array: self.home(array).read(array, row, self.bands if m == 'S2L2A' else None)[0]
-            image = {m: (read(m, array).astype(np.float32) - self.means[m])/self.stds[m] for m, array in self.images.items()}  # (H, W) becomes (1, H, W)
+            # (H, W) becomes (1, H, W)
+            image = {m: (read(m, array).astype(np.float32) - self.means[m])/self.stds[m] for m, array in self.images.items()}
             self.held = row, (image, as_classes(self.store.read(self.labels, row)[0], self.classes))
         return self.held[1]
 
@@ -125,7 +135,8 @@ class Windows(Dataset):
         top, left = np.random.randint(0, self.side - self.size + 1, 2) if self.random else (self.size*k for k in divmod(cut, self.cuts))
         image, mask = self.tile(int(self.rows[at]))
         crop = np.s_[..., top:top + self.size, left:left + self.size]
-        return dict(image={m: torch.from_numpy(np.ascontiguousarray(x[crop])) for m, x in image.items()}, mask=torch.from_numpy(np.ascontiguousarray(mask[crop])),
+        return dict(image={m: torch.from_numpy(np.ascontiguousarray(x[crop])) for m, x in image.items()},
+                    mask=torch.from_numpy(np.ascontiguousarray(mask[crop])),
                     filename=f'{self.store.table.id.iloc[self.rows[at]]}_{top}_{left}')
 
 # %% ../nbs/12_downstream.ipynb #57facaaf
@@ -157,7 +168,8 @@ class StoreData(LightningDataModule):
 
     def setup(self, stage:str='') -> None: # fit, validate, test: all need no more than opening a folder
         store, shelf = (tiles.Store(study.root()/p) for p in self.paths)
-        if self.options['labels'] not in store.arrays: raise GacError(f'{store.path} has no land cover ({self.options["labels"]}): nothing to learn from.')
+        if self.options['labels'] not in store.arrays:
+            raise GacError(f'{store.path} has no land cover ({self.options["labels"]}): nothing to learn from.')
         product = store.attrs.get('s1_product', 'S1GRD')
         other = {'S1GRD', 'S1RTC'} - {product} & self.options['images'].keys()
         if other: raise GacError(f'{store.path} holds radar of the product {product}, the configuration asks for {other.pop()}.')
@@ -168,11 +180,13 @@ class StoreData(LightningDataModule):
             rows = rows[there[rows]]
             rows = evaluate.spread(rows, self.most[split]) if split == 'test' else rows[:self.most[split] or None]
             self.sets[split] = Windows(store, shelf, rows, random=split == 'train', **self.options)
-            if not len(rows): raise GacError(f'{store.path}: no {split} tile that has {", ".join([self.options["labels"], *self.require])}.')
+            if not len(rows):
+                raise GacError(f'{store.path}: no {split} tile that has {", ".join([self.options["labels"], *self.require])}.')
 
     def _loader(self, split:str):
         data = self.sets[split]
-        whole = max(self.batch_size, len(data)//self.batch_size*self.batch_size) if split == 'train' else None  # full batches only
+        # full batches only
+        whole = max(self.batch_size, len(data)//self.batch_size*self.batch_size) if split == 'train' else None
         return training.loader(data, self.batch_size, split == 'train', self.seed, self.num_workers, whole)
 
     def train_dataloader(self): return self._loader('train')
@@ -214,7 +228,8 @@ class Recipe:
     @property
     def depths(self) -> list[int]: # four depths of the encoder
         size = next((k for k in DEPTH if f'_{k}' in self.name), '')
-        if not size: raise GacError(f'{self.name!r}: expected the name of a TerraMind encoder, its size one of {", ".join(DEPTH)}.')
+        if not size:
+            raise GacError(f'{self.name!r}: expected the name of a TerraMind encoder, its size one of {", ".join(DEPTH)}.')
         return [DEPTH[size]*(i + 1)//4 - 1 for i in range(4)]
 
 def input_of(
@@ -242,7 +257,8 @@ def encoder_args(
     out = dict(backbone=recipe.name, backbone_pretrained=arm.pretrained, backbone_modalities=list(input_of(arm, recipe)))
     if arm.s2 and tuple(arm.bands) != S2_BANDS:
         out['backbone_bands'] = list(arm.bands) if recipe.mini else {'S2L2A': foundations.band_names(arm.bands)}
-    if arm.thought: out |= dict(backbone=f'{recipe.name}_tim', backbone_tim_modalities=list(arm.thought), backbone_tim_temps=0.)  # the likeliest thought, no dice
+    # the likeliest thought, no dice
+    if arm.thought: out |= dict(backbone=f'{recipe.name}_tim', backbone_tim_modalities=list(arm.thought), backbone_tim_temps=0.)
     if recipe.weights and recipe.mini: out['backbone_weights'] = recipe.weights
     return out
 
@@ -251,14 +267,18 @@ def model_config(
     recipe:Recipe,
 ) -> dict: # class_path, init_args
     "TerraTorch's segmentation task."
-    necks = [dict(name='SelectIndices', indices=recipe.depths), dict(name='ReshapeTokensToImage', remove_cls_token=False), dict(name='LearnedInterpolateToPyramidal')]
-    lora = dict(method='LORA', peft_config_kwargs=dict(r=recipe.lora_rank, lora_alpha=recipe.lora_alpha, target_modules=LORA)) if recipe.lora_rank else None
-    args = encoder_args(arm, recipe) | dict(necks=necks, decoder='UNetDecoder', decoder_channels=list(recipe.channels), num_classes=len(recipe.classes), peft_config=lora)
+    necks = [dict(name='SelectIndices', indices=recipe.depths), dict(name='ReshapeTokensToImage', remove_cls_token=False),
+             dict(name='LearnedInterpolateToPyramidal')]
+    lora = dict(method='LORA', peft_config_kwargs=dict(r=recipe.lora_rank, lora_alpha=recipe.lora_alpha,
+                                                       target_modules=LORA)) if recipe.lora_rank else None
+    args = encoder_args(arm, recipe) | dict(necks=necks, decoder='UNetDecoder', decoder_channels=list(recipe.channels),
+                                            num_classes=len(recipe.classes), peft_config=lora)
     rise = .1 if recipe.steps < 2 else min(.9, max(.1, 2/recipe.steps))  # OneCycleLR divides by zero where the rise is one step
     schedule = dict(max_lr=recipe.lr, total_steps=recipe.steps, pct_start=rise, interval='step')
     return dict(class_path='terratorch.tasks.SemanticSegmentationTask', init_args=dict(
         model_factory='EncoderDecoderFactory', model_args=args, loss='ce', ignore_index=IGNORED, lr=recipe.lr, optimizer='AdamW',
-        optimizer_hparams=dict(weight_decay=recipe.weight_decay), scheduler='OneCycleLR', scheduler_hparams=schedule, freeze_backbone=not recipe.lora_rank, plot_on_val=False,
+        optimizer_hparams=dict(weight_decay=recipe.weight_decay), scheduler='OneCycleLR', scheduler_hparams=schedule,
+        freeze_backbone=not recipe.lora_rank, plot_on_val=False,
         class_names=[study.LULC_CLASSES[k].replace('/', ' or ') for k in recipe.classes]))
 
 def data_config(
@@ -271,8 +291,10 @@ def data_config(
     images = input_of(arm, recipe)
     stats = {m: statistics(recipe.name, m, arm.bands) for m in images}
     return dict(class_path='gac.downstream.StoreData', init_args=dict(
-        store=store, shelf=shelf, images=images, bands=list(arm.bands), means={m: v[0] for m, v in stats.items()}, stds={m: v[1] for m, v in stats.items()},
-        classes=list(recipe.classes), require=list(recipe.require), size=recipe.size, batch_size=recipe.batch_size, train_tiles=recipe.train_tiles,
+        store=store, shelf=shelf, images=images, bands=list(arm.bands), means={m: v[0] for m, v in stats.items()},
+        stds={m: v[1] for m, v in stats.items()},
+        classes=list(recipe.classes), require=list(recipe.require), size=recipe.size, batch_size=recipe.batch_size,
+        train_tiles=recipe.train_tiles,
         val_tiles=recipe.val_tiles, test_tiles=recipe.test_tiles, num_workers=recipe.num_workers, seed=recipe.seed))
 
 def trainer_config(
@@ -281,12 +303,16 @@ def trainer_config(
 ) -> dict:
     "Lightning's trainer: a budget of steps, one checkpoint at the end."
     call = lambda path, **kw: dict(class_path=path, init_args=kw)
-    checking = dict(limit_val_batches=0) if not recipe.val_every else dict(val_check_interval=recipe.val_every, check_val_every_n_epoch=None)
-    return dict(accelerator=recipe.accelerator, devices=recipe.devices, precision=recipe.precision, max_steps=recipe.steps, max_epochs=-1, gradient_clip_val=1., deterministic='warn',
-                num_sanity_val_steps=0, log_every_n_steps=10, enable_progress_bar=not recipe.mini, enable_model_summary=False, use_distributed_sampler=False, default_root_dir=out_dir, **checking,
+    checking = (dict(limit_val_batches=0) if not recipe.val_every
+                else dict(val_check_interval=recipe.val_every, check_val_every_n_epoch=None))
+    return dict(accelerator=recipe.accelerator, devices=recipe.devices, precision=recipe.precision, max_steps=recipe.steps,
+                max_epochs=-1, gradient_clip_val=1., deterministic='warn',
+                num_sanity_val_steps=0, log_every_n_steps=10, enable_progress_bar=not recipe.mini, enable_model_summary=False,
+                use_distributed_sampler=False, default_root_dir=out_dir, **checking,
                 logger=call('lightning.pytorch.loggers.CSVLogger', save_dir=out_dir, name='', version='curve'),
                 callbacks=[call('gac.downstream.SameStart', seed=recipe.seed),
-                           call('lightning.pytorch.callbacks.ModelCheckpoint', dirpath=out_dir, filename='trained', every_n_train_steps=recipe.val_every or recipe.steps,
+                           call('lightning.pytorch.callbacks.ModelCheckpoint', dirpath=out_dir, filename='trained',
+                                every_n_train_steps=recipe.val_every or recipe.steps,
                                 save_on_train_epoch_end=False, enable_version_counter=False)])
 
 def config_of(
@@ -297,7 +323,8 @@ def config_of(
     out_dir:str='runs/downstream', # of this training, as seen from the repository
 ) -> dict:
     "Everything `terratorch fit` needs to train an arm."
-    return dict(seed_everything=recipe.seed, trainer=trainer_config(recipe, out_dir), model=model_config(arm, recipe), data=data_config(arm, recipe, store, shelf))
+    return dict(seed_everything=recipe.seed, trainer=trainer_config(recipe, out_dir), model=model_config(arm, recipe),
+                data=data_config(arm, recipe, store, shelf))
 
 def write_config(
     path:str|Path, # a .yaml file
@@ -337,7 +364,8 @@ class SameStart(Callback):
 @contextlib.contextmanager
 def hushed():
     "Without the advice libraries print while they build and run."
-    loggers = [logging.getLogger(n) for n in ('lightning', 'lightning.pytorch', 'lightning.fabric', 'terratorch', 'lightning.pytorch.utilities.rank_zero', 'lightning.fabric.utilities.seed')]
+    loggers = [logging.getLogger(n) for n in ('lightning', 'lightning.pytorch', 'lightning.fabric', 'terratorch',
+                                              'lightning.pytorch.utilities.rank_zero', 'lightning.fabric.utilities.seed')]
     levels = [x.level for x in loggers]
     for x in loggers: x.setLevel(logging.ERROR)
     try:
@@ -363,7 +391,8 @@ def open_config(
     with contextlib.ExitStack() as stack:
         for c in (at_root(), contextlib.redirect_stderr(told)): stack.enter_context(c)
         if not build: # the parser seeds everything, and what it would build is left out
-            for c in (training.seeded(0), unittest.mock.patch.object(cli_tools.MyLightningCLI, 'instantiate_classes', lambda self: None)): stack.enter_context(c)
+            for c in (training.seeded(0), unittest.mock.patch.object(cli_tools.MyLightningCLI, 'instantiate_classes', lambda self: None)):
+                stack.enter_context(c)
         try: return cli_tools.build_lightning_cli(['--config', str(path)], run=False)
         except SystemExit as e: why, cause = ' '.join(told.getvalue().split('error:')[-1].split()), e
     raise GacError(f'{study._shown(path)}: TerraTorch refuses this configuration: {why[:600]}') from cause
@@ -394,7 +423,8 @@ def confusion(
     "Confusion matrix of every tile."
     truth, told = np.asarray(truth), np.asarray(told)
     if truth.shape != told.shape: raise GacError(f'Labels {truth.shape} and predictions {told.shape} are not of the same tiles.')
-    return np.stack([np.bincount((k*t + p)[t != IGNORED], minlength=k*k).reshape(k, k) for t, p in zip(truth.astype(int), told.astype(int))])
+    return np.stack([np.bincount((k*t + p)[t != IGNORED], minlength=k*k).reshape(k, k)
+                     for t, p in zip(truth.astype(int), told.astype(int))])
 
 def class_scores(matrix) -> tuple[np.ndarray, np.ndarray]: # (…, k, k) pixels -> IoU, F1 (…, k)
     "Scores of every class; NaN for a class the truth lacks."
@@ -486,7 +516,8 @@ def gradient_check(
             if '.lora_B.' in k: torch.nn.init.normal_(p, std=.01)
         out = model(dict(batch['image'])).output
         torch.nn.functional.cross_entropy(out, batch['mask'], ignore_index=IGNORED).backward()
-    rows = [dict(part=part_of(k), params=p.numel(), trainable=p.numel()*p.requires_grad, with_grad=p.numel()*bool(p.grad is not None and p.grad.abs().max() > 0),
+    rows = [dict(part=part_of(k), params=p.numel(), trainable=p.numel()*p.requires_grad,
+                 with_grad=p.numel()*bool(p.grad is not None and p.grad.abs().max() > 0),
                  square=0. if p.grad is None else float(p.grad.square().sum())) for k, p in model.named_parameters()]
     table = pd.DataFrame(rows).groupby('part', sort=False).sum().reset_index()
     return table.assign(grad_norm=table.square**.5).drop(columns='square')
@@ -528,7 +559,8 @@ def run_arm(
         study._write(kept, buffer.getvalue())
     try:
         with np.load(kept, allow_pickle=False) as z: return Outcome(**{k: z[k] for k in ('matrices', 'maps', 'rows')})
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e: raise GacError(f'{kept} is damaged ({e}): delete it, the arm is then trained again.') from e
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
+        raise GacError(f'{kept} is damaged ({e}): delete it, the arm is then trained again.') from e
 
 def run_arms(
     out_dir:str|Path, # of the trainings and their results
@@ -543,7 +575,8 @@ def run_arms(
     todo = [(name, seed) for seed in seeds for name in arms]
     for name, seed in study.progress(todo, desc='arms', unit='trainings'):
         folder = out_dir/f'{name}-{seed}'
-        config = config_of(arm(name), replace(recipe, seed=seed), study._relative(store.path), study._relative(shelf.path), study._relative(folder))
+        config = config_of(arm(name), replace(recipe, seed=seed), study._relative(store.path), study._relative(shelf.path),
+                           study._relative(folder))
         file = write_config(folder/'config.yaml', config, f'{arm(name).what}; seed {seed}')
         found[name, seed] = run_arm(file, folder/f'result-{mark_of(config, store, shelf)}.npz', seed)
         miou, _, right = measures(found[name, seed].matrices.sum(0))[:3]
@@ -554,7 +587,8 @@ def run_arms(
 
 def by_arm(found:dict) -> dict: # arm -> (seeds, n, k, k)
     "The matrices of all seeds of an arm."
-    return {name: np.stack([o.matrices for (a, _), o in found.items() if a == name]) for name in dict.fromkeys(a for a, _ in found)}
+    return {name: np.stack([o.matrices for (a, _), o in found.items() if a == name])
+            for name in dict.fromkeys(a for a, _ in found)}
 
 # %% ../nbs/12_downstream.ipynb #9075b8a5
 def table_of(
@@ -573,7 +607,8 @@ def table_of(
             value, (lo, hi) = measures(m.sum(1)).mean(0), interval(resampled(m, scenes, n, seed))
             scores = {f'{c}{end}': v[i] for i, c in enumerate(names) for end, v in (('', value), ('_lo', lo), ('_hi', hi))}
             a = arm(name)
-            rows.append(dict(arm=name, what=a.what, image=a.s2 or 'none', bands=len(a.bands) if a.s2 else 0, seed=str(s), n_tiles=m.shape[1]) | scores)
+            rows.append(dict(arm=name, what=a.what, image=a.s2 or 'none', bands=len(a.bands) if a.s2 else 0, seed=str(s),
+                             n_tiles=m.shape[1]) | scores)
     return pd.DataFrame(rows)
 
 def gains_of(
@@ -591,7 +626,8 @@ def gains_of(
         if not {a, b} <= every.keys(): continue
         gain = (measures(every[b].sum(1)) - measures(every[a].sum(1))).mean(0)
         lo, hi = interval(draws[b] - draws[a])
-        rows += [dict(step=step, **{'from': a, 'to': b}, metric=c, gain=gain[i], lo=lo[i], hi=hi[i], n_scenes=len(set(scenes)), seeds=len(every[a]))
+        rows += [dict(step=step, **{'from': a, 'to': b}, metric=c, gain=gain[i], lo=lo[i], hi=hi[i], n_scenes=len(set(scenes)),
+                      seeds=len(every[a]))
                  for i, c in enumerate(columns_of(classes))]
     return pd.DataFrame(rows, columns=['step', 'from', 'to', 'metric', 'gain', 'lo', 'hi', 'n_scenes', 'seeds'])
 
@@ -608,17 +644,21 @@ def verdict_of(
     word = 'a gain' if lo > 0 else 'a loss' if hi < 0 else 'no clear difference'
     return f'{gain:+.1f} pp [{lo:+.1f}, {hi:+.1f}], {word}'
 
-ANSWERS = {'a gain': 'A user who has no cloud-free image gains from the drawn one', 'a loss': 'A user who has no cloud-free image loses by the drawn one',
+ANSWERS = {'a gain': 'A user who has no cloud-free image gains from the drawn one',
+           'a loss': 'A user who has no cloud-free image loses by the drawn one',
            'no clear difference': 'A user who has no cloud-free image gains nothing certain from the drawn one'}
 
 def conclusion(
     gains:pd.DataFrame, # from gains_of
 ) -> str: # two sentences
     "Does a user without a cloud-free image gain?"
-    asked = {'the whole chain': 'the whole chain adds', 'S2 drawn by Stage 1': 'Stage 1 brings', 'Stage 2': 'Stage 2 then', 'Stage 3': 'Stage 3 then',
+    asked = {'the whole chain': 'the whole chain adds', 'S2 drawn by Stage 1': 'Stage 1 brings', 'Stage 2': 'Stage 2 then',
+             'Stage 3': 'Stage 3 then',
              'S2 thought of': 'an image only thought of (TiM)'}
-    bound = {'true S2 of 4 bands on top of S1': 'on top of the radar alone', 'true S2 in place of opt_v3': 'in the place of opt_v3', 'pretraining': 'pretraining of the encoder that reads it'}
-    words = lambda steps: '; '.join(f'{text} {v}' for step, text in steps.items() if (v := verdict_of(gains, step)) != 'n/a') or 'these arms were not run'
+    bound = {'true S2 of 4 bands on top of S1': 'on top of the radar alone',
+             'true S2 in place of opt_v3': 'in the place of opt_v3', 'pretraining': 'pretraining of the encoder that reads it'}
+    words = lambda steps: '; '.join(f'{text} {v}' for step, text in steps.items()
+                                    if (v := verdict_of(gains, step)) != 'n/a') or 'these arms were not run'
     whole = next((v for step in ('the whole chain', 'S2 drawn by Stage 1') if (v := verdict_of(gains, step)) != 'n/a'), 'n/a')
     answer = ANSWERS.get(whole.split('], ')[-1], 'Whether a drawn image helps a user who has no cloud-free one was not asked')
     return f'{answer}; mIoU of land cover, against the radar alone: {words(asked)}. The true image of the same four bands is the bound: {words(bound)}.'
@@ -633,8 +673,10 @@ def land_cover_seen(
     core, tokenizer = (study._read_json(folder/f'{n}.json') for n in (name, f'{name}_tokenizer_lulc'))
     if not core: return None
     at = list(pretrain.KEYS).index('lulc')
-    return dict(scenes=core['scenes_seen'], earlier=core.get('history', ''), first_seed=core['seeds'][0], last_seed=core['seeds'][1],
-                tokens_asked=sum(p*asked[at] for p, _, asked in pretrain.RECIPES)/pretrain.N, tokenizer_scenes=tokenizer.get('scenes_seen'))
+    return dict(scenes=core['scenes_seen'], earlier=core.get('history', ''), first_seed=core['seeds'][0],
+                last_seed=core['seeds'][1],
+                tokens_asked=sum(p*asked[at] for p, _, asked in pretrain.RECIPES)/pretrain.N,
+                tokenizer_scenes=tokenizer.get('scenes_seen'))
 
 # %% ../nbs/12_downstream.ipynb #ce91e22a
 def labelled_store(
@@ -664,9 +706,11 @@ def fill_shelf(
     if later and not stage3.both_trained(run.dir):
         print('Stages 2 and 3 of this run are not trained: a few steps stand in for them.')
         evaluate.fit_chain(store, stage1.stored(shelf), evaluate.brief_recipe(), run.dir, run.seed, no_refinement=False)
-    if later and missing('opt_v2'): stage2.precompute_stage2(store, stage2.load_stage2(run.dir/'stage2'), shelf, batch_size=batch_size)
+    if later and missing('opt_v2'):
+        stage2.precompute_stage2(store, stage2.load_stage2(run.dir/'stage2'), shelf, batch_size=batch_size)
     if 'opt_v3' in later and missing('opt_v3'):
-        stage3.precompute_stage3(store, evaluate.grounder(run.dir/'stage3', store.attrs.get('s1_product', 'S1GRD')), shelf, batch_size=batch_size)
+        stage3.precompute_stage3(store, evaluate.grounder(run.dir/'stage3', store.attrs.get('s1_product', 'S1GRD')), shelf,
+                                 batch_size=batch_size)
     return shelf
 
 def image_table(
@@ -682,11 +726,13 @@ def image_table(
         at = evaluate.spread(store.rows(split), most)
         truth = tiles.to_reflectance(store.read('s2', at, OPT_BANDS))
         for a in arrays:
-            rows.append(dict(image=a, split=split, n_tiles=len(at), psnr=float(metrics.psnr(tiles.to_reflectance(shelf.read(a, at)), truth).mean())))
+            rows.append(dict(image=a, split=split, n_tiles=len(at),
+                             psnr=float(metrics.psnr(tiles.to_reflectance(shelf.read(a, at)), truth).mean())))
     return pd.DataFrame(rows, columns=['image', 'split', 'n_tiles', 'psnr'])
 
 # %% ../nbs/12_downstream.ipynb #2480271c
-PALETTE = {'no data': '#000000', 'water': '#0072B2', 'trees': '#009E73', 'flooded vegetation': '#56B4E9', 'crops': '#F0E442', 'built area': '#D55E00', 'bare ground': '#999999',
+PALETTE = {'no data': '#000000', 'water': '#0072B2', 'trees': '#009E73', 'flooded vegetation': '#56B4E9', 'crops': '#F0E442',
+           'built area': '#D55E00', 'bare ground': '#999999',
            'snow/ice': '#FFFFFF', 'clouds': '#DDDDDD', 'rangeland': '#CC79A7'}
 
 def coloured(
@@ -713,8 +759,10 @@ def map_figure(
     rows = found[arms[0], seed].rows[list(shown.values())]
     truth, codes = tiles.to_reflectance(store.read('s2', rows, OPT_BANDS)), as_classes(store.read('lulc', rows), classes)
     drawn = [a for a in ('opt_v1', 'opt_v3') if a in shelf.arrays]
-    images = {'VV, VH': [stage1.s1_composite(x) for x in store.read('s1', rows)], 'true S2': [stage1.picture(x, stage1.white_of(x)) for x in truth]}
-    images |= {a: [stage1.picture(x, stage1.white_of(t)) for x, t in zip(tiles.to_reflectance(shelf.read(a, rows)), truth)] for a in drawn}
+    images = {'VV, VH': [stage1.s1_composite(x) for x in store.read('s1', rows)],
+              'true S2': [stage1.picture(x, stage1.white_of(x)) for x in truth]}
+    images |= {a: [stage1.picture(x, stage1.white_of(t)) for x, t in zip(tiles.to_reflectance(shelf.read(a, rows)), truth)]
+               for a in drawn}
     images['labels'] = [coloured(c, classes) for c in codes]
     images |= {arm(a).what.replace(': ', ':\n', 1).replace(', ', ',\n', 1): [coloured(m, classes) for m in found[a, seed].maps[list(shown.values())]] for a in arms}
     fig, axes = plt.subplots(len(shown), len(images), figsize=(1.25*len(images) + .6, 1.35*len(shown) + .8), squeeze=False)
@@ -725,8 +773,10 @@ def map_figure(
             for side in ax.spines.values(): side.set_visible(False)
             if not i: ax.set_title(title, fontsize=7)
         row[0].set_ylabel(list(shown)[i], fontsize=7)
-    held = [c for k, c in enumerate(classes) if (codes == k).any() or any((found[a, seed].maps[list(shown.values())] == k).any() for a in arms)]
-    fig.legend(handles=[Patch(facecolor=PALETTE[study.LULC_CLASSES[c]], edgecolor='.5', lw=.5, label=study.LULC_CLASSES[c]) for c in held], loc='outside lower center', ncols=len(held), fontsize=7)
+    held = [c for k, c in enumerate(classes) if (codes == k).any()
+            or any((found[a, seed].maps[list(shown.values())] == k).any() for a in arms)]
+    fig.legend(handles=[Patch(facecolor=PALETTE[study.LULC_CLASSES[c]], edgecolor='.5', lw=.5, label=study.LULC_CLASSES[c])
+                        for c in held], loc='outside lower center', ncols=len(held), fontsize=7)
     return fig
 
 # %% ../nbs/12_downstream.ipynb #daded4ed
@@ -744,7 +794,8 @@ def run_downstream(
     shelf = stage1.companion(store, stage1_dir) if stage1_dir and Path(stage1_dir).resolve() != store.path.resolve() else store
     drawn = sorted({arm(a).s2 for a in arms if arm(a).s2.startswith('opt_')})
     missing = [a for a in drawn if a not in shelf.arrays]
-    if missing: raise GacError(f'{shelf.path} has no {", ".join(missing)}: run the stages first, or leave these arms out (--arms).')
+    if missing:
+        raise GacError(f'{shelf.path} has no {", ".join(missing)}: run the stages first, or leave these arms out (--arms).')
     recipe = Recipe(product=store.attrs.get('s1_product', 'S1GRD'), require=tuple(drawn), **options)
     if configs_only:
         place = lambda p: study._relative(Path(p).resolve())
@@ -753,5 +804,6 @@ def run_downstream(
     found = run_arms(output_dir, store, shelf, recipe, arms, seeds)
     scenes = store.table.scene.to_numpy()[next(iter(found.values())).rows]
     table, gains = (f(found, scenes, recipe.classes, seed=seeds[0]) for f in (table_of, gains_of))
-    for what, t in dict(downstream=table, downstream_gains=gains).items(): study._write(output_dir/f'{what}.csv', t.to_csv(index=False, lineterminator='\n'))
+    for what, t in dict(downstream=table, downstream_gains=gains).items():
+        study._write(output_dir/f'{what}.csv', t.to_csv(index=False, lineterminator='\n'))
     return table

@@ -190,11 +190,13 @@ def levers(
     paint, last = lambda: foundations.diffuse(tok, codes, noise, 1), copy.deepcopy(tok).to(memory_format=torch.channels_last)
     pairs = {
         'tiles in one batch': (lambda: torch.cat([model.generate(x[None], timesteps, 'argmax') for x in s1]), few),
-        'codes with one sort': (lambda: sampler.sample_tokens_batched(logits.clone(), 1., 0., .8), lambda: foundations.top_p_tokens(logits, u)),
+        'codes with one sort': (lambda: sampler.sample_tokens_batched(logits.clone(), 1., 0., .8),
+                                lambda: foundations.top_p_tokens(logits, u)),
         'clamp, no quantile': (lambda: old.step(half, 999, noise).prev_sample, lambda: new.step(half, 999, noise).prev_sample),
         'noise by tile': (lambda: torch.randn(noise.shape, device=device),
                           lambda: foundations.draw(torch.randn, noise.shape[1:], own('noise'), device)),
-        'channels last': (paint, lambda: foundations.diffuse(last, codes, noise.contiguous(memory_format=torch.channels_last), 1)),
+        'channels last': (paint, lambda: foundations.diffuse(last, codes, noise.contiguous(memory_format=torch.channels_last),
+                                                             1)),
         f'one step, not {timesteps}': (few, lambda: model.generate(s1, 1, 'argmax'))}
     if compiled: pairs['compiled painter'] = (paint, _compiled(tok, paint))
     rows = []
@@ -203,7 +205,8 @@ def levers(
         speed = ratios(turns, 'before').loc['after']
         a, b = before(), after()
         alike = name not in ('codes with one sort', 'noise by tile')  # these draw: nothing to subtract
-        scale = .2 if name in ('clamp, no quantile', 'channels last', 'compiled painter') else 1.  # standardised units to reflectance, about
+        # standardised units to reflectance, about
+        scale = .2 if name in ('clamp, no quantile', 'channels last', 'compiled painter') else 1.
         rows.append(dict(lever=name, before_ms=1e3*turns.before.median()/n, after_ms=1e3*turns.after.median()/n, **speed,
                          difference=scale*float((a - b).abs().max()) if alike else np.nan))
     return pd.DataFrame(rows)
@@ -241,7 +244,8 @@ def solve(
     if solver not in SOLVERS: raise GacError(f'solver {solver!r}: expected {" or ".join(SOLVERS)}.')
     from diffusers import DPMSolverMultistepScheduler
     c = tokenizer.noise_scheduler.config
-    plan = DPMSolverMultistepScheduler(c.num_train_timesteps, c.beta_start, c.beta_end, c.beta_schedule, rescale_betas_zero_snr=c.zero_terminal_snr,
+    plan = DPMSolverMultistepScheduler(c.num_train_timesteps, c.beta_start, c.beta_end, c.beta_schedule,
+                                       rescale_betas_zero_snr=c.zero_terminal_snr,
                                        prediction_type=c.prediction_type, timestep_spacing='trailing', final_sigmas_type='zero')
     plan.set_timesteps(timesteps, device=noise.device)
     image = noise
@@ -268,7 +272,8 @@ def kept_for_backward(
     return sum(x.untyped_storage().nbytes() for x in held.values())
 
 # %% ../nbs/14_efficiency.ipynb #ef000036
-BLOCKS = dict(prithvi=r'(encoder\.)?blocks\.\d+', terramind=r'(generator\.)?core\.sampler\.model\.(encoder|decoder)\.\d+')  # of the frozen models
+# of the frozen models
+BLOCKS = dict(prithvi=r'(encoder\.)?blocks\.\d+', terramind=r'(generator\.)?core\.sampler\.model\.(encoder|decoder)\.\d+')
 
 def checkpoint_blocks(
     model:nn.Module, # changed in place
@@ -330,7 +335,8 @@ def _counted(stage:int, name:str, lora_r:int, side:int, batch:int) -> tuple: # p
     linear = [m.weight for m in foundations.blank(name, memory=False).modules() if isinstance(m, nn.Linear)] if stage == 2 else []
     painter = sum(p.numel() for p in model.generator.tokenizer('S2L2A').decoder.parameters()) if stage == 3 else 0
     parts = _parts(model, step, BLOCKS['prithvi' if stage == 2 else 'terramind'])
-    return parts, painter, 4*painter/1e6 + sum(3*w.numel() - 4*w.shape[0] for w in linear)/1e6  # a byte for four, and a scale per row
+    # a byte for four, and a scale per row
+    return parts, painter, 4*painter/1e6 + sum(3*w.numel() - 4*w.shape[0] for w in linear)/1e6
 
 def stage2_memory(
     backbone:str='prithvi_eo_v2_600_tl', # as TerraTorch names it
@@ -371,7 +377,8 @@ def needs_of(
     "What a profile needs of a machine."
     return yaml.safe_load((Path(folder or study.root()/'nbs'/'params')/f'{profile}.yaml').read_text(encoding='utf-8')).get('needs') or {}
 
-ROLE_OF = dict(name='generate', encoder_name='encoder', backbone='prithvi', model='generate')  # parameters that name models -> what they must be
+# parameters that name models -> what they must be
+ROLE_OF = dict(name='generate', encoder_name='encoder', backbone='prithvi', model='generate')
 
 def models_named(
     stages, # list of study.Stage
@@ -396,7 +403,8 @@ def check_models(
             continue
         wrong = [f'{s}.{p}' for s, p in places if ROLE_OF[p] != entry.role]
         expected = sorted({ROLE_OF[p] for _, p in places})
-        if wrong: found.append(Finding('names', 'missing', f'{", ".join(wrong)}: {name} is of the kind {entry.role!r}, expected {" or ".join(map(repr, expected))}.'))
+        if wrong:
+            found.append(Finding('names', 'missing', f'{", ".join(wrong)}: {name} is of the kind {entry.role!r}, expected {" or ".join(map(repr, expected))}.'))
         else: found += [Finding('names', 'ok', f'{name} ({where})'), *check_weights(name, weights)]
     return list(dict.fromkeys(found))
 
@@ -459,7 +467,8 @@ def check_data(
         return found, len(table)
     if layout != 'bigearthnet_v2':
         return [Finding('data', 'ok', f'{layout}; splits and places are checked when it is converted')], needs.get('tiles', 0)
-    table = pd.read_parquet(path/'metadata.parquet', columns=['patch_id', 's1_name', 'split', 'contains_seasonal_snow', 'contains_cloud_or_shadow'])
+    table = pd.read_parquet(path/'metadata.parquet', columns=['patch_id', 's1_name', 'split', 'contains_seasonal_snow',
+                                                              'contains_cloud_or_shadow'])
     table = table[~(table.contains_seasonal_snow | table.contains_cloud_or_shadow)]
     where = places_of(table)
     some = table.iloc[np.unique(np.linspace(0, len(table) - 1, sample).astype(int))]
@@ -468,7 +477,8 @@ def check_data(
     found = [Finding('data', 'ok', f'BigEarthNet v2: {len(table):,} patches without snow and cloud ({splits})')]
     if absent:
         found.append(Finding('data', 'missing', f'{len(absent)} of {len(some)} patches looked for have no folder, e.g. {absent[0]}: unpack all archives.'))
-    return [*found, check_leakage(where.grid + '_' + where.row.astype(str) + '_' + where.column.astype(str), table.split)], len(table)
+    return [*found, check_leakage(where.grid + '_' + where.row.astype(str) + '_' + where.column.astype(str),
+                                  table.split)], len(table)
 
 # %% ../nbs/14_efficiency.ipynb #ef000050
 def bytes_per_tile(
@@ -511,11 +521,13 @@ def forecast(
     rows.append(dict(notebook='02_tiles', work='store', tiles=n, gflop=0., hours=0., gb=n*(sizes['s1'] + sizes['s2'])/1e9))
     if v := given.get('07_stage1'):
         cost = generation_flops(v['name'], side)
-        row('07_stage1', f'{v["timesteps"]} steps', n, cost['tokens'] + v['n_samples']*foundations.steps_run(v['timesteps'])*cost['step'], 'opt_v1')
+        row('07_stage1', f'{v["timesteps"]} steps', n,
+            cost['tokens'] + v['n_samples']*foundations.steps_run(v['timesteps'])*cost['step'], 'opt_v1')
     for number, stage, key, array in ((2, '08_stage2', 'backbone', 'opt_v2'), (3, '09_stage3', 'name', 'opt_v3')):
         if not (v := given.get(stage)): continue
         passes = v['steps']*v['batch_size']*v['grad_accum_steps'] or v['epochs']*min(v['pairs'], train*n)
-        row(stage, f'{v["steps"]} steps' if v['steps'] else f'{v["epochs"]:g} epochs', passes, training_flops(number, v[key], side), array)
+        row(stage, f'{v["steps"]} steps' if v['steps'] else f'{v["epochs"]:g} epochs', passes,
+            training_flops(number, v[key], side), array)
     return pd.DataFrame(rows)
 
 # %% ../nbs/14_efficiency.ipynb #ef000053
@@ -540,11 +552,14 @@ def check_machine(needs:dict) -> list[Finding]:
         return [*found, Finding('card', 'missing', text)]
     card, size = torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory/1e9
     enough = size >= .95*needs['gpu_gb']
-    return [*found, Finding('card', 'ok' if enough else 'missing', f'{card}, {size:.0f} GB, {needs["gpu_gb"]} GB asked for; {_driver()}')]
+    return [*found, Finding('card', 'ok' if enough else 'missing',
+                            f'{card}, {size:.0f} GB, {needs["gpu_gb"]} GB asked for; {_driver()}')]
 
 def _driver() -> str:
     "What the NVIDIA driver says of itself."
-    try: done = subprocess.run(['nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader'], capture_output=True, text=True, timeout=20)
+    try:
+        done = subprocess.run(['nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader'], capture_output=True,
+                              text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired): return ''
     return f'driver {done.stdout.split()[0]}' if done.returncode == 0 and done.stdout.strip() else ''
 

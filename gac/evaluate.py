@@ -25,8 +25,10 @@ from .baselines import MeanBy, PixelRegression, REGRESSIONS, Recalibration, UNET
 from .study import GacError, OPT_BANDS
 
 # %% ../nbs/10_evaluate.ipynb #06f89c30
-STAGES = {'Stage 1': 'opt_v1', 'Stage 1+2': 'opt_v2', 'Stage 1+3': 'opt_v3_no2', 'Stage 1+2+3': 'opt_v3'}  # method -> array on the shelf
-STEPS = {'1→2': ('Stage 1', 'Stage 1+2'), '2→3': ('Stage 1+2', 'Stage 1+2+3'), '1→3': ('Stage 1', 'Stage 1+3'), '1→2→3': ('Stage 1', 'Stage 1+2+3')}
+# method -> array on the shelf
+STAGES = {'Stage 1': 'opt_v1', 'Stage 1+2': 'opt_v2', 'Stage 1+3': 'opt_v3_no2', 'Stage 1+2+3': 'opt_v3'}
+STEPS = {'1→2': ('Stage 1', 'Stage 1+2'), '2→3': ('Stage 1+2', 'Stage 1+2+3'), '1→3': ('Stage 1', 'Stage 1+3'),
+         '1→2→3': ('Stage 1', 'Stage 1+2+3')}
 
 def results(
     measured:pd.DataFrame, # from stage1.measure
@@ -68,7 +70,8 @@ def ranking(
     own, table = table.loc['truth'], table.drop(index='truth')
     out = table[['sar_edge', 'sar_edge_gap', 'sar_edge_gap_lo', 'sar_edge_gap_hi', 'edge_recall', 'hallucination']].assign(
         sar_edge_truth=own.sar_edge, edge_recall_truth=own.edge_recall, rank=table.sar_edge_gap.rank(method='min').astype(int),
-        rank_raw=table.sar_edge.rank(method='min').astype(int), rank_psnr=table.psnr.rank(ascending=False, method='min').astype(int))
+        rank_raw=table.sar_edge.rank(method='min').astype(int),
+        rank_psnr=table.psnr.rank(ascending=False, method='min').astype(int))
     return out.reset_index().assign(data=data)[['data', 'method', 'rank', 'sar_edge_gap', 'sar_edge_gap_lo', 'sar_edge_gap_hi',
         'sar_edge', 'sar_edge_truth', 'edge_recall', 'edge_recall_truth', 'hallucination', 'rank_raw', 'rank_psnr']]
 
@@ -79,7 +82,8 @@ def band_table(
 ) -> pd.DataFrame: # data, method, band, a column per measure
     "Means by band."
     means = measured.drop(columns='scene').drop(index='truth', level='method', errors='ignore').groupby(level='method', sort=False).mean()
-    return pd.DataFrame([dict(data=data, method=m, band=b) | {c: means.loc[m, f'{c}_{b}'] for c in columns} for m in means.index for b in OPT_BANDS])
+    return pd.DataFrame([dict(data=data, method=m, band=b) | {c: means.loc[m, f'{c}_{b}'] for c in columns} for m in means.index
+                         for b in OPT_BANDS])
 
 # %% ../nbs/10_evaluate.ipynb #0bd728dd
 def spread(
@@ -111,8 +115,10 @@ def grounder(
     model = stage3.load_stage3(folder)
     if model.radar == product: return model
     other = stage3.build_stage3_model(**model.config | dict(radar=product))
-    learned = {k: v for k, v in model.state_dict().items() if 'lora_' in k or not k.startswith('generator.')}  # the rest is pretrained
-    if other.load_state_dict(learned, strict=False).unexpected_keys: raise GacError(f'{folder} does not fit a model that reads {product}.')
+    # the rest is pretrained
+    learned = {k: v for k, v in model.state_dict().items() if 'lora_' in k or not k.startswith('generator.')}
+    if other.load_state_dict(learned, strict=False).unexpected_keys:
+        raise GacError(f'{folder} does not fit a model that reads {product}.')
     return other.eval()
 
 def stage_methods(
@@ -130,10 +136,13 @@ def stage_methods(
         array = STAGES[name]
         if array in place.arrays: made[name], rows = stage1.stored(place, array), rows[place.written(array)[rows]]
         elif folder: made[name] = remembered(build(folder))
-    add('Stage 1+2', there('stage2', stage2.HEAD_FILE) and run.dir/'stage2', lambda f: stage2.refined(stage2.load_stage2(f), made['Stage 1']))
-    add('Stage 1+3', there('stage3_no2', stage3.HEAD_FILE) and run.dir/'stage3_no2', lambda f: stage3.grounded(grounder(f, product), made['Stage 1']))
+    add('Stage 1+2', there('stage2', stage2.HEAD_FILE) and run.dir/'stage2',
+        lambda f: stage2.refined(stage2.load_stage2(f), made['Stage 1']))
+    add('Stage 1+3', there('stage3_no2', stage3.HEAD_FILE) and run.dir/'stage3_no2',
+        lambda f: stage3.grounded(grounder(f, product), made['Stage 1']))
     if 'Stage 1+2' in made:
-        add('Stage 1+2+3', there('stage3', stage3.HEAD_FILE) and run.dir/'stage3', lambda f: stage3.grounded(grounder(f, product), made['Stage 1+2']))
+        add('Stage 1+2+3', there('stage3', stage3.HEAD_FILE) and run.dir/'stage3',
+            lambda f: stage3.grounded(grounder(f, product), made['Stage 1+2']))
     return made, rows
 
 def unet_methods(
@@ -143,7 +152,8 @@ def unet_methods(
 ) -> dict: # name of UNETS -> method
     "Every U-Net the run has trained. They know one radar product."
     folders = {k: run.dir/'unets'/baselines.slug(k) for k in UNETS} if product == 'S1GRD' else {}
-    return {k: remembered(baselines.painted(baselines.load_unet(f)[0], v1)) for k, f in folders.items() if (f/baselines.FILE).exists()}
+    return {k: remembered(baselines.painted(baselines.load_unet(f)[0], v1)) for k, f in folders.items()
+            if (f/baselines.FILE).exists()}
 
 def with_product(
     batch:dict, # procedural tiles as of stage1.read_tiles
@@ -195,11 +205,14 @@ def measure_all(
     below, recalibration, n = fitted
     below = below | {'Stage 1, recalibrated': lambda batch: recalibration.apply(stages['Stage 1'](batch))}
     nets = unet_methods(run, stages['Stage 1'], store.attrs.get('s1_product', 'S1GRD'))
-    if not nets: run.missing(f'U-Nets on {store.path.name}', 'none was trained in this run, or the tiles have another radar product than the pairs')
+    if not nets:
+        run.missing(f'U-Nets on {store.path.name}',
+                    'none was trained in this run, or the tiles have another radar product than the pairs')
     methods = {'truth': lambda batch: batch['truth']}
     if decoding != stage1.SPEC: methods[f'Stage 1 as TerraMind: {stage1.SPEC}'] = stage1.drawn(model, stage1.SPEC, run.seed)
     if store.arrays['s2'].shape[1] == len(study.S2_BANDS): methods['tokenizer round trip'] = round_trip(model, decoding, run.seed)
-    else: run.missing('tokenizer round trip', f'{store.path.name} holds {store.arrays["s2"].shape[1]} Sentinel-2 bands, the tokenizer reads all 12')
+    else:
+        run.missing('tokenizer round trip', f'{store.path.name} holds {store.arrays["s2"].shape[1]} Sentinel-2 bands, the tokenizer reads all 12')
     measured = stage1.measure(store, rows, below | nets | stages | methods, batch_size, lpips, per_band=True)
     return measured, dict.fromkeys(below, n) | pairs_of(run, [*stages, *nets])
 
@@ -208,7 +221,8 @@ def pairs_of(
     stages, # names of STAGES and UNETS
 ) -> dict: # name -> training pairs
     "On how many pairs the stages of a run were trained."
-    read = {'Stage 1+2': ('stage2', stage2.read_stage2), 'Stage 1+3': ('stage3_no2', stage3.read_stage3), 'Stage 1+2+3': ('stage3', stage3.read_stage3)}
+    read = {'Stage 1+2': ('stage2', stage2.read_stage2), 'Stage 1+3': ('stage3_no2', stage3.read_stage3),
+            'Stage 1+2+3': ('stage3', stage3.read_stage3)}
     read |= {k: (f'unets/{baselines.slug(k)}', baselines.load_unet) for k in UNETS}
     cards = {s: read[s][1](run.dir/read[s][0])[1] for s in stages if s in read and (run.dir/read[s][0]).exists()}
     return {s: int(card.get('pairs', 0)) for s, card in cards.items()}
@@ -240,8 +254,10 @@ def brief_recipe(
 ) -> Recipe:
     "A few steps of the miniatures: enough to run, not to learn."
     both = asdict(training.Settings(lr=1e-3, **BRIEF | settings))
-    return Recipe(dict(backbone='prithvi_mini'), both | dict(monitor='val_psnr', mode='max'), {}, dict(name='terramind_mini_generate'), both | dict(monitor='val_monitor'), {},
-                  dict(frozen=1., crop=48, augment='none', select='gap', strength=True), pairs, crop=48, val_tiles=2, unet=baselines.brief_unet(pairs))
+    return Recipe(dict(backbone='prithvi_mini'), both | dict(monitor='val_psnr', mode='max'), {},
+                  dict(name='terramind_mini_generate'), both | dict(monitor='val_monitor'), {},
+                  dict(frozen=1., crop=48, augment='none', select='gap', strength=True), pairs, crop=48, val_tiles=2,
+                  unet=baselines.brief_unet(pairs))
 
 def recipe_of(
     run, # study.Run
@@ -250,7 +266,8 @@ def recipe_of(
     card, made = stage2.read_stage2(run.dir/'stage2')[1], study._read_json(run.dir/'stage3'/'made.json')
     lies, val = (made['train'][3], made['val'][0]) if made['val'] else (made['train'][3], 0)
     return Recipe(card['params'], card['settings'], card['loss'], made['model'], made['settings'], made['loss'],
-                  {k: made[k] for k in ('frozen', 'crop', 'augment', 'select', 'strength') if k in made}, int(card['pairs']), int(card.get('crop', 64)), val, lies, unet_recipe(run))
+                  {k: made[k] for k in ('frozen', 'crop', 'augment', 'select', 'strength') if k in made}, int(card['pairs']),
+                  int(card.get('crop', 64)), val, lies, unet_recipe(run))
 
 def unet_recipe(run) -> baselines.UNetRecipe|None: # study.Run
     "How the U-Nets of a run were trained."
@@ -271,7 +288,8 @@ def fit_stage2(
     refiner = stage2.build_prithvi_refiner(**recipe.refiner | dict(seed=seed) | changes)
     train = stage2.Pairs(store, store.rows('train')[:recipe.pairs], images, recipe.crop)
     val = stage2.Pairs(store, store.rows('val')[:recipe.val_tiles], images)
-    stage2.train_stage2(refiner, train, val, _settings(recipe.settings2, seed), out_dir, stage2.Stage2Loss(**recipe.loss2), overwrite=True, every=0)
+    stage2.train_stage2(refiner, train, val, _settings(recipe.settings2, seed), out_dir, stage2.Stage2Loss(**recipe.loss2),
+                        overwrite=True, every=0)
     return remembered(stage2.refined(refiner, images))
 
 def fit_stage3(
@@ -286,7 +304,8 @@ def fit_stage3(
     model = stage3.build_stage3_model(**recipe.grounding | dict(seed=seed) | changes)
     train = stage3.Triples(store, store.rows('train')[:recipe.pairs], images, recipe.lies, seed)
     val = stage3.Triples(store, store.rows('val')[:recipe.val_tiles], images)
-    stage3.train_stage3(model, train, val, _settings(recipe.settings3, seed), out_dir, stage3.Stage3Loss(**recipe.loss3), **recipe.how3, overwrite=True, every=0)
+    stage3.train_stage3(model, train, val, _settings(recipe.settings3, seed), out_dir, stage3.Stage3Loss(**recipe.loss3),
+                        **recipe.how3, overwrite=True, every=0)
     return remembered(stage3.grounded(model, images))
 
 def fit_chain(
@@ -334,7 +353,8 @@ def random_stage1(
 ) -> Callable: # method
     "Stage 1 of a generator that has learned nothing."
     name, _, _ = stage1.chosen(run)
-    with training.seeded(seed, 1): model = stage1.build_terramind_generator((store.attrs.get('s1_product', 'S1GRD'),), pretrained=False, name=name)
+    with training.seeded(seed, 1):
+        model = stage1.build_terramind_generator((store.attrs.get('s1_product', 'S1GRD'),), pretrained=False, name=name)
     return remembered(stage1.drawn(model, searched(model, store, rows, seed), seed))
 
 def variant_methods(
@@ -349,24 +369,28 @@ def variant_methods(
     if variant not in VARIANTS: raise GacError(f'variant {variant!r}: expected one of {", ".join(VARIANTS)}.')
     out_dir, known = Path(out_dir), variant != 'random'
     if variant in UNETS: return dict(opt_v3=unet_variant(run, store, variant, recipe, out_dir, seed))
-    if variant == 'pretrained' and seed == run.seed and (run.dir/'stage3'/stage3.HEAD_FILE).exists() and recipe == recipe_of(run):  # the chain of the run itself
+    # the chain of the run itself
+    if variant == 'pretrained' and seed == run.seed and (run.dir/'stage3'/stage3.HEAD_FILE).exists() and recipe == recipe_of(run):
         stages = stage_methods(run, store, store.rows('test'))[0]
         if set(STAGES) - {'Stage 1+3'} <= set(stages): return {STAGES[k]: f for k, f in stages.items() if k != 'Stage 1+3'}
     if variant == 'pixel head on S1 alone':
         mean = MeanBy().fit(stage1.read_tiles(store, store.rows('train')[:recipe.pairs])).predict
         return dict(opt_v3=fit_stage3(store, mean, replace(recipe, lies=0.), out_dir/'stage3_s1', seed, see=False, lora_r=0))
-    v1 = stage1.images_of(run, store, store.rows('train')[:1])[0] if known else random_stage1(run, store, store.rows('val')[:recipe.val_tiles], seed)
+    v1 = (stage1.images_of(run, store, store.rows('train')[:1])[0] if known
+          else random_stage1(run, store, store.rows('val')[:recipe.val_tiles], seed))
     v2 = fit_stage2(store, v1, recipe, out_dir/('stage2' if known else 'stage2_random'), seed, pretrained=known)
     if variant == 'head without TerraMind features':
         return dict(opt_v3=fit_stage3(store, v2, recipe, out_dir/'stage3_blind', seed, see=False, lora_r=0))
-    return dict(opt_v1=v1, opt_v2=v2, opt_v3=fit_stage3(store, v2, recipe, out_dir/('stage3' if known else 'stage3_random'), seed, pretrained=known))
+    return dict(opt_v1=v1, opt_v2=v2, opt_v3=fit_stage3(store, v2, recipe, out_dir/('stage3' if known else 'stage3_random'), seed,
+                                                        pretrained=known))
 
 def unet_variant(run, store, variant, recipe, out_dir, seed:int=0) -> Callable: # as for variant_methods; method: tiles -> (n, 4, H, W) reflectance
     "A U-Net of the comparison: that of the run where it is the same one, else trained."
     if recipe.unet is None: raise GacError('This run has no recipe for a U-Net: run 10_baselines first.')
     v1 = stage1.images_of(run, store, store.rows('train')[:1])[0]
     own = seed == run.seed and recipe.unet == unet_recipe(run) and variant in unet_methods(run, v1)
-    return unet_methods(run, v1)[variant] if own else remembered(baselines.fit_unet(store, v1, variant, recipe.unet, Path(out_dir)/baselines.slug(variant), seed))
+    return (unet_methods(run, v1)[variant] if own
+            else remembered(baselines.fit_unet(store, v1, variant, recipe.unet, Path(out_dir)/baselines.slug(variant), seed)))
 
 def further(
     run, # study.Run
@@ -394,7 +418,8 @@ def knowledge(
     for n in pairs:
         for seed in seeds:
             for variant in variants:
-                made = dict(recipe=asdict(recipe.only(n)), seed=seed, variant=variant, tiles=store.table.id.iloc[rows].tolist(), weights=known_weights(run))
+                made = dict(recipe=asdict(recipe.only(n)), seed=seed, variant=variant, tiles=store.table.id.iloc[rows].tolist(),
+                            weights=known_weights(run))
                 mark = hashlib.sha256(json.dumps(made, sort_keys=True, default=str).encode()).hexdigest()[:12]
                 file = run.dir/'knowledge'/f'{n}-{seed}-{variant.replace(" ", "_")}-{mark}.csv'
                 if not file.exists():
@@ -420,11 +445,13 @@ def rivals(
 ) -> tuple: # rows as of gains, the chain over every U-Net; what the PSNRs of the world say, in words
     "Whether a U-Net beats the chain."
     chain, there = 'Stage 1+2+3', measured.index.unique('method')
-    table = gains(measured, data, {f'{u} → {chain}': (u, chain) for u in UNETS if {u, chain} <= set(there)}, ('psnr', 'ssim', *metrics.SAR_MEASURES), seed, seeds)
+    table = gains(measured, data, {f'{u} → {chain}': (u, chain) for u in UNETS if {u, chain} <= set(there)},
+                  ('psnr', 'ssim', *metrics.SAR_MEASURES), seed, seeds)
     if not len(table): return table, 'No U-Net stands beside the chain.'
     psnr = table[table.metric == 'psnr']
     verdict = ['beats' if lo > 0 else 'loses to' if hi < 0 else 'is as good as' for lo, hi in zip(psnr.lo, psnr.hi)]
-    said = [f'{v} the {s.split(" → ")[0]} ({g:+.2f} dB [{lo:+.2f}, {hi:+.2f}])' for v, s, g, lo, hi in zip(verdict, psnr.step, psnr.gain, psnr.lo, psnr.hi)]
+    said = [f'{v} the {s.split(" → ")[0]} ({g:+.2f} dB [{lo:+.2f}, {hi:+.2f}])'
+            for v, s, g, lo, hi in zip(verdict, psnr.step, psnr.gain, psnr.lo, psnr.hi)]
     return table, f'In PSNR the chain {", ".join(said)}.'
 
 def knowledge_table(
@@ -449,7 +476,8 @@ def knowledge_gains(
         old, new = new.droplevel([0, 1, 2]), mean.loc[(n, 'pretrained', output)]
         for m in columns:
             gain, lo, hi = metrics.paired_gain(new[m], old[m].reindex(new.index), m, scenes=scene.loc[new.index], seed=seed)
-            rows.append(dict(pairs=n, output=output, step=f'{variant} → pretrained', metric=m, gain=gain, lo=lo, hi=hi, n_scenes=scene.loc[new.index].nunique(),
+            rows.append(dict(pairs=n, output=output, step=f'{variant} → pretrained', metric=m, gain=gain, lo=lo, hi=hi,
+                             n_scenes=scene.loc[new.index].nunique(),
                              seeds=measured.seed.nunique()))
     return pd.DataFrame(rows, columns=['pairs', 'output', 'step', 'metric', 'gain', 'lo', 'hi', 'n_scenes', 'seeds'])
 
@@ -495,16 +523,22 @@ def run_evaluate(
     place = stage1.companion(store, stage1_dir) if stage1_dir and Path(stage1_dir).resolve() != store.path.resolve() else store
     product, rows = store.attrs.get('s1_product', 'S1GRD'), store.rows(split) if len(store.rows(split)) else store.rows()
     if 'opt_v1' in place.arrays: v1, rows = stage1.stored(place), rows[place.written('opt_v1')[rows]]
-    else: v1 = remembered(stage1.drawn(stage1.build_terramind_generator((product,), name=name, weights=weights), stage1.Decoding(1, 'expected'), seed))
-    if not len(rows): raise GacError(f'{place.path} has opt_v1 of none of the tiles to measure: run gac precompute, or leave --stage1-dir out.')
+    else:
+        v1 = remembered(stage1.drawn(stage1.build_terramind_generator((product,), name=name, weights=weights),
+                                     stage1.Decoding(1, 'expected'), seed))
+    if not len(rows):
+        raise GacError(f'{place.path} has opt_v1 of none of the tiles to measure: run gac precompute, or leave --stage1-dir out.')
     methods = {'Stage 1': v1}
     if stage2_checkpoint: methods['Stage 1+2'] = remembered(stage2.refined(stage2.load_stage2(stage2_checkpoint), v1))
-    if stage3_checkpoint: methods['Stage 1+2+3' if stage2_checkpoint else 'Stage 1+3'] = stage3.grounded(grounder(stage3_checkpoint, product), list(methods.values())[-1])
+    if stage3_checkpoint:
+        methods['Stage 1+2+3' if stage2_checkpoint
+                else 'Stage 1+3'] = stage3.grounded(grounder(stage3_checkpoint, product), list(methods.values())[-1])
     measured = stage1.measure(store, spread(rows, max_tiles), methods, batch_size, metrics.LPIPS(lpips_weights))
     label = 'world' if store.attrs.get('source') == 'world' else f'real: {Path(data_dir).name}'
     steps = {k: v for k, v in STEPS.items() if set(v) <= methods.keys()}
     table = results(measured, label, {}, seed)
-    for what, rows_ in dict(tiles=measured.reset_index(), results=table, stage_gains=gains(measured, label, steps, seed=seed)).items():
+    for what, rows_ in dict(tiles=measured.reset_index(), results=table,
+                            stage_gains=gains(measured, label, steps, seed=seed)).items():
         study._write(output_dir/f'{what}.csv', rows_.to_csv(index=False, lineterminator='\n'))
     if save_visualizations: save_panels(store, measured, methods, output_dir/'panels.png')
     return table

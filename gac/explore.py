@@ -26,12 +26,15 @@ class Explorer:
     ):
         import ipywidgets as widgets  # here, so that a notebook's first line does not wait for it
         self.draw, self.about = draw, about
-        self.controls = {name: c if isinstance(c, widgets.Widget) else widgets.interactive.widget_from_abbrev(c) for name, c in controls.items()}
+        self.controls = {name: c if isinstance(c, widgets.Widget) else widgets.interactive.widget_from_abbrev(c)
+                         for name, c in controls.items()}
         for name, c in self.controls.items():
             if hasattr(c, 'description'): c.description = name.replace('_', ' ')
             c.observe(lambda _: self.redraw(), 'value')
         self.image = widgets.Image(format='png', layout=widgets.Layout(max_width='100%', align_self='flex-start'))
-        named = [widgets.HBox([widgets.Label(c.description), c]) if isinstance(c, widgets.Play) else c for c in self.controls.values()]  # play shows no name
+        # play shows no name
+        named = [widgets.HBox([widgets.Label(c.description), c]) if isinstance(c, widgets.Play) else c
+                 for c in self.controls.values()]
         self.box = widgets.VBox([widgets.HBox(named, layout=widgets.Layout(flex_flow='row wrap')), self.image])
         self.redraw()
 
@@ -71,7 +74,8 @@ def _refusal(control, value) -> str: # an ipywidgets widget
     return '' if isinstance(value, type(control.value)) else f'a {type(control.value).__name__}'
 
 # %% ../nbs/explore.ipynb #6edd0a39
-LOOKS = {'true colour': ('B04', 'B03', 'B02'), 'false colour': ('B08', 'B04', 'B03'), 'short-wave infrared': ('B12', 'B8A', 'B04')}
+LOOKS = {'true colour': ('B04', 'B03', 'B02'), 'false colour': ('B08', 'B04', 'B03'),
+         'short-wave infrared': ('B12', 'B8A', 'B04')}
 WHITES = {'99 % of the truth': 0., '0.1': .1, '0.3': .3, '0.6': .6}  # reflectance shown as white
 ERROR_TOP = .1  # reflectance, the end of every error map's scale
 
@@ -94,7 +98,8 @@ def tile_browser(
     looks, order = {k: b for k, b in LOOKS.items() if set(b) <= set(bands)} | {b: (b,) for b in bands}, list(bands)
 
     def side(images, title, at, white): # (H, W, 3) of one image
-        if title in errors: return plt.get_cmap('magma')(np.abs(images[errors[title]] - images[truth])[at].mean(0)/ERROR_TOP)[..., :3]
+        if title in errors:
+            return plt.get_cmap('magma')(np.abs(images[errors[title]] - images[truth])[at].mean(0)/ERROR_TOP)[..., :3]
         x = images[title]
         return np.broadcast_to(np.clip(x[at]/white, 0, 1).transpose(1, 2, 0), (*x.shape[1:], 3)) if title in measured else x
 
@@ -110,7 +115,8 @@ def tile_browser(
         ax.set_title(left, loc='left')
         ax.set_title(right, loc='right')
         ax.set(xlabel='m', ylabel='m', xlim=extent[:2], ylim=extent[2:])
-        bar = lambda cmap, top, label: fig.colorbar(plt.cm.ScalarMappable(plt.Normalize(0, top), cmap), ax=ax, shrink=.7, extend='max', label=label)
+        bar = lambda cmap, top, label: fig.colorbar(plt.cm.ScalarMappable(plt.Normalize(0, top), cmap), ax=ax, shrink=.7,
+                                                    extend='max', label=label)
         if {left, right} & set(errors): bar('magma', ERROR_TOP, f'mean absolute error of {", ".join(looks[bands])}, reflectance')
         if {left, right} & set(measured): bar('gray', white, f'{", ".join(looks[bands])}, reflectance')
         return fig
@@ -118,7 +124,8 @@ def tile_browser(
     choice = [*first, *errors]
     return Explorer(draw, 'Images of a tile, one swiped over another', tile=widgets.SelectionSlider(options=list(ids)),
                     left=widgets.Dropdown(options=choice, value=left), right=widgets.Dropdown(options=choice, value=truth),
-                    line=widgets.FloatSlider(.5, min=0, max=1, step=.02, readout=False), bands=list(looks), white=list(WHITES.items()))
+                    line=widgets.FloatSlider(.5, min=0, max=1, step=.02, readout=False), bands=list(looks),
+                    white=list(WHITES.items()))
 
 # %% ../nbs/explore.ipynb #76f6e21e
 def read_curves(
@@ -152,15 +159,18 @@ def training_monitor(
         for k, (part, look) in enumerate({'train': 'o-', 'val': 's--'}.items()):
             if (name := f'{part}_{curve}') in rows:
                 known = rows.dropna(subset=name)
-                a.plot(known.step, known[name], look, ms=3, color=study.COLOURS[k], label={'train': 'training', 'val': 'validation'}[part])
+                a.plot(known.step, known[name], look, ms=3, color=study.COLOURS[k],
+                       label={'train': 'training', 'val': 'validation'}[part])
         if a.lines: a.legend()
         else: a.text(.5, .5, f'{training} has no {curve}', ha='center', transform=a.transAxes)
-        a.set(title=training, xlabel='step', ylabel=curve + ', dB'*(curve.startswith('psnr')), yscale='symlog' if log_scale else 'linear')
+        a.set(title=training, xlabel='step', ylabel=curve + ', dB'*(curve.startswith('psnr')),
+              yscale='symlog' if log_scale else 'linear')
         b.plot(rows.step, rows.lr, color=study.COLOURS[2])
         b.set(title='learning rate', xlabel='step')
         return fig
 
-    return Explorer(draw, 'Curves of the trainings', training=widgets.Dropdown(options=list(curves), value=next((k for k in curves if k.startswith(first)), next(iter(curves)))), curve=names, log_scale=False,
+    return Explorer(draw, 'Curves of the trainings',
+                    training=widgets.Dropdown(options=list(curves), value=next((k for k in curves if k.startswith(first)), next(iter(curves)))), curve=names, log_scale=False,
                     refresh=widgets.Play(interval=int(1000*seconds), max=10**9, show_repeat=False))
 
 # %% ../nbs/explore.ipynb #b7f7e66a

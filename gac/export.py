@@ -76,7 +76,8 @@ def style(
     kind = 'multibandcolor' if len(shown) > 1 else 'singlebandgray'
     bands = ' '.join(f'{c}Band="{i}"' for c, i in shown.items())
     stretch = (f'<minValue>{low:.4g}</minValue><maxValue>{max(high, low + 1e-4):.4g}</maxValue><algorithm>StretchToMinimumMaximum</algorithm>')
-    each = ''.join(f'<{c}>{stretch}</{c}>' for c in ([f'{c}ContrastEnhancement' for c in shown] if len(shown) > 1 else ['contrastEnhancement']))
+    each = ''.join(f'<{c}>{stretch}</{c}>' for c in ([f'{c}ContrastEnhancement' for c in shown] if len(shown) > 1
+                                                     else ['contrastEnhancement']))
     return (f'<!DOCTYPE qgis PUBLIC "http://mrcc.com/qgis.dtd" "SYSTEM">\n<qgis version="3.22" styleCategories="Symbology"><pipe>'
             f'<rasterrenderer type="{kind}" {bands} alphaBand="-1" opacity="1"><rasterTransparency/>'
             f'<minMaxOrigin><limits>None</limits></minMaxOrigin>{each}</rasterrenderer></pipe></qgis>\n')
@@ -108,7 +109,8 @@ def _as_cog(
         rasterio.shutil.copy(source, tmp, driver='COG', compress='DEFLATE', predictor='YES', blocksize=side,
                              overview_resampling='AVERAGE', statistics='YES', bigtiff='IF_SAFER')
         with rasterio.open(tiles.check_whole(tmp)) as f: shown = style(f, layer)
-        with study.replacing(path.with_suffix('.qml'), tmp.with_suffix('.qml')) as partly: partly.write_text(shown, encoding='utf-8')
+        with study.replacing(path.with_suffix('.qml'), tmp.with_suffix('.qml')) as partly:
+            partly.write_text(shown, encoding='utf-8')
         os.replace(tmp, path)
     except Exception as e:  # GDAL's own errors have no common class that is public
         if not path.exists(): path.with_suffix('.qml').unlink(missing_ok=True)
@@ -149,7 +151,8 @@ def cog_faults(
         heads, first = ([item(name, k) for k in order] for name in ('IFD_OFFSET', 'BLOCK_OFFSET_0_0'))
     if heads != sorted(heads): faults.append('directories are out of order')
     if max(heads) > min(v for v in first if v): faults.append('pixels come before a directory')
-    if [v for v in first if v] != sorted((v for v in first if v), reverse=True): faults.append('large pictures come before small ones')
+    if [v for v in first if v] != sorted((v for v in first if v), reverse=True):
+        faults.append('large pictures come before small ones')
     return faults
 
 # %% ../nbs/10_export.ipynb #73a0d290
@@ -182,7 +185,8 @@ def provenance_tags(
     if not steps: return tags
     weights = {k: v for s in steps if isinstance(s.get('weights'), dict) for k, v in s['weights'].items()}
     trained = ' > '.join(s['trained'] for s in steps if 'trained' in s)
-    return tags | dict(GAC_MODEL=' > '.join(map(_model, steps)), GAC_WEIGHTS=json.dumps(weights, sort_keys=True) if weights else 'random',
+    return tags | dict(GAC_MODEL=' > '.join(map(_model, steps)), GAC_WEIGHTS=json.dumps(weights, sort_keys=True) if weights
+                       else 'random',
                        GAC_TRAINED=trained, GAC_SEED=str(steps[0].get('seed', '')), GAC_DECODING=_decoding(steps[0]),
                        GAC_PROVENANCE=json.dumps(steps, sort_keys=True))
 
@@ -199,7 +203,8 @@ def tile_tags(
 
 # %% ../nbs/10_export.ipynb #39e007ed
 PRODUCTS = ('s1', 'opt_v1', 'opt_v2', 'opt_v3', 'truth', 'error')
-RESERVED = {'con', 'prn', 'aux', 'nul', *(f'{p}{i}' for p in ('com', 'lpt') for i in range(1, 10))}  # no names of files on Windows
+# no names of files on Windows
+RESERVED = {'con', 'prn', 'aux', 'nul', *(f'{p}{i}' for p in ('com', 'lpt') for i in range(1, 10))}
 
 def _file_name(tile:str) -> str:
     "The name of a tile's file; an id that could lead elsewhere is refused."
@@ -315,7 +320,8 @@ def _chosen(store, ids, split:str, max_tiles:int) -> np.ndarray: # positions
     rows, known = store.rows(split or None), store.table.id
     if ids:
         lacks = sorted(set(ids) - set(known))
-        if lacks: raise GacError(f'{store.path} has no tile {lacks[0]}{f" and {len(lacks) - 1} more" if lacks[1:] else ""} (--ids).')
+        if lacks:
+            raise GacError(f'{store.path} has no tile {lacks[0]}{f" and {len(lacks) - 1} more" if lacks[1:] else ""} (--ids).')
         rows = rows[known.iloc[rows].isin(set(ids)).to_numpy()]
     if not len(rows): raise GacError(f'{store.path} has no tile to export{f" in split {split}" if split else ""}.')
     folded = known.iloc[rows].str.lower()
@@ -333,7 +339,8 @@ def run_export(
     "What `gac export` does."
     writable(output_dir)
     store, _ = stage1.open_tiles(data_dir, output_dir if not (Path(data_dir)/'table.parquet').exists() else '')
-    folders = dict.fromkeys(str(d) for d in (stage1_dir, stage2_dir, stage3_dir) if d and Path(d).resolve() != store.path.resolve())
+    folders = dict.fromkeys(str(d) for d in (stage1_dir, stage2_dir, stage3_dir) if d
+                            and Path(d).resolve() != store.path.resolve())
     return export_tiles(store, output_dir, stages=list(folders), **options)
 
 # %% ../nbs/10_export.ipynb #7f17daf3
@@ -428,10 +435,12 @@ def _check_grid(f, path) -> None:
     "A map projection with pixels of 10 m, or what to do to get there."
     warp = 'gdalwarp -t_srs EPSG:326<zone> -tr 10 10 -r bilinear makes it so'
     if f.crs is None:
-        if f.gcps[0]: raise GacError(f'{path} is in radar geometry (ground control points): calibrate and terrain-correct it first, to 10 m in UTM.')
+        if f.gcps[0]:
+            raise GacError(f'{path} is in radar geometry (ground control points): calibrate and terrain-correct it first, to 10 m in UTM.')
         return
     a, b, _, d, e, _ = tuple(f.transform)[:6]
-    if not f.crs.is_projected: raise GacError(f'{path}: CRS {f.crs.to_string()} counts in degrees; expected metres, 10 m a pixel. {warp}.')
+    if not f.crs.is_projected:
+        raise GacError(f'{path}: CRS {f.crs.to_string()} counts in degrees; expected metres, 10 m a pixel. {warp}.')
     if b or d or not all(PIXEL[0] <= abs(v)*f.crs.linear_units_factor[1] <= PIXEL[1] for v in (a, e)):
         raise GacError(f'{path}: pixels of {abs(a):g} × {abs(e):g} m{" and a rotation" if b or d else ""}; the models know 10 m. {warp}.')
 
@@ -469,7 +478,8 @@ SAMPLES = 4  # windows each way the unit is told from
 def _samples(scene:Scene, side:int=120) -> list: # (2, h, w) each
     "Windows spread over a scene, those with data."
     at = lambda n: sorted({int(v) for v in np.linspace(0, max(n - side, 0), SAMPLES)})
-    some = [scene.raw(r, c, min(side, scene.height - r), min(side, scene.width - c)) for r in at(scene.height) for c in at(scene.width)]
+    some = [scene.raw(r, c, min(side, scene.height - r), min(side, scene.width - c)) for r in at(scene.height)
+            for c in at(scene.width)]
     return [s for s in some if np.isfinite(s).any()]
 
 # %% ../nbs/10_export.ipynb #30d4ccd7
@@ -482,7 +492,8 @@ class Tiling:
 
     def __post_init__(self):
         if not 8 <= self.tile <= 4096: raise GacError(f'tile size {self.tile}: expected 8 to 4096 px (--tile-size).')
-        if not 0 <= self.overlap <= self.tile//2: raise GacError(f'overlap {self.overlap}: expected 0 to half a tile, {self.tile//2} px (--overlap).')
+        if not 0 <= self.overlap <= self.tile//2:
+            raise GacError(f'overlap {self.overlap}: expected 0 to half a tile, {self.tile//2} px (--overlap).')
         if self.block < self.tile: raise GacError(f'block {self.block}: expected at least a tile, {self.tile} px (--block).')
 
     def starts(self, n:int) -> list[int]: # n: px of the scene, down or across
@@ -584,7 +595,8 @@ def _batch(scene:Scene, at:list, s1:list, tile:int, month:int, biome:int) -> dic
     "Tiles of a scene as the chain reads them."
     lon, lat = zip(*(scene.place_of(r, c, tile) for r, c in at))
     told = dict(lon=np.array(lon), lat=np.array(lat)) if scene.crs else {}
-    return dict(id=[f'{r},{c}' for r, c in at], s1=np.stack(s1), month=np.full(len(at), month), biome=np.full(len(at), biome), **told)
+    return dict(id=[f'{r},{c}' for r, c in at], s1=np.stack(s1), month=np.full(len(at), month), biome=np.full(len(at), biome),
+                **told)
 
 def draw_block(
     scene:Scene,
@@ -708,7 +720,8 @@ def infer_scene(
     if spread == 1: raise GacError('spread 1: a spread needs at least 2 generations (--uncertainty).')
     scene = open_scene(source, s1_units, s1_bands)
     month, biome = _months(scene, month, biome)
-    made = dict(scene=scene.mark, unit=scene.unit, bands=list(scene.bands), steps=chain.steps, tiling=asdict(tiling), month=month, biome=biome,
+    made = dict(scene=scene.mark, unit=scene.unit, bands=list(scene.bands), steps=chain.steps, tiling=asdict(tiling), month=month,
+                biome=biome,
                 spread=spread)
     tags = _scene_tags(scene, chain, made)
     writable(output.parent)
@@ -786,7 +799,8 @@ def scene_figure(scene:Scene, output:Path, side:int=700): # matplotlib Figure
     with _reading(output) as f: x = f.read(out_shape=(f.count, *shape), masked=True).astype('float32')*study.REFLECTANCE
     image, white = x.filled(np.nan), max(.1, float(np.nanquantile(x[:3].filled(np.nan), .99)))
     views = {'radar: VV, VH, VV − VH': stage1.s1_composite(np.nan_to_num(radar, nan=-30.)),
-             'true colour': stage1.picture(np.nan_to_num(image[:4]), white), 'near infrared': stage1.false_colour(np.nan_to_num(image[:4]))}
+             'true colour': stage1.picture(np.nan_to_num(image[:4]), white),
+             'near infrared': stage1.false_colour(np.nan_to_num(image[:4]))}
     n = len(views) + (len(image) > 4)
     fig, axes = plt.subplots(1, n, figsize=(3.1*n, 3.2*shape[0]/shape[1] + .4), dpi=64)
     for ax, (title, pixels) in zip(axes, views.items()): ax.imshow(pixels)
@@ -814,7 +828,8 @@ def infer_tiles(
     stages = ['opt_v1', 'opt_v2', 'opt_v3'][:len(chain.steps)] if len(chain.steps) > 1 else [chain.output]
     if chain.output not in stages: stages[-1] = chain.output
     for s in stages: _swept(writable(out/s))
-    tags = {s: provenance_tags(s, chain.steps[:i + 1]) | (dict(GAC_SPREAD=str(spread)) if s == chain.output else {}) for i, s in enumerate(stages)}
+    tags = {s: provenance_tags(s, chain.steps[:i + 1]) | (dict(GAC_SPREAD=str(spread)) if s == chain.output else {})
+            for i, s in enumerate(stages)}
     path = lambda r, s: out/s/_file_name(store.table.id.iloc[r])
     todo = [r for r in rows if any(_to_write(path(r, s), tags[s] | tile_tags(store.table.iloc[r]), overwrite) for s in stages)]
     parts, errors = [todo[i:i + batch_size] for i in range(0, len(todo), batch_size)], {}
@@ -834,7 +849,8 @@ def infer_tiles(
                 write_cog(path(r, s), x, layer, row.crs, row.transform, tags[s] | tile_tags(row))
     for tile, why in list(errors.items())[:10]: print(f'{tile} was left out: {why}', flush=True)
     if visualise: _panels(store, rows, {s: out/s for s in stages}, out/'panels.png')
-    return dict(tiles=len(rows), drawn=len(todo) - len(errors), skipped=len(rows) - len(todo), errors=len(errors), output=str(out))
+    return dict(tiles=len(rows), drawn=len(todo) - len(errors), skipped=len(rows) - len(todo), errors=len(errors),
+                output=str(out))
 
 def _panels(store, rows, folders:dict, path:Path, most:int=3) -> Path|None:
     "Radar, stages and truth of some tiles, from the files."
@@ -861,11 +877,13 @@ def infer(
     s1_units:str='auto', s1_bands=(), month:int=0, biome:int=0, # of a scene, see infer_scene
     split:str='', max_tiles:int=0, # of tiles, see infer_tiles
     timesteps:int=1, tokens:str='expected', clamp:str='pretraining', # how Stage 1 decodes
-    name:str='terramind_mini_generate', weights:str='', seed:int=0, batch_size:int=8, device:str='', overwrite:bool=False, # see Chain
+    name:str='terramind_mini_generate', weights:str='', seed:int=0, batch_size:int=8, device:str='',
+    overwrite:bool=False, # see Chain
 ) -> dict:
     "What `gac infer` does."
     source = Path(source)
-    if not source.exists(): raise GacError(f'{source}: there is nothing here. Give a Sentinel-1 GeoTIFF, a tile store, or tiles in a known layout.')
+    if not source.exists():
+        raise GacError(f'{source}: there is nothing here. Give a Sentinel-1 GeoTIFF, a tile store, or tiles in a known layout.')
     decoding = stage1.Decoding(timesteps, tokens, clamp)
     chain = lambda product: Chain(stage2_checkpoint, stage3_checkpoint, product, name, weights, decoding, seed, device)
     common = dict(spread=uncertainty, batch_size=batch_size, overwrite=overwrite, visualise=visualise)

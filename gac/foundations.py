@@ -81,7 +81,8 @@ def band_names(
 
 # %% ../nbs/04_foundations.ipynb #3bb8eade
 SIZE, PATCH = 120, 6  # pixels of a pretraining scene and of a token
-LEVELS = dict(s2l2a='8-6-5-5', lulc='5-5-5', ndvi='8-5-5')  # levels of each tokenizer's quantiser; their product is its vocabulary
+# levels of each tokenizer's quantiser; their product is its vocabulary
+LEVELS = dict(s2l2a='8-6-5-5', lulc='5-5-5', ndvi='8-5-5')
 KEYS = {m.lower(): MODALITIES[m][1] for m in ('S2L2A', 'LULC', 'NDVI')}  # tokenizer -> key of its tokens
 INPUTS = ['untok_sen1grd@224', 'untok_sen1rtc@224', 'untok_sen2l2a@224', 'untok_dem@224', *KEYS.values()]
 OUTPUTS = list(KEYS.values())
@@ -175,7 +176,8 @@ class Entry:
     @property
     def mini(self) -> bool: return not self.repo
     @property
-    def registry(self): return TERRATORCH_FULL_MODEL_REGISTRY if self.role in ('generate', 'tokenizer') else TERRATORCH_BACKBONE_REGISTRY
+    def registry(self):
+        return TERRATORCH_FULL_MODEL_REGISTRY if self.role in ('generate', 'tokenizer') else TERRATORCH_BACKBONE_REGISTRY
 
 ROLES = dict(generate='_generate', encoder='', tim='_tim')  # role -> what its name ends in
 
@@ -190,7 +192,8 @@ def _entries() -> Iterator[Entry]:
     for name, table in prithvi_vit.pretrained_weights.items():
         if name.startswith('prithvi_eo_v2'): yield hub(name, 'prithvi', table)
     for role, end in ROLES.items(): yield Entry(f'terramind_mini{end}', role, '', 'terramind_mini.safetensors')
-    for mod in LEVELS: yield Entry(f'terramind_mini_tokenizer_{mod}', 'tokenizer', '', f'terramind_mini_tokenizer_{mod}.safetensors')
+    for mod in LEVELS:
+        yield Entry(f'terramind_mini_tokenizer_{mod}', 'tokenizer', '', f'terramind_mini_tokenizer_{mod}.safetensors')
     yield Entry('prithvi_mini', 'prithvi', '', 'prithvi_mini.safetensors')
 
 MODELS = {e.name: e for e in _entries()}
@@ -233,7 +236,8 @@ def _register_tokenizer(mod:str) -> None:
 
 for mod in LEVELS: _register_tokenizer(mod)
 
-prithvi_vit.prithvi_cfgs['prithvi_mini'] = PRITHVI | dict(zip(('mean', 'std'), MINI_STATS['prithvi']), bands=prithvi_vit.PRETRAINED_BANDS)
+prithvi_vit.prithvi_cfgs['prithvi_mini'] = PRITHVI | dict(zip(('mean', 'std'), MINI_STATS['prithvi']),
+                                                          bands=prithvi_vit.PRETRAINED_BANDS)
 
 @TERRATORCH_BACKBONE_REGISTRY.register
 def prithvi_mini(pretrained:bool=False, weights:str='', bands:Sequence|None=None, **kw) -> PrithviViT:
@@ -298,7 +302,8 @@ def select_bands(
 def _part(name:str) -> str:
     "The part of a model a parameter belongs to."
     name = name.removeprefix('sampler.model.')
-    if name.startswith('tokenizer.'): return 'tokenizer ' + ('encoder' if '.encoder.' in name or '.quant_proj.' in name else 'decoder')
+    if name.startswith('tokenizer.'):
+        return 'tokenizer ' + ('encoder' if '.encoder.' in name or '.quant_proj.' in name else 'decoder')
     return 'decoder' if name.startswith(('decoder', 'mask_token')) else 'encoder'
 
 def _memory_mb(model:nn.Module, n:int) -> dict[str, float]:
@@ -316,7 +321,8 @@ def info(
     for k, p in model.named_parameters(): parts[_part(k)] = parts.get(_part(k), 0) + p.numel()
     n, trainable = sum(parts.values()), sum(p.numel() for p in model.parameters() if p.requires_grad)
     files = [dict(file=w.file, hub=w.repo or 'data/weights/mini') for w in needed_files(name, **kw)]
-    return dict(name=name, role=entry(name).role, cls=type(model).__name__, params=n, trainable=trainable, trainable_share=trainable/n,
+    return dict(name=name, role=entry(name).role, cls=type(model).__name__, params=n, trainable=trainable,
+                trainable_share=trainable/n,
                 parts=parts, memory_mb=_memory_mb(model, n), files=files)
 
 def describe(
@@ -325,7 +331,8 @@ def describe(
 ) -> str:
     "What `gac info` prints."
     i = info(name, **kw)
-    lines = [f'{i["name"]}  ({i["cls"]}, {i["role"]})', f'  parameters  {i["params"]/1e6:,.2f} M, {i["trainable_share"]:.1%} trainable']
+    lines = [f'{i["name"]}  ({i["cls"]}, {i["role"]})',
+             f'  parameters  {i["params"]/1e6:,.2f} M, {i["trainable_share"]:.1%} trainable']
     if len(i['parts']) > 1: lines += [f'    {k:<18}{v/1e6:,.2f} M' for k, v in i['parts'].items()]
     lines.append('  memory of the weights  ' + ', '.join(f'{k} {v:,.0f} MB' for k, v in i['memory_mb'].items()))
     return '\n'.join(lines + [f'  needs  {f["file"]}  ({f["hub"]})' for f in i['files']])
@@ -751,7 +758,8 @@ class Generator(nn.Module):
         self.inputs = {m: core.mod_name_mapping[m] for m in core.modalities}  # modality -> key
         self.outputs = {m: k for k, m in core.output_mod_name_mapping.items()}
         keys = {*self.inputs.values(), *self.outputs.values()}
-        self.units = Units({k: (core.pretraining_mean[k].flatten().tolist(), core.pretraining_std[k].flatten().tolist()) for k in keys})
+        self.units = Units({k: (core.pretraining_mean[k].flatten().tolist(), core.pretraining_std[k].flatten().tolist())
+                            for k in keys})
 
     def _apply(self, fn:Callable, recurse:bool=True) -> nn.Module:
         "Move and cast; the UNet normalises in float32 and wants the parameters of that so."
@@ -771,7 +779,8 @@ class Generator(nn.Module):
 
     def _output(self, name:str) -> str:
         name = name or next(iter(self.outputs))
-        if name not in self.outputs: raise study.GacError(f'This generator does not write {name}: it writes {", ".join(self.outputs)}.')
+        if name not in self.outputs:
+            raise study.GacError(f'This generator does not write {name}: it writes {", ".join(self.outputs)}.')
         return self.outputs[name]
 
     def multiple(self, output:str='') -> int:
@@ -875,7 +884,8 @@ class Generator(nn.Module):
         total = 0
         for k in range(n_samples):
             own = lambda use: [tile_generator(seed, t, k, use) for t in who]
-            total = total + self._image(self.codes(logits, tokens, own('tokens'), output, top_p), key, timesteps, clamp, own('noise'))
+            total = total + self._image(self.codes(logits, tokens, own('tokens'), output, top_p), key, timesteps, clamp,
+                                        own('noise'))
         return self.units.outward(crop(total/n_samples), key, bands)
 
     forward = generate
@@ -885,7 +895,8 @@ class Generator(nn.Module):
         "(B,h,w): the tokenizer's codes of an image, in float32 (under autocast they come out wrong)."
         key = self._output(output)
         tok = self.core.tokenizer[key]
-        if not hasattr(tok, 'encoder'): raise study.GacError('Built without the tokenizer\'s encoder: set tokenizer_encoder=True.')
+        if not hasattr(tok, 'encoder'):
+            raise study.GacError('Built without the tokenizer\'s encoder: set tokenizer_encoder=True.')
         x = tiles.pad_to_multiple(self.units.inward(x.to(self.device), key), self.multiple(output))[0]
         with torch.autocast(self.device.type, enabled=False): return tok.tokenize(x)
 
@@ -902,7 +913,8 @@ class Generator(nn.Module):
         codes = tokens if tokens.is_floating_point() else self.core.tokenizer[key].quantize.indices_to_embedding(tokens.to(self.device))
         noise = [tile_generator(seed, t, 0, 'noise') for t in self._who(codes, tile_seeds)]
         image = self._image(codes.to(self.device), key, self.timesteps if timesteps is None else timesteps, clamp, noise)
-        if size: image = tiles.crop_back(image, tiles.pad_to_multiple(image.new_zeros(1, 1, size, size), self.multiple(output))[1])
+        if size:
+            image = tiles.crop_back(image, tiles.pad_to_multiple(image.new_zeros(1, 1, size, size), self.multiple(output))[1])
         return self.units.outward(image, key, bands)
 
 def place(
@@ -947,7 +959,8 @@ def features(
     read = {}
     for m, x in inputs.items():
         key = model.mod_name_mapping.get(m)
-        if key is None: raise study.GacError(f'{model.gac["name"]} was not built for {m}: it reads {", ".join(model.modalities)}.')
+        if key is None:
+            raise study.GacError(f'{model.gac["name"]} was not built for {m}: it reads {", ".join(model.modalities)}.')
         x = units.inward(x, key, bands if m == 'S2L2A' else study.S2_BANDS)
         if m == 'S2L2A' and hasattr(model, 'bands'): x = x[:, [study.S2_BANDS.index(b) for b in bands]]
         read[m] = tiles.pad_to_multiple(x, patch)[0]

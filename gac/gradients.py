@@ -35,7 +35,8 @@ def group_of(
     "The station of the path a parameter belongs to."
     for part in ('model.', 'core.', 'sampler.model.'): name = name.removeprefix(part)
     if name.startswith('tokenizer.'): return 'UNet' if '.decoder.' in name else ''
-    for start, group in (('head.', 'head'), ('encoder_embeddings.', 'encoder embeddings'), ('decoder_embeddings.', 'output embedding'),
+    for start, group in (('head.', 'head'), ('encoder_embeddings.', 'encoder embeddings'),
+                         ('decoder_embeddings.', 'output embedding'),
                          ('encoder.', 'encoder'), ('encoder_norm.', 'encoder')):
         if name.startswith(start): return group
     if name.startswith(('decoder.', 'decoder_norm.', 'decoder_proj_context.', 'mask_token')):
@@ -70,7 +71,8 @@ def make_batch(
     m = generator.multiple()
     if size % m: raise GacError(f'size is {size}: expected a multiple of {m} px for this generator.')
     top = (s1.shape[-1] - size)//2
-    s1, s2 = (torch.as_tensor(np.ascontiguousarray(x[..., top:top + size, top:top + size]), dtype=torch.float32) for x in (s1, s2))
+    s1, s2 = (torch.as_tensor(np.ascontiguousarray(x[..., top:top + size, top:top + size]), dtype=torch.float32)
+              for x in (s1, s2))
     own = [foundations.tile_generator(seed, k, 0, 'noise') for k in range(len(s1))]
     noise = foundations.draw(torch.randn, s2.shape[1:], own)
     batch = dict(s1=s1, s2=s2, target=generator.units.inward(s2, generator._output('')), noise=noise)
@@ -94,7 +96,8 @@ def undecorated(
 ) -> Callable:
     "What is under a no_grad decorator; without one there is no barrier to remove, and that is said."
     inner = getattr(function, '__wrapped__', None)
-    held = [getattr(c.cell_contents, '__self__', None) for c in function.__closure__ or ()] # a decorator's closure holds its context
+    # a decorator's closure holds its context
+    held = [getattr(c.cell_contents, '__self__', None) for c in function.__closure__ or ()]
     if inner is None or not any(isinstance(x, torch.no_grad) for x in held):
         raise GacError(f'{function.__qualname__} is not under torch.no_grad(): this barrier of TerraTorch is gone. Revise the barriers.')
     return inner
@@ -114,7 +117,8 @@ class Tape:
         if self.rows is None: return F.one_hot(flat, v).float()
         rows = self.rows.unflatten(0, self.places.shape)
         rows = torch.zeros_like(rows).scatter(1, self.places[..., None].expand_as(rows), rows)
-        if not torch.equal(rows.argmax(-1), flat): raise GacError('The tape and the tokens disagree: TerraTorch chooses tokens in another place.')
+        if not torch.equal(rows.argmax(-1), flat):
+            raise GacError('The tape and the tokens disagree: TerraTorch chooses tokens in another place.')
         return rows
 
 # %% ../nbs/06_gradient_flow.ipynb #gf015
@@ -157,7 +161,8 @@ def _no_clamp(generator, tape):
     finally: scheduler.register_to_config(**old)
 
 BARRIERS = {'pipeline no_grad': _no_pipeline_no_grad, 'code lookup': _linear_lookup, 'choice': _straight_through,
-            'sampler no_grad': _no_sampler_no_grad, 'clamp': _no_clamp} # from the image to the radar; the clamp, which only thins, last
+            # from the image to the radar; the clamp, which only thins, last
+            'sampler no_grad': _no_sampler_no_grad, 'clamp': _no_clamp}
 STOPS = tuple(b for b in BARRIERS if b != 'clamp') # those that end the gradient
 
 @contextmanager
@@ -166,7 +171,8 @@ def opened(
     removed:Sequence[str]=(), # barriers
 ) -> Iterator[Tape]:
     "TerraTorch's generation without some of its barriers, for the time of the block."
-    if unknown := [b for b in removed if b not in BARRIERS]: raise GacError(f'Unknown barrier {unknown[0]!r}: known are {", ".join(BARRIERS)}.')
+    if unknown := [b for b in removed if b not in BARRIERS]:
+        raise GacError(f'Unknown barrier {unknown[0]!r}: known are {", ".join(BARRIERS)}.')
     tape = Tape()
     with ExitStack() as stack:
         for b in removed: stack.enter_context(BARRIERS[b](generator, tape))
@@ -234,7 +240,8 @@ def probe(
     _ready(generator)
     image, tape = generate_through(generator, batch, removed, steps, seed)
     error = _backward(F.mse_loss(image, batch['target']))
-    table = _rows(census(generator, tape.codes), route or (f'without {", ".join(removed)}' if removed else 'as shipped'), error, GROUPS[:-1])
+    table = _rows(census(generator, tape.codes), route or (f'without {", ".join(removed)}' if removed else 'as shipped'), error,
+                  GROUPS[:-1])
     table.attrs['clamped'] = float((image.detach().abs() >= 1 - 1e-6).float().mean())
     for p in generator.parameters(): p.grad = None
     return table
@@ -303,7 +310,8 @@ class Route(nn.Module):
 
     def features(self, batch:dict) -> Tensor: # (B,N,D)
         "What the head reads."
-        return foundations.features(self.model, {'S1GRD': batch['s1']}) if self.name == 'encoder' else self.model.decoder_features(batch['s1'])
+        return (foundations.features(self.model, {'S1GRD': batch['s1']}) if self.name == 'encoder'
+                else self.model.decoder_features(batch['s1']))
 
     def forward(self, batch:dict) -> Tensor: # scalar: nats for tokens, else squared standardised units
         "The loss of a batch."
@@ -334,7 +342,8 @@ def with_lora(
 ) -> pd.DataFrame: # layers hit: name, in, out, added
     "Freeze a route but for adapters on its attention and its head."
     hit = pd.DataFrame(columns=['name', 'in', 'out', 'added'])
-    if lora: _, hit = training.inject_lora(route.model, ENCODER_ATTENTION if route.name == 'encoder' else CROSS_ATTENTION, r, alpha)
+    if lora:
+        _, hit = training.inject_lora(route.model, ENCODER_ATTENTION if route.name == 'encoder' else CROSS_ATTENTION, r, alpha)
     else: route.model.requires_grad_(False)
     return hit
 
@@ -383,7 +392,8 @@ def peak_mb(
         torch.cuda.reset_peak_memory_stats(device)
         step()
         return torch.cuda.max_memory_allocated(device)/1e6
-    with _hushed(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile: step()
+    with _hushed(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
     moves = sorted((e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == '[memory]')
     held = np.cumsum([b for _, b in moves]).max() if moves else 0
     return (sum(p.numel()*p.element_size() for p in module.parameters()) + held)/1e6
@@ -402,7 +412,8 @@ def cost(
         step(); wait()
         seconds.append(time.perf_counter() - began)
     per_tile = statistics.median(seconds)/n
-    return dict(ms_per_tile=1e3*per_tile, tiles_per_s=1/per_tile, peak_memory_mb=memory, params=sum(p.numel() for p in module.parameters()),
+    return dict(ms_per_tile=1e3*per_tile, tiles_per_s=1/per_tile, peak_memory_mb=memory,
+                params=sum(p.numel() for p in module.parameters()),
                 trainable=sum(p.numel() for p in trainable(module).values()))
 
 def cost_of(
@@ -487,11 +498,13 @@ def survey(
 ) -> tuple[pd.DataFrame, dict]: # gradient_flow: route, module, params, params_with_grad, grad_norm, verdict, model; route -> attrs
     "Barriers and routes of one model in one table."
     parts = dissect(generator, batch, steps, seed)
-    parts |= {name: reach(Route(name, encoder if name == 'encoder' else generator, generator, steps, seed), batch) for name in ROUTES}
+    parts |= {name: reach(Route(name, encoder if name == 'encoder' else generator, generator, steps, seed), batch)
+              for name in ROUTES}
     return pd.concat([t.assign(model=model) for t in parts.values()], ignore_index=True), {k: t.attrs for k, t in parts.items()}
 
 # %% ../nbs/06_gradient_flow.ipynb #gf037
-STATIONS = (('radar', ''), ('encoder\nembeddings', 'encoder embeddings'), ('encoder', 'encoder'), ('decoder,\ncross-att.', 'cross-attention'),
+STATIONS = (('radar', ''), ('encoder\nembeddings', 'encoder embeddings'), ('encoder', 'encoder'),
+            ('decoder,\ncross-att.', 'cross-attention'),
             ('logits', 'output embedding'), ('tokens', ''), ('codes', 'codes'), ('UNet\n× K', 'UNet'), ('image', ''))
 BREAKS = {'choice': 4.5, 'code lookup': 5.5, 'clamp': 7.5} # barrier -> between which stations
 SHADES = {'sampler no_grad': (.55, 5.45), 'pipeline no_grad': (6.55, 8.45)} # barrier -> the stations it covers
@@ -505,21 +518,28 @@ def diagram():
         ax.add_patch(plt.Rectangle((a, -.48), b - a, .96, fc='#dddddd', ec='.6', lw=.8, zorder=0))
         ax.text(a, .53, name.replace(' no_grad', ': torch.no_grad'), va='bottom', fontsize=8, color='.25')
     for k, (label, _) in enumerate(STATIONS):
-        ax.text(k, 0, label, ha='center', va='center', fontsize=8, bbox=dict(boxstyle='round,pad=.3', fc='white', ec='.2'), zorder=3)
+        ax.text(k, 0, label, ha='center', va='center', fontsize=8, bbox=dict(boxstyle='round,pad=.3', fc='white', ec='.2'),
+                zorder=3)
         if k: ax.annotate('', (k - .36, 0), (k - .64, 0), arrowprops=dict(arrowstyle='->', color='.2'), zorder=2)
     for name, x in BREAKS.items():
         ax.text(x, 0, '✕' if name != 'clamp' else '≀', color=c[1], ha='center', va='center', fontsize=15, weight='bold', zorder=4)
-        ax.text(x, .3, dict(choice='choice', clamp='±1')[name] if name != 'code lookup' else 'integer', color=c[1], ha='center', fontsize=8, zorder=4)
-    ways = (('encoder + head', 2, 2, .95, c[2]), ('decoder features + head', 3, 3, 1.35, c[0]), ('token cross-entropy', 4, 4, 1.75, c[4]))
+        ax.text(x, .3, dict(choice='choice', clamp='±1')[name] if name != 'code lookup' else 'integer', color=c[1], ha='center',
+                fontsize=8, zorder=4)
+    ways = (('encoder + head', 2, 2, .95, c[2]), ('decoder features + head', 3, 3, 1.35, c[0]),
+            ('token cross-entropy', 4, 4, 1.75, c[4]))
     for label, a, b, y, colour in ways:
         ax.annotate('', (a, .24), (a, y), arrowprops=dict(arrowstyle='->', color=colour, lw=1.6), zorder=5)
         ax.plot([a, 8], [y, y], color=colour, lw=1.6)
         ax.text(8.05, y, label, color=colour, va='center', fontsize=8)
-    ax.annotate('', (4, -.2), (6, -.2), arrowprops=dict(arrowstyle='->', color=c[3], lw=1.8, connectionstyle='arc3,rad=-.6'), zorder=5)
-    ax.annotate('', (6.1, -.2), (8, -.2), arrowprops=dict(arrowstyle='->', color=c[3], lw=1.8, connectionstyle='arc3,rad=-.6'), zorder=5)
-    ax.text(6, -1.0, 'soft codes: straight-through or expected,\nUNet and scheduler called without the pipeline', color=c[3], ha='center', va='top', fontsize=8)
+    ax.annotate('', (4, -.2), (6, -.2), arrowprops=dict(arrowstyle='->', color=c[3], lw=1.8, connectionstyle='arc3,rad=-.6'),
+                zorder=5)
+    ax.annotate('', (6.1, -.2), (8, -.2), arrowprops=dict(arrowstyle='->', color=c[3], lw=1.8, connectionstyle='arc3,rad=-.6'),
+                zorder=5)
+    ax.text(6, -1.0, 'soft codes: straight-through or expected,\nUNet and scheduler called without the pipeline', color=c[3],
+            ha='center', va='top', fontsize=8)
     ax.text(0, 1.75, 'coloured arrows: gradients that arrive', fontsize=8, color='.25')
-    ax.set(xlim=(-.6, 9.7), ylim=(-1.6, 2), title='The generator\'s path from radar to image, where gradients end and where they enter')
+    ax.set(xlim=(-.6, 9.7), ylim=(-1.6, 2),
+           title='The generator\'s path from radar to image, where gradients end and where they enter')
     ax.axis('off')
     return fig
 
@@ -539,7 +559,8 @@ def heat_map(
         order = list(dict.fromkeys(part.route))
         table = lambda v: part.pivot(index='route', columns='module', values=v).loc[order, list(GROUPS)]
         reached, words = table('params_with_grad') > 0, table('verdict')
-        image = ax.imshow(np.log10(table('grad_norm').where(reached)), vmin=norms.min(), vmax=norms.max(), cmap=cmap, aspect='auto')
+        image = ax.imshow(np.log10(table('grad_norm').where(reached)), vmin=norms.min(), vmax=norms.max(), cmap=cmap,
+                          aspect='auto')
         for i, route in enumerate(order):
             for j, g in enumerate(GROUPS):
                 mark = {'backward raises': '✕', 'no gradient': '0', 'not on this route': '·'}.get(words.loc[route, g], '')
@@ -559,7 +580,8 @@ def statements(
 ) -> pd.DataFrame: # statement, holds, evidence
     "What the starting documents say, held against the measurements."
     by = flow.set_index(['model', 'route', 'module'])
-    reached = lambda route, g='cross-attention': [int(by.loc[(m, route, g), 'params_with_grad']) for m in dict.fromkeys(flow.model)]
+    reached = lambda route, g='cross-attention': [int(by.loc[(m, route, g), 'params_with_grad'])
+                                                  for m in dict.fromkeys(flow.model)]
     every, none = lambda xs: all(x > 0 for x in xs), lambda xs: all(x == 0 for x in xs)
     yes = lambda x: 'yes' if x else 'no'
     working = [r for r in ROUTES if every(reached(r))]
@@ -572,10 +594,12 @@ def statements(
              f'{sum(one)} barriers stop the gradient each by itself: {", ".join(b for b, o in zip(STOPS, one) if o)}'),
             ('Stage 1 therefore cannot be trained at all', yes(not every(reached('tokens'))),
              f'token cross-entropy reaches {min(reached("tokens"))} or more cross-attention parameters: a choice, not a necessity'),
-            ('Stage 3 can be trained through the same generator: by its generated image, as shipped', yes(every(reached('as shipped'))),
+            ('Stage 3 can be trained through the same generator: by its generated image, as shipped',
+             yes(every(reached('as shipped'))),
              'the same call as in Stage 1, and the same result'),
             ('Stage 3 can be trained through the same generator: by a route that leaves the path before the barrier',
              yes(bool(working) and bool((lowered.loss_last < lowered.loss_first).all())),
              '; '.join(f'{r.route}: loss {r.change:+.0%}' for r in lowered.itertuples())),
-            ('LoRA on cross-attention trains less than 2 % of the generator', yes(share.trainable < .02*share.params), f'{share.trainable/share.params:.2%} at rank {share["rank"]}')]
+            ('LoRA on cross-attention trains less than 2 % of the generator', yes(share.trainable < .02*share.params),
+             f'{share.trainable/share.params:.2%} at rank {share["rank"]}')]
     return pd.DataFrame(rows, columns=['statement', 'holds', 'evidence'])

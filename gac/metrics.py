@@ -143,7 +143,8 @@ def standardised(
 ) -> Tensor: # the same shape, in standard deviations of TerraMind's pretraining set
     "Reflectance as TerraMind sees it."
     x = torch.as_tensor(x).float()
-    mean, std = (torch.tensor([s[S2_BANDS.index(b)] for b in bands], device=x.device).reshape(-1, 1, 1) for s in TERRAMIND_STATS['S2L2A'])
+    mean, std = (torch.tensor([s[S2_BANDS.index(b)] for b in bands], device=x.device).reshape(-1, 1, 1)
+                 for s in TERRAMIND_STATS['S2L2A'])
     return (x/REFLECTANCE - mean)/std
 
 def tile_range(x) -> Tensor:
@@ -170,7 +171,8 @@ def alexnet_path(
     "Where the weights of AlexNet are."
     if weights:
         path = Path(weights) if Path(weights).is_absolute() else root()/weights
-        if not path.is_file(): raise GacError(f'No LPIPS backbone at {weights}: give the path of {ALEXNET_FILE}, or nothing for n/a.')
+        if not path.is_file():
+            raise GacError(f'No LPIPS backbone at {weights}: give the path of {ALEXNET_FILE}, or nothing for n/a.')
         return path
     places = (Path(torch.hub.get_dir())/'checkpoints'/ALEXNET_FILE, root()/'data'/'weights'/ALEXNET_FILE)
     return next((p for p in places if p.is_file()), None)
@@ -196,7 +198,8 @@ def read_alexnet(
     state = read_torch(path)
     if not isinstance(state, dict): raise GacError(f'{path} holds a {type(state).__name__}, expected the state dict of AlexNet.')
     wrong = {'missing': sorted(expected.keys() - state.keys()), 'unexpected': sorted(map(str, state.keys() - expected.keys())),
-             'misshapen': sorted(k for k in expected.keys() & state.keys() if getattr(state[k], 'shape', None) != expected[k].shape)}
+             'misshapen': sorted(k for k in expected.keys() & state.keys()
+                                 if getattr(state[k], 'shape', None) != expected[k].shape)}
     if any(wrong.values()):
         raise GacError(f"{path} is not torchvision's AlexNet: " + '; '.join(f'{k} {v}' for k, v in wrong.items() if v) + '.')
     return state
@@ -218,7 +221,8 @@ class LPIPS:
             state = read_alexnet(self.path, expected)
             net = lpips.LPIPS(net='alex', pnet_rand=True, verbose=False)  # its own weighting is loaded, the backbone follows
         for part in (net.net.slice1, net.net.slice2, net.net.slice3, net.net.slice4, net.net.slice5):
-            part.load_state_dict({k: state[f'features.{k}'] for k in part.state_dict()})  # the slices keep torchvision's numbering
+            # the slices keep torchvision's numbering
+            part.load_state_dict({k: state[f'features.{k}'] for k in part.state_dict()})
         self.net = net.eval().requires_grad_(False)
 
     @property
@@ -364,9 +368,12 @@ def check_radar(
     "The radar as a tensor, or an error that says why it is none."
     s1 = torch.as_tensor(s1).float().to(pred.device)
     wanted = (len(pred), 2, *pred.shape[2:])
-    if tuple(s1.shape) != wanted: raise GacError(f'Expected the radar of these tiles as {wanted} (tiles, VV and VH, height, width), got {tuple(s1.shape)}.')
-    if not s1.isfinite().all(): raise GacError(f'Tile {int((~s1.isfinite()).flatten(1).any(1).nonzero()[0, 0])}: the radar has values that are not finite.')
-    if s1.numel() and s1.min() >= 0: raise GacError('The radar has no negative value: this looks like linear power; take 10·log10 of it.')
+    if tuple(s1.shape) != wanted:
+        raise GacError(f'Expected the radar of these tiles as {wanted} (tiles, VV and VH, height, width), got {tuple(s1.shape)}.')
+    if not s1.isfinite().all():
+        raise GacError(f'Tile {int((~s1.isfinite()).flatten(1).any(1).nonzero()[0, 0])}: the radar has values that are not finite.')
+    if s1.numel() and s1.min() >= 0:
+        raise GacError('The radar has no negative value: this looks like linear power; take 10·log10 of it.')
     return s1
 
 def tile_metrics(
@@ -382,7 +389,8 @@ def tile_metrics(
     pred, truth = check_pair(pred, truth, names)
     if pred.shape[1] != len(OPT_BANDS): raise GacError(f'Expected the {len(OPT_BANDS)} bands {OPT_BANDS}, got {pred.shape[1]}.')
     for x, what in ((pred, 'prediction'), (truth, 'truth')):
-        if x.numel() and x.abs().max() > 20: raise GacError(f'The {what} reaches {x.abs().max():.0f}: these are digital numbers; divide by 10,000.')
+        if x.numel() and x.abs().max() > 20:
+            raise GacError(f'The {what} reaches {x.abs().max():.0f}: these are digital numbers; divide by 10,000.')
     lpips, s1 = lpips or LPIPS(), None if s1 is None else check_radar(s1, pred)
     rows = []
     for i in range(0, len(pred), chunk):
@@ -409,7 +417,8 @@ def bootstrap_ci(
     if not len(x): raise GacError('No tiles: there is no mean of nothing.')
     flat, x = x.ndim == 1, x.reshape(len(x), -1)
     holes = np.isnan(x).sum(0)
-    if ((holes > 0) & (holes < len(x))).any(): raise GacError(f'{holes.max()} of {len(x)} values are NaN: leave these tiles out, for all methods alike.')
+    if ((holes > 0) & (holes < len(x))).any():
+        raise GacError(f'{holes.max()} of {len(x)} values are NaN: leave these tiles out, for all methods alike.')
     groups = np.arange(len(x)) if scenes is None else pd.factorize(np.asarray(scenes))[0]
     if len(groups) != len(x): raise GacError(f'{len(groups)} scenes for {len(x)} tiles.')
     S = groups.max() + 1

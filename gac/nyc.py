@@ -33,7 +33,8 @@ from odc.geo.geom import box as geom_box
 
 # %% ../nbs/13_nyc_tim.ipynb #adc13348
 CLASSES = ('vegetation', 'bare', 'water', 'building', 'impervious')
-CITY_CODES = {1: 'tree canopy', 2: 'grass and shrubs', 3: 'bare soil', 4: 'water', 5: 'buildings', 6: 'roads', 7: 'other impervious', 8: 'railroads'}
+CITY_CODES = {1: 'tree canopy', 2: 'grass and shrubs', 3: 'bare soil', 4: 'water', 5: 'buildings', 6: 'roads',
+              7: 'other impervious', 8: 'railroads'}
 TO_CLASS = {1: 0, 2: 0, 3: 1, 4: 2, 5: 3, 6: 4, 7: 4, 8: 4}  # code of the city's raster -> position in CLASSES
 NO_LABEL = 255  # in a chip's label
 
@@ -44,8 +45,9 @@ def class_table(
     "Look-up table of a land-cover raster's codes."
     table = np.full(256, NO_LABEL, np.uint8)
     for code, c in mapping.items():
-        if not (0 <= code < 256 and 0 <= c < len(CLASSES)): raise GacError(f'Land cover: code {code} -> class {c}; expected codes 0-255 and classes '
-            f'0-{len(CLASSES) - 1}.')
+        if not (0 <= code < 256 and 0 <= c < len(CLASSES)):
+            raise GacError(f'Land cover: code {code} -> class {c}; expected codes 0-255 and classes '
+                f'0-{len(CLASSES) - 1}.')
         if code != nodata: table[code] = c
     return table
 
@@ -59,7 +61,8 @@ def majority(
 # %% ../nbs/13_nyc_tim.ipynb #e5339358
 def metres_per_pixel(src) -> float: # src: an open raster
     "Size of a raster's pixel on the ground, from its own units."
-    if src.crs is None: raise GacError(f'{src.name}: no coordinate reference system, so it cannot be placed. Assign one (gdal_edit -a_srs).')
+    if src.crs is None:
+        raise GacError(f'{src.name}: no coordinate reference system, so it cannot be placed. Assign one (gdal_edit -a_srs).')
     factor = 111_320. if src.crs.is_geographic else src.crs.linear_units_factor[1]
     t = src.transform
     return min(math.hypot(t.a, t.d), math.hypot(t.b, t.e))*factor  # along the sides of a pixel, however the raster is turned
@@ -95,7 +98,8 @@ def warped(
     with _opened(path) as src:
         metres_per_pixel(src)
         nodata = src.nodata if src.nodata is not None else (np.nan if src.dtypes[0].startswith('float') else 0)
-        with WarpedVRT(src, crs=str(box.crs), transform=box.affine, width=box.width, height=box.height, resampling=Resampling[how], src_nodata=nodata,
+        with WarpedVRT(src, crs=str(box.crs), transform=box.affine, width=box.width, height=box.height,
+                       resampling=Resampling[how], src_nodata=nodata,
                        nodata=nodata) as vrt:
             x = vrt.read(bands, masked=True)
     return x.astype(np.float32).filled(np.nan)
@@ -113,10 +117,12 @@ def class_shares(
     from rasterio.windows import Window
     out = np.zeros((len(CLASSES), *box.shape), np.float32)
     with _opened(path) as src:
-        if src.dtypes[0] != 'uint8': raise GacError(f'{path}: land cover of type {src.dtypes[0]}; expected one band of codes 0-255 (uint8).')
+        if src.dtypes[0] != 'uint8':
+            raise GacError(f'{path}: land cover of type {src.dtypes[0]}; expected one band of codes 0-255 (uint8).')
         table, k = class_table(mapping, src.nodata), int(np.clip(round(abs(box.affine.a)/metres_per_pixel(src)), 1, most))
         nodata = 0 if src.nodata is None else src.nodata
-        with WarpedVRT(src, crs=str(box.crs), transform=box.affine*Affine.scale(1/k), width=box.width*k, height=box.height*k, src_nodata=nodata,
+        with WarpedVRT(src, crs=str(box.crs), transform=box.affine*Affine.scale(1/k), width=box.width*k, height=box.height*k,
+                       src_nodata=nodata,
                        nodata=nodata) as vrt:
             for top in range(0, box.height, strip):
                 n = min(strip, box.height - top)
@@ -126,8 +132,10 @@ def class_shares(
 
 # %% ../nbs/13_nyc_tim.ipynb #f29af4ad
 S2_ASSETS = {  # band -> names of its asset in the catalogues in use
-    'B01': ('B01', 'coastal'), 'B02': ('B02', 'blue'), 'B03': ('B03', 'green'), 'B04': ('B04', 'red'), 'B05': ('B05', 'rededge1', 'rededge'),
-    'B06': ('B06', 'rededge2'), 'B07': ('B07', 'rededge3'), 'B08': ('B08', 'nir'), 'B8A': ('B8A', 'nir08'), 'B09': ('B09', 'nir09'),
+    'B01': ('B01', 'coastal'), 'B02': ('B02', 'blue'), 'B03': ('B03', 'green'), 'B04': ('B04', 'red'),
+    'B05': ('B05', 'rededge1', 'rededge'),
+    'B06': ('B06', 'rededge2'), 'B07': ('B07', 'rededge3'), 'B08': ('B08', 'nir'), 'B8A': ('B8A', 'nir08'),
+    'B09': ('B09', 'nir09'),
     'B11': ('B11', 'swir16'), 'B12': ('B12', 'swir22'), 'SCL': ('SCL', 'scl')}
 OTHER_ASSETS = {'VV': ('VV', 'vv'), 'VH': ('VH', 'vh'), 'DEM': ('DEM', 'data', 'elevation')}
 CLOUDY = (0, 1, 3, 8, 9, 10)  # scene classes that do not show the ground: no data, saturated, shadow, clouds, cirrus
@@ -146,8 +154,9 @@ def check_days(dates:Sequence[Date]) -> None:
     "Refuse two timestamps of one day, optical or radar."
     for what, days in (('Sentinel-2', [d.day for d in dates]), ('Sentinel-1', [d.s1_day for d in dates])):
         twice = sorted({d for d in days if days.count(d) > 1})
-        if twice: raise GacError(f'{what}: {twice[0]} is used for {days.count(twice[0])} of {len(days)} timestamps; every timestamp needs a day of '
-                                 f'its own.')
+        if twice:
+            raise GacError(f'{what}: {twice[0]} is used for {days.count(twice[0])} of {len(days)} timestamps; every timestamp needs a day of '
+                           f'its own.')
 
 # %% ../nbs/13_nyc_tim.ipynb #b440289b
 def _day(value, where:str) -> str:
@@ -184,9 +193,11 @@ class Files:
         s2 = entry['s2'] if isinstance(entry['s2'], dict) else {b: (entry['s2'], n) for n, b in enumerate(S2_BANDS, 1)}
         if lost := set(S2_BANDS) - set(s2): raise GacError(f'{where}: band {", ".join(sorted(lost))} missing.')
         s1 = entry['s1'] if isinstance(entry['s1'], dict) else {b: (entry['s1'], n) for n, b in enumerate(S1_BANDS, 1)}
-        place = lambda files: {b: (self._find(v[0]), v[1]) if isinstance(v, tuple) else (self._find(v), 1) for b, v in files.items()}
+        place = lambda files: {b: (self._find(v[0]), v[1]) if isinstance(v, tuple) else (self._find(v), 1)
+                               for b, v in files.items()}
         s2 = place(s2 | ({'SCL': entry['scl']} if entry.get('scl') else {}))
-        return Date(_day(entry['date'], where), _day(entry.get('s1_date', entry['date']), where), s2, place(s1), str(entry.get('baseline', '')),
+        return Date(_day(entry['date'], where), _day(entry.get('s1_date', entry['date']), where), s2, place(s1),
+                    str(entry.get('baseline', '')),
                     entry.get('corrected'))
 
     def s2(self, d:Date, box:GeoBox) -> tuple[np.ndarray, np.ndarray|None]:
@@ -227,7 +238,8 @@ def stac_items(
     try:
         client = pystac_client.Client.open(str(url), modifier=sign)
         if client.conforms_to('ITEM_SEARCH'):
-            found = list(client.search(collections=[collection] if collection else None, bbox=area, datetime=span or None).items())
+            found = list(client.search(collections=[collection] if collection else None, bbox=area,
+                                       datetime=span or None).items())
         else: found = [i for i in client.get_items(recursive=True) if _matches(i, collection, area, span)]
     except (OSError, pystac.STACError, pystac_client.exceptions.APIError, json.JSONDecodeError) as e:
         raise GacError(f'{url}: not a readable STAC catalogue ({type(e).__name__}: {e}).') from None
@@ -273,7 +285,8 @@ class Catalogue:
         by_day = {}
         for i in stac_items(self.url, collection, self.bbox, span): by_day.setdefault(i.datetime.date().isoformat(), []).append(i)
         cloud = lambda items: float(np.mean([i.properties.get('eo:cloud_cover', 0) for i in items]))
-        rank = lambda d: (-round(min(_coverage(by_day[d], self.area), self.cover), 2), abs(_days(d, near)) if near else 0, cloud(by_day[d]), d)
+        rank = lambda d: (-round(min(_coverage(by_day[d], self.area), self.cover), 2), abs(_days(d, near)) if near else 0,
+                          cloud(by_day[d]), d)
         best = min(by_day, key=rank, default='')
         return (best, by_day[best]) if best and _coverage(by_day[best], self.area) >= self.cover else ('', [])
 
@@ -283,7 +296,8 @@ class Catalogue:
         s1_day, s1 = self._best(self.collections[1], '/'.join(_shift(day, k) for k in (-self.s1_days, self.s1_days)), day)
         if not s1_day: return f'no Sentinel-1 image within {self.s1_days} days of {day}'
         p = s2[0].properties
-        baseline = p.get('s2:processing_baseline') or p.get('processing:version') or (re.search(r'_N(\d\d)(\d\d)_', s2[0].id) or [''])[0].strip('_N')
+        baseline = (p.get('s2:processing_baseline') or p.get('processing:version')
+                    or (re.search(r'_N(\d\d)(\d\d)_', s2[0].id) or [''])[0].strip('_N'))
         return Date(day, s1_day, s2, s1, str(baseline), p.get('earthsearch:boa_offset_applied'))
 
     def _load(self, items:list, known:dict, names:Sequence[str], box:GeoBox, how:str, nodata:float) -> np.ndarray: # (C, H, W) float32
@@ -291,7 +305,8 @@ class Catalogue:
         bands = {b: _asset(items[0], known[b], b) for b in names}
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            x = odc.stac.load(items, bands=list(bands.values()), geobox=box, groupby='solar_day', resampling=how, dtype='float32', nodata=nodata,
+            x = odc.stac.load(items, bands=list(bands.values()), geobox=box, groupby='solar_day', resampling=how, dtype='float32',
+                              nodata=nodata,
                               chunks=None)
         out = np.stack([x[b].values[0] for b in bands.values()]).astype(np.float32)
         return np.where(out == nodata, np.nan, out)
@@ -364,7 +379,8 @@ def check_dem(dem:np.ndarray) -> None: # (H, W) m
     seen = dem[np.isfinite(dem)]
     if not seen.size: raise GacError('DEM: no elevation over the area.')
     if not seen.any(): raise GacError('DEM: every elevation is 0, as where a download failed. Give a terrain model of the area.')
-    if seen.min() < -500 or seen.max() > 9000: raise GacError(f'DEM from {seen.min():.0f} to {seen.max():.0f} m: not an elevation in metres.')
+    if seen.min() < -500 or seen.max() > 9000:
+        raise GacError(f'DEM from {seen.min():.0f} to {seen.max():.0f} m: not an elevation in metres.')
 
 # %% ../nbs/13_nyc_tim.ipynb #b20606c6
 def layout(
@@ -376,7 +392,8 @@ def layout(
     "Places of all chips that fit."
     if guard < 1: raise GacError(f'guard is {guard}: expected at least 1 px, else chips of two splits touch.')
     pitch, rows = size*per_block + guard, []
-    starts = lambda n: [(b, b*pitch + k*size) for b in range(n//pitch + 1) for k in range(per_block) if b*pitch + (k + 1)*size <= n]
+    starts = lambda n: [(b, b*pitch + k*size) for b in range(n//pitch + 1) for k in range(per_block)
+                        if b*pitch + (k + 1)*size <= n]
     for r, top in starts(shape[0]):
         for c, left in starts(shape[1]): rows.append((f'r{top:05d}c{left:05d}', f'b{r:03d}{c:03d}', top, left))
     return pd.DataFrame(rows, columns=['id', 'block', 'top', 'left'])
@@ -403,7 +420,8 @@ def deal(
 ) -> np.ndarray: # train, val, test or spare for every chip
     "Split chips by whole blocks."
     n, blocks = len(chips), np.array(sorted(chips.block.unique()))
-    if len(blocks) < 3: raise GacError(f'{n} chips in {len(blocks)} blocks: a split needs 3 blocks. Use smaller chips or blocks, or a larger area.')
+    if len(blocks) < 3:
+        raise GacError(f'{n} chips in {len(blocks)} blocks: a split needs 3 blocks. Use smaller chips or blocks, or a larger area.')
     test = min(test, n//3)
     shares, rng, best = chips[list(CLASSES)].to_numpy(), np.random.default_rng(seed), None
     for _ in range(tries):
@@ -412,7 +430,8 @@ def deal(
         parts = [shares[split == s].mean(0) for s in ('train', 'val', 'test')]
         uneven = sum(np.abs(np.sqrt(p) - np.sqrt(shares.mean(0))).sum() for p in parts)
         if best is None or uneven < best[0]: best = uneven, split
-    if best is None: raise GacError(f'{n} chips in {len(blocks)} blocks: nothing is left to train on. Use smaller blocks, or fewer test chips.')
+    if best is None:
+        raise GacError(f'{n} chips in {len(blocks)} blocks: nothing is left to train on. Use smaller blocks, or fewer test chips.')
     return best[1]
 
 def split_gap(
@@ -436,7 +455,8 @@ def _save(path:Path, x:np.ndarray, box:GeoBox, names:Sequence[str]=(), nodata=No
             with open(part, 'wb') as f: np.save(f, x)
         else:
             import rasterio
-            with rasterio.open(part, 'w', driver='GTiff', height=x.shape[1], width=x.shape[2], count=len(x), dtype=x.dtype, crs=str(box.crs),
+            with rasterio.open(part, 'w', driver='GTiff', height=x.shape[1], width=x.shape[2], count=len(x), dtype=x.dtype,
+                               crs=str(box.crs),
                                transform=box.affine,
                                compress='deflate', predictor=3 if x.dtype.kind == 'f' else 2, nodata=nodata) as dst:
                 dst.write(x)
@@ -465,7 +485,8 @@ def write_chip(
     sums = {}
     for m, x in parts.items():
         names = [f'{b} {day}' for day in days for b in bands.get(m, ())]
-        sums[f'{name}_{m}{suffix}'] = _save(folder/'chips'/f'{name}_{m}{suffix}', x, box, names, nodata=-1 if m == 'LABEL' else None)
+        sums[f'{name}_{m}{suffix}'] = _save(folder/'chips'/f'{name}_{m}{suffix}', x, box, names,
+                                            nodata=-1 if m == 'LABEL' else None)
     return sums
 
 def finish(
@@ -479,8 +500,10 @@ def finish(
         study._write(folder/'splits'/f'{s}.txt', '\n'.join(chips.id[chips.split == s]) + '\n')
     table = chips.assign(files=chips.files.map(lambda f: json.dumps(f, sort_keys=True)))
     study._write(folder/'chips.csv', table.to_csv(index=False, lineterminator='\n'))
-    gap = {f'{a} and {b}': split_gap(chips, about['size'], a, b) for a, b in (('train', 'test'), ('train', 'val'), ('val', 'test'))}
-    about = dict(format=1, classes=list(CLASSES), n={s: int((chips.split == s).sum()) for s in ('train', 'val', 'test', 'spare')}, gap_px=gap,
+    gap = {f'{a} and {b}': split_gap(chips, about['size'], a, b)
+           for a, b in (('train', 'test'), ('train', 'val'), ('val', 'test'))}
+    about = dict(format=1, classes=list(CLASSES), n={s: int((chips.split == s).sum()) for s in ('train', 'val', 'test', 'spare')},
+                 gap_px=gap,
                  **about,
                  chips_sha256=study.sha256(folder/'chips.csv'))
     study._write(folder/'manifest.json', json.dumps(about, indent=1) + '\n')
@@ -493,7 +516,8 @@ class Chips:
     ):
         self.folder = Path(folder)
         try: self.about = json.loads((self.folder/'manifest.json').read_text(encoding='utf-8'))
-        except (OSError, ValueError, RecursionError): raise GacError(f'{folder}: no manifest.json of a finished data set. Make one with `gac nyc build`.') from None
+        except (OSError, ValueError, RecursionError):
+            raise GacError(f'{folder}: no manifest.json of a finished data set. Make one with `gac nyc build`.') from None
         if not isinstance(self.about, dict) or not {'size', 'days'} <= self.about.keys():
             raise GacError(f'{folder}/manifest.json: fields size and days are missing. Make the data set again with `gac nyc build`.')
         try:
@@ -580,7 +604,8 @@ def _survey(source, grid:GeoBox, opt:BuildOptions) -> tuple[list[int], str]:
     for d in source.dates:
         dn, scl = source.s2(d, coarse)
         seen = np.where(seen_optical(dn, scl), dn, np.nan)
-        if not np.isfinite(seen).any(): raise GacError(f'Sentinel-2 of {d.day}: nothing but clouds or no data over the area. Ask for another day.')
+        if not np.isfinite(seen).any():
+            raise GacError(f'Sentinel-2 of {d.day}: nothing but clouds or no data over the area. Ask for another day.')
         offsets.append(offset_of(seen, d, opt.s2_offset))
         images.append(seen)
     check_contents(images, [d.day for d in source.dates])
@@ -611,7 +636,8 @@ def read_chip(
         s2.append(dn - offset); s1.append(db); seen.append(ok)
     s1, seen = np.stack(s1), np.stack(seen)
     label = np.where(seen.any(0), label, NO_LABEL).astype(np.uint8)
-    return dict(s2=fill_from_others(np.stack(s2), seen), s1=fill_from_others(s1, np.isfinite(s1).all(1)), dem=np.nan_to_num(source.dem(box)),
+    return dict(s2=fill_from_others(np.stack(s2), seen), s1=fill_from_others(s1, np.isfinite(s1).all(1)),
+                dem=np.nan_to_num(source.dem(box)),
                 label=label,
                 seen=round(float(seen.mean()), 4))
 
@@ -633,13 +659,16 @@ def build(
     landcover, out = landcover or getattr(source, 'landcover', None), Path(out)
     if landcover is None: raise GacError('No land-cover raster: name it with --landcover, or as landcover in the YAML.')
     grid = grid or utm_grid(landcover)
-    if len(source.dates) != opt.timestamps: raise GacError(f'{len(source.dates)} timestamps ({", ".join(d.day for d in source.dates)}); expected '
-        f'{opt.timestamps}. Name as many dates, or say --timestamps {len(source.dates)}.')
+    if len(source.dates) != opt.timestamps:
+        raise GacError(f'{len(source.dates)} timestamps ({", ".join(d.day for d in source.dates)}); expected '
+            f'{opt.timestamps}. Name as many dates, or say --timestamps {len(source.dates)}.')
     places = layout(grid.shape, opt.size, opt.per_block, opt.guard)
-    if places.empty: raise GacError(f'The area is {grid.shape[0]}x{grid.shape[1]} px of 10 m: no chip of {opt.size} px fits. Use a smaller --tile-size.')
+    if places.empty:
+        raise GacError(f'The area is {grid.shape[0]}x{grid.shape[1]} px of 10 m: no chip of {opt.size} px fits. Use a smaller --tile-size.')
     offsets, unit = _survey(source, grid, opt)
     days = [d.day for d in source.dates]
-    about = dict(name=name, crs=str(grid.crs), transform=list(grid.affine)[:6], days=days, s1_days=[d.s1_day for d in source.dates], offsets=offsets,
+    about = dict(name=name, crs=str(grid.crs), transform=list(grid.affine)[:6], days=days,
+                 s1_days=[d.s1_day for d in source.dates], offsets=offsets,
                  s1_unit=unit,
                  landcover=Path(landcover).name, mapping={str(k): v for k, v in mapping.items()}, **asdict(opt))
     if (out/'manifest.json').exists() and about.items() <= (made := Chips(out)).about.items(): return made
@@ -656,7 +685,8 @@ def build(
                          files=write_chip(out, p.id, box, **chip, days=days, suffix=opt.suffix))
         done[p.id] = row
         with study.writing(journal), open(journal, 'a', encoding='utf-8') as f: f.write(json.dumps(row) + '\n')
-    kept = places.merge(pd.DataFrame([r for r in done.values() if 'files' in r]), on='id') if any('files' in r for r in done.values()) else places[:0]
+    kept = (places.merge(pd.DataFrame([r for r in done.values() if 'files' in r]), on='id')
+            if any('files' in r for r in done.values()) else places[:0])
     left_out = {r['id']: r['why'] for r in done.values() if 'why' in r}
     if kept.empty: raise GacError(f'No chip is left of {len(places)}. The first: {next(iter(left_out.values()))}.')
     kept['split'] = deal(kept, opt.test, opt.val, opt.seed)
@@ -682,7 +712,8 @@ LAT = 40.7  # degrees
 ISLAND = np.radians(29.)  # heading of the island's avenues
 KINDS = ('towers', 'rows', 'houses', 'industry')
 #           block along, across; street, avenue (px); building depth; lot; height (m)
-QUARTERS = dict(towers=(24, 9, 2., 3., 3.2, 3., 38.), rows=(20, 9, 1.4, 2., 2.2, 1.5, 13.), houses=(18, 10, 1.2, 1.6, 0., 2.6, 8.),
+QUARTERS = dict(towers=(24, 9, 2., 3., 3.2, 3., 38.), rows=(20, 9, 1.4, 2., 2.2, 1.5, 13.),
+                houses=(18, 10, 1.2, 1.6, 0., 2.6, 8.),
                 industry=(30, 18, 2., 2.2, 0., 9., 11.))
 
 @dataclass
@@ -802,7 +833,8 @@ def plan(
     stands = code == 5
     hills = np.clip(14 + 11*world.noise(rng, size, size/6, 2.4, 1)[0], 0, None)
     dem = hills*np.clip(inland/(.1*size), 0, 1)
-    return Plan(code.astype(np.uint8), np.where(stands, b['height'], 0).astype(np.float32), np.where(stands, b['number'], -1), b['block'], q['angle'],
+    return Plan(code.astype(np.uint8), np.where(stands, b['height'], 0).astype(np.float32), np.where(stands, b['number'], -1),
+                b['block'], q['angle'],
                 dem.astype(np.float32), shore)
 
 # %% ../nbs/13_nyc_tim.ipynb #1a228cb0
@@ -816,9 +848,11 @@ def ground(p:Plan, seed:int=0) -> world.Ground:
     low, mid, fine = (world.noise(r, size, length, slope, 4) for length, slope in ((45, 2.1), (12, 1.5), (2.5, 1.1)))
     ids = np.unique(p.block, return_inverse=True)[1].reshape(size, size)
     none, hard = np.zeros((size, size), bool), np.isin(p.code, (6, 7, 8))
-    g = world.Ground('town', world.CLIMATES[4], low, mid, fine, ids, 0., use=np.where(p.code == 3, 3, 1), wild=p.code == 2, trees=p.code == 1,
+    g = world.Ground('town', world.CLIMATES[4], low, mid, fine, ids, 0., use=np.where(p.code == 3, 3, 1), wild=p.code == 2,
+                     trees=p.code == 1,
                      built=p.code >= 5, house=p.house,
-                     road=hard, lake=p.code == 4, river=none, shore=p.shore, swamp=none, cover=np.array([0, *COVER.values()], np.uint8)[p.code],
+                     road=hard, lake=p.code == 4, river=none, shore=p.shore, swamp=none,
+                     cover=np.array([0, *COVER.values()], np.uint8)[p.code],
                      dem=p.dem)
     world.growth(r, g, .4, .5)
     return g
@@ -887,7 +921,8 @@ def from_city(
     anew:bool=False, # replace a data set of other options or other code
 ) -> Chips:
     "The procedural city cut into chips, as `build` cuts the real one; a folder that is finished is taken as it is."
-    about = dict(name='procedural city', days=list(SEASONS), s1_days=list(SEASONS), city_seed=seed, city_size=size, code=_code(), **asdict(opt))
+    about = dict(name='procedural city', days=list(SEASONS), s1_days=list(SEASONS), city_seed=seed, city_size=size, code=_code(),
+                 **asdict(opt))
     out = Path(out)
     if (out/'manifest.json').exists():
         chips = Chips(out)
@@ -967,9 +1002,11 @@ class Variant:
     as_dear_as:str = '' # steps are added until this run's arithmetic is spent
 
 VARIANTS = {v.name: v for v in (
-    Variant('no TiM'), Variant('TiM LULC', tim=('LULC',)), Variant('TiM NDVI', tim=('NDVI',)), Variant('TiM LULC+NDVI', tim=('LULC', 'NDVI')),
+    Variant('no TiM'), Variant('TiM LULC', tim=('LULC',)), Variant('TiM NDVI', tim=('NDVI',)),
+    Variant('TiM LULC+NDVI', tim=('LULC', 'NDVI')),
     Variant('LULC given', given=('LULC',)), Variant('no TiM, equal compute', as_dear_as='TiM LULC'),
-    Variant('S1 alone', modalities=('S1RTC',)), Variant('S1 alone, TiM LULC', modalities=('S1RTC',), tim=('LULC',), against='S1 alone'))}
+    Variant('S1 alone', modalities=('S1RTC',)), Variant('S1 alone, TiM LULC', modalities=('S1RTC',), tim=('LULC',),
+                                                        against='S1 alone'))}
 
 @dataclass(frozen=True)
 class Family:
@@ -1020,7 +1057,8 @@ def config(
     "A TerraTorch configuration of one run."
     f = FAMILIES[family]
     inputs = [*v.modalities, *v.given]
-    model = dict(backbone=f.tim if v.tim else f.encoder, backbone_pretrained=True, backbone_modalities=inputs, backbone_use_temporal=True,
+    model = dict(backbone=f.tim if v.tim else f.encoder, backbone_pretrained=True, backbone_modalities=inputs,
+                 backbone_use_temporal=True,
                  backbone_temporal_pooling='mean', backbone_temporal_n_timestamps=timestamps)
     if v.tim: model |= dict(backbone_tim_modalities=list(v.tim), backbone_tim_temps=0.)
     if weights and family == 'mini': model |= dict(backbone_weights=str(weights))
@@ -1031,23 +1069,31 @@ def config(
     mean, std = ({m: standardisation(family, m)[k] for m in inputs} for k in (0, 1))
     split = {f'{s}_split': f'{data}/splits/{s}.txt' for s in ('train', 'val', 'test')}
     return dict(seed_everything=seed,
-        trainer=dict(accelerator='auto' if family != 'mini' else 'cpu', devices=1, precision='32-true' if family == 'mini' else '16-mixed',
+        trainer=dict(accelerator='auto' if family != 'mini' else 'cpu', devices=1, precision='32-true' if family == 'mini'
+                     else '16-mixed',
                      max_steps=steps, max_epochs=-1, logger=False, default_root_dir=out,
-            enable_progress_bar=family != 'mini', enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0, log_every_n_steps=10,
+            enable_progress_bar=family != 'mini', enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0,
+            log_every_n_steps=10,
             deterministic='warn',
             callbacks=[init('gac.nyc.Recorder', folder=out, seed=seed),
-                       init('lightning.pytorch.callbacks.ModelCheckpoint', dirpath=out, filename='final', every_n_train_steps=steps, save_top_k=-1,
+                       init('lightning.pytorch.callbacks.ModelCheckpoint', dirpath=out, filename='final',
+                            every_n_train_steps=steps, save_top_k=-1,
                             save_weights_only=True,
                             enable_version_counter=False)]),
-        model=init('terratorch.tasks.SemanticSegmentationTask', model_factory='EncoderDecoderFactory', model_args=model, loss='ce', ignore_index=-1,
+        model=init('terratorch.tasks.SemanticSegmentationTask', model_factory='EncoderDecoderFactory', model_args=model,
+                   loss='ce', ignore_index=-1,
                    lr=lr, optimizer='AdamW',
-            optimizer_hparams=dict(weight_decay=.05), **settling(steps), freeze_backbone=False, plot_on_val=False, class_names=list(CLASSES)),
-        data=init('terratorch.datamodules.GenericMultiModalDataModule', task='segmentation', num_classes=len(CLASSES), batch_size=batch_size,
+            optimizer_hparams=dict(weight_decay=.05), **settling(steps), freeze_backbone=False, plot_on_val=False,
+            class_names=list(CLASSES)),
+        data=init('terratorch.datamodules.GenericMultiModalDataModule', task='segmentation', num_classes=len(CLASSES),
+                  batch_size=batch_size,
                   num_workers=workers, modalities=inputs,
-            rgb_modality=None, data_root={m: thoughts if m in v.given else f'{data}/chips' for m in inputs}, label_data_root=f'{data}/chips', **split,
+            rgb_modality=None, data_root={m: thoughts if m in v.given else f'{data}/chips' for m in inputs},
+            label_data_root=f'{data}/chips', **split,
             image_grep={m: f'*_{m}{suffix}' for m in inputs}, label_grep=f'*_LABEL{suffix}', no_label_replace=-1, drop_last=True,
             check_stackability=False, means=mean, stds=std,
-            rgb_indices={inputs[0]: [3, 2, 1] if inputs[0] == 'S2L2A' else [0]}, **{f'{s}_transform': transform for s in ('train', 'val', 'test')}))
+            rgb_indices={inputs[0]: [3, 2, 1] if inputs[0] == 'S2L2A' else [0]},
+            **{f'{s}_transform': transform for s in ('train', 'val', 'test')}))
 
 THOUGHT = ('model.init_args.model_args.backbone', 'model.init_args.model_args.backbone_tim_modalities',
            'model.init_args.model_args.backbone_tim_temps')
@@ -1116,7 +1162,8 @@ def scores(
     if whole is not None:
         all_of = scores(whole)
         iou = np.where(row > 0, iou, np.stack([all_of[f'iou_{n}'] for n in CLASSES], -1))
-    found = dict(miou=np.nanmean(iou, -1), **{f'iou_{n}': iou[..., i] for i, n in enumerate(CLASSES)}, pixel_accuracy=tp.sum(-1)/c.sum((-1, -2)),
+    found = dict(miou=np.nanmean(iou, -1), **{f'iou_{n}': iou[..., i] for i, n in enumerate(CLASSES)},
+                 pixel_accuracy=tp.sum(-1)/c.sum((-1, -2)),
                  f1=np.nanmean(f1, -1))
     return {k: float(v) if np.ndim(v) == 0 else v for k, v in found.items()}
 
@@ -1223,7 +1270,8 @@ def think(
         x, shape = _given(chips, some, given), (len(some), -1, chips.size, chips.size)
         codes = generator.generate(x, tokens='argmax', output='LULC').numpy().astype(np.uint8).reshape(shape)
         found |= dict(zip(some, codes))
-        bands = dict(LULC=(codes[:, :, None] == np.arange(foundations.LULC_LABELS)[:, None, None]).astype(np.uint8))  # (B, T, 10, H, W)
+        # (B, T, 10, H, W)
+        bands = dict(LULC=(codes[:, :, None] == np.arange(foundations.LULC_LABELS)[:, None, None]).astype(np.uint8))
         if 'NDVI' in wanted: bands['NDVI'] = generator.generate(x, timesteps=1, tokens='argmax', output='NDVI').numpy()
         for m in wanted:
             for n, b in zip(some, bands[m].reshape(shape)): _save(out/f'{n}_{m}{chips.suffix}', b, _nowhere(chips.size))
@@ -1251,7 +1299,8 @@ def ndvi_thought(
     truth, pred = (nir - red)/(nir + red), generator.generate(_given(chips, names, given), timesteps=1, tokens='argmax', output='NDVI').numpy()[:, 0]
     return dict(mae=float(np.abs(truth - pred).mean()), correlation=float(np.corrcoef(truth.ravel(), pred.ravel())[0, 1]))
 
-LULC_TO = {1: 2, 2: 0, 3: 0, 4: 0, 6: 1, 9: 0}  # TerraMind's land cover -> class; built area is building or impervious, snow and clouds are none
+# TerraMind's land cover -> class; built area is building or impervious, snow and clouds are none
+LULC_TO = {1: 2, 2: 0, 3: 0, 4: 0, 6: 1, 9: 0}
 
 def zero_shot(
     codes:np.ndarray, # (T, H, W) land cover of each date
@@ -1292,7 +1341,8 @@ def gate(
     mean = float(gain(np.ones((1, B)), np.full((1, S), 1/S))[0])
     many = gain(rng.multinomial(B, [1/B]*B, n), rng.multinomial(S, [1/S]*S, n)/S)
     lo, hi = np.quantile(many, [(1 - level)/2, (1 + level)/2])
-    return dict(gain=mean, lo=float(lo), hi=float(hi), verdict=verdict(float(lo), float(hi)) if B >= FEW else 'too few blocks', blocks=int(B),
+    return dict(gain=mean, lo=float(lo), hi=float(hi), verdict=verdict(float(lo), float(hi)) if B >= FEW else 'too few blocks',
+                blocks=int(B),
                 seeds=S)
 
 def verdict(lo:float, hi:float) -> str: # points of mIoU
@@ -1315,7 +1365,8 @@ def publish(
     "A folder of the winning model: weights, configuration, card. A gain that is not certain is not published."
     run_dir, out = study.root()/run_dir, study.root()/out
     try: kept = json.loads((run_dir/'nyc'/'gate.json').read_text(encoding='utf-8'))
-    except (OSError, json.JSONDecodeError): raise GacError(f'{run_dir}: no finished comparison (nyc/gate.json). Run 13_nyc_tim first.') from None
+    except (OSError, json.JSONDecodeError):
+        raise GacError(f'{run_dir}: no finished comparison (nyc/gate.json). Run 13_nyc_tim first.') from None
     wins = sorted(filter(publishable, kept['gate']), key=lambda r: -r['gain'])
     if not wins:
         told = '; '.join(f'{r["run"]} {r["gain"]:+.1f} [{r["lo"]:+.1f}, {r["hi"]:+.1f}] ({r["verdict"]})' for r in kept['gate']
@@ -1323,11 +1374,13 @@ def publish(
         raise GacError(f'Nothing to publish: no thinking run gains more than 1 pp of mIoU for certain. {told}.')
     best = wins[0]
     folder = (run_dir/'nyc'/kept['folders'][best['run']]).resolve()
-    if not folder.is_relative_to(run_dir.resolve()): raise GacError(f'{run_dir}/nyc/gate.json: {kept["folders"][best["run"]]} lies outside the run.')
+    if not folder.is_relative_to(run_dir.resolve()):
+        raise GacError(f'{run_dir}/nyc/gate.json: {kept["folders"][best["run"]]} lies outside the run.')
     from safetensors.torch import save_file
     study.writable(out)
     state = metrics.read_torch(folder/'final.ckpt')['state_dict']
-    save_file({k.removeprefix('model.'): x.contiguous().clone() for k, x in state.items() if k.startswith('model.')}, out/'model.safetensors',
+    save_file({k.removeprefix('model.'): x.contiguous().clone() for k, x in state.items() if k.startswith('model.')},
+              out/'model.safetensors',
               metadata={'format': 'pt'})
     shutil.copy(folder/'config.yaml', out/'config.yaml')
     study._write(out/'README.md', card(best, kept))
@@ -1378,14 +1431,16 @@ def from_series(
     places, rows = layout(dem.shape, size, max(dem.shape)//size, 1), []
     for p in places.itertuples():
         at = np.s_[..., p.top:p.top + size, p.left:p.left + size]
-        files = write_chip(out, p.id, _nowhere(size), s2[at], s1[at], dem[at], np.full((size, size), NO_LABEL, np.uint8), [days[t] for t in use],
+        files = write_chip(out, p.id, _nowhere(size), s2[at], s1[at], dem[at], np.full((size, size), NO_LABEL, np.uint8),
+                           [days[t] for t in use],
                            suffix)
         rows.append(dict(id=p.id, seen=float(seen[use][at].mean()), **{c: 0. for c in CLASSES}, files=files, split='test'))
     (out/'splits').mkdir(exist_ok=True)
     table = places.merge(pd.DataFrame(rows), on='id')
     for s in ('train', 'val', 'test'): study._write(out/'splits'/f'{s}.txt', '\n'.join(table.id) + '\n')
     study._write(out/'chips.csv', table.assign(files=table.files.map(json.dumps)).to_csv(index=False, lineterminator='\n'))
-    about = dict(format=1, name=f'time series {Path(path).name}', classes=list(CLASSES), days=[days[t] for t in use], size=size, suffix=suffix,
+    about = dict(format=1, name=f'time series {Path(path).name}', classes=list(CLASSES), days=[days[t] for t in use], size=size,
+                 suffix=suffix,
                  n=dict(test=len(table)),
                  gap_px={'train and test': 0}, chips_sha256=study.sha256(out/'chips.csv'))
     study._write(out/'manifest.json', json.dumps(about, indent=1) + '\n')

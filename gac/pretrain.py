@@ -79,7 +79,8 @@ def inputs_of(scene:dict, # batch of scenes from world.stream
             'tok_ndvi@224': standardise(np.asarray(scene['ndvi'])[:, None], 'tok_ndvi@224').clamp(-1, 1),
             'tok_lulc@224': torch.as_tensor(np.asarray(scene['lulc'])).long(),
             'prithvi': standardise(np.asarray(scene['s2'])[:, pick], 'prithvi'),
-            'temporal': torch.stack([torch.full((len(scene['month']),), 2018.), (torch.as_tensor(np.asarray(scene['month'])).float()-.5)*30.4], -1)[:, None],
+            'temporal': torch.stack([torch.full((len(scene['month']),), 2018.),
+                                     (torch.as_tensor(np.asarray(scene['month'])).float()-.5)*30.4], -1)[:, None],
             'location': torch.stack([torch.as_tensor(np.asarray(scene[k])).float() for k in ('lat', 'lon')], -1)}
 
 # %% ../nbs/pretrain_mini.ipynb #14b41584
@@ -104,7 +105,8 @@ def spread(h): # (B,D,h,w) latent before quantisation
 def quantised(tok, x): # DiVAE or VQVAE; image
     "Codes with straight-through gradients, and the spread penalty of the latent."
     h = tok.quant_proj(tok.encoder(tok.prepare_input(x))).float()
-    with torch.autocast('cpu', enabled=False), torch.autocast('cuda', enabled=False): return tok.quantize(h)[0], spread(h)  # float32: bfloat16 rounds to wrong codes
+    # float32: bfloat16 rounds to wrong codes
+    with torch.autocast('cpu', enabled=False), torch.autocast('cuda', enabled=False): return tok.quantize(h)[0], spread(h)
 
 def divae_loss(tok, # DiVAE
                x, # (B,C,H,W) standardised image
@@ -140,8 +142,10 @@ LOSS_WEIGHTS = dict(zip(KEYS.values(), (1., .3, .15)))
 def masked_input(value, shown, asked):  # token ids or image, how many input tokens shown, how many target tokens asked
     "One modality as `TerraMind.forward` wants it; what is shown is never asked."
     B = len(value); order = torch.rand(B, N, device=value.device).argsort(1).argsort(1)
-    attention = torch.full((B, N), 3*N, dtype=torch.int, device=value.device)  # everyone attends: a zero would hide all tokens from all
-    return dict(tensor=value, input_mask=order >= shown, target_mask=(order < N-asked) if asked else torch.ones_like(order, dtype=torch.bool),
+    # everyone attends: a zero would hide all tokens from all
+    attention = torch.full((B, N), 3*N, dtype=torch.int, device=value.device)
+    return dict(tensor=value, input_mask=order >= shown, target_mask=(order < N-asked) if asked
+                else torch.ones_like(order, dtype=torch.bool),
                 decoder_attention_mask=attention)
 
 def core_batch(d, # batch of inputs_of
@@ -223,11 +227,13 @@ def stage_loss(p:Plan, model, d, tokenizers=None):
     if p.stage == 'core': return core_loss(model, tokenizers, d)
     if p.stage == 'prithvi': return prithvi_loss(model, d), {}
     x = d[KEYS[p.stage]]
-    return (vqvae_loss(model, x) if p.stage == 'lulc' else divae_loss(model, x, band_weights() if p.stage == 's2l2a' else None)), {}
+    return (vqvae_loss(model, x) if p.stage == 'lulc'
+            else divae_loss(model, x, band_weights() if p.stage == 's2l2a' else None)), {}
 
 def native_bf16(device:str) -> bool: # cpu or cuda
     "Whether a device computes in bfloat16; a CPU that only emulates it is nine times slower than in float32."
-    return torch.cuda.is_bf16_supported(including_emulation=False) if device == 'cuda' else bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return (torch.cuda.is_bf16_supported(including_emulation=False) if device == 'cuda'
+            else bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 def start_from(model, stage:str, folder:str): # model of a stage; folder of finished weights
     "Load finished weights, every key accounted for."
@@ -255,8 +261,10 @@ def pretrain(p:Plan, # what to learn
         model.load_state_dict(state['model']); opt.load_state_dict(state['optimizer']); step, log, seconds = state['step'], state['log'], state['seconds']
     began, first, seen = time.time(), step, []
     model.train()
-    for scene in DataLoader(Scenes(p.first_seed, p.batch, step, p.stop or p.steps), batch_size=None, num_workers=p.workers, prefetch_factor=4 if p.workers else None):
-        torch.manual_seed(p.first_seed % 2**31+step); random.seed(p.first_seed+step)  # TerraMind shuffles its outputs with Python's
+    for scene in DataLoader(Scenes(p.first_seed, p.batch, step, p.stop or p.steps), batch_size=None, num_workers=p.workers,
+                            prefetch_factor=4 if p.workers else None):
+        # TerraMind shuffles its outputs with Python's
+        torch.manual_seed(p.first_seed % 2**31+step); random.seed(p.first_seed+step)
         d = {k: v.to(device) for k, v in inputs_of(scene).items()}
         for g in opt.param_groups: g['lr'] = p.lr*rate(step, p)
         with torch.autocast(device, torch.bfloat16, enabled=half): loss, parts = stage_loss(p, model, d, tokenizers)
@@ -265,9 +273,11 @@ def pretrain(p:Plan, # what to learn
         if step % 100 == 0 or step == p.steps:
             log.append({'step': step, **{k: float(np.mean([s[k] for s in seen if k in s])) for k in set().union(*seen)}}); seen = []
             speed = (step-first)*p.batch/(time.time()-began)
-            print(f'{p.stage} {step}/{p.steps} '+' '.join(f'{k.split("@")[0]} {v:.4f}' for k, v in sorted(log[-1].items()) if k != 'step')+f' {speed:.1f} scenes/s, {(p.steps-step)*p.batch/speed/60:.0f} min left', flush=True)
+            print(f'{p.stage} {step}/{p.steps} '+' '.join(f'{k.split("@")[0]} {v:.4f}' for k, v in sorted(log[-1].items())
+                                                          if k != 'step')+f' {speed:.1f} scenes/s, {(p.steps-step)*p.batch/speed/60:.0f} min left', flush=True)
         if step % p.save_every == 0 or step in (p.steps, p.stop):
-            save_state(path, model=model.state_dict(), optimizer=opt.state_dict(), step=step, log=log, seconds=seconds+time.time()-began, plan=asdict(p), device=device)
+            save_state(path, model=model.state_dict(), optimizer=opt.state_dict(), step=step, log=log,
+                       seconds=seconds+time.time()-began, plan=asdict(p), device=device)
     return model.eval(), log
 
 # %% ../nbs/pretrain_mini.ipynb #81ef7e09
@@ -279,10 +289,13 @@ def export_weights(out:Path, # folder of checkpoints
     dest = Path(dest or study.root()/'data/weights/mini')
     state = torch.load(Path(out)/f'{stage}.ckpt', weights_only=True, map_location='cpu')
     plan, log = state['plan'], state['log']
-    card = dict(name=FILES[stage], stage=stage, parameters=sum(v.numel() for v in state['model'].values()), dtype='float16', levels=LEVELS.get(stage),
+    card = dict(name=FILES[stage], stage=stage, parameters=sum(v.numel() for v in state['model'].values()), dtype='float16',
+                levels=LEVELS.get(stage),
                 plan=plan, steps_done=state['step'], scenes_seen=state['step']*plan['batch'],
-                seeds=[plan['first_seed'], plan['first_seed']+state['step']*plan['batch']-1], hours=round(state['seconds']/3600, 2),
-                device=str(state.get('device', 'cpu')), torch=torch.__version__, history=history, log=[{k: round(v, 4) for k, v in r.items()} for r in log])
+                seeds=[plan['first_seed'], plan['first_seed']+state['step']*plan['batch']-1],
+                hours=round(state['seconds']/3600, 2),
+                device=str(state.get('device', 'cpu')), torch=torch.__version__, history=history,
+                log=[{k: round(v, 4) for k, v in r.items()} for r in log])
     foundations.save_weights(dest/f'{FILES[stage]}.safetensors', state['model'], card)
     return card
 
@@ -329,16 +342,19 @@ def pixel_regression(train:dict, test:dict) -> torch.Tensor: # batches of scenes
     "Reflectance by linear regression on VV, VH and their 5×5 means, fitted on `train`."
     from sklearn.linear_model import LinearRegression
     B, _, H, W = test['s1grd'].shape
-    fit = LinearRegression().fit(pixel_features(train['s1grd'])[::7], optical(train, study.OPT_BANDS).permute(0, 2, 3, 1).flatten(0, 2).numpy()[::7])
+    fit = LinearRegression().fit(pixel_features(train['s1grd'])[::7],
+                                 optical(train, study.OPT_BANDS).permute(0, 2, 3, 1).flatten(0, 2).numpy()[::7])
     return torch.from_numpy(fit.predict(pixel_features(test['s1grd']))).float().unflatten(0, (B, H, W)).permute(0, 3, 1, 2)
 
 @torch.no_grad()
-def token_accuracy(core, tokenizers:dict, scene:dict, share:float, # token model; tokenizers; scenes; share of the optical patches shown beside S1
+def token_accuracy(core, tokenizers:dict, scene:dict,
+                   share:float, # token model; tokenizers; scenes; share of the optical patches shown beside S1
                    seed:int=0) -> dict: # accuracy of all tokens, of those whose patch is shown, of those whose patch is hidden; cross-entropy in nats
     "How well the optical tokens are predicted from the radar and part of the optical image."
     d = inputs_of(scene); truth = tokenise(tokenizers, d)[KEYS['s2l2a']]; B = len(truth)
     shown = torch.rand(B, N, generator=torch.Generator().manual_seed(seed)).argsort(1).argsort(1) < round(share*N)
-    mod = {'untok_sen1grd@224': masked_input(d['untok_sen1grd@224'], N, 0), KEYS['s2l2a']: masked_input(torch.zeros_like(truth), 0, N)}
+    mod = {'untok_sen1grd@224': masked_input(d['untok_sen1grd@224'], N, 0),
+           KEYS['s2l2a']: masked_input(torch.zeros_like(truth), 0, N)}
     mod['untok_sen2l2a@224'] = masked_input(d['untok_sen2l2a@224'], 0, 0) | {'input_mask': ~shown}
     logits = core(mod, N+round(share*N), N, return_logits=True)[KEYS['s2l2a']]
     hit = logits.argmax(-1) == truth
@@ -364,7 +380,8 @@ def probe(features, labels, train:int, # (n,D), (n,), how many of the rows are f
 def probe_encoder(name:str, scene:dict, train:int, pretrained:bool, modalities=('S1GRD', 'S2L2A'), seed:int=0) -> float:
     "Land-cover mIoU of a linear probe on an encoder's frozen patch features; the first `train` scenes are for fitting."
     torch.manual_seed(seed)
-    patch, inputs = (8, {'S2L2A': optical(scene)}) if name.startswith('prithvi') else (PATCH, {'S1GRD': torch.from_numpy(scene['s1grd']), 'S2L2A': optical(scene)})
+    patch, inputs = ((8, {'S2L2A': optical(scene)}) if name.startswith('prithvi')
+                     else (PATCH, {'S1GRD': torch.from_numpy(scene['s1grd']), 'S2L2A': optical(scene)}))
     model = foundations.build(name, pretrained, **({} if name.startswith('prithvi') else dict(modalities=list(modalities))))
     x = foundations.features(model.eval(), {m: v for m, v in inputs.items() if m in modalities})
     return probe(x.flatten(0, 1).numpy(), patch_majority(scene['lulc'], patch), train*x.shape[1], seed=seed)
@@ -383,7 +400,8 @@ def judge(n:int=96, # held-out scenes; half as many others fit the probes, four 
     score = {k: metrics.psnr(v, truth) for k, v in dict(trip=trip, v1=v1, regression=regression).items()}
     partial = foundations.build_generator(input_modalities=('S1GRD', 'S2L2A'))
     rows = []
-    def row(what, unit, value, lo, hi, wanted): rows.append(dict(mark=what, unit=unit, value=value, lo=lo, hi=hi, wanted=wanted, met=value >= wanted, n_scenes=n))
+    def row(what, unit, value, lo, hi, wanted):
+        rows.append(dict(mark=what, unit=unit, value=value, lo=lo, hi=hi, wanted=wanted, met=value >= wanted, n_scenes=n))
     def interval(what, unit, values, wanted): row(what, unit, *metrics.bootstrap_ci(values, seed=seed), wanted)
     interval('S2L2A round trip, one step', 'dB PSNR', score['trip'], 33.)
     interval('Stage 1 (expected code) over per-pixel regression', 'dB PSNR', score['v1']-score['regression'], 1.)
@@ -392,10 +410,13 @@ def judge(n:int=96, # held-out scenes; half as many others fit the probes, four 
     for share in (0., .5):
         a = token_accuracy(partial.net, {'s2l2a': partial.tokenizer()}, test, share, seed)
         for which in (('all', 'hidden') if share else ('all',)):
-            row(f'token accuracy, S1 and {share:.0%} of S2 shown, {which} tokens', 'share', a[which], float('nan'), float('nan'), .6 if share and which == 'all' else float('nan'))
+            row(f'token accuracy, S1 and {share:.0%} of S2 shown, {which} tokens', 'share', a[which], float('nan'), float('nan'),
+                .6 if share and which == 'all' else float('nan'))
     both = {k: np.concatenate([fit[k], test[k]]) for k in ('s1grd', 's2', 'lulc')}
-    for name, modalities in (('terramind_mini', ('S1GRD', 'S2L2A')), ('terramind_mini', ('S1GRD',)), ('prithvi_mini', ('S2L2A',))):
+    for name, modalities in (('terramind_mini', ('S1GRD', 'S2L2A')), ('terramind_mini', ('S1GRD',)),
+                             ('prithvi_mini', ('S2L2A',))):
         known, chance = (probe_encoder(name, both, len(fit['s2']), p, modalities, seed) for p in (True, False))
-        row(f'land-cover probe, {name} on {"+".join(modalities)}: gain over random weights', 'pp mIoU', 100*(known-chance), float('nan'), float('nan'), float('nan') if modalities == ('S1GRD',) else 15.)
+        row(f'land-cover probe, {name} on {"+".join(modalities)}: gain over random weights', 'pp mIoU', 100*(known-chance),
+            float('nan'), float('nan'), float('nan') if modalities == ('S1GRD',) else 15.)
         row(f'land-cover probe, {name} on {"+".join(modalities)}', 'mIoU', known, float('nan'), float('nan'), float('nan'))
     return pd.DataFrame(rows)

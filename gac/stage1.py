@@ -32,7 +32,8 @@ def build_terramind_generator(
     weights:str='', # folder of weight files, 'hub', or empty: the committed miniatures or the Hugging Face cache
 ): # foundations.Generator, in evaluation mode
     "The pretrained generator that Stage 1 runs and Stage 3 grounds."
-    return foundations.place(foundations.build_generator(name, input_modalities, output_modalities, timesteps, pretrained, weights))
+    return foundations.place(foundations.build_generator(name, input_modalities, output_modalities, timesteps, pretrained,
+                                                         weights))
 
 # %% ../nbs/07_stage1.ipynb #0a68cdce
 @torch.no_grad()
@@ -56,7 +57,8 @@ class Decoding:
 
     def __post_init__(self):
         for what, known in (('tokens', foundations.TOKENS), ('clamp', foundations.CLAMPS)):
-            if getattr(self, what) not in known: raise GacError(f'{what} is {getattr(self, what)!r}: expected {" or ".join(known)}.')
+            if getattr(self, what) not in known:
+                raise GacError(f'{what} is {getattr(self, what)!r}: expected {" or ".join(known)}.')
 
     def __str__(self) -> str:
         tokens = dict(sample='sampled', argmax='argmax', expected='expected code')[self.tokens]
@@ -146,7 +148,8 @@ def settings(
 ) -> dict:
     "What determines an array of Stage 1, kept as its attributes."
     weights = {name: digest[:16] for name, digest in foundations.weights_checksums(model.core).items()}
-    return dict(bands=list(study.OPT_BANDS), units='reflectance x 10000', model=model.core.gac['name'], inputs=list(model.inputs), weights=weights or 'random',
+    return dict(bands=list(study.OPT_BANDS), units='reflectance x 10000', model=model.core.gac['name'], inputs=list(model.inputs),
+                weights=weights or 'random',
                 **asdict(decoding), seed=seed)
 
 def precompute(
@@ -191,10 +194,12 @@ def precompute(
             into.write(output, rows[sound], tiles.to_dn(images[sound]), rank, world_size)
             drawn_now += len(left & set(rows[sound].tolist()))
     finally: into.close()
-    failed = pd.DataFrame([dict(id=store.table.id.iloc[r], error=why) for r, why in sorted(errors.items())], columns=['id', 'error'])
+    failed = pd.DataFrame([dict(id=store.table.id.iloc[r], error=why) for r, why in sorted(errors.items())],
+                          columns=['id', 'error'])
     for row in failed.head(10).itertuples(): print(f'{output}: {row.id} was left out: {row.error}', flush=True)
     if len(failed) > 10: print(f'{output}: and {len(failed) - 10} more', flush=True)
-    return dict(processed=drawn_now, errors=len(failed), output=str(into.path/'arrays'/output), skipped=len(mine) - len(left), failed=failed)
+    return dict(processed=drawn_now, errors=len(failed), output=str(into.path/'arrays'/output), skipped=len(mine) - len(left),
+                failed=failed)
 
 def drop_other(
     store, # tiles.Store
@@ -229,7 +234,8 @@ def open_tiles(
 ) -> tuple: # the store with the radar, the store new arrays go to
     "What `gac precompute` works on."
     data_dir = Path(data_dir)
-    if not data_dir.exists(): raise GacError(f'{data_dir} does not exist: give the folder of a tile store or of tiles in a known layout (--data-dir).')
+    if not data_dir.exists():
+        raise GacError(f'{data_dir} does not exist: give the folder of a tile store or of tiles in a known layout (--data-dir).')
     if not (data_dir/'table.parquet').exists():
         if not output_dir: raise GacError(f'{data_dir} is no tile store: say with --output-dir where the converted tiles go.')
         converted = Path(output_dir)/'tiles'
@@ -247,7 +253,8 @@ def read_tiles(
     "Some tiles with everything a method may look at."
     rows = np.asarray(rows)
     table, s2 = store.table.iloc[rows], tiles.to_reflectance(store.read('s2', rows))
-    return dict(idx=rows, **{k: table[k].to_numpy() for k in ('id', 'scene', 'month', 'biome', 'lon', 'lat') if k in table}, s1=store.read('s1', rows), s2=s2,
+    return dict(idx=rows, **{k: table[k].to_numpy() for k in ('id', 'scene', 'month', 'biome', 'lon', 'lat') if k in table},
+                s1=store.read('s1', rows), s2=s2,
                 truth=s2[:, store.bands('s2', study.OPT_BANDS)])
 
 def drawn(
@@ -282,7 +289,8 @@ def measure(
             parts.append(table.assign(scene=batch['scene'], method=name).set_index('method', append=True).swaplevel())
     return pd.concat(parts).loc[list(methods)]
 
-COLUMNS = ('psnr', 'ssim', 'lpips', 'sam_deg', *metrics.SAR_MEASURES, 'mse', 'rmse', 'mae')  # of a table of results, in this order
+# of a table of results, in this order
+COLUMNS = ('psnr', 'ssim', 'lpips', 'sam_deg', *metrics.SAR_MEASURES, 'mse', 'rmse', 'mae')
 
 def summarise(
     measured:pd.DataFrame, # from measure
@@ -290,7 +298,8 @@ def summarise(
     seed:int=0, # of the bootstrap
 ) -> pd.DataFrame: # a row per method: method, n_tiles, then each measure with its _lo and _hi
     "Means with their 95 % intervals over scenes."
-    rows = [dict(method=name) | metrics.summary(part[list(columns)], scenes=part.scene, seed=seed) for name, part in measured.groupby(level='method', sort=False)]
+    rows = [dict(method=name) | metrics.summary(part[list(columns)], scenes=part.scene, seed=seed)
+            for name, part in measured.groupby(level='method', sort=False)]
     return pd.DataFrame(rows)
 
 # %% ../nbs/07_stage1.ipynb #26f8c348
@@ -342,13 +351,15 @@ def panels(
     labels, last, truth = batch['id'] if labels is None else labels, list(images.values())[-1], batch['truth']
     radar = 's1' in batch
     titles = [*['radar']*radar, *images, 'truth', *['near infrared', 'its truth']*nir, *(f'error {k}' for k in images)]
-    fig, axes = plt.subplots(len(truth), len(titles), figsize=(1.25*len(titles) + .8, 1.3*len(truth) + .3), squeeze=False, dpi=66 if len(titles) < 8 else 56)
+    fig, axes = plt.subplots(len(truth), len(titles), figsize=(1.25*len(titles) + .8, 1.3*len(truth) + .3), squeeze=False,
+                             dpi=66 if len(titles) < 8 else 56)
     for i, line in enumerate(axes):
         white, red = white_of(truth[i]), max(.2, float(np.quantile(truth[i][3], .99)))
         shown = [*([s1_composite(batch['s1'][i])] if radar else []), *(picture(x[i], white) for x in (*images.values(), truth)),
                  *(false_colour(x[i], red) for x in (last, truth) if nir)]
         for ax, pixels in zip(line, shown): ax.imshow(pixels)
-        for ax, x in zip(line[len(shown):], images.values()): drawn = ax.imshow(np.abs(x[i] - truth[i]).mean(0), cmap='magma', vmin=0, vmax=ERROR_TOP)
+        for ax, x in zip(line[len(shown):], images.values()):
+            drawn = ax.imshow(np.abs(x[i] - truth[i]).mean(0), cmap='magma', vmin=0, vmax=ERROR_TOP)
         line[0].set_ylabel(labels[i], fontsize=8)
     for ax, title in zip(axes[0], titles): ax.set_title(title, fontsize=8)
     for ax in axes.flat:
@@ -382,7 +393,8 @@ def chosen(
 ) -> tuple: # name of the generator, folder of its weights, Decoding
     "How this run draws opt_v1."
     path = run.dir/'stage1.json'
-    made = json.loads(path.read_text(encoding='utf-8')) if path.exists() else dict(name='terramind_mini_generate', weights='', **asdict(Decoding(1, 'expected')))
+    made = (json.loads(path.read_text(encoding='utf-8')) if path.exists()
+            else dict(name='terramind_mini_generate', weights='', **asdict(Decoding(1, 'expected'))))
     return made.pop('name'), made.pop('weights'), Decoding(**made)
 
 def shelf(
@@ -415,7 +427,8 @@ def drawn_before(
     place = shelf(run, store)
     if 'opt_v1' not in place.arrays:
         name, weights, decoding = chosen(run)
-        precompute(store, build_terramind_generator((store.attrs.get('s1_product', 'S1GRD'),), name=name, weights=weights), **asdict(decoding), seed=run.seed, into=place)
+        precompute(store, build_terramind_generator((store.attrs.get('s1_product', 'S1GRD'),), name=name, weights=weights),
+                   **asdict(decoding), seed=run.seed, into=place)
     return place
 
 # %% ../nbs/07_stage1.ipynb #f88d4604

@@ -39,7 +39,8 @@ def codes(
 ) -> Tensor: # (n,) int64; 0 where nothing is said
     "One field of the metadata for every tile of a batch."
     given = torch.as_tensor(metadata.get(name, 0), device=device)
-    if given.ndim > 1 or given.numel() not in (1, n): raise GacError(f'{name}: {given.numel()} values for {n} tiles. Give one for all, or one for each.')
+    if given.ndim > 1 or given.numel() not in (1, n):
+        raise GacError(f'{name}: {given.numel()} values for {n} tiles. Give one for all, or one for each.')
     value = given.expand(n) if given.ndim == 0 or given.numel() == 1 else given
     if value.is_floating_point() and (value != value.round()).any() or (value < 0).any() or (value > KNOWN[name]).any():
         raise GacError(f'{name} is {given.tolist()}: expected whole numbers from 0 (unknown) to {KNOWN[name]}.')
@@ -172,14 +173,16 @@ class ConvNeXtHead(nn.Module):
         self.colour = Colour(bands, condition, width, dropout)
         self.pooled = nn.Sequential(nn.LayerNorm(dims[-1]), nn.Dropout(dropout), nn.Linear(dims[-1], condition))
         nn.init.normal_(self.pooled[-1].weight, std=.01), nn.init.zeros_(self.pooled[-1].bias)
-        self.levels = nn.ModuleList(nn.Sequential(nn.LayerNorm(d), nn.Dropout(dropout), nn.Linear(d, width)) for d in dims if depth)
+        self.levels = nn.ModuleList(nn.Sequential(nn.LayerNorm(d), nn.Dropout(dropout), nn.Linear(d, width))
+                                    for d in dims if depth)
         self.blocks = nn.ModuleList(ConvNeXtBlock(width, condition, dropout=dropout) for _ in range(depth))
         if not depth: return
         self.skip, self.up = nn.Conv2d(4*bands, width, 3, padding=1), nn.Conv2d(width, width//2, 1)
         self.fine, self.out = nn.Conv2d(bands, width//2, 3, padding=1), nn.Conv2d(width//2, bands, 3, padding=1)
         nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
 
-    def forward(self, x:Tensor, features:list, c:Tensor|None=None) -> Tensor: # (B, bands, H, W); (B, h, w, dim) each; None: nothing is known -> (B, bands, H, W)
+    def forward(self, x:Tensor, features:list,
+                c:Tensor|None=None) -> Tensor: # (B, bands, H, W); (B, h, w, dim) each; None: nothing is known -> (B, bands, H, W)
         pooled = self.pooled(features[-1].mean((1, 2)))
         c = pooled if c is None else c + pooled
         colour = self.colour(x, c)
@@ -191,7 +194,8 @@ class ConvNeXtHead(nn.Module):
         return colour + self.out(F.gelu(F.interpolate(self.up(half), x.shape[-2:], mode='bilinear') + self.fine(x)))
 
 # %% ../nbs/08_stage2.ipynb #93b2d44f
-REACH = {'attention': r'blocks\.{i}\.attn\.(qkv|proj)', 'wider': r'blocks\.{i}\.(attn\.(qkv|proj)|mlp\.fc[12])'}  # layers that get adapters
+# layers that get adapters
+REACH = {'attention': r'blocks\.{i}\.attn\.(qkv|proj)', 'wider': r'blocks\.{i}\.(attn\.(qkv|proj)|mlp\.fc[12])'}
 SCALE = .02  # reflectance, the unit of a correction: first steps of training stay small
 
 def _silent(layer:nn.Module, coords:tuple, out:Tensor) -> Tensor:
@@ -271,11 +275,14 @@ def build_prithvi_refiner(
     **head, # levels, width, depth, dropout, hide of PrithviRefiner
 ) -> PrithviRefiner: # in evaluation mode, an untrained one returns its input
     "A refiner by the name of its backbone."
-    config = dict(backbone=backbone, lora_r=lora_r, lora_alpha=lora_alpha, load_in_8bit=load_in_8bit, unfreeze_last_n_blocks=unfreeze_last_n_blocks,
+    config = dict(backbone=backbone, lora_r=lora_r, lora_alpha=lora_alpha, load_in_8bit=load_in_8bit,
+                  unfreeze_last_n_blocks=unfreeze_last_n_blocks,
                   metadata=list(metadata), pretrained=pretrained, reach=reach, seed=seed, **head)
-    if wrong := set(metadata) - set(FIELDS): raise GacError(f'metadata {", ".join(sorted(wrong))}: known are {", ".join(FIELDS)}.')
+    if wrong := set(metadata) - set(FIELDS):
+        raise GacError(f'metadata {", ".join(sorted(wrong))}: known are {", ".join(FIELDS)}.')
     if reach not in REACH: raise GacError(f'reach {reach!r}: expected {" or ".join(REACH)}.')
-    if foundations.entry(backbone).role != 'prithvi': raise GacError(f'{backbone} is no Prithvi encoder: Stage 2 builds on one of those of `gac info`.')
+    if foundations.entry(backbone).role != 'prithvi':
+        raise GacError(f'{backbone} is no Prithvi encoder: Stage 2 builds on one of those of `gac info`.')
     with training.seeded(seed):
         encoder = foundations.build(backbone, pretrained, weights, bands=OPT_BANDS).requires_grad_(False)
         _adapt(encoder, lora_r, lora_alpha, load_in_8bit, unfreeze_last_n_blocks, reach)
@@ -309,7 +316,8 @@ def forecast(
     trainable = own + lora_r*sum(m.in_features + m.out_features for m in hit)
     frozen = sum(p.numel() for p in encoder.parameters())
     memory = foundations._memory_mb(encoder, frozen)
-    return dict(backbone=backbone, params=frozen + trainable, trainable=trainable, **{'share_%': 100*trainable/(frozen + trainable)},
+    return dict(backbone=backbone, params=frozen + trainable, trainable=trainable,
+                **{'share_%': 100*trainable/(frozen + trainable)},
                 **{f'{k}_mb': v + 4*trainable/1e6 for k, v in memory.items()})
 
 # %% ../nbs/08_stage2.ipynb #d3ca804a
@@ -322,7 +330,8 @@ def scales(
 ) -> int: # 1 to 5
     "How many scales of MS-SSIM fit: each halves the image, and the smallest must hold the window."
     if side < metrics.SSIM_WINDOW: raise GacError(f'SSIM needs tiles of {metrics.SSIM_WINDOW} px or more, got {side}.')
-    return max(n for n in range(1, len(BETAS) + 1) if min(side//2**(n - 1), side//max(1, n - 1)**2) >= metrics.SSIM_WINDOW)  # the second as torchmetrics counts
+    # the second as torchmetrics counts
+    return max(n for n in range(1, len(BETAS) + 1) if min(side//2**(n - 1), side//max(1, n - 1)**2) >= metrics.SSIM_WINDOW)
 
 def ms_ssim(
     pred:Tensor, # (B, C, H, W) reflectance
@@ -355,7 +364,8 @@ class Stage2Loss(nn.Module):
     ):
         super().__init__()
         self.weights = dict(log_mse=log_mse, l1=l1, l2=l2, ms_ssim=ms_ssim, sam=sam, lpips=lpips)
-        if min(self.weights.values()) < 0 or not any(self.weights.values()): raise GacError(f'Loss weights {self.weights}: expected none below 0 and one above.')
+        if min(self.weights.values()) < 0 or not any(self.weights.values()):
+            raise GacError(f'Loss weights {self.weights}: expected none below 0 and one above.')
         self.perceptual, self.said = metrics.LPIPS(lpips_weights) if lpips else None, set()
         if lpips and not self.perceptual.available:
             self.say(f'the loss goes without LPIPS: {self.perceptual.reason}')
@@ -374,7 +384,8 @@ class Stage2Loss(nn.Module):
         if name == 'sam': return spectral_angle(pred, truth)
         if name == 'lpips': return self.perceptual.net.to(pred.device)(2*metrics.rgb(pred) - 1, 2*metrics.rgb(truth) - 1).mean()
         n = scales(min(pred.shape[-2:]))
-        if n < len(BETAS): self.say(f'tiles of {min(pred.shape[-2:])} px are too small for MS-SSIM over 5 scales: ' + (f'{n} scales' if n > 1 else 'SSIM') + ' instead')
+        if n < len(BETAS):
+            self.say(f'tiles of {min(pred.shape[-2:])} px are too small for MS-SSIM over 5 scales: ' + (f'{n} scales' if n > 1 else 'SSIM') + ' instead')
         return 1 - ms_ssim(pred, truth)
 
     def forward(self,
@@ -410,7 +421,8 @@ class Pairs(Dataset):
         "A whole tile."
         if i in self.held: return self.held[i]
         batch = stage1.read_tiles(self.store, self.rows[i:i + 1])
-        one = {k: torch.from_numpy(np.ascontiguousarray(x[0], dtype=np.float32)) for k, x in (('opt_v1', self.images(batch)), ('truth', batch['truth']), ('s1', batch['s1']))}
+        one = {k: torch.from_numpy(np.ascontiguousarray(x[0], dtype=np.float32))
+               for k, x in (('opt_v1', self.images(batch)), ('truth', batch['truth']), ('s1', batch['s1']))}
         place = self.store.table.iloc[self.rows[i]]
         one |= {k: int(batch[k][0]) for k in KNOWN} | {k: np.float32(place[k]) for k in ('lon', 'lat') if k in place}
         if len(self.held) < self.keep: self.held[i] = one
@@ -447,9 +459,11 @@ def save_stage2(
     if lora: training.save_adapters(refiner.encoder, folder, repository or refiner.config['backbone'])
     state = {k: v for k, v in training.trained_state(refiner).items() if 'lora_' not in k}
     size = training.weigh(refiner)
-    training.save_checkpoint(folder/HEAD_FILE, state, 'stage2', refiner.config['backbone'], refiner.encoder.gac['bands'], refiner.config, refiner.config['seed'],
+    training.save_checkpoint(folder/HEAD_FILE, state, 'stage2', refiner.config['backbone'], refiner.encoder.gac['bands'],
+                             refiner.config, refiner.config['seed'],
                              measured, weights=identity(refiner), size=size, **more)
-    training.write_card(folder, read_stage2(folder, bands='')[1], f'GAC Stage 2 on {refiner.config["backbone"]}', _ABOUT, _USE + _USE_ADAPTERS*lora, repository)
+    training.write_card(folder, read_stage2(folder, bands='')[1], f'GAC Stage 2 on {refiner.config["backbone"]}', _ABOUT,
+                        _USE + _USE_ADAPTERS*lora, repository)
     return folder
 
 _ABOUT = '''Stage 2 of GAC: an image that Stage 1 drew from radar (B02, B03, B04, B08 as reflectance, 10 m), refined. Prithvi-EO-2.0 reads it through LoRA adapters
@@ -478,7 +492,8 @@ def checkpoint_file(
 ) -> Path:
     "The head of a checkpoint, fetched with all that belongs to it where it is not on this machine."
     if Path(path).suffix == '.safetensors': return Path(path)
-    return foundations.find_folder(path, (name,), (Path(name).with_suffix('.json').name, *training.ADAPTER_FILES, training.CARD))/name
+    return foundations.find_folder(path, (name,), (Path(name).with_suffix('.json').name, *training.ADAPTER_FILES,
+                                                   training.CARD))/name
 
 def load_stage2(
     path:str|Path, # folder of a checkpoint, the file in it, or a repository of the Hugging Face Hub
@@ -564,7 +579,8 @@ def train_stage2(
     "Train the adapters, the head and the unfrozen blocks; export the best."
     out_dir, loss = Path(out_dir), loss or Stage2Loss()
     mark = lambda data: data.mark() if hasattr(data, 'mark') else len(data) if data is not None else 0
-    made = json.loads(json.dumps(dict(refiner=refiner.config, tensors=layout(refiner), weights=identity(refiner), loss=loss.weights, train=mark(train), val=mark(val))))
+    made = json.loads(json.dumps(dict(refiner=refiner.config, tensors=layout(refiner), weights=identity(refiner),
+                                      loss=loss.weights, train=mark(train), val=mark(val))))
     resume = resume and _same(out_dir, made, asdict(settings), overwrite)
     study._write(out_dir/'made.json', json.dumps(made, indent=1) + '\n')
     refiner.train().strength.fill_(1.)
@@ -573,7 +589,8 @@ def train_stage2(
     training.load_trained(refiner, {k.removeprefix('model.'): v for k, v in best['state_dict'].items()}, fit.best or fit.last)
     measured = best['gac']['metrics']
     if val is not None and len(val): measured = measured | {'val_psnr_calibrated': float(calibrate(refiner, val).max())}
-    save_stage2(refiner.eval(), out_dir, measured, settings=asdict(settings), loss=loss.weights, steps=best['global_step'], pairs=len(train), crop=getattr(train, 'crop', 0),
+    save_stage2(refiner.eval(), out_dir, measured, settings=asdict(settings), loss=loss.weights, steps=best['global_step'],
+                pairs=len(train), crop=getattr(train, 'crop', 0),
                 data=data_name(train))
     return fit
 
@@ -582,7 +599,9 @@ def _same(out_dir:Path, made:dict, settings:dict, overwrite:bool) -> bool:
     if not (out_dir/'last.ckpt').exists(): return True
     then = study._read_json(out_dir/'made.json')
     changed = [k for k, v in made.items() if then.get(k) != v]
-    if overwrite: changed += [k for k, v in metrics.read_torch(out_dir/'last.ckpt')['gac']['settings'].items() if settings.get(k) != v and k not in training.FREE_TO_CHANGE]
+    if overwrite:
+        changed += [k for k, v in metrics.read_torch(out_dir/'last.ckpt')['gac']['settings'].items() if settings.get(k) != v
+                    and k not in training.FREE_TO_CHANGE]
     if changed and not overwrite:
         raise GacError(f'{out_dir} belongs to a training with other {", ".join(changed)}: choose another folder, or replace it (overwrite).')
     return not changed
@@ -629,7 +648,8 @@ def precompute_stage2(
     "Refine a whole tile set. Stopped at any moment and called again, it goes on and leaves the same bytes."
     into = into or store
     if source not in into.arrays: raise GacError(f'{into.path} has no {source}: run Stage 1 first (gac precompute).')
-    made = dict(bands=list(OPT_BANDS), units='reflectance x 10000', refiner=refiner.config, weights=identity(refiner), trained=fingerprint(refiner),
+    made = dict(bands=list(OPT_BANDS), units='reflectance x 10000', refiner=refiner.config, weights=identity(refiner),
+                trained=fingerprint(refiner),
                 source=dict(into.arrays[source].attrs))
     if overwrite: stage1.drop_other(into, output, made)
     n = min(len(store), max_tiles or len(store))
@@ -645,14 +665,16 @@ def precompute_stage2(
             into.write(output, rows, tiles.to_dn(refine(refiner, tiles.to_reflectance(into.read(source, rows)), meta, batch_size)), rank, world_size)
     finally: into.close()
     rows = np.array([r for b in mine for r in b], int)
-    return dict(processed=sum(map(len, todo)), skipped=int((there & done)[rows].sum()), errors=int((~there[rows]).sum()), output=str(into.path/'arrays'/output))
+    return dict(processed=sum(map(len, todo)), skipped=int((there & done)[rows].sum()), errors=int((~there[rows]).sum()),
+                output=str(into.path/'arrays'/output))
 
 def fingerprint(
     refiner:PrithviRefiner,
 ) -> str: # 16 digits
     "A digest of what was trained."
     digest = hashlib.sha256()
-    for k, v in sorted(training.trained_state(refiner).items()): digest.update(k.encode() + v.detach().cpu().contiguous().numpy().tobytes())
+    for k, v in sorted(training.trained_state(refiner).items()):
+        digest.update(k.encode() + v.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 def images_of(
@@ -700,14 +722,18 @@ def run_stage2(
     "What `gac train-stage2` does."
     store, _ = stage1.open_tiles(data_dir)
     place = stage1.companion(store, stage1_dir) if stage1_dir and Path(stage1_dir).resolve() != store.path.resolve() else store
-    if 'opt_v1' not in place.arrays: raise GacError(f'{place.path} has no opt_v1: run Stage 1 first (gac precompute --data-dir {data_dir}).')
+    if 'opt_v1' not in place.arrays:
+        raise GacError(f'{place.path} has no opt_v1: run Stage 1 first (gac precompute --data-dir {data_dir}).')
     there, images = place.written('opt_v1'), stage1.stored(place)
     rows = {s: (r := store.rows(s))[there[r]] for s in ('train', 'val')}
     if not len(rows['train']): raise GacError(f'{store.path} has no training tile with opt_v1.')
-    settings = training.Settings(lr=lr, epochs=float(epochs), max_steps=max_steps, batch_size=batch_size, grad_accum_steps=grad_accum_steps, precision=precision,
-        val_every=val_every, save_every=save_every, early_stopping=early_stopping, early_stopping_patience=early_stopping_patience, monitor='val_psnr', mode='max',
+    settings = training.Settings(lr=lr, epochs=float(epochs), max_steps=max_steps, batch_size=batch_size,
+                                 grad_accum_steps=grad_accum_steps, precision=precision,
+        val_every=val_every, save_every=save_every, early_stopping=early_stopping,
+        early_stopping_patience=early_stopping_patience, monitor='val_psnr', mode='max',
         seed=seed, **more)
-    refiner = build_prithvi_refiner(backbone, 0 if freeze_backbone else lora_rank, lora_alpha, load_in_8bit, 0 if freeze_backbone else unfreeze_last_n_blocks,
+    refiner = build_prithvi_refiner(backbone, 0 if freeze_backbone else lora_rank, lora_alpha, load_in_8bit,
+                                    0 if freeze_backbone else unfreeze_last_n_blocks,
                                     metadata, weights=weights, seed=seed)
     train, val = Pairs(store, rows['train'][:max_tiles or None], images, tile_size), Pairs(store, rows['val'], images)
     fit = train_stage2(refiner, train, val, settings, output_dir, Stage2Loss(**loss or {}), overwrite=overwrite)

@@ -231,7 +231,8 @@ class Stage3GroundingModel(nn.Module):
         pixels:Tensor|None=None, # (B, 22, H, W), the same
     ) -> Tensor: # opt_v3
         if self.route == 'features':
-            out = self.head(self.pixels(s1, opt_v2) if pixels is None else pixels, self.features(s1, opt_v2) if features is None else features)
+            out = self.head(self.pixels(s1, opt_v2) if pixels is None else pixels, self.features(s1, opt_v2) if features is None
+                            else features)
             return opt_v2 + self.strength*GAIN*(opt_v2.clamp_min(0) + metrics.DARK)*out
         steps, noise = self.timesteps if timesteps is None else timesteps, self.noise(s1)
         new, old = self.codes(self.logits(s1, opt_v2)), self.own_codes(s1, opt_v2)
@@ -254,7 +255,8 @@ class Stage3GroundingModel(nn.Module):
 
 def check_inputs(s1:Tensor, opt_v2:Tensor) -> None:
     "Shapes that fit each other, or an error that says what was expected."
-    if s1.ndim != 4 or s1.shape[1] != 2: raise GacError(f's1 is {tuple(s1.shape)}: expected (tiles, 2, height, width), VV and VH in dB.')
+    if s1.ndim != 4 or s1.shape[1] != 2:
+        raise GacError(f's1 is {tuple(s1.shape)}: expected (tiles, 2, height, width), VV and VH in dB.')
     if opt_v2.ndim != 4 or opt_v2.shape[1] != len(OPT_BANDS):
         raise GacError(f'opt_v2 is {tuple(opt_v2.shape)}: expected (tiles, {len(OPT_BANDS)}, height, width) with the bands {", ".join(OPT_BANDS)}.')
     if (len(s1), *s1.shape[2:]) != (len(opt_v2), *opt_v2.shape[2:]):
@@ -280,7 +282,8 @@ def build_stage3_model(
     config = dict(timesteps=timesteps, standardize=standardize, pretrained=pretrained, name=name, radar=radar, route=route,
                   lora_r=lora_r, lora_alpha=lora_alpha, reach=reach, seed=seed, **more)
     with training.seeded(seed):
-        generator = foundations.build_generator(name, (radar, 'S2L2A'), ('S2L2A',), timesteps, pretrained, weights, route != 'features')
+        generator = foundations.build_generator(name, (radar, 'S2L2A'), ('S2L2A',), timesteps, pretrained, weights,
+                                                route != 'features')
         adapters = adapt(generator, reach, lora_r, lora_alpha)
         model = Stage3GroundingModel(generator, route, timesteps, standardize, **more)
     model.config, model.adapters = config, adapters
@@ -348,7 +351,8 @@ class Stage3Loss(nn.Module):
         if name == 'relative':
             new, old = ((x - truth).square().mean((1, 2, 3)) + self.floor for x in (pred, opt_v2))
             return .5*(new/old).log().mean()
-        if name == 'sar': return sum((f(pred, s1) - f(truth, s1)).abs().mean() for f in (metrics.edge_agreement, texture_agreement))
+        if name == 'sar':
+            return sum((f(pred, s1) - f(truth, s1)).abs().mean() for f in (metrics.edge_agreement, texture_agreement))
         if name == 'spectral': return stage2.spectral_angle(pred, truth)
         if name == 'lpips': return self.perceptual.net.to(pred.device)(2*metrics.rgb(pred) - 1, 2*metrics.rgb(truth) - 1).mean()
         agreed = torch.exp(-(steepness(opt_v2) - steepness(despeckled(s1, 3))).abs())  # (B, 1, H, W)
@@ -366,7 +370,8 @@ class Stage3Loss(nn.Module):
 
 # %% ../nbs/09_stage3.ipynb #3b931627
 KINDS = ('road added', 'field added', 'road erased', 'field erased')
-PAINT = {'road': (.09, .10, .11, .16), 'soil': (.09, .12, .16, .24), 'crop': (.03, .06, .04, .42)}  # reflectance of the four bands
+# reflectance of the four bands
+PAINT = {'road': (.09, .10, .11, .16), 'soil': (.09, .12, .16, .24), 'crop': (.03, .06, .04, .42)}
 
 def shape_mask(
     rng, # numpy Generator
@@ -474,7 +479,8 @@ def remember(
         some = range(k, min(k + batch_size, len(data)))
         s1, v2 = (torch.stack([data[i][n] for i in some]).to(model.device) for n in ('s1', 'opt_v2'))
         s1, v2 = padded(model, s1), padded(model, v2)
-        new = [model.features(s1, v2).half(), model.pixels(s1, v2).half()] if what == 'features' else [model.generator.tokenize(data.s2(list(some)), 'S2L2A')]
+        new = [model.features(s1, v2).half(),
+               model.pixels(s1, v2).half()] if what == 'features' else [model.generator.tokenize(data.s2(list(some)), 'S2L2A')]
         for part, x in zip(parts.values(), new): part.append(x.cpu())
     data.more |= {k: torch.cat(part) for k, part in parts.items()}
     return data
@@ -484,7 +490,8 @@ def padded(model:Stage3GroundingModel, x:Tensor) -> Tensor:
     return tiles.pad_to_multiple(x, model.generator.multiple('S2L2A'))[0]
 
 # %% ../nbs/09_stage3.ipynb #44b60df2
-MARKS = {'gap': lambda new, old: new['sar_edge_gap'], 'raw': lambda new, old: new['sar_edge'], 'psnr': lambda new, old: old['psnr'] - new['psnr'],
+MARKS = {'gap': lambda new, old: new['sar_edge_gap'], 'raw': lambda new, old: new['sar_edge'],
+         'psnr': lambda new, old: old['psnr'] - new['psnr'],
          'both': lambda new, old: new['sar_edge_gap'] - (new['psnr'] - old['psnr'])/10}  # what decides, lower is better
 
 def watch(
@@ -497,7 +504,8 @@ def watch(
     "What validation looks at."
     def look(x):
         scores = metrics.edge_metrics(x, truth, s1)
-        return dict(psnr=metrics.psnr(x, truth).mean(), sar_edge=scores['sar_edge'].mean(), sar_edge_gap=scores['sar_edge_gap'].mean())
+        return dict(psnr=metrics.psnr(x, truth).mean(), sar_edge=scores['sar_edge'].mean(),
+                    sar_edge_gap=scores['sar_edge_gap'].mean())
     new, old = look(pred), look(opt_v2)
     new['monitor'], old['monitor'] = MARKS[select](new, old) + F.relu(old['psnr'] - new['psnr']), MARKS[select](old, old)
     return new | {f'{k}_v2': v for k, v in old.items()}
@@ -545,12 +553,14 @@ def stage3_step(
             entropy = F.cross_entropy(model.logits(s1, v2).movedim(-1, 1), batch['tokens'].flatten(1).long())
             return dict(loss=entropy, entropy=entropy)
         if model.route == 'soft': return loss(model.grounded(s1, v2, 1), truth, v2, s1)
-        known, seen = (batch[k].float() for k in ('features', 'pixels')) if 'features' in batch else (model.features(s1, v2), model.pixels(s1, v2))
+        known, seen = ((batch[k].float() for k in ('features', 'pixels')) if 'features' in batch
+                       else (model.features(s1, v2), model.pixels(s1, v2)))
         b = window(dict(s1=s1, opt_v2=v2, truth=truth, features=known, pixels=seen), crop, stage2.FLIPS[augment])
         return loss(model.grounded(b['s1'], b['opt_v2'], None, b['features'], b['pixels']), b['truth'], b['opt_v2'], b['s1'])
     return step
 
-SETTINGS = training.Settings(lr=5e-5, epochs=50., monitor='val_monitor')  # as the starting documents train: batch 1 x 8, patience 10
+# as the starting documents train: batch 1 x 8, patience 10
+SETTINGS = training.Settings(lr=5e-5, epochs=50., monitor='val_monitor')
 
 STRENGTHS = (0., .25, .5, .75, 1.)
 
@@ -566,7 +576,8 @@ def calibrate(
     model.eval().strength.fill_(1.)
     items = [data[i] for i in range(min(len(data), most))]
     s1, v2, truth = (torch.stack([d[k] for d in items]).to(model.device) for k in ('s1', 'opt_v2', 'truth'))
-    parts = [{k: torch.stack([d[k] for d in items[i:i + batch_size]]).to(model.device) for k in items[0]} for i in range(0, len(items), batch_size)]
+    parts = [{k: torch.stack([d[k] for d in items[i:i + batch_size]]).to(model.device) for k in items[0]}
+             for i in range(0, len(items), batch_size)]
     change = torch.cat([whole(model, b) for b in parts]) - v2
     rows = [dict(strength=a) | {k: float(v) for k, v in watch(v2 + a*change, truth, v2, s1, select).items()} for a in STRENGTHS]
     table = pd.DataFrame(rows)
@@ -594,7 +605,8 @@ def train_stage3(
     if select not in MARKS: raise GacError(f'select {select!r}: expected {", ".join(MARKS)}.')
     out_dir, loss, step = Path(out_dir), loss or Stage3Loss(), stage3_step(loss or Stage3Loss(), crop, augment, select)
     settings = replace(settings, monitor='val_monitor', mode='min')
-    made = dict(model=model.config, tensors=stage2.layout(model), weights=identity(model), loss=loss.weights, crop=crop, augment=augment, select=select, frozen=frozen, strength=strength,
+    made = dict(model=model.config, tensors=stage2.layout(model), weights=identity(model), loss=loss.weights, crop=crop,
+                augment=augment, select=select, frozen=frozen, strength=strength,
                 settings=asdict(settings), train=_mark(train), val=_mark(val) if val else 0)
     made = json.loads(json.dumps(made))
     resume = resume and _same(out_dir, made, overwrite)
@@ -615,9 +627,12 @@ def train_stage3(
     if strength and val:
         table = calibrate(model, val, select)
         measured = measured | {f'val_{k}': v for k, v in table.loc[table.monitor.idxmin()].drop('strength').items()}
-        if model.strength == 0: print('stage 3: on validation no strength of the correction is better than none; opt_v2 stays as it is', flush=True)
-    save_stage3(model.eval(), out_dir, measured, strength=float(model.strength), settings=asdict(settings), loss=loss.weights, steps=int(steps[-1]),
-                select=select, pairs=len(train), data=stage2.data_name(train), stage2=None if stage2_card is None else {k: stage2_card[k] for k in ('backbone', 'bands')})
+        if model.strength == 0:
+            print('stage 3: on validation no strength of the correction is better than none; opt_v2 stays as it is', flush=True)
+    save_stage3(model.eval(), out_dir, measured, strength=float(model.strength), settings=asdict(settings), loss=loss.weights,
+                steps=int(steps[-1]),
+                select=select, pairs=len(train), data=stage2.data_name(train), stage2=None if stage2_card is None
+                else {k: stage2_card[k] for k in ('backbone', 'bands')})
     return replace(fits[-1], curve=curve, steps=int(steps[-1]), resumed_at=sum(f.resumed_at for f in fits))
 
 def _parts(model, settings, n:int, frozen:float) -> dict: # name -> settings
@@ -671,9 +686,11 @@ def save_stage3(
     folder, repository, lora = study.writable(folder), foundations.entry(model.config['name']).repo, len(model.adapters) > 0
     if lora: training.save_adapters(model.generator, folder, repository or model.config['name'])
     state = {k: v for k, v in model.state_dict().items() if k.startswith('head.') or k == 'strength'}
-    training.save_checkpoint(folder/HEAD_FILE, state, 'stage3', model.config['name'], OPT_BANDS, model.config, model.config['seed'], measured,
+    training.save_checkpoint(folder/HEAD_FILE, state, 'stage3', model.config['name'], OPT_BANDS, model.config,
+                             model.config['seed'], measured,
                              weights=identity(model), size=training.weigh(model), **more)
-    training.write_card(folder, read_stage3(folder)[1], f'GAC Stage 3 on {model.config["name"]}', _ABOUT, _USE + _USE_ADAPTERS*lora, repository)
+    training.write_card(folder, read_stage3(folder)[1], f'GAC Stage 3 on {model.config["name"]}', _ABOUT,
+                        _USE + _USE_ADAPTERS*lora, repository)
     return folder
 
 _ABOUT = '''Stage 3 of GAC: an image that Stage 2 refined (B02, B03, B04, B08 as reflectance, 10 m), checked against the radar it was drawn from (Sentinel-1 VV and VH,
@@ -732,7 +749,8 @@ def stage3_inference(
     batch_size:int=8, # tiles at a time
 ) -> Tensor: # opt_v3, shaped as opt_v2, on the CPU
     "Ground some images."
-    s1, v2 = (torch.as_tensor(np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x, dtype=torch.float32) for x in (s1, opt_v2))
+    s1, v2 = (torch.as_tensor(np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x, dtype=torch.float32)
+              for x in (s1, opt_v2))
     single = v2.ndim == 3
     if single: s1, v2 = s1[None], v2[None]
     check_inputs(s1, v2)
@@ -785,7 +803,8 @@ def model_info(
 ) -> pd.DataFrame: # part, layers, params, trainable, share_%
     "Architecture and parameters by part."
     net, gen = model.generator.net, model.generator
-    parts = {'encoder': [net.encoder, net.encoder_norm, net.encoder_embeddings], 'decoder': [net.decoder, net.decoder_norm, net.decoder_embeddings],
+    parts = {'encoder': [net.encoder, net.encoder_norm, net.encoder_embeddings],
+             'decoder': [net.decoder, net.decoder_norm, net.decoder_embeddings],
              'tokenizer': [gen.core.tokenizer], 'head': [model.head] if model.head is not None else []}
     rows = []
     for name, modules in parts.items():
@@ -802,7 +821,8 @@ def fingerprint(model:Stage3GroundingModel) -> str: # 16 digits
     import hashlib
     digest = hashlib.sha256()
     for k, v in sorted(model.state_dict().items()):
-        if 'lora_' in k or k.startswith('head.') or k == 'strength': digest.update(k.encode() + v.detach().cpu().contiguous().numpy().tobytes())
+        if 'lora_' in k or k.startswith('head.') or k == 'strength':
+            digest.update(k.encode() + v.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 def precompute_stage3(
@@ -821,7 +841,8 @@ def precompute_stage3(
     "Ground a whole tile set. Stopped at any moment and called again, it goes on and leaves the same bytes."
     into = into or store
     if source not in into.arrays: raise GacError(f'{into.path} has no {source}: run the stage before first.')
-    made = dict(bands=list(OPT_BANDS), units='reflectance x 10000', model=model.config, weights=identity(model), trained=fingerprint(model),
+    made = dict(bands=list(OPT_BANDS), units='reflectance x 10000', model=model.config, weights=identity(model),
+                trained=fingerprint(model),
                 timesteps=timesteps or model.timesteps, source=dict(into.arrays[source].attrs))
     if overwrite: stage1.drop_other(into, output, made)
     mine = stage1.batches(min(len(store), max_tiles or len(store)), batch_size, into.shard, rank, world_size)
@@ -840,7 +861,8 @@ def precompute_stage3(
             good += len(rows)
     finally: into.close()
     skipped = int((there & done)[every].sum())
-    return dict(processed=good, skipped=skipped, errors=len(every) - int(into.written(output)[every].sum()), output=str(into.path/'arrays'/output))
+    return dict(processed=good, skipped=skipped, errors=len(every) - int(into.written(output)[every].sum()),
+                output=str(into.path/'arrays'/output))
 
 def images_of(
     run, # study.Run
@@ -863,7 +885,8 @@ def read_images(
         try:
             with np.load(path, allow_pickle=False) as z: found = {k: torch.from_numpy(np.asarray(z[k])) for k in z.files}
         except FileNotFoundError as e: raise GacError(f'{path} is missing.') from e
-        except Exception as e: raise GacError(f'{path} is no readable archive of plain arrays ({e}). Write it with np.savez.') from e
+        except Exception as e:
+            raise GacError(f'{path} is no readable archive of plain arrays ({e}). Write it with np.savez.') from e
     elif path.suffix in ('.pt', '.pth'):
         found = metrics.read_torch(path)
         found = found if isinstance(found, dict) else dict(tensor=found)
@@ -875,14 +898,16 @@ def read_images(
 def _batched(x:Tensor, channels:int, where) -> Tensor: # (B, channels, H, W)
     "With a batch axis, or an error that says what was expected."
     x = x[None] if x.ndim == 3 else x
-    if x.ndim != 4 or x.shape[1] != channels: raise GacError(f'{where}: shape {tuple(x.shape)}, expected (tiles, {channels}, height, width).')
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise GacError(f'{where}: shape {tuple(x.shape)}, expected (tiles, {channels}, height, width).')
     return x
 
 def radar_in(found:dict, where) -> Tensor: # (B, 2, H, W) dB
     "VV and VH of a file."
     if {'s1_vv', 's1_vh'} <= found.keys():
         vv, vh = found['s1_vv'], found['s1_vh']
-        if vv.shape != vh.shape or vv.ndim < 2: raise GacError(f'{where}: s1_vv {tuple(vv.shape)} and s1_vh {tuple(vh.shape)}, expected (tiles, height, width) twice.')
+        if vv.shape != vh.shape or vv.ndim < 2:
+            raise GacError(f'{where}: s1_vv {tuple(vv.shape)} and s1_vh {tuple(vh.shape)}, expected (tiles, height, width) twice.')
         return _batched(torch.stack([vv, vh], -3), 2, f'{where}, s1_vv and s1_vh')
     for k in ('s1', 'tensor'):
         if k in found: return _batched(found[k], 2, f'{where}, {k}')
@@ -930,7 +955,8 @@ def stage3_info(
     card = read_stage3(stage3_checkpoint)[1] if stage3_checkpoint else {}
     facts = model.config | {k: card[k] for k in ('metrics', 'stage2', 'steps', 'pairs') if k in card}
     text = [f'{k}: {v}' for k, v in facts.items()]
-    return '\n'.join([model_info(model).round(2).to_string(index=False), f'adapted layers: {len(model.adapters)} ({model.config["reach"]})', *text])
+    return '\n'.join([model_info(model).round(2).to_string(index=False),
+                      f'adapted layers: {len(model.adapters)} ({model.config["reach"]})', *text])
 
 # %% ../nbs/09_stage3.ipynb #8b3df810
 def run_stage3(
@@ -945,11 +971,13 @@ def run_stage3(
     max_tiles:int=0, # training pairs; 0: all
     lies:float=.25, # share of training tiles that carry a planted one
     tile_size:int=60, # px of the window the head trains on; 0: whole tiles
-    epochs:float=50., max_steps:int=0, batch_size:int=1, grad_accum_steps:int=8, lr:float=5e-5, precision:str='32-true', # see training.Settings
+    epochs:float=50., max_steps:int=0, batch_size:int=1, grad_accum_steps:int=8, lr:float=5e-5,
+    precision:str='32-true', # see training.Settings
     val_every:int=500, save_every:int=2500, early_stopping:bool=True, early_stopping_patience:int=10,
     frozen:float=.5, # share of the steps in which the adapters rest
     select:str='gap', # what decides which checkpoint and strength are best: gap, raw, psnr or both
-    relative:float=1., l1:float=.2, sar:float=.1, identity_weight:float=.02, spectral:float=.1, lpips:float=0., # weights of the loss
+    relative:float=1., l1:float=.2, sar:float=.1, identity_weight:float=.02, spectral:float=.1,
+    lpips:float=0., # weights of the loss
     save_visualizations:bool=False, # panels.png in the output folder
     seed:int=0, overwrite:bool=False, # replace a training that was made otherwise
     **more, # further fields of training.Settings
@@ -957,12 +985,14 @@ def run_stage3(
     "What `gac train-stage3` does."
     store, _ = stage1.open_tiles(data_dir)
     place = stage1.companion(store, stage2_dir) if stage2_dir and Path(stage2_dir).resolve() != store.path.resolve() else store
-    if 'opt_v2' not in place.arrays: raise GacError(f'{place.path} has no opt_v2: run Stage 2 first (gac train-stage2 --data-dir {data_dir}).')
+    if 'opt_v2' not in place.arrays:
+        raise GacError(f'{place.path} has no opt_v2: run Stage 2 first (gac train-stage2 --data-dir {data_dir}).')
     card = stage2.read_stage2(stage2_checkpoint)[1] if stage2_checkpoint else None
     there, images = place.written('opt_v2'), stage1.stored(place, 'opt_v2')
     rows = {s: (r := store.rows(s))[there[r]] for s in ('train', 'val')}
     if not len(rows['train']): raise GacError(f'{store.path} has no training tile with opt_v2.')
-    settings = training.Settings(lr=lr, epochs=float(epochs), max_steps=max_steps, batch_size=batch_size, grad_accum_steps=grad_accum_steps,
+    settings = training.Settings(lr=lr, epochs=float(epochs), max_steps=max_steps, batch_size=batch_size,
+                                 grad_accum_steps=grad_accum_steps,
                                  precision=precision, val_every=val_every, save_every=save_every, early_stopping=early_stopping,
                                  early_stopping_patience=early_stopping_patience, seed=seed, **more)
     model = build_stage3_model(timesteps, name=name, weights=weights, radar=store.attrs.get('s1_product', 'S1GRD'), route=route,

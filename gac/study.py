@@ -43,8 +43,10 @@ BIOMES = {0: 'unknown', 1: 'tropical moist broadleaf forest', 2: 'tropical dry b
 
 # %% ../nbs/00_study.ipynb #2fb4861e
 TERRAMIND_STATS = {  # modality -> (mean per band, standard deviation per band)
-    'S2L2A': ([1390.458, 1503.317, 1718.197, 1853.91, 2199.1, 2779.975, 2987.011, 3083.234, 3132.22, 3162.988, 2424.884, 1857.648],
-              [2106.761, 2141.107, 2038.973, 2134.138, 2085.321, 1889.926, 1820.257, 1871.918, 1753.829, 1797.379, 1434.261, 1334.311]),
+    'S2L2A': ([1390.458, 1503.317, 1718.197, 1853.91, 2199.1, 2779.975, 2987.011, 3083.234, 3132.22, 3162.988, 2424.884,
+               1857.648],
+              [2106.761, 2141.107, 2038.973, 2134.138, 2085.321, 1889.926, 1820.257, 1871.918, 1753.829, 1797.379, 1434.261,
+               1334.311]),
     'S1GRD': ([-12.599, -20.293], [5.195, 5.890]),
     'S1RTC': ([-10.93, -17.329], [4.391, 4.459]),
     'DEM': ([670.665], [951.272]),
@@ -180,7 +182,8 @@ def replacing(
         os.replace(partly, path)
     except Exception as e:  # Torch, GDAL and safetensors have errors of their own for a full disk
         with suppress(OSError): partly.unlink(missing_ok=True)
-        if isinstance(e, (GacError, TypeError, AttributeError, NameError, LookupError, AssertionError)): raise  # ours, or a mistake in the block
+        # ours, or a mistake in the block
+        if isinstance(e, (GacError, TypeError, AttributeError, NameError, LookupError, AssertionError)): raise
         raise _unwritten(path, e) from e
 
 def writable(
@@ -190,7 +193,8 @@ def writable(
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder): pass
-    except OSError as e: raise GacError(f'{folder}: cannot be written to ({e.strerror or e}). Give another output, or change its permissions.') from e
+    except OSError as e:
+        raise GacError(f'{folder}: cannot be written to ({e.strerror or e}). Give another output, or change its permissions.') from e
     return Path(folder)
 
 def _write(path:Path, content:str|bytes) -> Path:
@@ -199,7 +203,8 @@ def _write(path:Path, content:str|bytes) -> Path:
     return path
 
 # %% ../nbs/00_study.ipynb #f14666f3
-COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#F0E442')  # Okabe and Ito, colour-blind safe
+# Okabe and Ito, colour-blind safe
+COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#F0E442')
 
 def style() -> None:
     "Matplotlib settings of the study: colour-blind safe lines, perceptual maps, sizes legible at page width."
@@ -216,7 +221,8 @@ def save_picture(
     "Write a figure, the same bytes for the same picture."
     import matplotlib as mpl
     buffer, kind = io.BytesIO(), path.suffix[1:]
-    with mpl.rc_context({'svg.hashsalt': 'gac'}): fig.savefig(buffer, format=kind, metadata=dict(png={'Software': None}, svg={'Date': None})[kind])
+    with mpl.rc_context({'svg.hashsalt': 'gac'}):
+        fig.savefig(buffer, format=kind, metadata=dict(png={'Software': None}, svg={'Date': None})[kind])
     return _write(path, buffer.getvalue())
 
 def _tex(text:str) -> str:
@@ -259,7 +265,8 @@ class Run:
     def open(cls, notebook:str, profile:str, seed:int, run_dir:str, reports_dir:str, data:str) -> 'Run':
         "Make the folders and begin a new record."
         place = lambda given, default: (root()/(given or default)).resolve()
-        run = cls(_name(notebook), profile, seed, place(run_dir, f'runs/alone/{notebook}'), place(reports_dir, f'reports/{_name(profile)}'),
+        run = cls(_name(notebook), profile, seed, place(run_dir, f'runs/alone/{notebook}'),
+                  place(reports_dir, f'reports/{_name(profile)}'),
                   str((root()/data).resolve()) if data else '', dict(tables={}, figures={}, artefacts=[], notes={}, missing={}))
         for path in (run.dir, run.reports): writable(path)
         run._save()
@@ -404,7 +411,8 @@ def read_notebook(path:str|Path) -> dict:
     try: nb = json.loads(Path(path).read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as e: raise GacError(f'{Path(path).name} is not a notebook: {e}') from e
     try: [(''.join(c['source']), c['cell_type'], list(_tags(c))) for c in nb['cells']]
-    except (KeyError, TypeError, AttributeError) as e: raise GacError(f'{Path(path).name} is not a notebook: {type(e).__name__} {e}') from e
+    except (KeyError, TypeError, AttributeError) as e:
+        raise GacError(f'{Path(path).name} is not a notebook: {type(e).__name__} {e}') from e
     return nb
 
 def _tags(cell:dict) -> list[str]: return cell.get('metadata', {}).get('tags', [])
@@ -417,7 +425,8 @@ def notebook_parameters(path:str|Path) -> dict[str, Parameter]:
     except (ValueError, SyntaxError, tokenize.TokenError, RecursionError) as e: raise GacError(f'{Path(path).name}: {e}') from e
 
 # %% ../nbs/00_study.ipynb #644f44af
-_KINDS = {'int': int, 'float': (int, float), 'str': str, 'bool': bool, 'list': (list, tuple), 'tuple': (list, tuple), 'dict': dict}
+_KINDS = {'int': int, 'float': (int, float), 'str': str, 'bool': bool, 'list': (list, tuple), 'tuple': (list, tuple),
+          'dict': dict}
 
 def _coerce(value, kind:str):
     "`value` as `kind`, or a TypeError."
@@ -437,9 +446,11 @@ def check_value(
 ): # the value in the declared type
     "The value if it fits the declared type, range and choices; else a GacError that says what was expected."
     try: value = _coerce(value, p.kind)
-    except (TypeError, OverflowError, KeyError, StopIteration): raise GacError(f'{where}: {p.name} is {repr(value)[:80]}, expected {p.kind} ({p.help}).') from None
+    except (TypeError, OverflowError, KeyError, StopIteration):
+        raise GacError(f'{where}: {p.name} is {repr(value)[:80]}, expected {p.kind} ({p.help}).') from None
     for v in value if isinstance(value, list) else [value]:
-        if p.choices and v not in p.choices: raise GacError(f'{where}: {p.name} is {v!r}, expected one of {", ".join(p.choices)}.')
+        if p.choices and v not in p.choices:
+            raise GacError(f'{where}: {p.name} is {v!r}, expected one of {", ".join(p.choices)}.')
         if isinstance(v, (int, float)) and not p.low <= v <= p.high:
             raise GacError(f'{where}: {p.name} is {v!r}, expected {p.low:g} to {p.high:g}.')
     return value
@@ -450,7 +461,8 @@ class _Once(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key, _ in node.value:
-            if (name := key.value) in seen: raise GacError(f'{key.start_mark.name}, line {key.start_mark.line + 1}: {name} stands twice. Keep one.')
+            if (name := key.value) in seen:
+                raise GacError(f'{key.start_mark.name}, line {key.start_mark.line + 1}: {name} stands twice. Keep one.')
             seen.add(name)
         return super().construct_mapping(node, deep)
 
@@ -461,7 +473,8 @@ def read_yaml(
     with open(path, encoding='utf-8') as f:
         try: return yaml.load(f, _Once)
         except GacError: raise
-        except (yaml.YAMLError, ValueError, TypeError, RecursionError) as e: raise GacError(f'{Path(path).name} is no YAML: {" ".join(str(e).split())}') from None
+        except (yaml.YAMLError, ValueError, TypeError, RecursionError) as e:
+            raise GacError(f'{Path(path).name} is no YAML: {" ".join(str(e).split())}') from None
 
 def profiles(
     folder:str|Path='', # folder of the YAML files; empty: nbs/params
@@ -679,8 +692,10 @@ def kernels(
     from jupyter_client.provisioning import LocalProvisioner
     context = multiprocessing.get_context('forkserver')
     used = Counter(m for s in stages for m in modules_used('\n'.join(code_of(read_notebook(s.path)))))
-    become = importlib.import_module('gac.study')._become_kernel  # by name, so that the fork finds it when this runs in a notebook
-    context.set_forkserver_preload(['ipykernel.kernelapp', 'pandas', 'matplotlib.pyplot', *(f'gac.{m}' for m, n in used.items() if n > 1)])
+    # by name, so that the fork finds it when this runs in a notebook
+    become = importlib.import_module('gac.study')._become_kernel
+    context.set_forkserver_preload(['ipykernel.kernelapp', 'pandas', 'matplotlib.pyplot',
+                                    *(f'gac.{m}' for m, n in used.items() if n > 1)])
 
     class Forked:
         "A process with the part of subprocess.Popen that jupyter_client uses."
@@ -808,8 +823,10 @@ def run_chain(
     known = [s.seconds for s in todo if s.seconds]
     about = f', about {_clock(sum(known))} for {len(known)} of them last time' if known else ''
     print(f'Profile {profile}: {len(todo)} of {len(stages)} notebooks to run{about}. Report: {_shown(report)}', flush=True)
-    os.environ.setdefault('OMP_NUM_THREADS', '2')  # for the kernels: sums in another order round otherwise, and training carries that on
-    os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # on a busy machine threads that spin while they wait take the time the others need
+    # for the kernels: sums in another order round otherwise, and training carries that on
+    os.environ.setdefault('OMP_NUM_THREADS', '2')
+    # on a busy machine threads that spin while they wait take the time the others need
+    os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
     if not dry_run:
         with _Lock(run), writing(run):
             kernel = kernels(todo)
@@ -837,7 +854,8 @@ def _run_stage(stage:Stage, stages:list[Stage], run:Path, report:Path, verbose:b
     left = [s.seconds for s in stages if s.status == 'to run']
     ahead = f', about {_clock(sum(left))} left' if left and all(left) else ''
     print(f'{number}: {_clock(stage.seconds)}{ahead}', flush=True)
-    done = _read_json(run/'chain.json') | {stage.name: dict(key=stage.key, seconds=stage.seconds, parameters=stage.values, **code_state())}
+    done = _read_json(run/'chain.json') | {stage.name: dict(key=stage.key, seconds=stage.seconds, parameters=stage.values,
+                                                            **code_state())}
     _write(run/'chain.json', json.dumps(done, indent=1) + '\n')
 
 # %% ../nbs/00_study.ipynb #7ecbd918
@@ -866,7 +884,8 @@ def _html_stage(name:str, entry:dict, report:Path) -> str:
     "The section of one notebook."
     from html import escape
     part = [f'<h2 id="{name}">{name}</h2><p><a href="notebooks/{name}.ipynb">the notebook as it ran</a></p>']
-    part += [_html_table(report/'tables'/f'{t}.csv', c) for t, c in entry['tables'].items() if (report/'tables'/f'{t}.csv').exists()]
+    part += [_html_table(report/'tables'/f'{t}.csv', c) for t, c in entry['tables'].items()
+             if (report/'tables'/f'{t}.csv').exists()]
     part += [f'<figure id="{f}"><a href="figures/{f}.svg"><img src="figures/{f}.png" alt="{escape(c or f)}"></a>'
              f'<figcaption>{escape(c)}</figcaption></figure>' for f, c in entry['figures'].items()]
     part += [f'<p class="note"><b>n/a: {escape(what)}</b> {escape(why)}</p>' for what, why in entry['missing'].items()]
@@ -886,7 +905,8 @@ def write_report(
         record, ran = (_read_json(p) for p in (run/'records'/f'{s.name}.json', run/'chain.json'))
         if record and s.status in ('ran', 'unchanged', 'left alone'):
             entries[s.name] = record | dict(parameters=s.values, seconds=s.seconds) | {k: v for k, v in ran.get(s.name, {}).items() if k != 'key'}
-    for entry in entries.values(): entry['parameters'] = {k: v for k, v in entry['parameters'].items() if k not in ('run_dir', 'reports_dir')}
+    for entry in entries.values():
+        entry['parameters'] = {k: v for k, v in entry['parameters'].items() if k not in ('run_dir', 'reports_dir')}
     about = dict(profile=profile, data=stages[0].values['data'] or 'world', layout=layout, **provenance(), notebooks=entries)
     _write(report/'provenance.json', _scrub(json.dumps(about, indent=1, default=str)) + '\n')
     title = f'GAC study: {about["data"] if layout else profile}'
@@ -916,7 +936,8 @@ def compare_tables(
         t = tolerances['default'] | tolerances.get('columns', {}).get(base, {})
         close = np.isclose(a, b, rtol=t.get('rel', 0.), atol=t.get('abs', 0.))
         same = expected[col].astype(str).to_numpy() == got[col].astype(str).to_numpy()
-        wrong += [f'row {i + 1}, {col}: {got[col].iloc[i]}, expected {expected[col].iloc[i]}' for i in np.flatnonzero(~(close | same))]
+        wrong += [f'row {i + 1}, {col}: {got[col].iloc[i]}, expected {expected[col].iloc[i]}'
+                  for i in np.flatnonzero(~(close | same))]
     return wrong
 
 # %% ../nbs/00_study.ipynb #56fef285
@@ -961,7 +982,8 @@ def verify(
         for table, lines in compare_reports(committed, fresh/f'{i}-report', tolerances, bool(chips)).items():
             print(f'{_shown(committed)}/tables/{table}: {"as committed" if not lines else f"{len(lines)} differences"}')
             wrong |= {f'{_shown(committed)}/tables/{table}': lines} if lines else {}
-    if wrong: raise GacError('\n'.join(['The fresh run differs:', *(f'{t}: {line}' for t, lines in wrong.items() for line in lines)]))
+    if wrong:
+        raise GacError('\n'.join(['The fresh run differs:', *(f'{t}: {line}' for t, lines in wrong.items() for line in lines)]))
     print('Every table is as committed.')
 
 # %% ../nbs/00_study.ipynb #1840b08b
@@ -1007,7 +1029,8 @@ def fetch_examples(
         members = {to: m for to, m in source.get('members', {}).items() if not _holds(dest/name/to, m[1])}
         if members:
             with tempfile.TemporaryDirectory() as tmp:
-                _bigearthnet_members(members, [_fetch(f'{there}/{a}', Path(tmp)/Path(a).name, None) for a in source['archives']], dest/name)
+                _bigearthnet_members(members, [_fetch(f'{there}/{a}', Path(tmp)/Path(a).name, None) for a in source['archives']],
+                                     dest/name)
         if 'rows' in source:
             tables = 'bigearthnet_v2_official_metadata'
             fetch_examples(dest, base_url, [tables], registry)
@@ -1051,7 +1074,8 @@ def render_readme() -> str:
     return re.sub(r'\n{3,}', '\n\n', text.replace('](../', '](').replace('src="../', 'src="')).strip() + '\n'
 
 # %% ../nbs/00_study.ipynb #c7d1d3de
-ROOMS = ('study', 'explore', 'world', 'tiles', 'metrics', 'foundations', 'training', 'pretrain', 'gradients', 'stage1', 'stage2', 'stage3',
+ROOMS = ('study', 'explore', 'world', 'tiles', 'metrics', 'foundations', 'training', 'pretrain', 'gradients', 'stage1', 'stage2',
+         'stage3',
          'baselines', 'evaluate', 'export', 'trust', 'ablations', 'downstream', 'nyc', 'efficiency', 'claims', 'cli')
 
 def uphill(

@@ -105,7 +105,8 @@ def month_of(
 BIOME_BOXES = (  # west, east, south, north in degrees, biome: the first box that holds the place decides
     (4.9, 7.6, 43.8, 46.3, 5), (6.8, 10.6, 45.7, 46.8, 5), (9.5, 14.6, 46.4, 47.8, 5), (14.6, 15.9, 46.8, 47.8, 5),  # Alps
     (16.2, 24.5, 47.4, 48.2, 4), (-11, 2.0, 43.0, 46.0, 4),  # Pannonia; Cantabria, Aquitaine
-    (-10, 0.4, 36.0, 43.0, 12), (0.4, 5.0, 36.0, 43.8, 12), (7.5, 18.8, 36.0, 43.6, 12), (18.8, 30.0, 34.5, 41.2, 12),  # Mediterranean
+    # Mediterranean
+    (-10, 0.4, 36.0, 43.0, 12), (0.4, 5.0, 36.0, 43.8, 12), (7.5, 18.8, 36.0, 43.6, 12), (18.8, 30.0, 34.5, 41.2, 12),
     (-10, 11, 31.0, 36.0, 12), (32, 36.6, 31.5, 37.0, 12),  # Maghreb, Levant
     (13, 29, 68.6, 71.5, 11), (5, 15, 60.0, 66.0, 6), (11, 32, 60.4, 70.0, 6), (-25, -13, 63, 67, 6),  # Fennoscandia, Iceland
     (-11, 40, 41.0, 60.4, 4), (40, 62, 53, 59, 4), (28, 90, 46, 53, 8),  # Europe, the steppe
@@ -115,8 +116,10 @@ BIOME_BOXES = (  # west, east, south, north in degrees, biome: the first box tha
     (8, 30, -5, 5, 1), (-15, 8, 4, 8, 1), (-18, 40, 17, 31, 13), (-18, 52, -20, 17, 7), (11, 26, -31, -20, 13),  # Africa
     (26, 33, -35, -20, 10), (17, 26, -35, -31, 12), (43, 51, -26, -12, 1), (34, 62, 12, 32, 13), (44, 76, 24, 46, 13),
     (74, 104, 28, 38, 10), (76, 112, 38, 46, 13), (68, 88, 8, 28, 2), (88, 155, -11, 24, 1),  # Asia
-    (114, 119, -36, -31, 12), (133, 141, -38, -33, 12), (118, 142, -32, -19, 13), (142, 154, -39, -26, 4), (113, 146, -19, -10, 7),
-    (-125, -118, 32, 41, 12), (-130, -114, 41, 60, 5), (-120, -102, 24, 42, 13), (-114, -96, 30, 52, 8), (-100, -60, 30, 48, 4),  # America
+    (114, 119, -36, -31, 12), (133, 141, -38, -33, 12), (118, 142, -32, -19, 13), (142, 154, -39, -26, 4),
+    (113, 146, -19, -10, 7),
+    # America
+    (-125, -118, 32, 41, 12), (-130, -114, 41, 60, 5), (-120, -102, 24, 42, 13), (-114, -96, 30, 52, 8), (-100, -60, 30, 48, 4),
     (-92, -75, 7, 22, 1), (-106, -92, 14, 24, 2), (140, 150, 35, 46, 4), (112, 142, 24, 46, 4),
 )
 BIGEARTHNET = {  # prevailing biome of the countries of BigEarthNet v2, where a tile has a country and no place
@@ -145,7 +148,8 @@ def read_ecoregions(
     "Olson's map of ecoregions, for biome_of."
     import geopandas
     try: frame = geopandas.read_file(path)
-    except Exception as e: raise GacError(f'{path}: cannot be read as a map ({type(e).__name__}: {e}). Give a shapefile or GeoPackage, whole.') from e
+    except Exception as e:
+        raise GacError(f'{path}: cannot be read as a map ({type(e).__name__}: {e}). Give a shapefile or GeoPackage, whole.') from e
     if 'BIOME' not in frame.columns:
         raise GacError(f'{path}: no column BIOME (there are {", ".join(map(str, frame.columns))}). Give the ecoregions of Olson et al. '
                        '2001.')
@@ -229,7 +233,8 @@ def unpack(
     shape:tuple, # of the tile
 ) -> np.ndarray:
     "The values of a chunk, or a ValueError: the codec itself must not see damaged bytes, they can end the process."
-    if len(chunk) <= 4 or google_crc32c.value(chunk[:-4]) != int.from_bytes(chunk[-4:], 'little'): raise ValueError('it fails the checksum')
+    if len(chunk) <= 4 or google_crc32c.value(chunk[:-4]) != int.from_bytes(chunk[-4:], 'little'):
+        raise ValueError('it fails the checksum')
     return np.frombuffer(CODEC.decode(chunk[:-4]), dtype).reshape(shape)
 
 def shard_index(
@@ -347,7 +352,8 @@ class Store:
                            'make it again.') from e
         self.shard = self.attrs.get('shard', SHARD)
         lacks = [n for n in self.attrs.get('tiles', ['tiles']) if n not in self.arrays]
-        if lacks or not isinstance(self.shard, int): raise GacError(f'{self.path}/arrays/zarr.json: damaged (field {lacks[0] if lacks else "shard"}). Restore it.')
+        if lacks or not isinstance(self.shard, int):
+            raise GacError(f'{self.path}/arrays/zarr.json: damaged (field {lacks[0] if lacks else "shard"}). Restore it.')
         entries = []
         for path in sorted(self.journal.glob('*.safetensors')):
             try: entries.append(_read_entry(path))
@@ -417,7 +423,8 @@ def _read_table(
 
 def _write_table(path:Path, frame:pd.DataFrame) -> None:
     "Write table.parquet, whole or not at all."
-    transform = pa.array([[float(v) for v in t] for t in frame['transform']], pa.list_(pa.float64()))  # pandas would make NaN a null
+    # pandas would make NaN a null
+    transform = pa.array([[float(v) for v in t] for t in frame['transform']], pa.list_(pa.float64()))
     some = lambda x: x if pd.api.types.is_numeric_dtype(x) else x.where(x.notna(), '')  # text that is told of some tiles only
     frame = frame.assign(**{c: some(frame[c]) for c in frame.columns if c not in COLUMNS})
     table = pa.Table.from_pandas(frame, preserve_index=False)
@@ -452,7 +459,8 @@ def _writers(self:Store) -> list:
             array, part, _ = path.name.split('.')
             rank, world = map(int, part.split('of'))
             holder = json.loads(path.read_text())
-            found.append((path, (array, rank, world), dict(pid=int(holder['pid']), host=str(holder['host']), started=float(holder['started']))))
+            found.append((path, (array, rank, world), dict(pid=int(holder['pid']), host=str(holder['host']),
+                                                           started=float(holder['started']))))
         except FileNotFoundError: continue  # let go of meanwhile
         except (ValueError, KeyError, TypeError, OverflowError) as e:
             raise GacError(f'{path}: damaged lock ({type(e).__name__}: {e}). Delete it if no process writes to this store.') from e
@@ -581,7 +589,8 @@ def append(self:Store,
         if check_id(r.get('id', '')) in seen or r['id'] in self._ids:
             raise GacError(f'{self.path}: tile {r["id"]!r} is there already (field id).')
         seen.add(r['id'])
-        if r.get('split', 'test') not in SPLITS: raise GacError(f'Tile {r["id"]}: split {r["split"]!r}; it is one of {", ".join(SPLITS)}.')
+        if r.get('split', 'test') not in SPLITS:
+            raise GacError(f'Tile {r["id"]}: split {r["split"]!r}; it is one of {", ".join(SPLITS)}.')
     values = {n: np.stack([_fit(r, n, self.arrays[n]) for r in records]) for n in self.attrs['tiles']}
     like = {}
     for t in (*reversed(records), *reversed(self._tail)): like |= t  # who came first decides what a column holds
@@ -607,7 +616,8 @@ def _fact(tile:str, name:str, value, like):
         if kind == 'text' and isinstance(value, str) and value.encode(): return value
         if kind == 'text' and value == '': return value
         whole = name in COLUMNS and isinstance(like, int)
-        if name != 'transform' and kind == 'a number' and type(value) in ((int,) if whole else (int, float)) and not abs(value) > 2**53: return value
+        if name != 'transform' and kind == 'a number' and type(value) in ((int,) if whole else (int, float)) and not abs(value) > 2**53:
+            return value
     except (TypeError, ValueError, OverflowError): pass
     kind = {'transform': 'six numbers', 'month': 'a whole number', 'biome': 'a whole number'}.get(name, kind)
     raise GacError(f'Tile {tile}: {name} is {str(value)[:80]!r}, expected {kind}.')
@@ -618,7 +628,8 @@ def _fit(record:dict, name:str, z) -> np.ndarray:
     try: x = np.asarray(record[name])
     except ValueError as e: raise GacError(f'Tile {record["id"]}: {name} is no array ({e}).') from e
     if x.shape != z.shape[1:]: raise GacError(f'Tile {record["id"]}: {name} has shape {x.shape}, the store holds {z.shape[1:]}.')
-    if x.dtype.kind == 'f' and not np.isfinite(x).all(): raise GacError(f'Tile {record["id"]}: {name} holds NaN or infinite values.')
+    if x.dtype.kind == 'f' and not np.isfinite(x).all():
+        raise GacError(f'Tile {record["id"]}: {name} holds NaN or infinite values.')
     if x.dtype != z.dtype and not (np.can_cast(x.dtype, z.dtype) or x.dtype.kind == z.dtype.kind == 'f'):
         raise GacError(f'Tile {record["id"]}: {name} is {x.dtype}, the store holds {z.dtype}.')
     return x.astype(z.dtype, copy=False)
@@ -633,7 +644,8 @@ def bands(self:Store,
     if wanted is None: return slice(None)
     have = list(self.arrays[name].attrs.get('bands', ()))
     missing = [b for b in wanted if b not in have]
-    if missing: raise GacError(f'{self.path}: {name} has no band {", ".join(missing)} (it has {", ".join(have) or "no named bands"}).')
+    if missing:
+        raise GacError(f'{self.path}: {name} has no band {", ".join(missing)} (it has {", ".join(have) or "no named bands"}).')
     return [have.index(b) for b in wanted]
 
 @patch
@@ -677,7 +689,8 @@ def _read(self:Store, name:str, rows:np.ndarray, bands) -> np.ndarray:
                                        'stage that wrote it again.')
                     tiles[n] = tile[bands]
     if missing:
-        if name in self.attrs['tiles']: raise FileNotFoundError(f'{self.path}: {name} lacks tile {rows[min(missing)]}; a shard is missing.')
+        if name in self.attrs['tiles']:
+            raise FileNotFoundError(f'{self.path}: {name} lacks tile {rows[min(missing)]}; a shard is missing.')
         first = rows[min(missing)]
         raise GacError(f'{self.path}: {name} is not written for {len(missing)} of the {len(rows)} tiles asked for '
                        f'(first: tile {first}, {self.table["id"].iloc[first]}). Run the stage that makes {name} to its end.')
@@ -720,12 +733,14 @@ def ensure_array(self:Store,
     "Declare an array that a later stage fills."
     attrs = json.loads(json.dumps(attrs or {}))
     self.settle()
-    if self.folded < len(self): raise GacError(f'{self.path}: tiles are being added by another process. Begin {name} when it is done.')
+    if self.folded < len(self):
+        raise GacError(f'{self.path}: tiles are being added by another process. Begin {name} when it is done.')
     with self._guard():
         self.refresh()
         if name not in self.arrays:
             with study.writing(self.path/'arrays'/name):
-                _new_array(zarr.open_group(self.path/'arrays', mode='r+'), name, len(self), self.shard, tuple(shape), dtype, attrs)
+                _new_array(zarr.open_group(self.path/'arrays', mode='r+'), name, len(self), self.shard, tuple(shape), dtype,
+                           attrs)
             return self.refresh()
     z = self.arrays[name]
     have = dict(shape=list(z.shape[1:]), dtype=str(z.dtype), **dict(z.attrs))
@@ -861,9 +876,11 @@ def from_world(
     if store is None: store = Store.create(path, tile_arrays(size), made, shard)  # one that is empty counts as false
     todo = want[len(store):]
     if not todo: return store
-    if len(store): print(f'{path}: {len(store)} of {len(want)} tiles are there, going on with {todo[0][0]} scene {todo[0][1]}', flush=True)
+    if len(store):
+        print(f'{path}: {len(store)} of {len(want)} tiles are there, going on with {todo[0][0]} scene {todo[0][1]}', flush=True)
     with store:
-        for at in study.progress(range(0, len(todo), batch), len(todo), 'world tiles', 'tiles', size=lambda at: len(todo[at:at + batch])):
+        for at in study.progress(range(0, len(todo), batch), len(todo), 'world tiles', 'tiles',
+                                 size=lambda at: len(todo[at:at + batch])):
             store.append([_world_tile(seed*10**6 + SPLIT_STARTS[split] + i, split, size) for split, i in todo[at:at + batch]])
     return store
 
@@ -881,7 +898,8 @@ def _resume(path, made:dict) -> Store|None:
     store = Store(path)
     differ = [f'{k} {store.attrs.get(k)!r} (now {v!r})' for k, v in made.items() if store.attrs.get(k) != v]
     store.settle()
-    if differ: raise GacError(f'{path} holds tiles made otherwise: {"; ".join(differ)}. Delete the folder or choose another run_dir.')
+    if differ:
+        raise GacError(f'{path} holds tiles made otherwise: {"; ".join(differ)}. Delete the folder or choose another run_dir.')
     return store
 
 def drop_older(
@@ -945,7 +963,8 @@ def s1_unit(
         if (unit == 'dB') != (low < 0): continue
         with np.errstate(all='ignore'): level = dict(VV=db(vv), VH=db(vh))
         apart = abs(level['VV'] - level['VH'])
-        if all(a <= level[p] <= b for p, (a, b) in LEVELS.items()) and (unit == 'dB' or APART[0] <= apart <= APART[1]): fits.append(unit)
+        if all(a <= level[p] <= b for p, (a, b) in LEVELS.items()) and (unit == 'dB' or APART[0] <= apart <= APART[1]):
+            fits.append(unit)
     if len(fits) == 1: return fits[0]
     raise GacError(f'{where}: Sentinel-1 values from {_range(samples)} (medians {vv:.4g} VV, {vh:.4g} VH) '
                    f'fit {" and ".join(fits) or "no unit"}. Say s1_units=dB, linear (power) or amplitude.')
@@ -1116,9 +1135,11 @@ def _bigearthnet_patch(row:dict, s2_dir:Path, s1_dir:Path) -> Source:
     for x, path, *_ in [*s2, *s1]: _same_place(first, x, str(path))
     for x, path in s1:
         if x[0].shape != (1, 120, 120): raise GacError(f'{path}: {x[0].shape[1]}×{x[0].shape[2]} px, expected 120×120.')
-    meta = dict(date=parse_date(row['patch_id']), country=row['country'], split=dict(validation='val').get(row['split'], row['split']),
+    meta = dict(date=parse_date(row['patch_id']), country=row['country'],
+                split=dict(validation='val').get(row['split'], row['split']),
                 labels='|'.join(row['labels']), source=f'BigEarthNet v2, {row["s1_name"]}')
-    return Source(row['patch_id'], np.concatenate([x[0] for x, _ in s1]), np.stack([x for *_, x in s2]), S2_BANDS, 'S1GRD', meta=meta,
+    return Source(row['patch_id'], np.concatenate([x[0] for x, _ in s1]), np.stack([x for *_, x in s2]), S2_BANDS, 'S1GRD',
+                  meta=meta,
                   crs=first[1], transform=first[2])
 
 def read_bigearthnet(
@@ -1136,7 +1157,8 @@ def read_bigearthnet(
         s1_at = (row['s1_name'].rsplit('_', 3)[0], row['s1_name'])
         folders = src.joinpath('BigEarthNet-S2', *s2_at), src.joinpath('BigEarthNet-S1', *s1_at)
         job = Job(row['patch_id'], str(folders[0]), None)
-        why = [w for w, c in (('seasonal snow', 'contains_seasonal_snow'), ('cloud or shadow', 'contains_cloud_or_shadow')) if row[c]]
+        why = [w for w, c in (('seasonal snow', 'contains_seasonal_snow'), ('cloud or shadow', 'contains_cloud_or_shadow'))
+               if row[c]]
         try: check_id(row['patch_id']), check_id(row['s1_name'])
         except GacError as e: job.load = _failing(e)
         else:
@@ -1177,7 +1199,8 @@ def _geotiff_source(name:str, files:dict, product:str, opt:Options) -> Source:
     try: bands2 = _in_order(s2[3], len(s2[0]), tuple(opt.s2_bands), S2_BANDS, 's2_bands')
     except GacError as e: raise GacError(f'{files["S2L2A"]}: {e}')
     tags = [x[4] for kind, x in rasters.items() if kind != 'DEM']
-    dates = [parse_date(name), *(parse_date(t.get('datetime') or t.get('TIFFTAG_DATETIME', '').replace(':', '-', 2)) for t in tags)]
+    dates = [parse_date(name), *(parse_date(t.get('datetime') or t.get('TIFFTAG_DATETIME', '').replace(':', '-', 2))
+                                 for t in tags)]
     meta = dict(date=next(filter(None, dates), ''), split=opt.split, source=f'{product} and S2L2A, {name}')
     extra = {EXTRA[kind]: x[0][0] for kind, x in rasters.items() if kind in EXTRA}
     named = bool(opt.s1_bands) or set(S1_BANDS) <= {str(n or '').upper() for n in s1[3]}
@@ -1217,7 +1240,8 @@ NPZ_KEYS = {'id': ('id', 'ids', 'tile_id'), 's1': ('s1',), 's1_vv': ('s1_vv',), 
 def _npz(path:Path) -> dict:
     "The arrays of a catalogue under the names of the house, each stacked over its N sources."
     try:
-        with np.load(path, allow_pickle=False) as f: have = {k: f[n] for k, names in NPZ_KEYS.items() for n in names if n in f.files}
+        with np.load(path, allow_pickle=False) as f:
+            have = {k: f[n] for k, names in NPZ_KEYS.items() for n in names if n in f.files}
     except ValueError as e:
         if 'pickle' in str(e).lower():
             raise GacError(f'{path}: holds pickled objects, which could run code and are never loaded. Save plain arrays (np.savez with '
@@ -1231,7 +1255,8 @@ def _npz(path:Path) -> dict:
         have['s1'] = np.stack([vv, vh], -3)
     for key, what in (('s1', 's1, or s1_vv and s1_vh'), ('s2', 's2 or s2_real')):
         if key not in have: raise GacError(f'{path}: missing array {what}.')
-    if have['s2'].ndim not in (3, 4): raise GacError(f'{path}: s2 has shape {have["s2"].shape}, expected (C, H, W), or (N, C, H, W) for N sources.')
+    if have['s2'].ndim not in (3, 4):
+        raise GacError(f'{path}: s2 has shape {have["s2"].shape}, expected (C, H, W), or (N, C, H, W) for N sources.')
     single = have['s2'].ndim == 3
     have = {k: v[None] if single else v for k, v in have.items()}
     n = len(have['s2'])
@@ -1294,7 +1319,8 @@ def _part(
 ) -> tuple: # offset in the file and length
     "Where a part of a container is, if it is inside."
     try: offset, length = int(offset), int(length)
-    except (TypeError, ValueError): raise GacError(f'{where}: offset {offset!r} and length {length!r} are no numbers. The file is damaged.')
+    except (TypeError, ValueError):
+        raise GacError(f'{where}: offset {offset!r} and length {length!r} are no numbers. The file is damaged.')
     if offset < 0 or length <= 0 or offset + length > size:
         raise GacError(f'{where}: bytes {offset} to {offset + length} of a container of {size} bytes. The file is damaged or not whole: fetch it '
                        'again.')
@@ -1337,9 +1363,11 @@ def _benv2_source(path:Path, row:dict, opt:Options) -> Source:
     _same_place(s1, s2, f'{name}, s2')
     bands1 = _in_order(s1[3], len(s1[0]), tuple(opt.s1_bands) or BENV2_S1, S1_BANDS, 's1_bands')
     bands2 = _in_order(s2[3], len(s2[0]), tuple(opt.s2_bands), S2_BANDS, 's2_bands')
-    meta = dict(date=row['date'], country=row['country'], split=dict(validation='val').get(row['split'], row['split']), labels='|'.join(row['labels']),
+    meta = dict(date=row['date'], country=row['country'], split=dict(validation='val').get(row['split'], row['split']),
+                labels='|'.join(row['labels']),
                 source=f'GEO-Bench-2 benv2, {row["tortilla:id"]}')
-    return Source(row['name'], _pick(s1[0], bands1, S1_BANDS), s2[0], bands2, 'S1GRD', bool(opt.s1_bands), meta=meta, crs=s1[1], transform=s1[2])
+    return Source(row['name'], _pick(s1[0], bands1, S1_BANDS), s2[0], bands2, 'S1GRD', bool(opt.s1_bands), meta=meta, crs=s1[1],
+                  transform=s1[2])
 
 def _as_radar(s1:tuple, s2:tuple, where:str) -> tuple: # transform
     "The optical image's transform, 60 m a pixel put right where corner and size are the radar's."
@@ -1353,7 +1381,8 @@ def _benv2_row(row:dict) -> dict:
     day = '' if seconds is None or pd.isna(seconds) else pd.Timestamp(float(seconds), unit='s').isoformat()
     split = row.get('tortilla:data_split')
     return row | dict(name=patch or str(row['tortilla:id']), date=parse_date(patch) or day, country=str(row.get('country') or ''),
-                      split=split if isinstance(split, str) else 'test', labels=[str(v) for v in row['labels']] if row.get('labels') is not None else [])
+                      split=split if isinstance(split, str) else 'test', labels=[str(v) for v in row['labels']]
+                      if row.get('labels') is not None else [])
 
 def read_benv2(
     src:Path, # a .tortilla file, or a folder of them
@@ -1368,7 +1397,8 @@ def read_benv2(
             jobs.append(Job(path.stem, str(path), _failing(e)))
             continue
         for row in map(_benv2_row, table.to_dict('records')):
-            why = [w for w, c in (('seasonal snow', 'contains_seasonal_snow'), ('cloud or shadow', 'contains_cloud_or_shadow')) if row.get(c) is True]
+            why = [w for w, c in (('seasonal snow', 'contains_seasonal_snow'), ('cloud or shadow', 'contains_cloud_or_shadow'))
+                   if row.get(c) is True]
             jobs.append(Job(row['name'], f'{path}, {row["tortilla:id"]}', partial(_benv2_source, path, row, opt),
                             ' and '.join(why) if not opt.keep_snow_cloud else ''))
     return jobs
@@ -1426,7 +1456,8 @@ def find_units(
 def _clean_s1(x:np.ndarray, unit:str) -> np.ndarray:
     "One tile's Sentinel-1 in dB, or what is wrong with it."
     if not np.isfinite(x).all(): raise GacError(f'Sentinel-1: {int((~np.isfinite(x)).any(0).sum())} px are NaN or without data.')
-    if (x.min((1, 2)) == x.max((1, 2))).any(): raise GacError(f'Sentinel-1: VV or VH is one value everywhere (the tile goes from {_range([x])}), so it shows nothing.')
+    if (x.min((1, 2)) == x.max((1, 2))).any():
+        raise GacError(f'Sentinel-1: VV or VH is one value everywhere (the tile goes from {_range([x])}), so it shows nothing.')
     if (x == 0).mean() > .01: raise GacError(f'Sentinel-1: {int((x == 0).any(0).sum())} px are exactly 0, which marks no data.')
     if unit == 'dB' and x.min() >= 0:
         raise GacError(f'Sentinel-1 from {_range([x])}: no negative value in a data set of dB. Say s1_units= or convert this tile apart.')
@@ -1443,8 +1474,10 @@ def _clean_s2(x:np.ndarray, offset:int, told:bool) -> np.ndarray: # told: the un
     empty = int((x == 0).all(0).sum())
     if empty: raise GacError(f'Sentinel-2: {empty} px are 0 in every band, which marks no data.')
     if x.min() == x.max(): raise GacError(f'Sentinel-2: {x.min():g} everywhere, in every band, so it shows nothing.')
-    if not told and np.percentile(x, 99.9) <= 50: raise GacError(f'Sentinel-2 from {_range([x])}: no DN but reflectance? Say s2_units= or convert this tile apart.')
-    if x.min() < -2000 or x.max() > 65535: raise GacError(f'Sentinel-2 from {_range([x])} DN: outside what a DN can be (no data value?).')
+    if not told and np.percentile(x, 99.9) <= 50:
+        raise GacError(f'Sentinel-2 from {_range([x])}: no DN but reflectance? Say s2_units= or convert this tile apart.')
+    if x.min() < -2000 or x.max() > 65535:
+        raise GacError(f'Sentinel-2 from {_range([x])} DN: outside what a DN can be (no data value?).')
     return np.clip(np.rint(x.astype('float64') - offset), 0, 65535).astype('uint16')
 
 def _clean_extra(name:str, x:np.ndarray) -> np.ndarray:
@@ -1479,7 +1512,8 @@ def records_of(
     h, w = source.s2.shape[1:]
     offset, size = _offset_of(source, units, opt), opt.size
     for k in arrays.keys() - {'s1', 's2', *source.extra}: raise GacError(f'{k} is missing, which the tiles before had.')
-    if source.meta.get('split', 'test') not in SPLITS: raise GacError(f'split {source.meta["split"]!r}; it is one of {", ".join(SPLITS)}.')
+    if source.meta.get('split', 'test') not in SPLITS:
+        raise GacError(f'split {source.meta["split"]!r}; it is one of {", ".join(SPLITS)}.')
     if not source.s1_named and np.isfinite(source.s1).any() and _median(source.s1[0]) < _median(source.s1[1]):
         raise GacError('Sentinel-1: the first band (VV) is darker than the second (VH), so they look swapped. '
                        'Say s1_bands=VH,VV, or VV,VH to keep the order.')
@@ -1503,7 +1537,8 @@ def records_of(
                          **{k: _clean_extra(k, cut(source.extra[k])) for k in arrays.keys() - {'s1', 's2'}})
             yield name, dict(meta, id=name, scene=source.name, crs=source.crs, transform=place, **clean)
         except GacError as e: yield name, e
-        except (ValueError, TypeError, ArithmeticError, RuntimeError) as e: yield name, GacError(f'what is told about the tile cannot be used ({type(e).__name__}: {e}).')
+        except (ValueError, TypeError, ArithmeticError, RuntimeError) as e:
+            yield name, GacError(f'what is told about the tile cannot be used ({type(e).__name__}: {e}).')
 
 # %% ../nbs/02_tiles.ipynb #52d5167b
 def convert(
@@ -1517,7 +1552,8 @@ def convert(
     "Read real tiles into a store."
     src, dst = Path(src), Path(dst)
     wrong = set(options) - {f.name for f in fields(Options)}
-    if wrong: raise GacError(f'convert has no option {", ".join(sorted(wrong))}; there are {", ".join(f.name for f in fields(Options))}.')
+    if wrong:
+        raise GacError(f'convert has no option {", ".join(sorted(wrong))}; there are {", ".join(f.name for f in fields(Options))}.')
     opt, layout = Options(**options), layout or recognise(src)
     if layout not in READERS: raise GacError(f'{src}: layout {layout!r} cannot be converted; known are {", ".join(READERS)}.')
     jobs = READERS[layout](src, opt)
@@ -1542,7 +1578,8 @@ def convert(
         reasons = [f'{j.name}: {j.excluded}' if j.excluded else f'{j.name}: {_why(j)}' for j in jobs[:3]]
         raise GacError(f'{src}: no tile of {len(jobs)} can be read. The first: ' + '; '.join(reasons or ['there is none']) + '.')
     found = '' if units.settled else ' (found by the rules)'
-    print(f'{src.name}: layout {layout}; Sentinel-1 in {units.s1}; Sentinel-2 as {units.s2}, offset {units.offset} DN{found}', flush=True)
+    print(f'{src.name}: layout {layout}; Sentinel-1 in {units.s1}; Sentinel-2 as {units.s2}, offset {units.offset} DN{found}',
+          flush=True)
     arrays = {n: (z.shape[1:], z.dtype, dict(z.attrs)) for n, z in store.arrays.items() if n in store.attrs['tiles']}
     held, done, waiting = set(store.table['id']), store.table.groupby('scene')['id'].apply(list).to_dict(), []
     report, names = [], set()

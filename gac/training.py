@@ -65,7 +65,8 @@ class Settings:
     strategy:str = 'auto' # ddp for several devices
 
     def __post_init__(self):
-        low = {'batch_size': 1, 'grad_accum_steps': 1, 'val_every': 1, 'save_every': 1, 'log_every': 1, 'devices': 1, 'num_nodes': 1}
+        low = {'batch_size': 1, 'grad_accum_steps': 1, 'val_every': 1, 'save_every': 1, 'log_every': 1, 'devices': 1,
+               'num_nodes': 1}
         for f in fields(self):
             value = getattr(self, f.name)
             if not isinstance(value, (float, int) if f.type is float else f.type) or (isinstance(value, bool) and f.type is not bool):
@@ -73,7 +74,8 @@ class Settings:
             if f.type in (int, float) and not (low.get(f.name, 0) <= value <= 2**53):
                 raise GacError(f'Setting {f.name}={str(value)[:40]}: expected {low.get(f.name, 0)} or more, at most 2**53.')
         for name, choice in {'mode': ('min', 'max'), 'precision': ('32-true', 'bf16-mixed', '16-mixed')}.items():
-            if getattr(self, name) not in choice: raise GacError(f'Setting {name}={getattr(self, name)!r}: expected one of {choice}.')
+            if getattr(self, name) not in choice:
+                raise GacError(f'Setting {name}={getattr(self, name)!r}: expected one of {choice}.')
         if self.save_every % self.val_every:
             raise GacError(f'Setting save_every={self.save_every}: expected a multiple of val_every={self.val_every}, '
                            'because a checkpoint is written after a validation.')
@@ -174,7 +176,8 @@ def loader(
 ) -> DataLoader:
     "Batches whose order and randomness depend on the seed alone."
     workers = 0 if os.name == 'nt' else num_workers
-    return DataLoader(Seeded(dataset, seed), batch_size, sampler=Order(len(dataset), per_round, seed, shuffle), num_workers=workers,
+    return DataLoader(Seeded(dataset, seed), batch_size, sampler=Order(len(dataset), per_round, seed, shuffle),
+                      num_workers=workers,
                       persistent_workers=workers > 0, collate_fn=collate or default_collate, pin_memory=torch.cuda.is_available(),
                       generator=torch.Generator().manual_seed(seed))  # the loader's own draw leaves Torch's generator alone
 
@@ -250,11 +253,14 @@ def load_adapters(
 ) -> nn.Module: # the model, changed in place
     "Inject the adapters of a folder and set their weights, every key accounted for."
     from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-    folder = next((f for f in (Path(folder), Path(folder)/'adapters') if (f/ADAPTER_FILES[0]).exists()), Path(folder))  # earlier versions had them one below
+    # earlier versions had them one below
+    folder = next((f for f in (Path(folder), Path(folder)/'adapters') if (f/ADAPTER_FILES[0]).exists()), Path(folder))
     for name in ADAPTER_FILES:
-        if not (folder/name).is_file(): raise GacError(f'{folder/name} is missing: expected a folder of adapters as peft writes it.')
+        if not (folder/name).is_file():
+            raise GacError(f'{folder/name} is missing: expected a folder of adapters as peft writes it.')
     config = LoraConfig.from_pretrained(str(folder))
-    if not hasattr(model, 'peft_config'): inject_lora(model, config.target_modules, config.r, config.lora_alpha, config.lora_dropout)
+    if not hasattr(model, 'peft_config'):
+        inject_lora(model, config.target_modules, config.r, config.lora_alpha, config.lora_dropout)
     state = {k.removeprefix(_PEFT_PREFIX): v for k, v in read_safetensors(folder/'adapter_model.safetensors')[0].items()}
     _account(state, get_peft_model_state_dict(model), folder/'adapter_model.safetensors')
     set_peft_model_state_dict(model, state)
@@ -282,8 +288,10 @@ def _account(
     some = lambda names: f"{', '.join(sorted(names)[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
     both = state.keys() & expected.keys()
     wrong = {'missing': expected.keys() - state.keys(), 'unexpected': state.keys() - expected.keys() - set(optional),
-             'misshapen': {f'{k} {tuple(state[k].shape)} for {tuple(expected[k].shape)}' for k in both if state[k].shape != expected[k].shape}}
-    if any(wrong.values()): raise GacError(f'{where} does not fit the model: ' + '; '.join(f'{k}: {some(v)}' for k, v in wrong.items() if v) + '.')
+             'misshapen': {f'{k} {tuple(state[k].shape)} for {tuple(expected[k].shape)}'
+                           for k in both if state[k].shape != expected[k].shape}}
+    if any(wrong.values()):
+        raise GacError(f'{where} does not fit the model: ' + '; '.join(f'{k}: {some(v)}' for k, v in wrong.items() if v) + '.')
 
 def read_safetensors(
     path:str|Path, # a safetensors file
@@ -360,8 +368,10 @@ def save_checkpoint(
     path = Path(path)
     if path.suffix != '.safetensors': raise GacError(f'{path}: the name of a checkpoint ends in .safetensors.')
     made = study.provenance()
-    meta = dict(kind=kind, backbone=backbone, bands=list(bands), params=dict(params or {}), seed=seed, metrics=dict(metrics or {}),
-                gac=made['packages']['gac'], commit=made['commit'], changed=made['changed'], device=made['device'], time=made['time'], **more)
+    meta = dict(kind=kind, backbone=backbone, bands=list(bands), params=dict(params or {}), seed=seed,
+                metrics=dict(metrics or {}),
+                gac=made['packages']['gac'], commit=made['commit'], changed=made['changed'], device=made['device'],
+                time=made['time'], **more)
     text = json.dumps(meta, indent=1, default=str)
     with study.replacing(path) as partly:
         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, partly, metadata={'format': 'pt', 'gac': text})
@@ -377,7 +387,8 @@ def load_checkpoint(
     "Tensors and metadata of a checkpoint of the right kind."
     state, header = read_safetensors(path)
     try: meta = json.loads(header['gac'])
-    except (KeyError, json.JSONDecodeError) as e: raise GacError(f'{path} carries no metadata of this study: it is no checkpoint of gac.') from e
+    except (KeyError, json.JSONDecodeError) as e:
+        raise GacError(f'{path} carries no metadata of this study: it is no checkpoint of gac.') from e
     for field, wanted in {'kind': kind, 'backbone': backbone, 'bands': list(bands)}.items():
         if wanted and meta.get(field) != wanted: raise GacError(f'{path}: {field} is {meta.get(field)!r}, expected {wanted!r}.')
     return state, meta
@@ -394,15 +405,18 @@ def load_trained(
 ) -> nn.Module:
     "Set the trained tensors of a model, every key accounted for."
     try: _account(state, trained_state(model), where, optional=[n for n, _ in model.named_parameters()])
-    except GacError as e: raise GacError(f'{e} It was trained by another version or with other settings: train it again, or delete its folder.') from None
+    except GacError as e:
+        raise GacError(f'{e} It was trained by another version or with other settings: train it again, or delete its folder.') from None
     model.load_state_dict(state, strict=False)
     return model
 
 # %% ../nbs/05_training.ipynb #93d7aa52
 CARD = 'README.md'
-MEASURED = dict(val_psnr_calibrated='PSNR with the share of the correction that is applied, dB', val_psnr='PSNR, dB', val_ssim='SSIM',
+MEASURED = dict(val_psnr_calibrated='PSNR with the share of the correction that is applied, dB', val_psnr='PSNR, dB',
+                val_ssim='SSIM',
                 val_psnr_v2='PSNR of what it was given, dB', val_sar_edge="agreement with the radar's edges",
-                val_sar_edge_gap="distance of that agreement from the truth's own", val_sar_edge_gap_v2='that distance in what it was given')
+                val_sar_edge_gap="distance of that agreement from the truth's own",
+                val_sar_edge_gap_v2='that distance in what it was given')
 
 def write_card(
     folder:str|Path, # of a checkpoint
@@ -416,17 +430,22 @@ def write_card(
     from huggingface_hub import EvalResult, ModelCardData
     folder, data = Path(folder), meta.get('data') or 'tiles'
     told = {k: (what, meta['metrics'][k]) for k, what in MEASURED.items() if math.isfinite(meta['metrics'].get(k, math.nan))}
-    results = [EvalResult('image-to-image', 'paired-tiles', data, k.removeprefix('val_'), round(v, 4), dataset_split='validation', metric_name=what)
+    results = [EvalResult('image-to-image', 'paired-tiles', data, k.removeprefix('val_'), round(v, 4), dataset_split='validation',
+                          metric_name=what)
                for k, (what, v) in told.items()]
     about = ModelCardData(library_name='peft', license='apache-2.0', pipeline_tag='image-to-image', base_model=repository or None,
-                          base_model_relation='adapter' if repository else None, model_name=title if results else None, eval_results=results or None,
+                          base_model_relation='adapter' if repository else None, model_name=title if results else None,
+                          eval_results=results or None,
                           tags=['gac', meta['kind'], 'lora', 'sentinel-1', 'sentinel-2', 'earth-observation'])
     table = lambda rows, head: '\n'.join(f'| {" | ".join(map(str, r))} |' for r in (head, ['---']*len(head), *rows))
-    made = dict(bands=', '.join(meta['bands']), data=data, **{k: meta[k] for k in ('pairs', 'steps') if k in meta}, **meta['params'])
+    made = dict(bands=', '.join(meta['bands']), data=data, **{k: meta[k] for k in ('pairs', 'steps') if k in meta},
+                **meta['params'])
     base = f'[{repository}](https://huggingface.co/{repository})' if repository else f'{meta["backbone"]}, a miniature that comes with gac'
     weights = ', '.join(f'`{k}` ({v})' for k, v in meta.get('weights', {}).items())
-    text = [f'---\n{about.to_yaml()}\n---', f'# {title}', does, f'It belongs to {base}. The weights of that model are not in here; it was trained on {weights or "none"}, and is refused on others.',
-            '## Use', 'FOLDER is where these files are, or the name of their repository on the Hub.', f'```python\n{use}\n```', '## Measured', 'On the validation tiles of the training, which also chose the checkpoint; no test result.',
+    text = [f'---\n{about.to_yaml()}\n---', f'# {title}', does,
+            f'It belongs to {base}. The weights of that model are not in here; it was trained on {weights or "none"}, and is refused on others.',
+            '## Use', 'FOLDER is where these files are, or the name of their repository on the Hub.', f'```python\n{use}\n```',
+            '## Measured', 'On the validation tiles of the training, which also chose the checkpoint; no test result.',
             table([(what, f'{v:.4f}') for what, v in told.values()], ('what', 'value')) if told else 'Nothing was measured.',
             '## Made', table([(k, f'`{v}`') for k, v in made.items()], ('setting', 'value')), '## Limits',
             'The images are drawn from radar. They look like observations and are none: what radar does not see is what is likely there.']
@@ -453,7 +472,8 @@ class Task(LightningModule):
 
     def validation_step(self, batch, batch_idx:int) -> None:
         terms = self.step(self.model, batch)
-        size = next(len(t) for t in (batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else [batch]))
+        size = next(len(t) for t in (batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple))
+                                     else [batch]))
         self.log_dict({f'val_{k}': torch.as_tensor(v).float() for k, v in terms.items()}, batch_size=size, logger=False,
                       sync_dist=_rank()[1] > 1)  # every process has its share of the tiles
 
@@ -466,12 +486,14 @@ class Task(LightningModule):
     def on_save_checkpoint(self, checkpoint:dict) -> None:
         keep = trained_state(self)
         checkpoint['state_dict'] = {k: v for k, v in checkpoint['state_dict'].items() if k in keep}
-        checkpoint['gac'] = {'settings': asdict(self.settings), 'total_steps': self.total_steps, 'finished': bool(self.trainer.should_stop),
+        checkpoint['gac'] = {'settings': asdict(self.settings), 'total_steps': self.total_steps,
+                             'finished': bool(self.trainer.should_stop),
                              'rounds': self.trainer.fit_loop.epoch_progress.current.processed,
                              'metrics': {k: float(v) for k, v in self.trainer.callback_metrics.items()}}
 
     def on_load_checkpoint(self, checkpoint:dict) -> None:
-        _account(checkpoint['state_dict'], trained_state(self), 'The checkpoint', optional=[n for n, _ in self.named_parameters()])
+        _account(checkpoint['state_dict'], trained_state(self), 'The checkpoint',
+                 optional=[n for n, _ in self.named_parameters()])
 
 # %% ../nbs/05_training.ipynb #40740fd9
 class StepSeed(Callback):
@@ -525,7 +547,8 @@ class Curve(Callback):
         for k, v in outputs.items(): self.sums[k] = self.sums.get(k, 0.) + float(v)
         self.count += 1
         step, s = trainer.global_step, self.settings
-        if self.count % s.grad_accum_steps or not (step % s.log_every == 0 or step % s.val_every == 0 or step >= self.total): return
+        if self.count % s.grad_accum_steps or not (step % s.log_every == 0 or step % s.val_every == 0 or step >= self.total):
+            return
         self._write(trainer)
         memory = torch.cuda.max_memory_allocated(module.device)/1e6 if module.device.type == 'cuda' else float('nan')
         self.rows.append({'step': step, **{f'train_{k}': v/self.count for k, v in self.sums.items()},
@@ -541,7 +564,8 @@ class Curve(Callback):
     def on_train_epoch_end(self, trainer, module): self._write(trainer)
 
     def _write(self, trainer) -> None:
-        for row in self.rows[self.written:]: trainer.logger.log_metrics({k: v for k, v in row.items() if k != 'step'}, row['step'])
+        for row in self.rows[self.written:]:
+            trainer.logger.log_metrics({k: v for k, v in row.items() if k != 'step'}, row['step'])
         self.written = len(self.rows)
         trainer.logger.save()
 
@@ -585,11 +609,15 @@ def trainer(
         callbacks.append(EarlyStopping(s.monitor, mode=s.mode, patience=s.early_stopping_patience, check_on_train_epoch_end=True))
     if validate: callbacks.append(ModelCheckpoint(filename='best', monitor=s.monitor, mode=s.mode, **keep))
     callbacks.append(ModelCheckpoint(filename='last', every_n_epochs=s.save_every//s.val_every, **keep))
-    return Trainer(max_epochs=-1, max_steps=total_steps, accumulate_grad_batches=s.grad_accum_steps, gradient_clip_val=s.clip or None,
-                   precision=s.precision, accelerator=s.accelerator, devices=s.devices, num_nodes=s.num_nodes, strategy=s.strategy,
+    return Trainer(max_epochs=-1, max_steps=total_steps, accumulate_grad_batches=s.grad_accum_steps, gradient_clip_val=s.clip
+                   or None,
+                   precision=s.precision, accelerator=s.accelerator, devices=s.devices, num_nodes=s.num_nodes,
+                   strategy=s.strategy,
                    deterministic='warn' if s.deterministic else None, callbacks=callbacks, plugins=[AtomicIO()],
-                   logger=Log(str(out_dir), name='', version='curve'), default_root_dir=str(out_dir), use_distributed_sampler=False,
-                   num_sanity_val_steps=0, limit_val_batches=None if validate else 0, enable_progress_bar=False, enable_model_summary=False)
+                   logger=Log(str(out_dir), name='', version='curve'), default_root_dir=str(out_dir),
+                   use_distributed_sampler=False,
+                   num_sanity_val_steps=0, limit_val_batches=None if validate else 0, enable_progress_bar=False,
+                   enable_model_summary=False)
 
 # %% ../nbs/05_training.ipynb #704eb32a
 @dataclass
@@ -609,9 +637,11 @@ def _check_resume(path:Path, checkpoint:dict, settings:Settings, total_steps:int
     then = checkpoint.get('gac')
     if then is None: raise GacError(f'{path} was not written by this study: choose another folder.')
     now = asdict(settings)
-    changed = [f'{k} was {v!r}, now {now.get(k)!r}' for k, v in then['settings'].items() if now.get(k) != v and k not in FREE_TO_CHANGE]
+    changed = [f'{k} was {v!r}, now {now.get(k)!r}' for k, v in then['settings'].items() if now.get(k) != v
+               and k not in FREE_TO_CHANGE]
     if then['total_steps'] != total_steps: changed.append(f"the training had {then['total_steps']} steps, now {total_steps}")
-    if changed: raise GacError(f"{path} belongs to a training with other settings ({'; '.join(changed)}): choose another folder, or resume=False.")
+    if changed:
+        raise GacError(f"{path} belongs to a training with other settings ({'; '.join(changed)}): choose another folder, or resume=False.")
 
 def fit(
     model:nn.Module, # trained in place, on return as after the last step
@@ -651,7 +681,8 @@ def fit(
     checkpoint = read_torch(last)
     rows = next(v['rows'] for k, v in checkpoint['callbacks'].items() if k.startswith('Curve'))
     best = out_dir/'best.ckpt'
-    return Fit(pd.DataFrame(rows), checkpoint['global_step'], best if validate and best.exists() else None, last, checkpoint['gac']['metrics'], start)
+    return Fit(pd.DataFrame(rows), checkpoint['global_step'], best if validate and best.exists() else None, last,
+               checkpoint['gac']['metrics'], start)
 
 def export_best(
     out_dir:str|Path, # of a training

@@ -63,7 +63,8 @@ class Chain:
     def later(self, batch:dict, v1:np.ndarray) -> dict: # name of evaluate.STAGES -> (n, 4, H, W) reflectance
         "What every stage makes of a first image."
         made = {'Stage 1': v1}
-        if self.refiner is not None: made['Stage 1+2'] = stage2.refine(self.refiner, v1, {k: batch[k] for k in stage2.TOLD if k in batch})
+        if self.refiner is not None:
+            made['Stage 1+2'] = stage2.refine(self.refiner, v1, {k: batch[k] for k in stage2.TOLD if k in batch})
         if self.grounding is not None:
             name = 'Stage 1+2+3' if self.refiner is not None else 'Stage 1+3'
             made[name] = stage3.stage3_inference(self.grounding, batch['s1'], list(made.values())[-1]).numpy()
@@ -83,7 +84,8 @@ def chain_of(
     name, weights, decoding = stage1.chosen(run)
     there = lambda folder, file: run.dir/folder if (run.dir/folder/file).exists() else None
     two, three = there('stage2', stage2.HEAD_FILE), there('stage3', stage3.HEAD_FILE)
-    return Chain(stage1.build_terramind_generator((product,), name=name, weights=weights), decoding, stage2.load_stage2(two) if two else None,
+    return Chain(stage1.build_terramind_generator((product,), name=name, weights=weights), decoding,
+                 stage2.load_stage2(two) if two else None,
                  evaluate.grounder(three, product) if three else None)
 
 # %% ../nbs/10_trust.ipynb #b6f2351e
@@ -141,7 +143,8 @@ def calibration_curve(
     parts = np.array_split(np.stack([spread.ravel()[order], error.ravel()[order]]).astype(np.float64), bins, axis=1)
     rms = np.array([np.sqrt(np.square(p).mean(1)) for p in parts if p.size])
     share = [p.shape[1]/spread.size for p in parts if p.size]
-    return pd.DataFrame(dict(bin=range(1, len(rms) + 1), share=share, spread=rms[:, 0], rmse=rms[:, 1], ratio=rms[:, 1]/np.maximum(rms[:, 0], 1e-9)))
+    return pd.DataFrame(dict(bin=range(1, len(rms) + 1), share=share, spread=rms[:, 0], rmse=rms[:, 1],
+                             ratio=rms[:, 1]/np.maximum(rms[:, 0], 1e-9)))
 
 def calibration_error(
     curve:pd.DataFrame, # of calibration_curve
@@ -251,7 +254,8 @@ def doubt(
         batch = stage1.read_tiles(store, rows[i:i + batch_size])
         several, made = tiles.to_reflectance(kept.read(array, batch['idx'])), decoded(batch)
         mean, spread = spread_of(several)
-        images = dict(spread=spread, error=np.abs(mean - batch['truth']), mean=mean, truth=batch['truth'], decoded=made, one=several)
+        images = dict(spread=spread, error=np.abs(mean - batch['truth']), mean=mean, truth=batch['truth'], decoded=made,
+                      one=several)
         parts.append({k: cut(x) for k, x in images.items()} | dict(scores=scored(several, made, batch, lpips), inside=inside(several, batch['truth']), scene=batch['scene']))
     out = {k: np.concatenate([p[k] for p in parts]) for k in parts[0] if k != 'scores'}
     return out | dict(scores=pd.concat([p['scores'] for p in parts]).loc[list(METHODS)])
@@ -270,8 +274,10 @@ def reliability(
     ranks = [spearmanr(s.ravel(), e.ravel())[0] if np.ptp(s) and np.ptp(e) else 0. for s, e in zip(spread, error)]
     n, both, curve = known['one'].shape[1], ause(spread, error), calibration_curve(spread, error)
     return dict(samples=n, n_tiles=len(spread), spread=rms(spread), rmse=rms(error), ratio=rms(error)/max(rms(spread), 1e-9),
-                ence=calibration_error(curve), rank_correlation=float(np.mean(ranks)), ause=within.ause.mean(), ause_random=within.ause_random.mean(),
-                **better, ause_pooled=both['ause'], ause_random_pooled=both['ause_random'], inside=known['inside'].mean(), inside_expected=(n - 1)/(n + 1))
+                ence=calibration_error(curve), rank_correlation=float(np.mean(ranks)), ause=within.ause.mean(),
+                ause_random=within.ause_random.mean(),
+                **better, ause_pooled=both['ause'], ause_random_pooled=both['ause_random'], inside=known['inside'].mean(),
+                inside_expected=(n - 1)/(n + 1))
 
 def coverage_table(
     known:dict, # of doubt
@@ -290,7 +296,8 @@ def coverage_table(
 
 # %% ../nbs/10_trust.ipynb #e8f3ee0f
 FEW = 10  # tiles below which a group's interval says little
-SECTORS = {'Americas': (-180., -30.), 'Europe and Africa': (-30., 60.), 'Asia and Australia': (60., 180.1)}  # degrees of longitude
+# degrees of longitude
+SECTORS = {'Americas': (-180., -30.), 'Europe and Africa': (-30., 60.), 'Asia and Australia': (60., 180.1)}
 
 def sector(lon:float) -> str: # degrees
     "A third of the globe."
@@ -301,8 +308,10 @@ def groups_of(
     by:str, # biome, region or sector
 ) -> pd.Series: # id -> name of its group
     "Which group a tile belongs to."
-    named = dict(biome=lambda t: [study.BIOMES.get(int(b), 'unknown') for b in t.biome], sector=lambda t: [sector(x) for x in t.lon],
-                 region=lambda t: [str(c) if c is not None and str(c) not in ('', 'nan', 'None') else 'unknown' for c in t.country])
+    named = dict(biome=lambda t: [study.BIOMES.get(int(b), 'unknown') for b in t.biome],
+                 sector=lambda t: [sector(x) for x in t.lon],
+                 region=lambda t: [str(c) if c is not None and str(c) not in ('', 'nan', 'None') else 'unknown'
+                                   for c in t.country])
     if by not in named: raise GacError(f'by {by!r}: expected one of {", ".join(named)}.')
     return pd.Series(named[by](table), index=table.id)
 
@@ -376,7 +385,8 @@ def selections(
     "The tiles of the two trainings of a fold; both are validated on the same ones, none of a held-out place."
     held = held_out(store.table, fold)
     val = exchanged(store.rows('val'), held, val_tiles, seed)['elsewhere']
-    return {where: Selection(store, dict(train=rows, val=val)) for where, rows in exchanged(store.rows('train'), held, pairs, seed).items()}
+    return {where: Selection(store, dict(train=rows, val=val))
+            for where, rows in exchanged(store.rows('train'), held, pairs, seed).items()}
 
 UNTOLD = tuple(f for f in stage2.TOLD if f != 'biome')
 
@@ -426,8 +436,10 @@ def transfer(
         held = pd.Series(held_out(store.table, fold), index=store.table.id)
         some = tested(rows, held.to_numpy())
         for seed in seeds:
-            made = dict(recipe=asdict(recipe), fold=fold, seed=seed, grounding=grounding, tiles=store.table.id.iloc[some].tolist(),
-                        train=[store.table.id.iloc[store.rows(s)].tolist() for s in ('train', 'val')], weights=evaluate.known_weights(run))
+            made = dict(recipe=asdict(recipe), fold=fold, seed=seed, grounding=grounding,
+                        tiles=store.table.id.iloc[some].tolist(),
+                        train=[store.table.id.iloc[store.rows(s)].tolist() for s in ('train', 'val')],
+                        weights=evaluate.known_weights(run))
             mark = hashlib.sha256(json.dumps(made, sort_keys=True, default=str).encode()).hexdigest()[:12]
             file = home/f'transfer-{mark}.csv'
             if not file.exists():
@@ -516,7 +528,8 @@ def attention_of(
 ) -> Tensor: # (layers, B, N, M); M: tokens of the radar, then of the image
     "What every layer of the decoder reads."
     from contextlib import nullcontext
-    s1, opt_v2 = (stage3.padded(model, torch.as_tensor(np.ascontiguousarray(x), dtype=torch.float32).to(model.device)) for x in (s1, opt_v2))
+    s1, opt_v2 = (stage3.padded(model, torch.as_tensor(np.ascontiguousarray(x), dtype=torch.float32).to(model.device))
+                  for x in (s1, opt_v2))
     with nullcontext() if adapters else stage3.without_adapters(model.generator), attended(model.generator.net.decoder) as seen:
         model.generator.decoder_features(model.inputs(s1, opt_v2), 'S2L2A')
     return torch.stack(seen).cpu()
@@ -548,12 +561,14 @@ def attention_rows(
     s1 = stage3.padded(model, torch.as_tensor(np.ascontiguousarray(batch['s1']), dtype=torch.float32))
     places = token_places(model, s1.shape[-1])
     n = len(places[model.radar])
-    apart = lambda m: torch.as_tensor(np.linalg.norm(places['query'][:, None] - places[m][None], axis=-1), dtype=weights.dtype)  # (N, tokens) px
+    # (N, tokens) px
+    apart = lambda m: torch.as_tensor(np.linalg.norm(places['query'][:, None] - places[m][None], axis=-1), dtype=weights.dtype)
     radar, image, far = weights[..., :n], weights[..., n:], apart(model.radar)
     mean_far = lambda w, d: (w*d).sum((-2, -1))/w.sum((-2, -1)).clamp_min(1e-9)  # (layers, B)
     edges = F.adaptive_avg_pool2d(stage3.steepness(stage3.despeckled(s1, 3)), int(np.sqrt(n)))[:, 0]
     got = received(weights, places)[model.radar]
-    rows = dict(share_radar=radar.sum(-1).mean(-1), distance_radar=mean_far(radar, far), distance_image=mean_far(image, apart('S2L2A')))
+    rows = dict(share_radar=radar.sum(-1).mean(-1), distance_radar=mean_far(radar, far),
+                distance_image=mean_far(image, apart('S2L2A')))
     tables = [pd.DataFrame({k: v[i].numpy() for k, v in rows.items()}).assign(layer=i + 1, id=batch['id'], scene=batch['scene'],
                                                                              edge_correlation=correlation(got[i], edges)) for i in range(len(weights))]
     return pd.concat(tables, ignore_index=True).assign(uniform=n/weights.shape[-1], distance_even=float(far.mean()))
@@ -602,7 +617,8 @@ def grounded_by(
     batch_size:int=8, # tiles at a time
 ) -> np.ndarray: # (n, 4, H, W) reflectance
     "Stage 3 with the radar exchanged in all or part of what it reads."
-    if where == 'everywhere' or model.route != 'features': return stage3.stage3_inference(model, other, opt_v2, batch_size=batch_size).numpy()
+    if where == 'everywhere' or model.route != 'features':
+        return stage3.stage3_inference(model, other, opt_v2, batch_size=batch_size).numpy()
     known, seen = (other, s1) if where == WHERE[1] else (s1, other)
     full = lambda x: stage3.padded(model, torch.as_tensor(np.ascontiguousarray(x), dtype=torch.float32).to(model.device))
     crop, parts = tiles.pad_to_multiple(opt_v2, model.generator.multiple('S2L2A'))[1], []
@@ -624,7 +640,8 @@ def swap_rows(
     made |= {f'{k} radar {w}': grounded_by(model, batch['s1'], x, opt_v2, w) for k, x in others.items() for w in where}
     score = lambda x: metrics.tile_metrics(x, batch['truth'], batch['id'], lpips, s1=batch['s1']).assign(scene=batch['scene'])
     rms = lambda x: np.sqrt(np.square(x).mean((1, 2, 3)))
-    change = {m: pd.Series(rms(x - own)/np.maximum(rms(own - opt_v2), 1e-9), index=pd.Index(batch['id'], name='id')) for m, x in made.items()}
+    change = {m: pd.Series(rms(x - own)/np.maximum(rms(own - opt_v2), 1e-9), index=pd.Index(batch['id'], name='id'))
+              for m, x in made.items()}
     join = lambda parts: pd.concat(parts, names=['method', 'id'])
     return join({m: score(x) for m, x in made.items()}), join(change).rename('change')
 
@@ -657,7 +674,8 @@ def distance_class(distance:np.ndarray) -> np.ndarray: # of the same shape, numb
     "0 on an edge, then rings around it."
     return np.where(np.isinf(distance), len(DISTANCES) + 1, np.searchsorted(DISTANCES, distance, side='right'))
 
-DISTANCE_NAMES = {0: 'on an edge', 1: '1 to 2 px', 2: '2 to 4 px', 3: '4 to 8 px', 4: '8 to 16 px', 5: 'beyond 16 px', 6: 'no edge in the tile'}
+DISTANCE_NAMES = {0: 'on an edge', 1: '1 to 2 px', 2: '2 to 4 px', 3: '4 to 8 px', 4: '8 to 16 px', 5: 'beyond 16 px',
+                  6: 'no edge in the tile'}
 
 def inner(x:np.ndarray) -> np.ndarray:
     "The part of a map that edge maps cover."
@@ -709,7 +727,8 @@ def error_table(
         top = np.stack([s[(name, 'sum')].to_numpy() for s in sums.values()], 1)
         (mae, lo, hi), (gain, glo, ghi) = (ratio_ci(t, pixels, scenes, seed=seed) for t in (top, top[:, :1] - top))
         of = {'data': label, 'by': kind, 'class': name, 'share': pixels.sum()/total, 'n_tiles': int((pixels > 0).sum())}
-        rows += [of | dict(method=m, mae=mae[i], lo=lo[i], hi=hi[i], gain=gain[i], gain_lo=glo[i], gain_hi=ghi[i]) for i, m in enumerate(sums)]
+        rows += [of | dict(method=m, mae=mae[i], lo=lo[i], hi=hi[i], gain=gain[i], gain_lo=glo[i], gain_hi=ghi[i])
+                 for i, m in enumerate(sums)]
     return pd.DataFrame(rows)
 
 def errors_by_class(
@@ -732,7 +751,8 @@ def errors_by_class(
             for kind, (classes, names, cut) in kinds.items():
                 parts.setdefault(kind, {}).setdefault(name, []).append(class_sums(cut(error), classes, names))
     join = lambda found: {m: pd.concat(p, ignore_index=True) for m, p in found.items()}
-    return pd.concat([error_table(join(found), np.concatenate(scenes), label, kind, seed) for kind, found in parts.items()], ignore_index=True)
+    return pd.concat([error_table(join(found), np.concatenate(scenes), label, kind, seed) for kind, found in parts.items()],
+                     ignore_index=True)
 
 # %% ../nbs/10_trust.ipynb #88a4afb2
 def run_uncertainty(
@@ -755,7 +775,8 @@ def run_uncertainty(
     store, _ = stage1.open_tiles(data_dir, Path(output_dir)/'store' if not (Path(data_dir)/'table.parquet').exists() else '')
     product, rows = store.attrs.get('s1_product', 'S1GRD'), evaluate.spread(store.rows(split or None), max_tiles)
     if not len(rows): raise GacError(f'{store.path} has no tile of split {split!r}: leave --split out.')
-    chain = Chain(stage1.build_terramind_generator((product,), name=name, weights=weights), stage1.Decoding(timesteps, 'sample', clamp))
+    chain = Chain(stage1.build_terramind_generator((product,), name=name, weights=weights),
+                  stage1.Decoding(timesteps, 'sample', clamp))
     if stage2_checkpoint: chain.refiner = stage2.load_stage2(stage2_checkpoint)
     if stage3_checkpoint: chain.grounding = evaluate.grounder(stage3_checkpoint, product)
     kept = keep_generations(chain, store, rows, output_dir, samples, seed, batch_size)
@@ -763,7 +784,8 @@ def run_uncertainty(
     mean_and_spread(kept, array, rows, batch_size)
     out = dict(tiles=len(rows), output=str(kept.path))
     if 's2' not in store.arrays: return out
-    known = doubt(store, kept, array, rows, lambda b: tiles.to_reflectance(kept.read(f'mean_{array}', b['idx'])), batch_size=batch_size)
+    known = doubt(store, kept, array, rows, lambda b: tiles.to_reflectance(kept.read(f'mean_{array}', b['idx'])),
+                  batch_size=batch_size)
     row = reliability(known, seed)
     study._write(Path(output_dir)/'reliability.csv', pd.DataFrame([row]).to_csv(index=False, lineterminator='\n'))
     return out | row

@@ -153,7 +153,8 @@ PLACES = {
         dict(farms=6, range=2, pasture=1, town=.6, lakes=.4)),
     11: (.05, [('Hudson Bay lowlands', -95, -85, 58, 64), ('Taymyr', 90, 110, 70, 74)],
          dict(ice=4, range=2, wetland=1.5, lakes=1.5, sea=1)),
-    12: (.09, [('Iberia', -8, 1, 36.5, 40), ('Central California', -122, -119, 35, 39), ('Southwest Australia', 115.5, 119, -34.5, -31)],
+    12: (.09, [('Iberia', -8, 1, 36.5, 40), ('Central California', -122, -119, 35, 39),
+               ('Southwest Australia', 115.5, 119, -34.5, -31)],
          dict(farms=3, range=2.5, coast=1.5, sea=1.8, town=1, forest=1, pasture=.5)),
     13: (.05, [('Sahara', 0, 28, 20, 29), ('Arabia', 42, 54, 18, 28), ('Atacama', -70, -68.5, -26, -20)],
          dict(desert=6, range=1, farms=1, coast=.6, sea=.5, town=.4))}
@@ -170,7 +171,8 @@ def _weighted(
 def _check_place(seed, month, biome) -> None:
     "Refuse what has no scene."
     if seed < 0: raise GacError(f'seed is {seed}; scenes are numbered from 0.')
-    if month is not None and month not in range(1, 13): raise GacError(f'month is {month!r}; expected 1 to 12, or None to draw it.')
+    if month is not None and month not in range(1, 13):
+        raise GacError(f'month is {month!r}; expected 1 to 12, or None to draw it.')
     if biome is not None and biome not in PLACES:
         raise GacError(f'biome is {biome!r}; the world has scenes for {", ".join(map(str, PLACES))}, or None to draw it.')
 
@@ -185,7 +187,8 @@ def place(
     if biome is None: biome = list(PLACES)[_weighted((p[0] for p in PLACES.values()), which)]
     _, regions, kinds = PLACES[biome]
     name, west, east, south, north = regions[int(region * len(regions))]
-    return dict(biome=int(biome), region=name, lon=round(float(west + x * (east - west)), 4), lat=round(float(south + y * (north - south)), 4),
+    return dict(biome=int(biome), region=name, lon=round(float(west + x * (east - west)), 4),
+                lat=round(float(south + y * (north - south)), 4),
                 month=int(month) if month is not None else 1 + int(when * 12), kind=list(kinds)[_weighted(kinds.values(), kind)])
 
 # %% ../nbs/01_world.ipynb #2d90838c
@@ -364,7 +367,8 @@ def waters(r, g:Ground, share:float) -> None:
 def land_cover(g:Ground) -> None:
     "One code per pixel, the later over the earlier; houses and roads end at the water."
     g.cover = np.array([CROPS, RANGE, RANGE, BARE], np.uint8)[g.use]
-    for where, code in ((g.trees, TREES), (g.built | g.road, BUILT), (g.shore, BARE), (g.swamp, FLOODED), (g.water, WATER)): g.cover[where] = code
+    for where, code in ((g.trees, TREES), (g.built | g.road, BUILT), (g.shore, BARE), (g.swamp, FLOODED), (g.water, WATER)):
+        g.cover[where] = code
     if g.kind == 'ice': g.cover[np.isin(g.cover, (RANGE, BARE))] = SNOW
     g.house = np.where(g.built & (g.house >= 0) & ~g.water, g.house, -1)
     g.road &= ~g.water
@@ -419,7 +423,8 @@ def ground(
 def soil_and_plants(r, g:Ground) -> np.ndarray:
     "Backscatter (2, H, W) of open land in dB: soil through plants, plus the plants."
     t, w, b = g.tilth, g.moist, g.biomass
-    own = 1. * r.standard_normal((2, g.k)).astype(np.float32)[:, g.ids] * ~g.wild  # row direction, stalks: what no other map tells
+    # row direction, stalks: what no other map tells
+    own = 1. * r.standard_normal((2, g.k)).astype(np.float32)[:, g.ids] * ~g.wild
     soil = np.stack([-18.2 + 5 * t + 7 * w, -28.5 + 5 * t + 8 * w])
     plants = np.stack([-15.4 + 5.4 * b, -23.6 + 8.6 * b]) + own
     seen = np.exp(-2.4 * b)
@@ -653,7 +658,8 @@ def optical(
     "The optical image of the ground in one month."
     r = _rng(seed, 'optical')
     mix = mixture(r, g, northern(month, lat))
-    x = np.einsum('mb,mp->bp', SPECTRA, mix.reshape(len(mix), -1)).reshape(-1, g.size, g.size)  # no BLAS: the same bits on any number of threads
+    # no BLAS: the same bits on any number of threads
+    x = np.einsum('mb,mp->bp', SPECTRA, mix.reshape(len(mix), -1)).reshape(-1, g.size, g.size)
     bright = brightness(r, g)
     tint = np.exp(r.normal(0, .04) + r.normal(0, .05) * np.linspace(1, -1, 12) + .02 * r.standard_normal(12)).astype(np.float32)
     x = x * (bright * np.where(g.water, 1, shading(g.dem, month, lat))) * tint[:, None, None]
@@ -777,7 +783,8 @@ def chips(folder:Path) -> list[Chip]:
 
 # %% ../nbs/01_world.ipynb #258f986f
 PROBABILITIES = np.linspace(.005, .995, 199)  # of the committed quantiles
-CHANNELS = {**{b: ('s2', i) for i, b in enumerate(S2_BANDS)}, **{f'{p} {k}': (f's1{k}', i) for k in ('grd', 'rtc') for i, p in enumerate(S1_BANDS)}}
+CHANNELS = {**{b: ('s2', i) for i, b in enumerate(S2_BANDS)},
+            **{f'{p} {k}': (f's1{k}', i) for k in ('grd', 'rtc') for i, p in enumerate(S1_BANDS)}}
 
 def quantiles(
     parts:list, # arrays of one channel
@@ -838,14 +845,17 @@ def calibrate(
         have = [(pick(c, key)[i], c.weight) for c in pool if pick(c, key) is not None]
         channel[name] = np.round(quantiles(*zip(*have)), 1 if key == 's2' else 2).tolist()
     median = lambda rows: np.round(np.median(rows, axis=0), 3).tolist()
-    bands = {b: median([correlation(c.s2[S2_BANDS.index(b)]) for c in pool if np.isfinite(c.s2[S2_BANDS.index(b)]).all()]) for b in ('B02', 'B03', 'B04', 'B08')}
+    bands = {b: median([correlation(c.s2[S2_BANDS.index(b)]) for c in pool if np.isfinite(c.s2[S2_BANDS.index(b)]).all()])
+             for b in ('B02', 'B03', 'B04', 'B08')}
     pols = {f'{p} {k}': median([correlation(c.s1[i]) for c in pool if c.product == k and c.source != 'time_series_belgium'])
             for k in ('grd', 'rtc') for i, p in enumerate(S1_BANDS)}
     sea = [c for c in pool if is_sea(c)]
     return dict(about='Statistics of real Sentinel chips by gac.world.calibrate. S2 in DN, S1 in dB, quantiles at gac.world.PROBABILITIES. '
-                'Pixels: contains (modified) Copernicus Sentinel data.', sources=SOURCES, pool=[dict(name=c.name, source=c.source, product=c.product, weight=round(c.weight, 4)) for c in pool],
+                'Pixels: contains (modified) Copernicus Sentinel data.', sources=SOURCES,
+                pool=[dict(name=c.name, source=c.source, product=c.product, weight=round(c.weight, 4)) for c in pool],
                 quantiles=channel, correlation={**bands, **pols},
-                sea=dict(chips=[c.name for c in sea], looks=median([window_looks(c.s1[0]) for c in sea]), correlation=median([correlation(c.s1[0]) for c in sea])))
+                sea=dict(chips=[c.name for c in sea], looks=median([window_looks(c.s1[0]) for c in sea]),
+                         correlation=median([correlation(c.s1[0]) for c in sea])))
 
 def calibration() -> dict:
     "The committed statistics."
@@ -871,6 +881,7 @@ def ks_table(
         key, i = CHANNELS[name]
         sample = np.stack([s[key][i, ::step, ::step] for s in scenes]).astype(np.float64)
         at = lambda q: (round(float(np.interp(q, PROBABILITIES, real)), 1), round(float(np.quantile(sample, q)), 1))
-        rows.append(dict(channel=name, ks=round(ks_distance(np.array(real), sample), 3), **{f'{who} {int(100*q)} %': v for q in (.1, .5, .9)
-                    for who, v in zip(('real', 'world'), at(q))}))
+        rows.append(dict(channel=name, ks=round(ks_distance(np.array(real), sample), 3),
+                         **{f'{who} {int(100*q)} %': v for q in (.1, .5, .9)
+                         for who, v in zip(('real', 'world'), at(q))}))
     return pd.DataFrame(rows)

@@ -18,7 +18,8 @@ def train(out:str, devices:int, batch:int, steps:int, kill:int=0):
     "Train a miniature refiner without dropout; the process of the last rank dies after `kill` steps."
     refiner = stage2.build_prithvi_refiner(dropout=0., hide=0.).train()
     torch.nn.init.normal_(refiner.head.colour.net.out.weight, std=.01, generator=torch.Generator().manual_seed(0))
-    settings = training.Settings(lr=1e-3, max_steps=steps, batch_size=batch, grad_accum_steps=2, val_every=1, save_every=1, log_every=1, early_stopping=False,
+    settings = training.Settings(lr=1e-3, max_steps=steps, batch_size=batch, grad_accum_steps=2, val_every=1, save_every=1,
+                                 log_every=1, early_stopping=False,
                                  accelerator='cpu', devices=devices, strategy='ddp' if devices > 1 else 'auto')
     step, seen = stage2.stage2_step(stage2.Stage2Loss(ms_ssim=0.)), [0]
     def watched(model, one):
@@ -27,7 +28,9 @@ def train(out:str, devices:int, batch:int, steps:int, kill:int=0):
             if kill and seen[0] > 2*kill and training._rank()[0] == devices - 1: os.kill(os.getpid(), signal.SIGKILL)
         return step(model, one)
     fit = training.fit(refiner, watched, Pairs(), Pairs(), settings, out, every=0)
-    if training._rank()[0] == 0: torch.save(dict(steps=fit.steps, resumed=fit.resumed_at, psnr=fit.metrics['val_psnr'], state=training.trained_state(refiner)), f'{out}/end.pt')
+    if training._rank()[0] == 0:
+        torch.save(dict(steps=fit.steps, resumed=fit.resumed_at, psnr=fit.metrics['val_psnr'],
+                        state=training.trained_state(refiner)), f'{out}/end.pt')
 
 def draw(store:str, rank:int, ranks:int, kill:int=0):
     "Precompute one rank's share; the process dies when it has written `kill` batches."

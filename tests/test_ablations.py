@@ -22,11 +22,13 @@ def study_run(tmp_path_factory):
     evaluate.fit_chain(store, stage1.stored(store), evaluate.brief_recipe(4), run.dir, no_refinement=False)
     return run, store
 
-GRID = [Row('metadata', 'none', {'recipe.refiner.metadata': []}, ('opt_v2',)), Row('adapters', 'rank 2', {'recipe.grounding.lora_r': 2}, ('opt_v3',)),
+GRID = [Row('metadata', 'none', {'recipe.refiner.metadata': []}, ('opt_v2',)),
+        Row('adapters', 'rank 2', {'recipe.grounding.lora_r': 2}, ('opt_v3',)),
         Row('loss', 'no sar', {'recipe.loss3.sar': 0.}, ('opt_v3',)), Row('size', '32 px', {'size': 32}, ('opt_v1', 'opt_v2'))]
 
 @pytest.mark.parametrize('default', [{}, {'recipe.refiner.depth': 0, 'decoding.timesteps': 10, 'decoding.tokens': 'sample'},
-    {'recipe.grounding.route': 'tokens', 'recipe.grounding.lora_r': 4, 'recipe.loss2.l1': 1., 'recipe.refiner.metadata': ['month']}], ids=['brief', 'colour alone', 'tokens'])
+    {'recipe.grounding.route': 'tokens', 'recipe.grounding.lora_r': 4, 'recipe.loss2.l1': 1.,
+     'recipe.refiner.metadata': ['month']}], ids=['brief', 'colour alone', 'tokens'])
 def test_a_row_changes_what_it_names_and_nothing_else(default):
     setup = toy_setup(**default)
     grid = ablations.rows_of(setup)
@@ -36,14 +38,16 @@ def test_a_row_changes_what_it_names_and_nothing_else(default):
         found = ablations.differences(setup, new)
         assert found and set(found) <= set(r.change), r.name
         for k, v in r.change.items(): assert ablations._plain(ablations.flat(new)[k]) == ablations._plain(v), r.name
-        assert new.recipe.settings2['max_steps'] == setup.recipe.settings2['max_steps'] and new.recipe.settings3['max_steps'] == setup.recipe.settings3['max_steps'], r.name
+        assert (new.recipe.settings2['max_steps'] == setup.recipe.settings2['max_steps']
+                and new.recipe.settings3['max_steps'] == setup.recipe.settings3['max_steps']), r.name
 
 def test_what_a_default_has_is_no_row():
     names = {r.name for r in ablations.rows_of(toy_setup())}
     assert 'head of Stage 2: with 3 blocks of structure' not in names and 'head of Stage 2: colour alone' in names
     assert 'head of Stage 2: with 3 blocks of structure' in {r.name for r in ablations.rows_of(toy_setup(**{'recipe.refiner.depth': 0}))}
     assert not {n for n in names if n.startswith('loss of Stage 2: no l')} - {'loss of Stage 2: no log_mse'}, 'a term of weight 0 cannot be switched off'
-    assert 'training pairs: 512' not in {r.name for r in ablations.rows_of(toy_setup(), pairs=256)} and 'tile size: 96 px' not in {r.name for r in ablations.rows_of(toy_setup(), side=96)}
+    assert ('training pairs: 512' not in {r.name for r in ablations.rows_of(toy_setup(), pairs=256)}
+            and 'tile size: 96 px' not in {r.name for r in ablations.rows_of(toy_setup(), side=96)})
 
 def test_typing_errors_are_refused():
     with pytest.raises(study.GacError, match='recipe.refiner.depth'): ablations.changed(toy_setup(), {'recipe.refiner.depht': 1})
@@ -136,6 +140,8 @@ def test_a_hidden_latitude_leaves_the_calendar_month(study_run, monkeypatch):
     tested = []
     monkeypatch.setattr(ablations.Maker, 'trained', lambda *a: None)
     monkeypatch.setattr(ablations.stage2, 'load_stage2', lambda folder: None)
-    monkeypatch.setattr(ablations.stage2, 'refined', lambda refiner, images: lambda batch: tested.append('lat' in batch) or images(batch))
-    ablations.answers(run, store, store.rows('test')[:1], ablations.setup_of(run), [Row('metadata', 'calendar month', {'season': False}, ('opt_v2',))])
+    monkeypatch.setattr(ablations.stage2, 'refined', lambda refiner, images: lambda batch: tested.append('lat' in batch)
+                        or images(batch))
+    ablations.answers(run, store, store.rows('test')[:1], ablations.setup_of(run),
+                      [Row('metadata', 'calendar month', {'season': False}, ('opt_v2',))])
     assert tested == [True, False], 'the default is told where a tile lies when it is tested, the row is not'

@@ -59,7 +59,8 @@ def test_unet_learns_its_tiles(store, tmp_path):
 
 def test_unet_sees_the_radar_and_opt_v1_only_where_it_is_told_to(store, tmp_path):
     batch = tile_batch(store, 'test')
-    made = {k: baselines.fit_unet(store, V1, k, small(max_steps=4), tmp_path/baselines.slug(k)) for k in ('U-Net from scratch', 'U-Net with opt_v1')}
+    made = {k: baselines.fit_unet(store, V1, k, small(max_steps=4), tmp_path/baselines.slug(k))
+            for k in ('U-Net from scratch', 'U-Net with opt_v1')}
     plain, fed = made.values()
     lie = batch | dict(truth=batch['truth']*.1)  # V1 follows it
     np.testing.assert_array_equal(plain(batch), plain(lie))
@@ -105,7 +106,8 @@ def test_parameters_match_the_chain():
     assert {k for k, n in more.items() if n} == {'encoder.model.conv1.weight', 'fine.weight'}
     for width in (8, 24):
         with pytest.raises(study.GacError, match='Change its width'): baselines.matched(baselines.build_unet(width=width), chain)
-    for trial in baselines.draw_trials(200): baselines.matched(baselines.build_unet(width=trial['width']), chain, baselines.TOLERANCE)
+    for trial in baselines.draw_trials(200):
+        baselines.matched(baselines.build_unet(width=trial['width']), chain, baselines.TOLERANCE)
 
 def test_resumed_training_equals_an_unbroken_one(store, tmp_path, monkeypatch):
     recipe = small(max_steps=6, val_every=2, save_every=2)
@@ -119,11 +121,13 @@ def test_resumed_training_equals_an_unbroken_one(store, tmp_path, monkeypatch):
             return inner(model, batch)
         return stop
     monkeypatch.setattr(baselines, 'unet_step', fragile)
-    with pytest.raises((KeyboardInterrupt, SystemExit, study.GacError)): baselines.fit_unet(store, V1, 'U-Net from scratch', recipe, tmp_path/'broken')
+    with pytest.raises((KeyboardInterrupt, SystemExit, study.GacError)):
+        baselines.fit_unet(store, V1, 'U-Net from scratch', recipe, tmp_path/'broken')
     monkeypatch.setattr(baselines, 'unet_step', step)
     assert (tmp_path/'broken'/'last.ckpt').exists()
     batch = tile_batch(store, 'test')
-    np.testing.assert_array_equal(baselines.fit_unet(store, V1, 'U-Net from scratch', recipe, tmp_path/'broken')(batch), whole(batch))
+    np.testing.assert_array_equal(baselines.fit_unet(store, V1, 'U-Net from scratch', recipe, tmp_path/'broken')(batch),
+                                  whole(batch))
     before = (tmp_path/'whole'/'last.ckpt').stat().st_mtime_ns
     baselines.fit_unet(store, V1, 'U-Net from scratch', recipe, tmp_path/'whole')
     assert (tmp_path/'whole'/'last.ckpt').stat().st_mtime_ns == before  # loaded, not trained
@@ -146,7 +150,8 @@ def test_pretraining_is_exported_and_begins_the_next(store, tmp_path):
     assert json.loads(file.with_suffix('.json').read_text()) == json.loads(json.dumps(card))
     assert (card['scenes_seen'], card['steps_done'], card['seeds'][1] - card['seeds'][0]) == (4, 2, 3)
     tuned, first = baselines.build_unet(5, str(file), width=8), baselines.load_unet(tmp_path/'one')[0]
-    for k, v in first.state_dict().items(): torch.testing.assert_close(tuned.state_dict()[k].float(), v.float(), rtol=2e-3, atol=1e-3)
+    for k, v in first.state_dict().items():
+        torch.testing.assert_close(tuned.state_dict()[k].float(), v.float(), rtol=2e-3, atol=1e-3)
     with pytest.raises(study.GacError, match='does not fit'): baselines.build_unet(weights=str(file), width=16)
     with pytest.raises(study.GacError, match='missing'): baselines.build_unet(weights=str(tmp_path/'no.safetensors'))
 
@@ -173,7 +178,8 @@ def test_search_ranks_trials_and_goes_on_where_it_stopped(store, tmp_path, monke
 
 def test_trials_are_different_and_seeded():
     trials = baselines.draw_trials(60, 1)
-    assert len({json.dumps(t, default=float) for t in trials}) == 60 and trials == baselines.draw_trials(60, 1) != baselines.draw_trials(60, 2)
+    assert (len({json.dumps(t, default=float) for t in trials}) == 60
+            and trials == baselines.draw_trials(60, 1) != baselines.draw_trials(60, 2))
     recipe = baselines.tried(baselines.brief_unet(), dict(lr=.5, width=12, dropout=.3, weight_decay=.2, augment='none'))
     assert (recipe.settings['lr'], recipe.settings['weight_decay'], recipe.model, recipe.augment) == (.5, .2, dict(width=12, dropout=.3), 'none')
 
@@ -199,12 +205,14 @@ def test_learning_curve_holds_the_unets_and_takes_what_the_run_has(chain, monkey
     monkeypatch.setattr(baselines, 'fit_unet', lambda *a, **kw: fitted.append((a[2], a[3].pairs, a[5])) or real(*a, **kw))
     ask = dict(pairs=[2, 4], seeds=[0, 1], variants=('pretrained', 'U-Net from scratch'), batch_size=4)
     told = evaluate.knowledge(run, own, own.rows('test'), recipe, **ask)
-    assert fitted == [('U-Net from scratch', 2, 0), ('U-Net from scratch', 2, 1), ('U-Net from scratch', 4, 1)]  # 4 pairs and seed 0 are those of the run
+    # 4 pairs and seed 0 are those of the run
+    assert fitted == [('U-Net from scratch', 2, 0), ('U-Net from scratch', 2, 1), ('U-Net from scratch', 4, 1)]
     net = told[(told.variant == 'U-Net from scratch') & (told.pairs == 4) & (told.seed == 0)].set_index('id').psnr
     batch = tile_batch(own, 'test')
     direct = metrics.psnr(baselines.painted(baselines.load_unet(run.dir/'unets'/'unet_from_scratch')[0])(batch), batch['truth'])
     np.testing.assert_allclose(net.loc[batch['id']], direct, atol=1e-4)
-    with pytest.raises(study.GacError, match='99 pairs: tiles has 6 training tiles'): evaluate.knowledge(run, own, own.rows('test'), recipe, pairs=[99])
+    with pytest.raises(study.GacError, match='99 pairs: tiles has 6 training tiles'):
+        evaluate.knowledge(run, own, own.rows('test'), recipe, pairs=[99])
     gain = evaluate.knowledge_gains(told)
     assert set(gain.step) == {'U-Net from scratch → pretrained'} and set(gain.output) == {'opt_v3'} and set(gain.pairs) == {2, 4}
 

@@ -26,7 +26,8 @@ def go(chain, profile='toy', **kw):
 
 def test_chain_skips_resumes_and_reports(chain, capsys):
     (chain/'break').touch()
-    with pytest.raises(study.GacError, match='(?s)01_second failed in cell.*told to fail.*01_second.failed.ipynb.*resumes'): go(chain)
+    with pytest.raises(study.GacError, match='(?s)01_second failed in cell.*told to fail.*01_second.failed.ipynb.*resumes'):
+        go(chain)
     partial = json.loads((chain/'report/notebooks/01_second.failed.ipynb').read_text())
     assert any('before' in ''.join(o.get('text', '')) for c in partial['cells'] for o in c.get('outputs', []))
     assert not (chain/'report/index.html').exists()
@@ -38,7 +39,8 @@ def test_chain_skips_resumes_and_reports(chain, capsys):
     assert '[1/3] 00_first: unchanged' in printed and 'Done in' in printed and '| 02_third' in printed
 
     page = (chain/'report/index.html').read_text()
-    for there in ('Some rows &amp; more.', 'figures/line.png', 'no backbone &lt;weights&gt;', 'notebooks/00_first.ipynb', 'provenance.json'):
+    for there in ('Some rows &amp; more.', 'figures/line.png', 'no backbone &lt;weights&gt;', 'notebooks/00_first.ipynb',
+                  'provenance.json'):
         assert there in page
     about = json.loads((chain/'report/provenance.json').read_text())
     assert about['notebooks']['02_third']['notes'] == {'seed': 1} and about['notebooks']['00_first']['parameters']['n'] == 4
@@ -85,8 +87,10 @@ def test_dead_kernel_is_told(chain, make_notebook):
 
 @pytest.mark.parametrize('profile, kw, message', [
     ('mini!', {}, 'No profile'), ('bad_name', {}, 'Did you mean k?'), ('bad_type', {}, 'bad_type.yaml, 00_first: n is .many.'),
-    ('bad_range', {}, 'expected 1 to 9'), ('bad_stage', {}, 'Did you mean 02_third?'), ('toy', dict(sets={'n': 12}), 'expected 1 to 9'),
-    ('toy', dict(start='7'), '--from 7'), ('toy', dict(only='first'), '--only first'), ('toy', dict(data='/nowhere/at/all'), 'no such file'),
+    ('bad_range', {}, 'expected 1 to 9'), ('bad_stage', {}, 'Did you mean 02_third?'),
+    ('toy', dict(sets={'n': 12}), 'expected 1 to 9'),
+    ('toy', dict(start='7'), '--from 7'), ('toy', dict(only='first'), '--only first'),
+    ('toy', dict(data='/nowhere/at/all'), 'no such file'),
     ('bad_runner', {}, "'data'")])
 def test_refused_before_anything_runs(chain, profile, kw, message):
     bad = {'bad_name': 'common: {kk: 2}', 'bad_type': '00_first: {n: many}', 'bad_range': '00_first: {n: 0}',
@@ -190,11 +194,13 @@ def test_verify(house, monkeypatch, capsys):
     assert compare(False) == {'results': []}, 'rows on real chips are skipped without them'
     assert compare(True) == {'results': ['row 2, psnr: 30.0000, expected 31.0000']}
     table.write_text(table.read_text().replace('20.0400', '21.0000'))
-    with pytest.raises(study.GacError, match='reports/toy/tables/results: row 1, psnr: 20.0000, expected 21.0000'): study.verify('toy')
+    with pytest.raises(study.GacError, match='reports/toy/tables/results: row 1, psnr: 20.0000, expected 21.0000'):
+        study.verify('toy')
     with pytest.raises(study.GacError, match='holds no tables'): study.verify('mini')
 
 def test_notebooks_that_run_alone_never_meet(tmp_path, monkeypatch):
     monkeypatch.setattr(study, 'root', lambda: tmp_path)
     first, second = (study.start(n).dir for n in ('07_stage1', '08_stage2'))  # nbdev_test runs them at the same time
     assert first != second and first not in second.parents and second not in first.parents
-    assert study.start('08_stage2', run_dir='runs/mini').dir == study.start('09_stage3', run_dir='runs/mini').dir  # one run, one folder
+    # one run, one folder
+    assert study.start('08_stage2', run_dir='runs/mini').dir == study.start('09_stage3', run_dir='runs/mini').dir

@@ -21,7 +21,8 @@ def report(tmp_path):
 def stages(psnr:float, spread:float=1.) -> dict:
     "Rows of results.csv with one PSNR for all stages."
     methods = ['Stage 1', 'Stage 1+2', 'Stage 1+2+3']
-    return dict(data='world', method=methods, psnr=psnr, psnr_lo=psnr - spread, psnr_hi=psnr + spread, ssim=.8, sar_edge=.17, sam_deg=4., mse=.002, mae=.03)
+    return dict(data='world', method=methods, psnr=psnr, psnr_lo=psnr - spread, psnr_hi=psnr + spread, ssim=.8, sar_edge=.17,
+                sam_deg=4., mse=.002, mae=.03)
 
 def test_another_table_gives_another_verdict(report):
     target = replace(named('Target: PSNR'), needs=())
@@ -36,15 +37,19 @@ def test_every_claim_has_one_row_even_where_there_is_no_table(tmp_path):
     assert list(table.columns) == ['about', 'claim', 'claimed', 'measured', 'lo', 'hi', 'unit', 'verdict', 'how']
     assert table.measured.isna().all() and set(table.verdict.map(claims.class_of)) == {'cannot be tested here', 'not measured'}
     for c, verdict in zip(claims.CLAIMS, table.verdict):
-        if c.reads: assert f'not measured: {c.reads[0][1][next(iter(c.reads[0][1]))][0]}.csv' in verdict, 'the missing table is named'
+        if c.reads:
+            assert f'not measured: {c.reads[0][1][next(iter(c.reads[0][1]))][0]}.csv' in verdict, 'the missing table is named'
     assert claims.report(table).count('\n| ') == len(table) + table.about.nunique()
     claims.claims_figure(table)  # nothing to show is no error
 
 def test_numbers_of_the_documents_are_all_there():
     said = {c.said for c in claims.CLAIMS}
-    assert said >= {'25–28', '0.75–0.82', '0.15–0.20', '28–32', '0.82–0.88', '0.18–0.25', '+3–4', '30–34', '0.85–0.90', '0.12–0.16', '+5–6', '25', '5–15', '5–10', '≥ 30', '≥ 0.85', '≤ 0.15', '≤ 5',
-                    '< 5', '~0.5', '~1.0', '~2.0', '~28', '40–50', '200–250', '~1.4', '3', '~3.8', '6', '1–8', '< 2', '196', '768', '2–5', '~0.2', '~500', '~200', '2–3', '~4', '1.01', '75', '3–4',
-                    '25–30', '~6', '72.25', '68.00', '42.74', '41.87', '0.5253', '0.5380', '0.5866', '0.6023', '0.3553', '0.074', '0.116', '0.750', '26.21'}
+    assert said >= {'25–28', '0.75–0.82', '0.15–0.20', '28–32', '0.82–0.88', '0.18–0.25', '+3–4', '30–34', '0.85–0.90',
+                    '0.12–0.16', '+5–6', '25', '5–15', '5–10', '≥ 30', '≥ 0.85', '≤ 0.15', '≤ 5',
+                    '< 5', '~0.5', '~1.0', '~2.0', '~28', '40–50', '200–250', '~1.4', '3', '~3.8', '6', '1–8', '< 2', '196',
+                    '768', '2–5', '~0.2', '~500', '~200', '2–3', '~4', '1.01', '75', '3–4',
+                    '25–30', '~6', '72.25', '68.00', '42.74', '41.87', '0.5253', '0.5380', '0.5866', '0.6023', '0.3553', '0.074',
+                    '0.116', '0.750', '26.21'}
 
 def test_a_hole_in_a_table_is_named_and_stops_nothing(report):
     target = replace(named('Target: PSNR'), needs=())
@@ -58,7 +63,8 @@ def test_the_miniature_is_no_test_until_the_inputs_are_there(report):
     target = named('Target: PSNR')
     tables = report(results=stages(31.))
     verdict = claims.judge(target, tables)['verdict']
-    assert verdict.startswith('cannot be tested here: needs the pretrained weights and BigEarthNet v2') and verdict.endswith('the miniature holds')
+    assert (verdict.startswith('cannot be tested here: needs the pretrained weights and BigEarthNet v2')
+            and verdict.endswith('the miniature holds'))
     assert claims.judge(target, tables, have=('weights',))['verdict'].startswith('cannot be tested here: needs BigEarthNet v2')
     real = report(results=stages(31.) | dict(data='real: bigearthnet'))
     table = claims.claims_table(real, (target,), have=('weights', 'bigearthnet'))
@@ -66,14 +72,17 @@ def test_the_miniature_is_no_test_until_the_inputs_are_there(report):
 
 def test_a_claim_that_holds_in_one_reading_says_which(report):
     saves = named('8 bits save')
-    sizes = lambda generator: report(models=dict(model=['terramind_v1_large_generate', 'prithvi_eo_v2_600_tl'], int8_mb=[generator, 25.], float32_mb=[100., 100.]))
+    sizes = lambda generator: report(models=dict(model=['terramind_v1_large_generate', 'prithvi_eo_v2_600_tl'],
+                                                 int8_mb=[generator, 25.], float32_mb=[100., 100.]))
     judged = claims.judge(saves, sizes(40.))
-    assert judged['verdict'].startswith('holds only if nearly all weights') and judged['measured'] == pytest.approx(75) and 'otherwise 60 %' in judged['how']
+    assert (judged['verdict'].startswith('holds only if nearly all weights') and judged['measured'] == pytest.approx(75)
+            and 'otherwise 60 %' in judged['how'])
     assert claims.judge(saves, sizes(25.))['verdict'] == 'holds'
 
 def test_interval_of_a_share_is_carried_along(report):
     less = named('Stage 3 lowers the SAR-edge')
-    tables = report(results=stages(30.), stage_gains=dict(data=['world'], step=['2→3'], metric=['sar_edge'], gain=[.034], lo=[.017], hi=[.051]))
+    tables = report(results=stages(30.), stage_gains=dict(data=['world'], step=['2→3'], metric=['sar_edge'], gain=[.034],
+                                                          lo=[.017], hi=[.051]))
     judged = claims.judge(less, tables)
     assert [judged[k] for k in ('measured', 'lo', 'hi')] == pytest.approx([20, 10, 30])
 
@@ -88,7 +97,8 @@ def test_findings_read_their_numbers(report):
     gains = dict(data='world', step='1→2', metric=['psnr', 'sar_edge_gap'], gain=[.5, -.01], lo=[.3, -.02], hi=[.7, .01])
     tables = report(results=stages(27.25), stage_gains=gains)
     said = ' '.join(claims.findings(claims.claims_table(tables), tables))
-    assert '27.25' in said and '+0.50 [+0.30, +0.70] dB (for certain)' in said and '-0.010 [-0.020, +0.010] (not told apart from nothing)' in said
+    assert ('27.25' in said and '+0.50 [+0.30, +0.70] dB (for certain)' in said
+            and '-0.010 [-0.020, +0.010] (not told apart from nothing)' in said)
     assert f'Of {len(claims.CLAIMS)} claims' in said and 'Pretraining' not in said  # knowledge_gains.csv is not there
 
 def test_committed_report_answers_what_needs_no_inputs():

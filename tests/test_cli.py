@@ -29,7 +29,8 @@ def test_every_option_says_what_it_is():
 
 def test_stage1_options_are_those_of_the_documents(capsys):
     out = call(capsys, 'precompute', '--help')[1]
-    for option in ('data-dir', 'output-dir', 'batch-size', 'timesteps', 'max-tiles', 'tokens', 'clamp', 'seed', 'rank', 'world-size', 'weights', 'name'):
+    for option in ('data-dir', 'output-dir', 'batch-size', 'timesteps', 'max-tiles', 'tokens', 'clamp', 'seed', 'rank',
+                   'world-size', 'weights', 'name'):
         assert f'--{option}' in out, option
     assert 'diffusion steps (default: 10)' in ' '.join(out.split())
 
@@ -52,12 +53,17 @@ def test_a_mistake_is_one_line_without_traceback():
     assert done.stderr.count('\n') == 1 and done.stderr.startswith('gac: ') and 'Traceback' not in done.stderr
 
 @pytest.mark.parametrize('words, said', [
-    (('run', '--profil', 'mini'), 'unrecognized arguments'), (('precompute',), 'required: --data-dir'), (('fly',), 'invalid choice'),
-    (('precompute', '--data-dir', 'x', '--tokens', 'best'), 'invalid choice'), (('precompute', '--data-dir', 'x', '--batch-size', 'many'), 'invalid int'),
+    (('run', '--profil', 'mini'), 'unrecognized arguments'), (('precompute',), 'required: --data-dir'),
+    (('fly',), 'invalid choice'),
+    (('precompute', '--data-dir', 'x', '--tokens', 'best'), 'invalid choice'),
+    (('precompute', '--data-dir', 'x', '--batch-size', 'many'), 'invalid int'),
     (('data',), 'required: command'), ((), 'required: command'),
-    (('precompute', '--data-dir', 'no/such'), 'does not exist'), (('run', '--profile', 'huge'), 'huge'), (('run', '--set', 'x'), 'KEY=VALUE'),
-    (('run', '--profile', 'smoke', '--set', 'lerning_rate=1', '--dry-run'), 'lerning_rate'), (('info', 'terramind_v9'), 'terramind_v9'),
-    (('pretrain', '--params', 'toaster'), 'toaster'), (('data', 'convert', 'no/such', 'x'), 'no/such'), (('data', 'examples', 'mars'), 'mars')])
+    (('precompute', '--data-dir', 'no/such'), 'does not exist'), (('run', '--profile', 'huge'), 'huge'),
+    (('run', '--set', 'x'), 'KEY=VALUE'),
+    (('run', '--profile', 'smoke', '--set', 'lerning_rate=1', '--dry-run'), 'lerning_rate'),
+    (('info', 'terramind_v9'), 'terramind_v9'),
+    (('pretrain', '--params', 'toaster'), 'toaster'), (('data', 'convert', 'no/such', 'x'), 'no/such'),
+    (('data', 'examples', 'mars'), 'mars')])
 def test_refusals(words, said, capsys):
     code, out, err = call(capsys, *words)
     assert code == 2 and said in err and 'Traceback' not in err
@@ -77,10 +83,12 @@ def test_run_hands_everything_over(capsys, monkeypatch):
     seen, looked = {}, []
     monkeypatch.setattr(study, 'run_chain', lambda profile, **kw: seen.update(kw, profile=profile))
     monkeypatch.setattr(efficiency, 'preflight', lambda *given: looked.append(given))
-    code, *_ = call(capsys, 'run', '--profile', 'paper', '--data', 'd', '--reports', 'r', '--from', '07', '--only', '10', '--set', 'seed=3',
+    code, *_ = call(capsys, 'run', '--profile', 'paper', '--data', 'd', '--reports', 'r', '--from', '07', '--only', '10', '--set',
+                    'seed=3',
                     '--set', '07_stage1.steps=[1, 4]', '--force', '--dry-run')
     assert code == 0
-    assert seen == dict(profile='paper', data='d', reports='r', start='07', only='10', sets={'seed': 3, '07_stage1.steps': [1, 4]}, force=True, dry_run=True)
+    assert seen == dict(profile='paper', data='d', reports='r', start='07', only='10',
+                        sets={'seed': 3, '07_stage1.steps': [1, 4]}, force=True, dry_run=True)
     assert looked == [('paper', 'd', 'r', {'seed': 3, '07_stage1.steps': [1, 4]})]
 
 def test_version(capsys):
@@ -104,7 +112,8 @@ def test_world_and_data_info(tmp_path, capsys):
 
 def test_convert_reports_and_options_reach_the_reader(tmp_path, capsys):
     tiles_layouts.npz(tmp_path/'real', n=3)
-    code, out, _ = call(capsys, 'data', 'convert', tmp_path/'real', tmp_path/'store', '--split', 'val', '--s1-units', 'dB', '--s2-offset', '0')
+    code, out, _ = call(capsys, 'data', 'convert', tmp_path/'real', tmp_path/'store', '--split', 'val', '--s1-units', 'dB',
+                        '--s2-offset', '0')
     store = tiles.Store(tmp_path/'store')
     assert code == 0 and set(store.table.split) == {'val'} and store.attrs['options']['s2_offset'] == 0
     tiles_layouts.npz(tmp_path/'bad', n=3, change=lambda i: dict(s1=tiles_layouts.radar(i)*float('nan')) if i == 1 else {})

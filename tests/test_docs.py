@@ -56,8 +56,10 @@ def test_commands_exist(page, capsys):
 @pytest.mark.parametrize('page', PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_options_exist(page):
     "Options that stand by themselves belong to some command."
-    known = {o for f, options in cli.COMMANDS.values() for names, _ in options for o in names} | {'--help', '--no-early-stopping', '--help-notebook', '--config'}
-    named = {w for span in re.findall(r'`(--[^`]+)`', page.read_text(encoding='utf-8')) for w in span.split() if w.startswith('--')}
+    known = {o for f, options in cli.COMMANDS.values() for names, _ in options
+             for o in names} | {'--help', '--no-early-stopping', '--help-notebook', '--config'}
+    named = {w for span in re.findall(r'`(--[^`]+)`', page.read_text(encoding='utf-8')) for w in span.split()
+             if w.startswith('--')}
     assert named <= known, named - known
 
 @pytest.mark.parametrize('page', [*PAGES, ROOT/'.github'/'workflows'/'test.yml'], ids=lambda p: p.relative_to(ROOT).as_posix())
@@ -70,7 +72,8 @@ def test_make_targets_exist(page):
 
 def test_profiles_named_exist():
     for page in PAGES:
-        for name in re.findall(r'[Pp]rofiles? `([a-z]+)`', page.read_text(encoding='utf-8')): assert name in study.profiles(), f'{page.name}: {name}'
+        for name in re.findall(r'[Pp]rofiles? `([a-z]+)`', page.read_text(encoding='utf-8')):
+            assert name in study.profiles(), f'{page.name}: {name}'
 
 def test_workflow_runs_the_tests_and_the_documentation():
     jobs = yaml.safe_load((ROOT/'.github'/'workflows'/'test.yml').read_text(encoding='utf-8'))['jobs']
@@ -97,7 +100,8 @@ def test_api_pages_say_what_comments_say():
 
 def test_hidden_cells_and_directives_are_left_out():
     cell = lambda source, *tags: dict(cell_type='code', source=source, metadata=dict(tags=list(tags)))
-    kept = collect().clean(dict(metadata={}, cells=[cell('#| default_exp x'), cell('#| export\nx = 1'), cell('y', 'hide'), cell('z', 'hide_input')]))['cells']
+    kept = collect().clean(dict(metadata={}, cells=[cell('#| default_exp x'), cell('#| export\nx = 1'), cell('y', 'hide'),
+                                                    cell('z', 'hide_input')]))['cells']
     assert [c['source'] for c in kept] == ['x = 1', 'z'] and 'remove-input' in kept[1]['metadata']['tags']
 
 class Links(HTMLParser):
@@ -124,7 +128,9 @@ def test_site_is_whole(tmp_path):
             url = urlsplit(link)
             if url.scheme or url.netloc: continue
             to = (page.parent/unquote(url.path)).resolve() if url.path else page
-            if not to.exists() or (url.fragment and to in pages and unquote(url.fragment) not in pages[to].ids): broken.append(f'{page.relative_to(html)}: {link}')
+            if not to.exists() or (url.fragment and to in pages and unquote(url.fragment) not in pages[to].ids):
+                broken.append(f'{page.relative_to(html)}: {link}')
     assert not broken, broken
-    assert {p.relative_to(html).as_posix() for p in pages} >= {'index.html', 'claims.html', *(f'api/{n}.html' for n in study.ROOMS)}
+    assert {p.relative_to(html).as_posix() for p in pages} >= {'index.html', 'claims.html',
+                                                               *(f'api/{n}.html' for n in study.ROOMS)}
     assert not [link for found in pages.values() for link in found.links if re.match(r'https?://[^/]*cdn', link)], 'the pages need no other server'

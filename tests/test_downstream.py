@@ -24,7 +24,8 @@ def store(tmp_path_factory) -> tiles.Store:
     made.close()
     return tiles.Store(made.path)
 
-def config(store, arm:str, out, recipe=SHORT) -> dict: return downstream.config_of(ARMS[arm], recipe, str(store.path), out_dir=str(out))
+def config(store, arm:str, out, recipe=SHORT) -> dict:
+    return downstream.config_of(ARMS[arm], recipe, str(store.path), out_dir=str(out))
 
 def flat(x, name:str='') -> dict:
     "Every leaf of a configuration by its path."
@@ -40,9 +41,11 @@ def data_of(store, arm:str, tmp_path, recipe=SHORT, **changes) -> downstream.Sto
 def test_arms_differ_in_nothing_but_their_inputs(store, name):
     recipe = replace(SHORT, name=name)
     first = flat(config(store, 'bound', 'out', recipe))
-    allowed = {'s1': ('.data.init_args.images', '.data.init_args.means', '.data.init_args.stds', 'backbone_modalities', 'backbone_bands'),
+    allowed = {'s1': ('.data.init_args.images', '.data.init_args.means', '.data.init_args.stds', 'backbone_modalities',
+                      'backbone_bands'),
                'c': ('.data.init_args.images.S2L2A',), 'random': ('backbone_pretrained',),
-               'b': ('.data.init_args.images', '.data.init_args.means', '.data.init_args.stds', 'backbone_modalities', 'backbone_bands', 'model_args.backbone', 'backbone_tim_'),
+               'b': ('.data.init_args.images', '.data.init_args.means', '.data.init_args.stds', 'backbone_modalities',
+                     'backbone_bands', 'model_args.backbone', 'backbone_tim_'),
                'a': ('.data.init_args.bands', '.data.init_args.means', '.data.init_args.stds', 'backbone_bands')}
     for arm in ARMS:
         other = flat(config(store, arm, 'out', recipe))
@@ -72,7 +75,8 @@ def test_images_come_from_the_shelf_where_the_store_has_none(store, tmp_path):
 
 def test_every_arm_sees_the_same_ground(store, tmp_path):
     "Tiles without one of the drawn images are left out of every arm, also of those that do not need it."
-    names = {arm: [n for batch in data_of(store, arm, tmp_path).train_dataloader() for n in batch['filename']] for arm in ('s1', 'a', 'c_v3')}
+    names = {arm: [n for batch in data_of(store, arm, tmp_path).train_dataloader() for n in batch['filename']]
+             for arm in ('s1', 'a', 'c_v3')}
     assert names['s1'] == names['a'] == names['c_v3']
     assert [n for batch in data_of(store, 's1', tmp_path, seed=1).train_dataloader() for n in batch['filename']] != names['s1']
     assert [len(data_of(store, a, tmp_path).sets['test'].rows) for a in ('s1', 'c_v3')] == [3, 3]
@@ -94,14 +98,16 @@ def test_unknown_ground_counts_nowhere():
 
 def test_what_is_wrong_is_said(store, tmp_path):
     with pytest.raises(GacError, match='do not fill'): data_of(store, 's1', tmp_path, size=36)
-    with pytest.raises(GacError, match='S1GRD'): data_of(store, 's1', tmp_path, images={'S1RTC': 's1'}, means={'S1RTC': [0., 0.]}, stds={'S1RTC': [1., 1.]})
+    with pytest.raises(GacError, match='S1GRD'):
+        data_of(store, 's1', tmp_path, images={'S1RTC': 's1'}, means={'S1RTC': [0., 0.]}, stds={'S1RTC': [1., 1.]})
     with pytest.raises(GacError, match='no band B11'): data_of(store, 'c_v1', tmp_path, bands=['B11'])
     with pytest.raises(GacError, match='name of a TerraMind encoder'): Recipe('prithvi').depths
     with pytest.raises(GacError, match='missing'): downstream.open_config(tmp_path/'nothing.yaml')
 
 @pytest.mark.parametrize('arm', list(ARMS))
 def test_full_scale_configurations_are_accepted(store, tmp_path, arm):
-    full = Recipe('terramind_v1_base', size=0, steps=1000, lr=1e-4, channels=(512, 256, 128, 64), precision='16-mixed', val_every=100)
+    full = Recipe('terramind_v1_base', size=0, steps=1000, lr=1e-4, channels=(512, 256, 128, 64), precision='16-mixed',
+                  val_every=100)
     path = downstream.write_config(tmp_path/'full.yaml', downstream.config_of(ARMS[arm], full, 'data/tiles'))
     parsed = downstream.open_config(path, build=False).config
     args = parsed.model.init_args.model_args
@@ -109,13 +115,15 @@ def test_full_scale_configurations_are_accepted(store, tmp_path, arm):
     if ARMS[arm].s2 and arm not in ('a', 's2'): assert args['backbone_bands'] == {'S2L2A': ['BLUE', 'GREEN', 'RED', 'NIR_BROAD']}
     wrong = yaml.safe_load(path.read_text())
     wrong['model']['init_args']['learning_rate'] = 1.
-    with pytest.raises(GacError, match='learning_rate'): downstream.open_config(downstream.write_config(tmp_path/'wrong.yaml', wrong), build=False)
+    with pytest.raises(GacError, match='learning_rate'):
+        downstream.open_config(downstream.write_config(tmp_path/'wrong.yaml', wrong), build=False)
 
 def test_arms_begin_with_the_same_head_and_adapters(store, tmp_path):
     def start(arm, seed=0):
         run = downstream.open_config(downstream.write_config(tmp_path/f'{arm}.yaml', config(store, arm, tmp_path)))
         downstream.SameStart(seed).draw(run.model.model)
-        return {k: v for k, v in run.model.model.state_dict().items() if not k.startswith('encoder.') or ('.lora_' in k and '.sampler.' not in k)}
+        return {k: v for k, v in run.model.model.state_dict().items() if not k.startswith('encoder.')
+                or ('.lora_' in k and '.sampler.' not in k)}
     one, thinking, other = start('s1'), start('b'), start('s1', 1)
     assert one.keys() == thinking.keys() and all(torch.equal(one[k], thinking[k]) for k in one)
     weights = [k for k in one if k.startswith('head.') and k.endswith('weight') and one[k].ndim == 4]
@@ -155,7 +163,8 @@ def test_a_stopped_comparison_goes_on_and_a_changed_one_does_not(store, tmp_path
     monkeypatch.setattr(downstream, 'fit_config', refuse)
     again = downstream.run_arms(tmp_path, store, store, SHORT, ('s1',))
     assert np.array_equal(first['s1', 0].maps, again['s1', 0].maps)
-    with pytest.raises(RuntimeError, match='trained again'): downstream.run_arms(tmp_path, store, store, replace(SHORT, lr=1e-3), ('s1',))
+    with pytest.raises(RuntimeError, match='trained again'):
+        downstream.run_arms(tmp_path, store, store, replace(SHORT, lr=1e-3), ('s1',))
     kept = next((tmp_path/'s1-0').glob('result-*.npz'))
     kept.write_bytes(kept.read_bytes()[:100])
     with pytest.raises(GacError, match='damaged'): downstream.run_arms(tmp_path, store, store, SHORT, ('s1',))
@@ -176,7 +185,8 @@ def test_caller_keeps_its_random_numbers(store, tmp_path):
 
 def test_command_writes_the_files(store, tmp_path, capsys):
     from gac import cli
-    words = ['downstream', '--data-dir', str(store.path), '--output-dir', str(tmp_path/'out'), '--arms', 's1,c_v2', '--seeds', '0,1', '--tile-size', '24', '--max-steps', '7', '--configs-only']
+    words = ['downstream', '--data-dir', str(store.path), '--output-dir', str(tmp_path/'out'), '--arms', 's1,c_v2', '--seeds',
+             '0,1', '--tile-size', '24', '--max-steps', '7', '--configs-only']
     assert not cli.main(words)
     names = ['s1-0', 's1-1', 'c_v2-0', 'c_v2-1']
     assert sorted(p.stem for p in (tmp_path/'out').glob('*.yaml')) == sorted(names) and all(n in capsys.readouterr().out for n in names[:1])

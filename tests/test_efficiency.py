@@ -18,13 +18,18 @@ def test_dry_run_passes_where_nothing_is_missing_and_lists_what_is(capsys, monke
     assert cli.main(['run', '--profile', 'smoke', '--dry-run']) == 0
     out = capsys.readouterr().out
     assert 'Nothing is missing.' in out and '07_stage1' in out and 'Forecast for 32 tiles' in out
-    monkeypatch.setattr(efficiency, 'forecast', lambda *args: (_ for _ in ()).throw(study.GacError('left out')))  # it counts large models
+    # it counts large models
+    monkeypatch.setattr(efficiency, 'forecast', lambda *args: (_ for _ in ()).throw(study.GacError('left out')))
     monkeypatch.setattr(efficiency, 'reached', lambda rate: 1.)
     monkeypatch.setenv('HF_HUB_CACHE', '/nowhere')
-    assert cli.main(['run', '--profile', 'lowvr', '--dry-run', '--set', '08_stage2.backbone=prithvi_huge', '--set', '09_stage3.name=terramind_v1_large']) == 1
+    assert cli.main(['run', '--profile', 'lowvr', '--dry-run', '--set', '08_stage2.backbone=prithvi_huge', '--set',
+                     '09_stage3.name=terramind_v1_large']) == 1
     out = ' '.join(capsys.readouterr().out.split())
-    for words in ('08_stage2.backbone: Unknown model', "09_stage3.name: terramind_v1_large is of the kind 'encoder'", 'put it at data/weights/TerraMind_v1_large.pt',
-                  'published as ibm-esa-geospatial/TerraMind-1.0-Tokenizer-S2L2A', 'no --data: this profile is meant for bigearthnet_v2'): assert words in out, words
+    for words in ('08_stage2.backbone: Unknown model', "09_stage3.name: terramind_v1_large is of the kind 'encoder'",
+                  'put it at data/weights/TerraMind_v1_large.pt',
+                  'published as ibm-esa-geospatial/TerraMind-1.0-Tokenizer-S2L2A',
+                  'no --data: this profile is meant for bigearthnet_v2'):
+        assert words in out, words
 
 def test_weights_that_do_not_fit_are_found_before_the_run(tmp_path):
     mini = study.root()/'data/weights/mini'
@@ -46,7 +51,8 @@ def test_a_place_in_two_splits_and_a_missing_folder_are_found(tmp_path):
     assert n == 3 and {f.state for f in found} == {'ok'}
     shutil.rmtree(next((tmp_path/'BigEarthNet-S2').glob('*/*')))
     assert ('data', 'missing') in states(look()[0])
-    twice = table.assign(patch_id=['S2A_MSIL2A_20170617T113321_N9999_R080_T29UPU_07_05', 'S2B_MSIL2A_20171217T113321_N9999_R080_T29UPU_07_05', table.patch_id[2]])
+    twice = table.assign(patch_id=['S2A_MSIL2A_20170617T113321_N9999_R080_T29UPU_07_05',
+                                   'S2B_MSIL2A_20171217T113321_N9999_R080_T29UPU_07_05', table.patch_id[2]])
     twice.to_parquet(tmp_path/'metadata.parquet')
     assert ('leakage', 'missing') in states(look()[0])  # another day, the same land, trained and validated on
     assert efficiency.check_data('', dict(data='bigearthnet_v2', tiles=7))[1] == 7
@@ -79,13 +85,15 @@ def test_two_devices_train_what_one_trains_with_the_same_global_batch(tmp_path):
     assert ends['two']['psnr'] == pytest.approx(ends['one']['psnr'], abs=1e-3)  # every tile was validated once, whoever had it
     for k, v in ends['one']['state'].items():
         for other in ('two', 'cut'): assert torch.allclose(v, ends[other]['state'][k], atol=2e-5), (other, k)
-    assert ends['one']['state']['head.colour.net.out.bias'].abs().max() > 5e-4  # zero at the start: they agree after having learnt something
+    # zero at the start: they agree after having learnt something
+    assert ends['one']['state']['head.colour.net.out.bias'].abs().max() > 5e-4
 
 @pytest.mark.slow
 def test_two_ranks_draw_what_one_draws_though_one_is_killed(tmp_path):
     for name in ('one', 'two'): tiles.from_world(tmp_path/name, 14, 1, 1, size=48, shard=4)
     assert run('draw', tmp_path/'one', 0, 1).returncode == 0
-    first = subprocess.Popen([*RANKS, 'draw', str(tmp_path/'two'), '0', '2'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen([*RANKS, 'draw', str(tmp_path/'two'), '0', '2'], stdout=subprocess.DEVNULL,
+                             stderr=subprocess.DEVNULL)
     assert run('draw', tmp_path/'two', 1, 2, 2).returncode == -signal.SIGKILL
     assert first.wait(600) == 0
     assert 0 < len(tiles.Store(tmp_path/'two').pending('opt_v1')) < 8

@@ -10,7 +10,8 @@ def batch(n:int, size:int=32, seed:int=0, months=None, truth=None) -> dict:
     s1 = r.normal((-12, -19), 3, (n, size, size, 2)).transpose(0, 3, 1, 2).astype('float32')
     truth = r.uniform(0, .4, (n, 4, size, size)).astype('float32') if truth is None else truth(s1).astype('float32')
     months = np.array(months if months is not None else [1]*n)
-    return dict(idx=np.arange(n), id=np.array([f't{i}' for i in range(n)]), scene=np.array([f't{i}' for i in range(n)]), month=months, biome=months*0,
+    return dict(idx=np.arange(n), id=np.array([f't{i}' for i in range(n)]), scene=np.array([f't{i}' for i in range(n)]),
+                month=months, biome=months*0,
                 s1=s1, truth=truth)
 
 def linear(s1) -> np.ndarray:
@@ -63,7 +64,8 @@ def test_recalibration_undoes_gain_and_offset_and_nothing_else():
 
 def measured(**psnr) -> pd.DataFrame:
     "A measured table with given PSNRs; two tiles to a scene."
-    rows = [dict(method=m, id=f't{i}', scene=f's{i//2}', psnr=v, ssim=v/40, sam_deg=40 - v, rmse=1/v, mae=1/v, lpips=np.nan, mse=1/v**2,
+    rows = [dict(method=m, id=f't{i}', scene=f's{i//2}', psnr=v, ssim=v/40, sam_deg=40 - v, rmse=1/v, mae=1/v, lpips=np.nan,
+                 mse=1/v**2,
                  sar_edge=.4 + 1/v, sar_edge_gap=1/v, edge_recall=v/100, hallucination=1/v)
             for m, values in psnr.items() for i, v in enumerate(values)]
     return pd.DataFrame(rows).set_index(['method', 'id'])
@@ -71,8 +73,10 @@ def measured(**psnr) -> pd.DataFrame:
 def test_gains_are_paired_and_positive_when_better():
     table = measured(a=[20., 24, 30, 28], b=[21., 25, 31, 29])
     gain = evaluate.gains(table, 'world', [('a', 'b')]).set_index('metric')
-    assert gain.loc['psnr', ['gain', 'lo', 'hi']].tolist() == pytest.approx([1, 1, 1])  # the tiles differ by 10 dB, the methods always by one
-    assert gain.gain.isna().tolist() == [m == 'lpips' for m in stage1.COLUMNS] and (gain.gain.dropna() > 0).all() and gain.n_scenes.eq(2).all() and gain.loc['sam_deg', 'gain'] == pytest.approx(1)
+    # the tiles differ by 10 dB, the methods always by one
+    assert gain.loc['psnr', ['gain', 'lo', 'hi']].tolist() == pytest.approx([1, 1, 1])
+    assert (gain.gain.isna().tolist() == [m == 'lpips' for m in stage1.COLUMNS] and (gain.gain.dropna() > 0).all()
+            and gain.n_scenes.eq(2).all() and gain.loc['sam_deg', 'gain'] == pytest.approx(1))
     assert (evaluate.gains(table, 'world', [('b', 'a')]).gain.dropna() < 0).all()
     assert evaluate.gains(table, 'world', {'1→2': ('a', 'b')}, seeds=3)[['step', 'seeds']].drop_duplicates().values.tolist() == [['1→2', 3]]
 
@@ -104,8 +108,10 @@ def test_real_chips_are_found_and_measured(real_data, tmp_path, monkeypatch):
     assert sets['real: terramesh_tiles'].attrs['s1_product'] == 'S1RTC'
     store = sets['real: bigearthnet_v2']
     table = stage1.measure(store, store.rows(), evaluate.floors(stage1.read_tiles(store, store.rows()), pixels=2000))
-    assert table.drop(index=baselines.NEAREST, level='method').psnr.between(10, 60).all() and len(table) == 15  # the nearest of tiles it was fitted on is the tile itself
-    given = study.start('10_evaluate', 'smoke', 0, str(tmp_path/'given'), str(tmp_path/'reports'), str(real_data/'bigearthnet_v2'))
+    # the nearest of tiles it was fitted on is the tile itself
+    assert table.drop(index=baselines.NEAREST, level='method').psnr.between(10, 60).all() and len(table) == 15
+    given = study.start('10_evaluate', 'smoke', 0, str(tmp_path/'given'), str(tmp_path/'reports'),
+                        str(real_data/'bigearthnet_v2'))
     assert list(evaluate.real_sets(given)) == ['real: bigearthnet_v2']
 
 def test_without_real_chips_there_are_no_sets(tmp_path, monkeypatch):
@@ -167,7 +173,8 @@ def test_grounding_of_the_other_radar_product_keeps_what_was_learned(trained, tm
     evaluate.stage3.save_stage3(same, tmp_path/'stage3')
     same, other = (evaluate.grounder(tmp_path/'stage3', product) for product in ('S1GRD', 'S1RTC'))
     learned = {k: v for k, v in same.state_dict().items() if 'lora_' in k or k.startswith('head.') or k == 'strength'}
-    assert any('lora_' in k for k in learned) and float(other.strength) == pytest.approx(.7) and any(k == 'head.out.weight' for k in learned)
+    assert (any('lora_' in k for k in learned) and float(other.strength) == pytest.approx(.7)
+            and any(k == 'head.out.weight' for k in learned))
     for k, v in learned.items(): assert evaluate.torch.equal(other.state_dict()[k], v), k
 
 def test_floors_see_the_radar_product_of_the_tiles(trained):
@@ -182,24 +189,29 @@ def test_floors_see_the_radar_product_of_the_tiles(trained):
 def test_random_chain_holds_no_pretrained_weight_and_controls_see_what_they_say(trained, tmp_path, monkeypatch):
     run, store = trained
     asked = []
-    for place, name in ((stage1, 'build_terramind_generator'), (evaluate.stage2, 'build_prithvi_refiner'), (evaluate.stage3, 'build_stage3_model')):
+    for place, name in ((stage1, 'build_terramind_generator'), (evaluate.stage2, 'build_prithvi_refiner'),
+                        (evaluate.stage3, 'build_stage3_model')):
         real = getattr(place, name)
         monkeypatch.setattr(place, name, lambda *a, real=real, who=name, **kw: asked.append((who, kw)) or real(*a, **kw))
     recipe = evaluate.replace(evaluate.recipe_of(run), crop=48)
     random = evaluate.variant_methods(run, store, 'random', recipe, tmp_path, 0)
-    assert list(random) == ['opt_v1', 'opt_v2', 'opt_v3'] and {n for n, _ in asked} == {'build_terramind_generator', 'build_prithvi_refiner', 'build_stage3_model'}
+    assert (list(random) == ['opt_v1', 'opt_v2', 'opt_v3']
+            and {n for n, _ in asked} == {'build_terramind_generator', 'build_prithvi_refiner', 'build_stage3_model'})
     assert all(kw['pretrained'] is False for _, kw in asked)
     asked.clear()
     blind = evaluate.variant_methods(run, store, 'pixel head on S1 alone', recipe, tmp_path, 0)
     assert list(blind) == ['opt_v3'] and [kw['see'] for n, kw in asked if n == 'build_stage3_model'] == [False]
     batch = stage1.read_tiles(store, store.rows('test')[:2])
-    np.testing.assert_array_equal(blind['opt_v3'](batch), blind['opt_v3'](batch | dict(id=batch['id'].copy(), truth=batch['truth']*.1)))  # no image gets in
-    with pytest.raises(study.GacError, match='expected one of pretrained'): evaluate.variant_methods(run, store, 'x', recipe, tmp_path)
+    # no image gets in
+    np.testing.assert_array_equal(blind['opt_v3'](batch), blind['opt_v3'](batch | dict(id=batch['id'].copy(), truth=batch['truth']*.1)))
+    with pytest.raises(study.GacError, match='expected one of pretrained'):
+        evaluate.variant_methods(run, store, 'x', recipe, tmp_path)
 
 def test_pretrained_chain_of_the_comparison_starts_from_the_stored_opt_v1(trained, tmp_path):
     run, store = trained
     recipe, batch = evaluate.replace(evaluate.recipe_of(run), crop=48), stage1.read_tiles(store, store.rows('test'))
-    chain, blind = (evaluate.variant_methods(run, store, v, recipe, tmp_path, 0) for v in ('pretrained', 'head without TerraMind features'))
+    chain, blind = (evaluate.variant_methods(run, store, v, recipe, tmp_path, 0)
+                    for v in ('pretrained', 'head without TerraMind features'))
     np.testing.assert_array_equal(chain['opt_v1'](batch), stage1.stored(store)(batch))
     assert list(blind) == ['opt_v3'] and (tmp_path/'stage2').is_dir() and not (tmp_path/'stage2_random').exists()
 

@@ -55,7 +55,8 @@ def registry(server):
     return {'tiles': make('tiles', 1, files={'S1/a.tif': ['ex/a.tif', sha(a)], 'S2/b.tif': ['ex/b.tif', sha(b)]}),
             'bigearthnet_v2_official_metadata': make('meta', 3, files={'m.parquet': ['m.parquet', sha(tables[0])],
                                                                        'snow.parquet': ['snow.parquet', sha(tables[1])]}),
-            'ben': make('ben', 2, archives=['x.tar.bz2'], members={'S2/p1/p1_B02.tif': ['v1_B02.tif', sha(chip)]}, rows=['p3', 'p1'])}
+            'ben': make('ben', 2, archives=['x.tar.bz2'], members={'S2/p1/p1_B02.tif': ['v1_B02.tif', sha(chip)]},
+                        rows=['p3', 'p1'])}
 
 def files(folder): return sorted(p.relative_to(folder).as_posix() for p in folder.rglob('*') if p.is_file())
 
@@ -75,17 +76,20 @@ def test_fetches_once(server, registry, tmp_path):
 
 def test_wrong_checksum(server, registry, tmp_path):
     server.files['/o/tiles/1/ex/b.tif'] = b'something else'
-    with pytest.raises(study.GacError, match='ex/b.tif: the file has another checksum'): study.fetch_examples(tmp_path, server.url, registry=registry)
+    with pytest.raises(study.GacError, match='ex/b.tif: the file has another checksum'):
+        study.fetch_examples(tmp_path, server.url, registry=registry)
     assert files(tmp_path) == ['tiles/S1/a.tif'], 'the wrong file leaves nothing'
 
 def test_wrong_checksum_inside_an_archive(server, registry, tmp_path):
     registry['ben']['members']['S2/p1/p1_B02.tif'][1] = '0'*64
-    with pytest.raises(study.GacError, match='v1_B02.tif has another checksum'): study.fetch_examples(tmp_path, server.url, only=['ben'], registry=registry)
+    with pytest.raises(study.GacError, match='v1_B02.tif has another checksum'):
+        study.fetch_examples(tmp_path, server.url, only=['ben'], registry=registry)
     assert files(tmp_path) == []
 
 def test_member_missing_from_the_archive(server, registry, tmp_path):
     registry['ben']['members']['S2/p1/p1_B03.tif'] = ['v1_B03.tif', '0'*64]
-    with pytest.raises(study.GacError, match='p1_B03.tif and 0 more were not inside'): study.fetch_examples(tmp_path, server.url, only=['ben'], registry=registry)
+    with pytest.raises(study.GacError, match='p1_B03.tif and 0 more were not inside'):
+        study.fetch_examples(tmp_path, server.url, only=['ben'], registry=registry)
 
 def test_cut_connection_is_tried_again(server, registry, tmp_path):
     server.cuts = {'/o/tiles/1/ex/a.tif': 1, '/o/ben/2/x.tar.bz2': 1}
@@ -95,7 +99,8 @@ def test_cut_connection_is_tried_again(server, registry, tmp_path):
 def test_connection_that_stays_cut(server, registry, tmp_path, monkeypatch):
     monkeypatch.setattr('time.sleep', lambda s: None)
     server.cuts = {'/o/tiles/1/ex/b.tif': 99}
-    with pytest.raises(study.GacError, match='ex/b.tif: could not be fetched.*run the command again'): study.fetch_examples(tmp_path, server.url, registry=registry)
+    with pytest.raises(study.GacError, match='ex/b.tif: could not be fetched.*run the command again'):
+        study.fetch_examples(tmp_path, server.url, registry=registry)
     assert files(tmp_path) == ['tiles/S1/a.tif'], 'what arrived stays, what broke leaves nothing'
     server.cuts, server.asked[:] = {}, []
     study.fetch_examples(tmp_path, server.url, only=['tiles'], registry=registry)
@@ -104,11 +109,13 @@ def test_connection_that_stays_cut(server, registry, tmp_path, monkeypatch):
 def test_no_such_file_on_the_server(server, registry, tmp_path, monkeypatch):
     monkeypatch.setattr('time.sleep', lambda s: None)
     del server.files['/o/tiles/1/ex/a.tif']
-    with pytest.raises(study.GacError, match='ex/a.tif: could not be fetched'): study.fetch_examples(tmp_path, server.url, only=['tiles'], registry=registry)
+    with pytest.raises(study.GacError, match='ex/a.tif: could not be fetched'):
+        study.fetch_examples(tmp_path, server.url, only=['tiles'], registry=registry)
 
 def test_no_network(registry, tmp_path, monkeypatch):
     monkeypatch.setattr('time.sleep', lambda s: None)
-    with pytest.raises(study.GacError, match='Is there a network'): study.fetch_examples(tmp_path, 'http://127.0.0.1:9', only=['tiles'], registry=registry)
+    with pytest.raises(study.GacError, match='Is there a network'):
+        study.fetch_examples(tmp_path, 'http://127.0.0.1:9', only=['tiles'], registry=registry)
 
 def test_the_committed_registry_describes_the_real_chips(real_data):
     "Every file that would be fetched is the file the study has been tested on."

@@ -50,7 +50,8 @@ def test_error_is_of_the_bands_that_are_shown(browser):
     assert bar.get_ylabel() == 'mean absolute error of B08, reflectance' and bar.get_ylim() == (0, explore.ERROR_TOP)
 
 @pytest.mark.parametrize('wrong, message', [
-    (dict(tile='4'), "tile is '4', expected one of 1, 2, 3"), (dict(line=-.1), 'expected 0 to 1'), (dict(left='opt_v9'), 'expected one of radar, opt_v1'),
+    (dict(tile='4'), "tile is '4', expected one of 1, 2, 3"), (dict(line=-.1), 'expected 0 to 1'),
+    (dict(left='opt_v9'), 'expected one of radar, opt_v1'),
     (dict(til='1'), 'Did you mean tile?')])
 def test_out_of_range_is_refused_and_nothing_moves(browser, wrong, message):
     before, picture = browser.values, browser.image.value
@@ -94,7 +95,8 @@ def test_import_is_light():
     code = "import sys; from gac import explore; print(sorted({'torch', 'pandas', 'matplotlib', 'ipywidgets'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT).stdout.strip() == '[]'
 
-@pytest.mark.parametrize('name', ['01_world', '02_tiles', '07_stage1', '08_stage2', '09_stage3', '10_evaluate', '10_trust', 'explore'])
+@pytest.mark.parametrize('name', ['01_world', '02_tiles', '07_stage1', '08_stage2', '09_stage3', '10_evaluate', '10_trust',
+                                  'explore'])
 def test_notebook_ends_with_something_to_explore(name):
     cells = [c for c in study.read_notebook(ROOT/'nbs'/f'{name}.ipynb')['cells'] if c['cell_type'] == 'code']
     data = [o['data'] for c in cells[-3:] for o in c['outputs'] if 'image/jpeg' in o.get('data', {})]
@@ -135,11 +137,14 @@ def lab(tmp_path_factory):
     shutil.copy(ROOT/'settings.ini', home)
     (home/'settings'/'@jupyterlab'/'apputils-extension').mkdir(parents=True)
     (home/'settings'/'@jupyterlab'/'apputils-extension'/'notification.jupyterlab-settings').write_text('{"fetchNews": "false"}')
-    recipe = subprocess.run(['make', '-n', 'lab', f'LAB=--no-browser --allow-root --port={port} --IdentityProvider.token=gac'], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    recipe = subprocess.run(['make', '-n', 'lab', f'LAB=--no-browser --allow-root --port={port} --IdentityProvider.token=gac'],
+                            cwd=ROOT, capture_output=True, text=True, check=True).stdout
     line = next(x for x in recipe.splitlines() if '/jupyter lab ' in x)
-    env = dict(os.environ, JUPYTER_CONFIG_DIR=str(home/'config'), JUPYTER_RUNTIME_DIR=str(home/'runtime'), JUPYTERLAB_SETTINGS_DIR=str(home/'settings'), JUPYTER_PLATFORM_DIRS='1')
+    env = dict(os.environ, JUPYTER_CONFIG_DIR=str(home/'config'), JUPYTER_RUNTIME_DIR=str(home/'runtime'),
+               JUPYTERLAB_SETTINGS_DIR=str(home/'settings'), JUPYTER_PLATFORM_DIRS='1')
     with open(home/'log', 'w') as log:
-        server = subprocess.Popen([str(Path(sys.executable).with_name('jupyter')), *shlex.split(line)[1:]], cwd=home, env=env, stdout=log, stderr=log)
+        server = subprocess.Popen([str(Path(sys.executable).with_name('jupyter')), *shlex.split(line)[1:]], cwd=home, env=env,
+                                  stdout=log, stderr=log)
     try:
         for _ in range(240):
             try: urllib.request.urlopen(f'http://127.0.0.1:{port}/api/status?token=gac', timeout=5)

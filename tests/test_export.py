@@ -23,10 +23,12 @@ def store(tmp_path_factory):
     "Three tiles with two stages."
     path = tmp_path_factory.mktemp('store')
     s = tiles.Store.create(path/'s', tiles.tile_arrays(48, extra=()), dict(s1_product='S1GRD'))
-    s.append([dict(id=f't.{i}', s1=layouts.radar(i, 48), s2=layouts.optical(i, 48), crs='EPSG:32629', transform=(10, 0, 6e5 + 480*i, 0, -10, 5.8e6), split=('train', 'test', 'test')[i],
+    s.append([dict(id=f't.{i}', s1=layouts.radar(i, 48), s2=layouts.optical(i, 48), crs='EPSG:32629',
+                   transform=(10, 0, 6e5 + 480*i, 0, -10, 5.8e6), split=('train', 'test', 'test')[i],
                    date='2017-06-17T11:33:21', month=6) for i in range(3)])
     s.close()
-    first = dict(model='terramind_mini_generate', weights={'TerraMind.safetensors': '0123456789abcdef'}, timesteps=1, tokens='expected', clamp='off', n_samples=1, seed=5)
+    first = dict(model='terramind_mini_generate', weights={'TerraMind.safetensors': '0123456789abcdef'}, timesteps=1,
+                 tokens='expected', clamp='off', n_samples=1, seed=5)
     for name, n, attrs in (('opt_v1', 3, first), ('opt_v2', 2, dict(refiner=dict(backbone='prithvi_mini'), weights={'Prithvi.safetensors': 'feed'}, trained='beef', source=first))):
         s.ensure_array(name, (4, 48, 48), 'int16', dict(bands=list(OPT_BANDS), **attrs))
         s.write(name, np.arange(n), np.stack([layouts.optical(10 + i, 48, 4).astype('int16') for i in range(n)]))
@@ -37,29 +39,35 @@ def scene(path:Path, h=130, w=170, change=lambda x: x, names=('VV', 'VH'), crs='
     "A Sentinel-1 GeoTIFF in small blocks."
     r = np.random.default_rng(3)
     x = change(np.stack([r.normal(-11, 2, (h, w)), r.normal(-17.5, 2, (h, w))]).astype('float32'))
-    return layouts.write_tif(path, x, crs, pixel, names=[n or '' for n in names], tags=dict(datetime='2021-07-14T05:12:00'), tiled=True, blockxsize=64, blockysize=64, **more)
+    return layouts.write_tif(path, x, crs, pixel, names=[n or '' for n in names], tags=dict(datetime='2021-07-14T05:12:00'),
+                             tiled=True, blockxsize=64, blockysize=64, **more)
 
 # ---- gac export -------------------------------------------------------------------------------------------------------
 
 def test_every_product_comes_back_from_its_file(store, tmp_path):
     report = export_tiles(store, tmp_path)
-    assert report | dict(output='') == dict(written=13, skipped=0, missing=2, output='')  # opt_v2 of the last tile was never made, nor its error
+    # opt_v2 of the last tile was never made, nor its error
+    assert report | dict(output='') == dict(written=13, skipped=0, missing=2, output='')
     truth = store.read('s2', [1], OPT_BANDS)[0].astype(int)
-    want = dict(s1=store.read('s1', [1])[0], truth=truth, error=store.read('opt_v2', [1])[0] - truth, **{k: store.read(k, [1])[0] for k in ('opt_v1', 'opt_v2')})
+    want = dict(s1=store.read('s1', [1])[0], truth=truth, error=store.read('opt_v2', [1])[0] - truth,
+                **{k: store.read(k, [1])[0] for k in ('opt_v1', 'opt_v2')})
     for product, values in want.items():
         path = tmp_path/product/'t.1.tif'
         assert cog_faults(path) == []
         with rasterio.open(path) as f:
             np.testing.assert_array_equal(f.read(), values)
             assert f.crs.to_string() == 'EPSG:32629' and tuple(f.transform)[:6] == (10, 0, 6e5 + 480, 0, -10, 5.8e6)
-            if product == 's1': assert f.descriptions == ('VV', 'VH') and set(f.units) == {'dB'} and np.isnan(f.nodata) and f.dtypes == ('float32',)*2
+            if product == 's1':
+                assert f.descriptions == ('VV', 'VH') and set(f.units) == {'dB'} and np.isnan(f.nodata) and f.dtypes == ('float32',)*2
             else: assert f.scales == (1e-4,)*4 and set(f.units) == {'reflectance'} and f.nodata == NODATA
             if product == 'opt_v2':
                 assert [(d, c.name) for d, c in zip(f.descriptions, f.colorinterp)] == [('B02', 'blue'), ('B03', 'green'), ('B04', 'red'), ('B08', 'nir')]
                 tags, stats = f.tags(), f.tags(3)
                 assert (tags['GAC_ID'], tags['GAC_SPLIT'], tags['GAC_SEED'], tags['GAC_TRAINED']) == ('t.1', 'test', '5', 'beef')
-                assert tags['GAC_MODEL'] == 'terramind_mini_generate > prithvi_mini' and tags['GAC_DECODING'] == 'expected code, 1 step, no clamp'
-                assert json.loads(tags['GAC_WEIGHTS']) == {'TerraMind.safetensors': '0123456789abcdef', 'Prithvi.safetensors': 'feed'}
+                assert (tags['GAC_MODEL'] == 'terramind_mini_generate > prithvi_mini'
+                        and tags['GAC_DECODING'] == 'expected code, 1 step, no clamp')
+                assert json.loads(tags['GAC_WEIGHTS']) == {'TerraMind.safetensors': '0123456789abcdef',
+                                                           'Prithvi.safetensors': 'feed'}
                 assert [s['weights'] for s in json.loads(tags['GAC_PROVENANCE'])] == [{'TerraMind.safetensors': '0123456789abcdef'}, {'Prithvi.safetensors': 'feed'}]
                 assert tags['TIFFTAG_DATETIME'] == '2017:06:17 11:33:21' and float(stats['STATISTICS_MAXIMUM']) == values[2].max()
 
@@ -67,9 +75,11 @@ def shown(path:Path) -> tuple: # kind, bands, (low, high) of each
     "What the style beside a file tells QGIS."
     from xml.etree import ElementTree
     r = ElementTree.parse(path.with_suffix('.qml')).find('pipe/rasterrenderer')
-    stretches = [(float(e.find('minValue').text), float(e.find('maxValue').text)) for e in r if e.tag.lower().endswith('contrastenhancement')]
+    stretches = [(float(e.find('minValue').text), float(e.find('maxValue').text))
+                 for e in r if e.tag.lower().endswith('contrastenhancement')]
     assert all(e.find('algorithm').text == 'StretchToMinimumMaximum' for e in r if e.tag.lower().endswith('contrastenhancement'))
-    return r.get('type'), {k.removesuffix('Band'): int(v) for k, v in r.attrib.items() if k.endswith('Band') and k != 'alphaBand'}, stretches
+    return r.get('type'), {k.removesuffix('Band'): int(v) for k, v in r.attrib.items() if k.endswith('Band')
+                           and k != 'alphaBand'}, stretches
 
 def test_every_file_has_a_style_of_true_colours(store, tmp_path):
     "QGIS takes bands 1, 2, 3 for red, green, blue, whatever their colour interpretation, unless a style of the same name says otherwise."
@@ -78,7 +88,8 @@ def test_every_file_has_a_style_of_true_colours(store, tmp_path):
     for product in ('truth', 'opt_v1', 'opt_v2', 'error'):
         kind, bands, stretches = shown(tmp_path/product/'t.1.tif')
         with rasterio.open(tmp_path/product/'t.1.tif') as f:
-            assert (kind, {k: f.descriptions[i - 1].split()[0] for k, i in bands.items()}) == ('multibandcolor', dict(red='B04', green='B03', blue='B02'))
+            assert (kind, {k: f.descriptions[i - 1].split()[0]
+                           for k, i in bands.items()}) == ('multibandcolor', dict(red='B04', green='B03', blue='B02'))
             low, high = np.percentile(f.read([3, 2, 1])*1e-4, (2, 98))
         if product == 'error': low, high = -max(-low, high), max(-low, high)  # no error is mid-grey
         np.testing.assert_allclose(stretches, [(low, high)]*3, rtol=1e-3)
@@ -112,7 +123,8 @@ def test_export_goes_on_where_it_was(store, tmp_path, monkeypatch):
     monkeypatch.undo()
     damaged = tmp_path/'a'/'s1'/'t.0.tif'
     damaged.write_bytes(damaged.read_bytes()[:-3000])
-    for end in ('tif', 'qml'): (tmp_path/'a'/'s1'/f'.t.1.tif.{socket.gethostname()}-{2**22 + 1}.{end}').write_bytes(b'of a process that was killed')
+    for end in ('tif', 'qml'):
+        (tmp_path/'a'/'s1'/f'.t.1.tif.{socket.gethostname()}-{2**22 + 1}.{end}').write_bytes(b'of a process that was killed')
     assert export_tiles(store, tmp_path/'a', ('s1', 'opt_v1'))['written'] == 4  # three that were left, one that was damaged
     export_tiles(store, tmp_path/'b', ('s1', 'opt_v1'))
     tree = lambda d: {p.relative_to(d).as_posix(): p.read_bytes() for p in d.rglob('*') if p.is_file()}
@@ -127,21 +139,25 @@ def test_another_model_does_not_overwrite(store, tmp_path):
     shelf = export.Shelf
     with pytest.MonkeyPatch.context() as m:
         m.setattr(export, 'Shelf', lambda store, stages: shelf(other if stages else store))
-        with pytest.raises(GacError, match='opt_v1.t.0.tif was made by another model.*--overwrite'): export_tiles(store, tmp_path/'out', ('opt_v1',), [other])
+        with pytest.raises(GacError, match='opt_v1.t.0.tif was made by another model.*--overwrite'):
+            export_tiles(store, tmp_path/'out', ('opt_v1',), [other])
     with rasterio.open(tmp_path/'out'/'opt_v1'/'t.0.tif') as f: assert f.tags()['GAC_MODEL'] == 'terramind_mini_generate'
 
 def test_the_command_exports_stages_from_their_folder(store, tmp_path, capsys):
     other = stage1.companion(store, tmp_path/'other')
-    other.ensure_array('opt_v3', (4, 48, 48), 'int16', dict(bands=list(OPT_BANDS), model=dict(name='terramind_mini_generate'), weights={}, trained='cafe', source=dict(store.arrays['opt_v2'].attrs)))
+    other.ensure_array('opt_v3', (4, 48, 48), 'int16', dict(bands=list(OPT_BANDS), model=dict(name='terramind_mini_generate'),
+                                                            weights={}, trained='cafe', source=dict(store.arrays['opt_v2'].attrs)))
     other.write('opt_v3', [0, 1], np.zeros((2, 4, 48, 48), 'int16'))
     other.close()
-    assert cli.main(['export', '--data-dir', str(store.path), '--stage3-dir', str(tmp_path/'other'), '--output-dir', str(tmp_path/'out'), '--products', 'opt_v3,error', '--ids', 't.1']) == 0
+    assert cli.main(['export', '--data-dir', str(store.path), '--stage3-dir', str(tmp_path/'other'), '--output-dir',
+                     str(tmp_path/'out'), '--products', 'opt_v3,error', '--ids', 't.1']) == 0
     assert 'written 2' in capsys.readouterr().out and sorted(p.name for p in (tmp_path/'out').rglob('*.tif')) == ['t.1.tif']*2
     with rasterio.open(tmp_path/'out'/'error'/'t.1.tif') as f:
         assert f.tags()['GAC_PRODUCT'] == 'opt_v3 less the truth' and f.tags()['GAC_TRAINED'] == 'beef > cafe'
         np.testing.assert_array_equal(f.read(), -store.read('s2', [1], OPT_BANDS)[0].astype(int))
 
-@pytest.mark.parametrize('options, said', [(dict(products=('opt_v3',)), 'has no opt_v3 .*--stage3-dir'), (dict(products=('rgb',)), "product 'rgb'"), (dict(ids=['t.9']), 'no tile t.9'),
+@pytest.mark.parametrize('options, said', [(dict(products=('opt_v3',)), 'has no opt_v3 .*--stage3-dir'),
+                                           (dict(products=('rgb',)), "product 'rgb'"), (dict(ids=['t.9']), 'no tile t.9'),
                                            (dict(split='val'), 'no tile to export in split val')])
 def test_what_cannot_be_exported(store, tmp_path, options, said):
     with pytest.raises(GacError, match=said): export_tiles(store, tmp_path/'out', **options)
@@ -157,7 +173,8 @@ def test_an_id_leads_nowhere_else(store, tmp_path, monkeypatch):
 def test_output_that_cannot_be_written(store, tmp_path):
     (tmp_path/'file').touch()
     source = scene(tmp_path/'s1.tif')
-    for call in (lambda: export_tiles(store, tmp_path/'file'/'below'), lambda: infer_scene(source, tmp_path/'file'/'o.tif', chains.Grey(), SMALL),
+    for call in (lambda: export_tiles(store, tmp_path/'file'/'below'),
+                 lambda: infer_scene(source, tmp_path/'file'/'o.tif', chains.Grey(), SMALL),
                  lambda: export.infer_tiles(store.path, tmp_path/'file', chains.of)):
         with pytest.raises(GacError, match='cannot be written to .*Give another output'): call()
     if os.name == 'posix' and os.geteuid():
@@ -172,14 +189,17 @@ def test_a_scene_keeps_its_place_and_its_holes(tmp_path):
         x[0, 100:, 60] = np.nan  # one band alone
         x[:, 40:44, 100:104] = 0
         return x
-    report = infer_scene(scene(tmp_path/'s1.tif', change=holes, nodata=-9999), tmp_path/'o.tif', chains.Grey(), SMALL, spread=2, visualise=True)
-    assert report['blocks'] == 4 and report['month'] == 7 and cog_faults(tmp_path/'o.tif') == [] and (tmp_path/'o.png').stat().st_size > 5000
+    report = infer_scene(scene(tmp_path/'s1.tif', change=holes, nodata=-9999), tmp_path/'o.tif', chains.Grey(), SMALL, spread=2,
+                         visualise=True)
+    assert (report['blocks'] == 4 and report['month'] == 7 and cog_faults(tmp_path/'o.tif') == []
+            and (tmp_path/'o.png').stat().st_size > 5000)
     missing = np.zeros((130, 170), bool)
     missing[:20, :50] = missing[100:, 60] = missing[40:44, 100:104] = True
     with rasterio.open(tmp_path/'o.tif') as f, rasterio.open(tmp_path/'s1.tif') as g:
         x = f.read()
         assert (f.crs, f.transform, f.shape, f.descriptions) == (g.crs, g.transform, g.shape, (*OPT_BANDS, 'spread'))
-        assert f.tags()['GAC_TILING'] == '{"block": 96, "overlap": 16, "tile": 48}' and f.tags()['TIFFTAG_DATETIME'] == '2021:07:14 05:12:00'
+        assert (f.tags()['GAC_TILING'] == '{"block": 96, "overlap": 16, "tile": 48}'
+                and f.tags()['TIFFTAG_DATETIME'] == '2021:07:14 05:12:00')
     np.testing.assert_array_equal(x == NODATA, np.broadcast_to(missing, x.shape))
     assert ((x[:4, ~missing] >= 1500) & (x[:4, ~missing] <= 2500)).all() and (x[4, ~missing] > 0).any()
 
@@ -193,7 +213,8 @@ def test_missing_pixels_change_only_the_tiles_they_are_in(tmp_path):
     def cut(x):
         x[:, 100:104, 4:9] = np.nan
         return x
-    for path, change in ((whole, lambda x: x), (hole, cut)): infer_scene(scene(path, change=change), path.with_suffix('.o.tif'), chains.Mirror(), SMALL)
+    for path, change in ((whole, lambda x: x), (hole, cut)):
+        infer_scene(scene(path, change=change), path.with_suffix('.o.tif'), chains.Mirror(), SMALL)
     a, b = (rasterio.open(p.with_suffix('.o.tif')).read() for p in (whole, hole))
     near = np.zeros((130, 170), bool)
     for r in SMALL.starts(130):
@@ -202,21 +223,28 @@ def test_missing_pixels_change_only_the_tiles_they_are_in(tmp_path):
     np.testing.assert_array_equal(a[:, ~near], b[:, ~near])
     assert (b[:, 100:104, 4:9] == NODATA).all() and (b != NODATA).sum() == b.size - 4*20
     there = b != NODATA
-    assert 0 < np.abs(a[there].astype(int) - b[there]).max() <= 5  # DN: the tile reads the nearest pixels instead, no marks of missing data
+    # DN: the tile reads the nearest pixels instead, no marks of missing data
+    assert 0 < np.abs(a[there].astype(int) - b[there]).max() <= 5
 
 def test_units_and_bands_are_told_apart(tmp_path):
     made = {}
-    for name, change, names in (('dB', lambda x: x, ('VV', 'VH')), ('linear', lambda x: 10**(x[::-1]/10), ('Gamma0_VH', 'Gamma0_VV')), ('amplitude', lambda x: 10**(x/20), (None, None))):
+    for name, change, names in (('dB', lambda x: x, ('VV', 'VH')),
+                                ('linear', lambda x: 10**(x[::-1]/10), ('Gamma0_VH', 'Gamma0_VV')),
+                                ('amplitude', lambda x: 10**(x/20), (None, None))):
         source = scene(tmp_path/f'{name}.tif', change=change, names=names)
         assert open_scene(source).unit == name
         infer_scene(source, tmp_path/f'{name}.o.tif', chains.Mirror(), SMALL)
         made[name] = rasterio.open(tmp_path/f'{name}.o.tif').read().astype(int)
     assert all(np.abs(x - made['dB']).max() <= 1 for x in made.values())
 
-WRONG = {'one band': (dict(change=lambda x: x[:1], names=()), 'gdal_merge.py -separate'), 'three bands': (dict(change=lambda x: np.concatenate([x, x[:1]]), names=()), '3 bands without names'),
-    'HH and HV': (dict(names=('HH', 'HV')), 'bands HH, HV: expected VV once and VH once'), 'swapped': (dict(change=lambda x: x[::-1], names=()), '--s1-bands VH,VV'),
-    'degrees': (dict(crs='EPSG:4326', pixel=1e-4), 'counts in degrees.*gdalwarp'), '20 m': (dict(pixel=20.), '20 × 20 m.*gdalwarp'), 'counts': (dict(change=lambda x: (x + 500).astype('u2')), 's1_units'),
-    'nothing': (dict(change=lambda x: x*0), 'no pixel with data'), 'unmarked': (dict(change=lambda x: np.where(np.arange(170) < 9, -9999, x).astype('f4')), 'gdal_edit.py -a_nodata'),
+WRONG = {'one band': (dict(change=lambda x: x[:1], names=()), 'gdal_merge.py -separate'),
+         'three bands': (dict(change=lambda x: np.concatenate([x, x[:1]]), names=()), '3 bands without names'),
+    'HH and HV': (dict(names=('HH', 'HV')), 'bands HH, HV: expected VV once and VH once'),
+    'swapped': (dict(change=lambda x: x[::-1], names=()), '--s1-bands VH,VV'),
+    'degrees': (dict(crs='EPSG:4326', pixel=1e-4), 'counts in degrees.*gdalwarp'),
+    '20 m': (dict(pixel=20.), '20 × 20 m.*gdalwarp'), 'counts': (dict(change=lambda x: (x + 500).astype('u2')), 's1_units'),
+    'nothing': (dict(change=lambda x: x*0), 'no pixel with data'),
+    'unmarked': (dict(change=lambda x: np.where(np.arange(170) < 9, -9999, x).astype('f4')), 'gdal_edit.py -a_nodata'),
     'complex': (dict(change=lambda x: x.astype('complex64')), 'complex')}
 
 @pytest.mark.parametrize('what', WRONG)
@@ -230,7 +258,8 @@ def test_a_truncated_scene_says_so_and_keeps_what_is_drawn(tmp_path):
     whole = scene(tmp_path/'s1.tif', 300, 300).read_bytes()
     for cut in (200, len(whole)//2):
         (tmp_path/'s1.tif').write_bytes(whole[:cut])
-        with pytest.raises(GacError, match='s1.tif: cannot be read .*Fetch or write it again'): infer_scene(tmp_path/'s1.tif', tmp_path/'o.tif', chains.Grey(), SMALL)
+        with pytest.raises(GacError, match='s1.tif: cannot be read .*Fetch or write it again'):
+            infer_scene(tmp_path/'s1.tif', tmp_path/'o.tif', chains.Grey(), SMALL)
     assert not (tmp_path/'o.tif').exists()
 
 def test_a_virtual_raster_cannot_read_other_files(tmp_path):
@@ -241,13 +270,15 @@ def test_blocks_of_another_scene_or_model_are_refused(tmp_path):
     source = scene(tmp_path/'s1.tif')
     with pytest.raises(KeyboardInterrupt): infer_scene(source, tmp_path/'o.tif', chains.Stops(12), SMALL)
     assert list((tmp_path/'o.tif.parts').glob('*.block'))
-    with pytest.raises(GacError, match='begun with other tiling.*--overwrite'): infer_scene(source, tmp_path/'o.tif', chains.Grey(), Tiling(48, 8, 96))
+    with pytest.raises(GacError, match='begun with other tiling.*--overwrite'):
+        infer_scene(source, tmp_path/'o.tif', chains.Grey(), Tiling(48, 8, 96))
     with pytest.raises(GacError, match='begun with other steps'): infer_scene(source, tmp_path/'o.tif', chains.Mirror(), SMALL)
     with export._alone(tmp_path/'o.tif.parts'):
         with pytest.raises(GacError, match='another process'): infer_scene(source, tmp_path/'o.tif', chains.Grey(), SMALL)
     infer_scene(source, tmp_path/'o.tif', chains.Mirror(), SMALL, overwrite=True)
     assert not (tmp_path/'o.tif.parts').exists()
-    with pytest.raises(GacError, match='o.tif is there and was made otherwise'): infer_scene(source, tmp_path/'o.tif', chains.Grey(), SMALL)
+    with pytest.raises(GacError, match='o.tif is there and was made otherwise'):
+        infer_scene(source, tmp_path/'o.tif', chains.Grey(), SMALL)
     scene(tmp_path/'s1.tif', change=lambda x: x + 1)  # the scene itself has changed
     with pytest.raises(GacError, match='made otherwise'): infer_scene(source, tmp_path/'o.tif', chains.Mirror(), SMALL)
 
@@ -285,7 +316,8 @@ def test_a_killed_run_ends_on_the_bytes_of_an_unbroken_one(tmp_path):
 def test_seams_are_measured_and_blending_takes_them_away(tmp_path):
     opened, r = open_scene(scene(tmp_path/'s1.tif', 240, 240)), np.random.default_rng(0)
     texture = r.normal(0, .01, (4, 240, 240))
-    measured = {o: export.seam_excess(texture + 1e-4*export.draw_block(opened, (0, 0, 240, 240), chains.Grey(), Tiling(48, o)), Tiling(48, o)) for o in (0, 24)}
+    measured = {o: export.seam_excess(texture + 1e-4*export.draw_block(opened, (0, 0, 240, 240), chains.Grey(), Tiling(48, o)),
+                                      Tiling(48, o)) for o in (0, 24)}
     assert measured[0]['excess'] > 1 > 10*abs(measured[0]['hi']) and abs(measured[24]['excess']) < .05*measured[0]['excess']
     none = export.seam_excess(texture, Tiling(48, 24))
     assert none['lo'] - .02 < none['excess'] < none['hi'] + .02
@@ -297,7 +329,8 @@ def chain(): return export.Chain()
 
 def test_a_tile_of_a_scene_does_not_depend_on_its_neighbours(chain, tmp_path):
     opened = open_scene(scene(tmp_path/'s1.tif', 150, 150))
-    one, many = (export.draw_block(opened, (0, 0, 150, 150), chain, Tiling(64, 16), 7, 4, batch_size=n).astype(int) for n in (1, 5))
+    one, many = (export.draw_block(opened, (0, 0, 150, 150), chain, Tiling(64, 16), 7, 4, batch_size=n).astype(int)
+                 for n in (1, 5))
     assert np.abs(one - many).max() <= 1  # rounding of floats alone
     r = opened.read(0, 0, 64, 64)[None]
     batch = dict(id=['0,0'], s1=r, month=np.array([7]), biome=np.array([4]))
@@ -338,12 +371,16 @@ def test_memory_does_not_grow_with_the_scene(tmp_path):
     peak = {}
     for side in (1024, 4096):
         path, r = tmp_path/f'{side}.tif', np.random.default_rng(0)
-        with rasterio.open(path, 'w', driver='GTiff', height=side, width=side, count=2, dtype='float32', crs='EPSG:32633', tiled=True,
+        with rasterio.open(path, 'w', driver='GTiff', height=side, width=side, count=2, dtype='float32', crs='EPSG:32633',
+                           tiled=True,
                            transform=rasterio.Affine(10, 0, 4e5, 0, -10, 5.3e6)) as f:
             for i in range(0, side, 256):
-                f.write(np.stack([r.normal(m, 2, (256, side)) for m in (-11, -17.5)]).astype('float32'), window=rasterio.windows.Window(0, i, side, 256))
-        done = subprocess.run([sys.executable, '-c', PEAK, str(Path(__file__).parent), str(path), str(tmp_path/f'{side}.o.tif')], capture_output=True, text=True)
+                f.write(np.stack([r.normal(m, 2, (256, side)) for m in (-11, -17.5)]).astype('float32'),
+                        window=rasterio.windows.Window(0, i, side, 256))
+        done = subprocess.run([sys.executable, '-c', PEAK, str(Path(__file__).parent), str(path), str(tmp_path/f'{side}.o.tif')],
+                              capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         peak[side] = [float(v) for v in done.stdout.splitlines()[-1].split()]
         print(f'{side} px: {peak[side][0]:.0f} MB after the imports, {peak[side][1]:.0f} MB at the peak')
-    assert peak[4096][1] - peak[1024][1] < 100  # MB: GDAL's cache of 64, and noise; the scene itself has 134, the output another 134
+    # MB: GDAL's cache of 64, and noise; the scene itself has 134, the output another 134
+    assert peak[4096][1] - peak[1024][1] < 100

@@ -15,7 +15,8 @@ import export_chains as chains
 import faults_disk as faults
 import tiles_layouts as layouts
 
-BRIEF = training.Settings(lr=1e-3, max_steps=8, batch_size=2, grad_accum_steps=1, val_every=2, save_every=2, early_stopping=False, log_every=1, warmup=0., accelerator='cpu')
+BRIEF = training.Settings(lr=1e-3, max_steps=8, batch_size=2, grad_accum_steps=1, val_every=2, save_every=2, early_stopping=False,
+                          log_every=1, warmup=0., accelerator='cpu')
 SMALL = dict(width=16, depth=1)
 
 @pytest.fixture(autouse=True)
@@ -31,18 +32,21 @@ def given(tmp_path_factory) -> types.SimpleNamespace:
         store.ensure_array(name, dim.shape[1:], 'int16', dict(bands=list(OPT_BANDS), model=name, seed=0))
         with store: store.write(name, slice(None), dim)
     scene = layouts.write_tif(home/'scene.tif', np.tile(layouts.radar(0, 60), (1, 2, 2)), names=('VV', 'VH'))
-    return types.SimpleNamespace(home=home, store=store, scene=scene, npz=layouts.npz(home/'npz', 3), generator=stage1.build_terramind_generator(), toys=toys(home/'toys'))
+    return types.SimpleNamespace(home=home, store=store, scene=scene, npz=layouts.npz(home/'npz', 3),
+                                 generator=stage1.build_terramind_generator(), toys=toys(home/'toys'))
 
 def toys(folder:Path) -> Path:
     "A chain of two notebooks without prose."
     head = "profile: str = 'toy'  # name\nseed: int = 0  # seed\nrun_dir: str = ''  # artefacts\nreports_dir: str = ''  # report\ndata: str = ''  # tiles"
-    cell = lambda source, *tags: dict(cell_type='code', metadata=dict(tags=list(tags)), source=source, outputs=[], execution_count=None, id=f'c{len(source)}')
+    cell = lambda source, *tags: dict(cell_type='code', metadata=dict(tags=list(tags)), source=source, outputs=[],
+                                      execution_count=None, id=f'c{len(source)}')
     (folder/'params').mkdir(parents=True)
     (folder/'params'/'toy.yaml').write_text('description: a toy\n')
     for name in ('00_first', '01_second'):
         open_run = f"from gac import study\nrun = study.Run.open('{name}', profile, seed, run_dir, reports_dir, data)"
         table = f"import pandas as pd\nrun.save_table(pd.DataFrame({{'x': range(300)}}), 'table_{name}', 'Rows.')\nrun.artefact('{name}.bin').write_bytes(bytes(9999))"
-        (folder/f'{name}.ipynb').write_text(json.dumps(dict(cells=[cell(head, 'parameters'), cell(open_run), cell(table)], metadata={}, nbformat=4, nbformat_minor=5)))
+        (folder/f'{name}.ipynb').write_text(json.dumps(dict(cells=[cell(head, 'parameters'), cell(open_run), cell(table)],
+                                                            metadata={}, nbformat=4, nbformat_minor=5)))
     return folder
 
 def in_this_process(source, to, values, **_) -> None:
@@ -85,10 +89,12 @@ def train3(at, given):
 def write_chip(at, given):
     from affine import Affine
     r, box = np.random.default_rng(0), nyc.GeoBox((48, 48), Affine(10, 0, 6e5, 0, -10, 4.5e6), 'EPSG:32618')
-    nyc.write_chip(at, 'c0', box, r.uniform(1, 9e3, (1, 12, 48, 48)), r.normal(-12, 3, (1, 2, 48, 48)), r.uniform(0, 99, (48, 48)), np.zeros((48, 48), int), ['2021-07-18'])
+    nyc.write_chip(at, 'c0', box, r.uniform(1, 9e3, (1, 12, 48, 48)), r.normal(-12, 3, (1, 2, 48, 48)),
+                   r.uniform(0, 99, (48, 48)), np.zeros((48, 48), int), ['2021-07-18'])
 
 def precompute(at, given):
-    stage1.precompute(given.store, given.generator, into=stage1.companion(given.store, at/'stages'), timesteps=1, tokens='expected', batch_size=2)
+    stage1.precompute(given.store, given.generator, into=stage1.companion(given.store, at/'stages'), timesteps=1,
+                      tokens='expected', batch_size=2)
 
 WRITERS = {
     'procedural tiles': lambda at, given: tiles.from_world(at/'tiles', 4, 1, 1, size=32, batch=2, shard=4),
@@ -99,12 +105,15 @@ WRITERS = {
     'Stage 2': train2,
     'Stage 3': train3,
     'GeoTIFFs of tiles': lambda at, given: export.export_tiles(given.store, at/'tif', ('s1', 'opt_v1')),
-    'GeoTIFF of a scene': lambda at, given: export.infer_scene(given.scene, at/'scene.tif', chains.Grey(), export.Tiling(48, 16, 96)),
+    'GeoTIFF of a scene': lambda at, given: export.infer_scene(given.scene, at/'scene.tif', chains.Grey(),
+                                                               export.Tiling(48, 16, 96)),
     'chip of New York': write_chip,
     'chain and report': write_report,
 }
-JOURNALLED = ('procedural tiles', 'converted tiles', 'images of Stage 1')  # a disk may hold the journal and not the shards it is folded into
-TIMED = ('provenance.json', 'index.html', 'chain.json', 'chain.lock', 'guard', 'refiner.json', 'grounding.json', 'model.json')  # hold a date or a duration
+# a disk may hold the journal and not the shards it is folded into
+JOURNALLED = ('procedural tiles', 'converted tiles', 'images of Stage 1')
+# hold a date or a duration
+TIMED = ('provenance.json', 'index.html', 'chain.json', 'chain.lock', 'guard', 'refiner.json', 'grounding.json', 'model.json')
 
 def content(folder:Path) -> dict:
     "What lies in a folder: bytes of files, tensors of checkpoints, of what holds a date only that it is there; nothing that is hidden."
@@ -117,7 +126,8 @@ def content(folder:Path) -> dict:
     return {p.relative_to(folder).as_posix(): of(p) for p in files if not p.name.startswith('.')}
 
 def differences(a:dict, b:dict) -> set: return {k for k in a.keys() | b.keys() if a.get(k) != b.get(k)}
-def half_written(folder:Path) -> list: return [p.name for p in folder.rglob('*') if p.is_file() and (p.name.startswith('.') or '.part' in p.name)]
+def half_written(folder:Path) -> list:
+    return [p.name for p in folder.rglob('*') if p.is_file() and (p.name.startswith('.') or '.part' in p.name)]
 
 @pytest.fixture(scope='module')
 def unbroken(given) -> dict:
@@ -139,7 +149,8 @@ def test_a_full_or_read_only_disk_is_told_and_loses_nothing(name, given, unbroke
     held = []  # as a notebook holds the last error, and with it the store that was being written
     def refused(disk):
         with pytest.raises(GacError, match='cannot be written') as e: write(disk.folder, given)
-        assert str(disk.folder) in str(e.value) and any(w in str(e.value) for w in ('Make room', 'Give another output', 'Is there room')), e.value
+        assert (str(disk.folder) in str(e.value)
+                and any(w in str(e.value) for w in ('Make room', 'Give another output', 'Is there room'))), e.value
         held.append(e)
     def work():
         shut = faults.Disk(tmp_path/'shut', 16384)
@@ -179,7 +190,8 @@ def test_a_geotiff_is_whole_or_refused_however_full_the_disk_is(tmp_path):
     work.folder = tmp_path
     faults.with_disks(work)
 
-KILLED = ['converted tiles', 'Stage 3', 'chain and report', 'chip of New York']  # precompute, Stage 2, tiles and GeoTIFFs: test_stage1, test_stage2, test_tiles, test_export
+# precompute, Stage 2, tiles and GeoTIFFs: test_stage1, test_stage2, test_tiles, test_export
+KILLED = ['converted tiles', 'Stage 3', 'chain and report', 'chip of New York']
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork and SIGKILL')
 @pytest.mark.parametrize('name', KILLED)
@@ -208,7 +220,8 @@ def test_a_store_that_was_cut_short_names_the_file(given, tmp_path, file):
     whole = path.read_bytes()
     for keep in (0, len(whole)//2, len(whole) - 1):
         path.write_bytes(whole[:keep])
-        with pytest.raises(GacError, match='(?i)damaged|cannot be read') as e: tiles.Store(tmp_path/'tiles').read('s1', slice(None))
+        with pytest.raises(GacError, match='(?i)damaged|cannot be read') as e:
+            tiles.Store(tmp_path/'tiles').read('s1', slice(None))
         assert (path.name if file.startswith('t') else 'arrays') in str(e.value) and ('estore' in str(e.value) or 'again' in str(e.value))
     path.unlink()
     with pytest.raises(GacError): tiles.Store(tmp_path/'tiles').read('s1', slice(None))
@@ -219,7 +232,8 @@ def test_a_table_of_bigearthnet_that_was_cut_short_is_named(tmp_path):
     layouts.bigearthnet(tmp_path/'ben', 1)
     table = tmp_path/'ben'/'metadata.parquet'
     table.write_bytes(table.read_bytes()[:-9])
-    with pytest.raises(GacError, match='metadata.parquet: cannot be read as Parquet.*fetch it again'): tiles.convert(tmp_path/'ben', tmp_path/'out')
+    with pytest.raises(GacError, match='metadata.parquet: cannot be read as Parquet.*fetch it again'):
+        tiles.convert(tmp_path/'ben', tmp_path/'out')
 
 # ---- tiles that show nothing or are scaled otherwise than their data set ------------------------------------------------------------------
 

@@ -23,7 +23,8 @@ def numbers(model, seed:int) -> dict:
 
 def hub_state(size:str) -> dict:
     "What a TerraMind file on the Hub holds: the token model over all modalities, unprefixed."
-    model = F.blank(f'terramind_v1_{size}_generate', memory=False, modalities=list(F.MODALITIES), output_modalities=list(F.MODALITIES))
+    model = F.blank(f'terramind_v1_{size}_generate', memory=False, modalities=list(F.MODALITIES),
+                    output_modalities=list(F.MODALITIES))
     return numbers(model.sampler.model, 1)
 
 def put(cache:Path, name:str, state:dict) -> Path:
@@ -81,9 +82,11 @@ def drop(s): del s['encoder.3.mlp.fc1.weight']
 def rename(s): s['encoder.3.mlp.fc_1.weight'] = s.pop('encoder.3.mlp.fc1.weight')
 def reshape(s): s['decoder.0.cross_attn.kv.weight'] = s['decoder.0.cross_attn.kv.weight'][:, :100]
 def add(s): s['encoder.12.norm1.weight'] = torch.ones(192)
-def disguise(s): s['encoder_embeddings.untok_dem@224.projection.weight'] = torch.ones(192)  # of a modality that is not built, but not its name
+def disguise(s):
+    s['encoder_embeddings.untok_dem@224.projection.weight'] = torch.ones(192)  # of a modality that is not built, but not its name
 def prefix(s): renamed = {f'module.{k}': v for k, v in s.items()}; s.clear(); s.update(renamed)
-def untie(s): s['decoder_embeddings.tok_sen2l2a@224.to_logits.weight'] = s['decoder_embeddings.tok_sen2l2a@224.to_logits.weight'] + 1
+def untie(s):
+    s['decoder_embeddings.tok_sen2l2a@224.to_logits.weight'] = s['decoder_embeddings.tok_sen2l2a@224.to_logits.weight'] + 1
 def integers(s): s['mask_token'] = torch.zeros(1, 1, 192, dtype=torch.long)
 
 @pytest.mark.parametrize('harm,words', [
@@ -128,7 +131,8 @@ def test_an_encoder_reads_the_same_file(hub, states):
     model = F.build('terramind_v1_tiny', modalities=['S2L2A'], bands=study.OPT_BANDS)
     assert torch.equal(model.encoder[11].attn.qkv.weight, state['encoder.11.attn.qkv.weight'])
     full = state['encoder_embeddings.untok_sen2l2a@224.proj.weight'].reshape(192, 256, 12)
-    assert torch.equal(model.encoder_embeddings['untok_sen2l2a@224'].proj.weight, full[..., list(study.OPT_INDEX)].reshape(192, -1))
+    assert torch.equal(model.encoder_embeddings['untok_sen2l2a@224'].proj.weight,
+                       full[..., list(study.OPT_INDEX)].reshape(192, -1))
     assert F.features(model, {'S2L2A': torch.rand(1, 4, 120, 120)}).shape == (1, 64, 192)
 
 def test_checksums_are_those_of_the_files(hub):
@@ -173,12 +177,14 @@ def test_prithvi_takes_its_bands_by_name(tmp_path):
     model = F.build(e.name, weights=tmp_path, bands=('B08', 'B02'))
     weight = published.encoder.patch_embed.proj.weight
     assert torch.equal(model.patch_embed.proj.weight, weight[:, [3, 0]])  # NIR_NARROW and BLUE
-    theirs = _create_prithvi('prithvi_eo_v2_tiny_tl', pretrained=True, ckpt_path=tmp_path/e.file, model_bands=['NIR_NARROW', 'BLUE'])
+    theirs = _create_prithvi('prithvi_eo_v2_tiny_tl', pretrained=True, ckpt_path=tmp_path/e.file,
+                             model_bands=['NIR_NARROW', 'BLUE'])
     for k, v in theirs.state_dict().items(): assert torch.equal(model.state_dict()[k], v), k
     with pytest.raises(study.GacError, match='Unknown band B10'): F.build(e.name, weights=tmp_path, bands=('B10',))
     state = published.state_dict(); state['encoder.block.0.norm1.weight'] = state.pop('encoder.blocks.0.norm1.weight')
     torch.save(state, tmp_path/e.file)
-    with pytest.raises(study.GacError, match=r'1 missing: blocks.0.norm1.weight; 1 unexpected: encoder.block.0.norm1.weight'): F.build(e.name, weights=tmp_path)
+    with pytest.raises(study.GacError, match=r'1 missing: blocks.0.norm1.weight; 1 unexpected: encoder.block.0.norm1.weight'):
+        F.build(e.name, weights=tmp_path)
 
 def test_every_name_is_counted_without_memory():
     for name in F.MODELS: assert F.info(name)['params'] > 1e5
@@ -191,7 +197,8 @@ def test_the_miniatures_load_from_terratorchs_registry(tmp_path):
     F.save_weights(tmp_path/'terramind_mini.safetensors', F.mini_core().state_dict())
     model = BACKBONE_REGISTRY.build('terramind_mini', pretrained=True, weights=str(tmp_path), modalities=['S1GRD'])
     assert not any(p.is_meta for p in model.parameters())
-    assert torch.equal(model.state_dict()['encoder.0.attn.qkv.weight'].half(), F.load_file(tmp_path/'terramind_mini.safetensors')['encoder.0.attn.qkv.weight'])
+    assert torch.equal(model.state_dict()['encoder.0.attn.qkv.weight'].half(),
+                       F.load_file(tmp_path/'terramind_mini.safetensors')['encoder.0.attn.qkv.weight'])
 
 def test_the_clamp_on_real_tiles(real_data):
     "What clipping alone costs, measured on the five TerraMesh tiles (RMSE in DN)."
@@ -216,7 +223,8 @@ def test_terratorchs_own_pretrained_path_gives_the_same_model(hub, generator, mo
     from terratorch.models.backbones.terramind.tokenizer import tokenizer_register
     from terratorch.registry import TERRATORCH_FULL_MODEL_REGISTRY
     files = {w.repo: p for w, p in F.locate(TINY).items()}
-    for module in (terramind_register, tokenizer_register): monkeypatch.setattr(module, 'hf_hub_download', lambda repo_id, filename: files[repo_id])
+    for module in (terramind_register, tokenizer_register):
+        monkeypatch.setattr(module, 'hf_hub_download', lambda repo_id, filename: files[repo_id])
     theirs = TERRATORCH_FULL_MODEL_REGISTRY.build(TINY, pretrained=True, modalities=['S1GRD'], output_modalities=['S2L2A']).state_dict()
     for k, v in generator.core.state_dict().items(): assert torch.equal(theirs[k], v), k
 

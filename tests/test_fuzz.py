@@ -17,7 +17,8 @@ import tiles_layouts as layouts
 import tiles_writer as writer
 
 pytestmark = [pytest.mark.filterwarnings('ignore')]
-CASES = pytest.mark.parametrize('cases', [12, pytest.param(int(os.environ.get('GAC_FUZZ_CASES') or 3000), marks=pytest.mark.slow)])
+CASES = pytest.mark.parametrize('cases', [12, pytest.param(int(os.environ.get('GAC_FUZZ_CASES') or 3000),
+                                                           marks=pytest.mark.slow)])
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch): monkeypatch.setattr(os, 'fsync', lambda fd: None)
@@ -40,7 +41,8 @@ def tried(f, *args):
 def spoilt(good:bytes):
     "Bytes of a file, changed in a few places, cut short, or something else altogether."
     n = len(good)
-    one = st.tuples(st.sampled_from(('put', 'cut', 'drop', 'insert', 'zero', 'copy')), st.integers(0, max(n - 1, 0)), st.integers(0, max(n - 1, 0)), st.binary(min_size=1, max_size=9))
+    one = st.tuples(st.sampled_from(('put', 'cut', 'drop', 'insert', 'zero', 'copy')), st.integers(0, max(n - 1, 0)),
+                    st.integers(0, max(n - 1, 0)), st.binary(min_size=1, max_size=9))
     def change(edits):
         x = good
         for kind, i, j, some in edits:
@@ -86,7 +88,8 @@ def locked(path:Path) -> None:
     (path/'journal'/'tiles.0of1.lock').write_text('{"pid": 1, "host": "elsewhere", "started": 0.5}')
 
 def notebook(path:Path) -> Path:
-    cell = dict(cell_type='code', source='k: int = 3  # a number [1, 9]\nname: str = "a"  # one of {a, b}\n', metadata=dict(tags=['parameters']))
+    cell = dict(cell_type='code', source='k: int = 3  # a number [1, 9]\nname: str = "a"  # one of {a, b}\n',
+                metadata=dict(tags=['parameters']))
     path.write_text(json.dumps(dict(cells=[cell])))
     return path
 
@@ -99,24 +102,34 @@ def city(folder:Path) -> Path:
 
 FILES = {  # name -> (what makes it in a folder, the file that is changed, the reader of the folder)
     'GeoTIFF': (lambda d: layouts.geotiff(d, 1, 40, dem=False), 'S2L2A/a0.tif', partial(load, 'geotiff')),
-    'NPZ': (lambda d: np.savez(d/'n.npz', s1=layouts.radar(0, 40), s2=layouts.optical(0, 40, 4), month=3, id='t'), 'n.npz', partial(load, 'npz')),
+    'NPZ': (lambda d: np.savez(d/'n.npz', s1=layouts.radar(0, 40), s2=layouts.optical(0, 40, 4), month=3, id='t'), 'n.npz',
+            partial(load, 'npz')),
     'tortilla': (lambda d: layouts.benv2(d/'b.tortilla', 1), 'b.tortilla', partial(load, 'benv2')),
-    'table of BigEarthNet': (lambda d: layouts.bigearthnet(d, 1), 'metadata.parquet', lambda d: tiles.read_bigearthnet(d, tiles.Options())),
+    'table of BigEarthNet': (lambda d: layouts.bigearthnet(d, 1), 'metadata.parquet',
+                             lambda d: tiles.read_bigearthnet(d, tiles.Options())),
     'table of a store': (writer.work, 'table.parquet', whole_store),
     'zarr.json of a store': (writer.work, 'arrays/zarr.json', whole_store),
     'zarr.json of an array': (writer.work, 'arrays/s1/zarr.json', whole_store),
     'shard': (writer.work, 'arrays/s1/c/1/0/0/0', whole_store),
     'journal': (journalled, 'journal/tiles.0of1.000000000.0-2.safetensors', whole_store),
     'lock': (locked, 'journal/tiles.0of1.lock', lambda d: tiles.Store(d)._writers()),
-    'Torch file': (lambda d: (d/'x.pt').write_bytes(torch_bytes(dict(s1=torch.zeros(1, 2, 9, 9), n=3, s='x'))), 'x.pt', lambda d: metrics.read_torch(d/'x.pt')),
-    'safetensors': (lambda d: training.save_checkpoint(d/'x.safetensors', dict(a=torch.zeros(3, 3)), 'toy'), 'x.safetensors', lambda d: training.load_checkpoint(d/'x.safetensors', 'toy')),
-    'weights': (lambda d: (d/'x.pt').write_bytes(torch_bytes(dict(a=torch.zeros(3)))), 'x.pt', lambda d: foundations.read_weights(d/'x.pt')),
+    'Torch file': (lambda d: (d/'x.pt').write_bytes(torch_bytes(dict(s1=torch.zeros(1, 2, 9, 9), n=3, s='x'))), 'x.pt',
+                   lambda d: metrics.read_torch(d/'x.pt')),
+    'safetensors': (lambda d: training.save_checkpoint(d/'x.safetensors', dict(a=torch.zeros(3, 3)), 'toy'), 'x.safetensors',
+                    lambda d: training.load_checkpoint(d/'x.safetensors', 'toy')),
+    'weights': (lambda d: (d/'x.pt').write_bytes(torch_bytes(dict(a=torch.zeros(3)))), 'x.pt',
+                lambda d: foundations.read_weights(d/'x.pt')),
     'profile': (lambda d: (notebook(d/'00_x.ipynb'), (d/'toy.yaml').write_text('description: a toy\nneeds: {gpu: 1}\n00_x: {k: 4}\ncommon:\n  name: b\n')), 'toy.yaml', read_chain),
-    'notebook': (lambda d: (notebook(d/'00_x.ipynb'), (d/'toy.yaml').write_text('description: a toy\n00_x: {k: 4}\n')), '00_x.ipynb', read_chain),
-    'state of the chain': (lambda d: (d/'chain.json').write_text('{"00_x": {"key": "a", "seconds": 3}}'), 'chain.json', lambda d: study._read_json(d/'chain.json').get('00_x')),
-    'scene': (lambda d: layouts.write_tif(d/'s.tif', layouts.radar(0, 60), names=('VV', 'VH')), 's.tif', lambda d: export.open_scene(d/'s.tif').read(0, 0, 60, 60)),
-    'images in NPZ': (lambda d: np.savez(d/'n.npz', s1=layouts.radar(0, 9)), 'n.npz', lambda d: stage3.radar_in(stage3.read_images(d/'n.npz'), 'n.npz')),
-    'images in a Torch file': (lambda d: (d/'x.pt').write_bytes(torch_bytes(torch.zeros(1, 2, 9, 9))), 'x.pt', lambda d: stage3.radar_in(stage3.read_images(d/'x.pt'), 'x.pt')),
+    'notebook': (lambda d: (notebook(d/'00_x.ipynb'), (d/'toy.yaml').write_text('description: a toy\n00_x: {k: 4}\n')),
+                 '00_x.ipynb', read_chain),
+    'state of the chain': (lambda d: (d/'chain.json').write_text('{"00_x": {"key": "a", "seconds": 3}}'), 'chain.json',
+                           lambda d: study._read_json(d/'chain.json').get('00_x')),
+    'scene': (lambda d: layouts.write_tif(d/'s.tif', layouts.radar(0, 60), names=('VV', 'VH')), 's.tif',
+              lambda d: export.open_scene(d/'s.tif').read(0, 0, 60, 60)),
+    'images in NPZ': (lambda d: np.savez(d/'n.npz', s1=layouts.radar(0, 9)), 'n.npz',
+                      lambda d: stage3.radar_in(stage3.read_images(d/'n.npz'), 'n.npz')),
+    'images in a Torch file': (lambda d: (d/'x.pt').write_bytes(torch_bytes(torch.zeros(1, 2, 9, 9))), 'x.pt',
+                               lambda d: stage3.radar_in(stage3.read_images(d/'x.pt'), 'x.pt')),
     'manifest of chips': (city, 'manifest.json', nyc.Chips),
     'table of chips': (city, 'chips.csv', nyc.Chips),
     'map of ecoregions': (lambda d: (d/'e.geojson').write_text(json.dumps(dict(type='FeatureCollection', features=[dict(type='Feature', properties=dict(BIOME=4), geometry=dict(type='Point', coordinates=[5, 50]))]))),
@@ -128,7 +141,8 @@ FILES = {  # name -> (what makes it in a folder, the file that is changed, the r
 def test_bytes(name, cases, tmp_path):
     make, file, read = FILES[name]
     folder = tmp_path/'there'
-    if name not in ('table of a store', 'zarr.json of a store', 'zarr.json of an array', 'shard', 'journal', 'lock'): folder.mkdir()
+    if name not in ('table of a store', 'zarr.json of a store', 'zarr.json of an array', 'shard', 'journal', 'lock'):
+        folder.mkdir()
     make(folder)
     path = folder/file
     good = path.read_bytes()
@@ -141,9 +155,11 @@ def test_bytes(name, cases, tmp_path):
 
 # ---- structures ----------------------------------------------------------------------------------------------------------------------------
 
-plain = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.integers(-10**400, 10**400), st.floats(), st.text(max_size=9), st.dates(), st.binary(max_size=4)),
+plain = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.integers(-10**400, 10**400), st.floats(),
+                               st.text(max_size=9), st.dates(), st.binary(max_size=4)),
                      lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)), max_leaves=5)
-KINDS = ('int', 'float', 'str', 'bool', 'list', 'list[int]', 'list[float]', 'tuple[str, ...]', 'dict', 'int | None', 'float | None')
+KINDS = ('int', 'float', 'str', 'bool', 'list', 'list[int]', 'list[float]', 'tuple[str, ...]', 'dict', 'int | None',
+         'float | None')
 
 @CASES
 def test_values_of_parameters(cases):
@@ -160,7 +176,9 @@ def test_profiles_of_any_structure(cases, tmp_path):
     def check(sections):
         (tmp_path/'toy.yaml').write_text(json.dumps(dict(description='a toy') | sections, default=str))
         tried(lambda: study.check_parameters(stages, study.load_profile('toy', tmp_path)))
-    anything(cases, st.dictionaries(st.sampled_from(('common', '00_x', '00_y', '')), st.one_of(plain, st.dictionaries(st.sampled_from(('k', 'profile', 'z')), plain)), max_size=3), check)
+    anything(cases, st.dictionaries(st.sampled_from(('common', '00_x', '00_y', '')),
+                                    st.one_of(plain, st.dictionaries(st.sampled_from(('k', 'profile', 'z')), plain)), max_size=3),
+                                    check)
 
 @CASES
 def test_settings_of_a_training(cases):
@@ -172,18 +190,22 @@ def test_dates_and_ids(cases, tmp_path):
     def check(text):
         date = tiles.parse_date(text)
         assert date == '' or 1 <= int(date[5:7]) <= 12
-        if (name := tried(tiles.check_id, text)): assert (tmp_path/f'{name}.tif').resolve().parent == tmp_path.resolve() and export._file_name(name)
-    anything(cases*4, st.one_of(st.text(max_size=30), st.from_regex(r'[0-9T:._/\\-]{1,30}'), st.sampled_from(('..', '.', 'a/../b', 'a\n', 'con', 'a\0b', '~', '-rf'))), check)
+        if (name := tried(tiles.check_id, text)):
+            assert (tmp_path/f'{name}.tif').resolve().parent == tmp_path.resolve() and export._file_name(name)
+    anything(cases*4, st.one_of(st.text(max_size=30), st.from_regex(r'[0-9T:._/\\-]{1,30}'),
+                                st.sampled_from(('..', '.', 'a/../b', 'a\n', 'con', 'a\0b', '~', '-rf'))), check)
 
 @CASES
 def test_arrays_of_any_type_and_shape(cases, tmp_path):
     kinds = st.one_of(*(st.just(np.dtype(k)) for k in ('u1', 'i2', 'u2', 'i8', 'f4', 'f8', 'f2', 'c8', '?', 'U3', 'S3', 'M8[s]')))
-    array = kinds.flatmap(lambda k: sn.arrays(k, st.one_of(sn.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4), st.sampled_from([(2, 40, 40), (4, 40, 40), (1, 12, 40, 40)]))))
+    array = kinds.flatmap(lambda k: sn.arrays(k, st.one_of(sn.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4),
+                                                           st.sampled_from([(2, 40, 40), (4, 40, 40), (1, 12, 40, 40)]))))
     def check(arrays):
         np.savez(tmp_path/'n.npz', **arrays)
         load('npz', tmp_path/'n.npz')
         if 's1' in arrays or 's1_vv' in arrays: tried(lambda: stage3.radar_in(stage3.read_images(tmp_path/'n.npz'), 'n.npz'))
-    anything(cases*2, st.dictionaries(st.sampled_from(('s1', 's1_vv', 's1_vh', 's2', 'id', 'month', 'transform', 'crs', 'lulc', 'lon', 'date', 'split')), array, max_size=5), check)
+    anything(cases*2, st.dictionaries(st.sampled_from(('s1', 's1_vv', 's1_vh', 's2', 'id', 'month', 'transform', 'crs', 'lulc',
+                                                       'lon', 'date', 'split')), array, max_size=5), check)
 
 @CASES
 def test_facts_about_a_tile(cases, tmp_path):

@@ -10,7 +10,8 @@ from terratorch.models.backbones.terramind.tokenizer.scheduling.diffusion_pipeli
 TOKEN_MODEL = {'encoder embeddings', 'encoder', 'cross-attention', 'decoder', 'output embedding'}
 EXPECTED = {'as shipped': set(), '− pipeline no_grad': {'UNet'}, '− code lookup': {'UNet'}, '− choice': {'UNet'},
             '− sampler no_grad': TOKEN_MODEL | {'codes', 'UNet'}, '− clamp': TOKEN_MODEL | {'codes', 'UNet'},
-            'only pipeline no_grad left': set(), 'only code lookup left': {'UNet'}, 'only choice left': {'UNet'}, 'only sampler no_grad left': {'UNet'}}
+            'only pipeline no_grad left': set(), 'only code lookup left': {'UNet'}, 'only choice left': {'UNet'},
+            'only sampler no_grad left': {'UNet'}}
 
 @pytest.fixture(scope='module')
 def generator():
@@ -45,7 +46,8 @@ def test_another_barrier_on_the_path_would_be_seen(generator, batch, method, mon
     monkeypatch.setattr(TerraMind, method, torch.no_grad()(plain))
     assert dissected(generator, batch) != EXPECTED
 
-@pytest.mark.parametrize('owner, name, barrier', [(GenerationSampler, 'generate', 'sampler no_grad'), (PipelineCond, '__call__', 'pipeline no_grad')])
+@pytest.mark.parametrize('owner, name, barrier', [(GenerationSampler, 'generate', 'sampler no_grad'),
+                                                  (PipelineCond, '__call__', 'pipeline no_grad')])
 def test_a_barrier_that_is_gone_is_named(generator, batch, owner, name, barrier, monkeypatch):
     monkeypatch.setattr(owner, name, gradients.undecorated(getattr(owner, name)))
     with pytest.raises(study.GacError, match=r'not under torch.no_grad\(\)'): gradients.probe(generator, batch, [barrier])
@@ -73,7 +75,8 @@ def test_removal_changes_no_value_and_leaves_nothing_behind(generator, batch, te
     "At temperature 0 the choice is torch.argmax, else torch.multinomial."
     monkeypatch.setattr(generator.core, 'temps', temperature)
     quantiser, scheduler = generator.tokenizer().quantize, generator.tokenizer().noise_scheduler
-    state = lambda: (PipelineCond.__call__, GenerationSampler.generate, torch.multinomial, torch.argmax, list(vars(quantiser)), list(vars(generator.core.sampler)),
+    state = lambda: (PipelineCond.__call__, GenerationSampler.generate, torch.multinomial, torch.argmax, list(vars(quantiser)),
+                     list(vars(generator.core.sampler)),
                      dict(scheduler.config))
     before = state()
     shipped, _ = gradients.generate_through(generator, batch)
@@ -103,7 +106,8 @@ def test_a_route_reaches_all_it_passes_and_nothing_else(generator, encoder, batc
 
 def adapted(name, lora=True):
     with training.seeded(0):
-        model = foundations.build('terramind_mini', pretrained=False, modalities=['S1GRD']) if name == 'encoder' else foundations.build_generator(pretrained=False)
+        model = foundations.build('terramind_mini', pretrained=False,
+                                  modalities=['S1GRD']) if name == 'encoder' else foundations.build_generator(pretrained=False)
     gradients.wake(model)
     reads = foundations.build_generator(pretrained=False) if name == 'encoder' else model
     route = gradients.Route(name, model, reads)
@@ -115,9 +119,11 @@ def test_adapters_sit_where_they_should_all_learn_and_the_loss_falls(name):
     depth = foundations.CORE['encoder_depth' if name == 'encoder' else 'decoder_depth']
     assert len(hit) == depth*(2 if name == 'encoder' else 3)
     groups = {gradients.group_of(n) for n in gradients.trainable(route)}
-    assert groups == ({'encoder', 'head'} if name == 'encoder' else {'cross-attention'} | ({'head'} if 'head' in gradients.ROUTES[name] else set()))
+    assert groups == ({'encoder', 'head'} if name == 'encoder'
+                      else {'cross-attention'} | ({'head'} if 'head' in gradients.ROUTES[name] else set()))
     frozen = {n: p.detach().clone() for n, p in route.named_parameters() if not p.requires_grad}
-    hard = name == 'straight-through'  # its image moves only where a token's best code changes: larger steps, and the best of them
+    # its image moves only where a token's best code changes: larger steps, and the best of them
+    hard = name == 'straight-through'
     losses = gradients.train(route, tile(route.reads), 8 if hard else 4, 1e-2 if hard else 1e-3)
     assert min(losses[1:]) < losses[0] and gradients.unreached(route) == []
     assert all(torch.equal(p, frozen[n]) for n, p in route.named_parameters() if n in frozen)
@@ -128,7 +134,8 @@ def test_the_shipped_generator_gives_its_adapters_nothing():
     image, _ = gradients.generate_through(route.model, tile(route.model))
     with pytest.raises(RuntimeError, match='does not require grad'): image.mean().backward()
     image, _ = gradients.generate_through(route.model, tile(route.model), ['pipeline no_grad'])
-    with pytest.raises(RuntimeError, match='does not require grad'): image.mean().backward() # the UNet is frozen now: still nothing
+    # the UNet is frozen now: still nothing
+    with pytest.raises(RuntimeError, match='does not require grad'): image.mean().backward()
     assert set(gradients.unreached(route)) == set(gradients.trainable(route)) != set()
 
 def test_without_adapters_only_the_head_learns():
@@ -139,7 +146,8 @@ def test_memory_grows_with_the_diffusion_steps():
     route, _ = adapted('expected code')
     rows = [gradients.cost_of(route, tile(route.reads), k, 1) for k in (1, 4)]
     assert rows[1]['peak_memory_mb'] > rows[0]['peak_memory_mb'] > sum(p.numel() for p in route.parameters())*4e-6
-    assert list(rows[0]) == ['device', 'method', 'steps', 'precision', 'batch', 'ms_per_tile', 'tiles_per_s', 'peak_memory_mb', 'params', 'trainable']
+    assert list(rows[0]) == ['device', 'method', 'steps', 'precision', 'batch', 'ms_per_tile', 'tiles_per_s', 'peak_memory_mb',
+                             'params', 'trainable']
 
 def test_the_score_function_estimate_agrees_with_the_exact_gradient():
     "One token, 5 codes, a quadratic loss: the gradient by θ is known."

@@ -9,7 +9,8 @@ import torchvision
 from hypothesis import given, settings, strategies as st
 
 from gac import metrics
-from gac.metrics import (ALEXNET_FILE, EDGE_EPS, LPIPS, MEASURES, SAR_MEASURES, bootstrap_ci, edge_agreement, edge_recall, hallucination, image_edges, mae, paired_gain, psnr, rgb,
+from gac.metrics import (ALEXNET_FILE, EDGE_EPS, LPIPS, MEASURES, SAR_MEASURES, bootstrap_ci, edge_agreement, edge_recall,
+                         hallucination, image_edges, mae, paired_gain, psnr, rgb,
                          rmse, sam_deg, sar_edge, sar_edge_gap, ssim, summary, tile_metrics)
 from gac.study import GacError
 
@@ -60,8 +61,10 @@ def test_lpips_refuses_broken_files(alexnet, tmp_path):
     state = torch.load(alexnet, weights_only=True)
     small = {k: v for k, v in state.items() if k.startswith('features')}
     classifier = {k: torch.zeros(1).expand(v.shape) for k, v in state.items() if k.startswith('classifier')}
-    cases = {'missing': (small, r"missing \['classifier.1.bias'"), 'extra': (small | classifier | {'features.99.bias': torch.zeros(1)}, r"unexpected \['features.99.bias'\]"),
-             'shape': (small | classifier | {'features.0.weight': torch.zeros(64, 3, 3, 3)}, r"misshapen \['features.0.weight'\]"), 'list': ([1, 2], 'holds a list')}
+    cases = {'missing': (small, r"missing \['classifier.1.bias'"),
+             'extra': (small | classifier | {'features.99.bias': torch.zeros(1)}, r"unexpected \['features.99.bias'\]"),
+             'shape': (small | classifier | {'features.0.weight': torch.zeros(64, 3, 3, 3)},
+                       r"misshapen \['features.0.weight'\]"), 'list': ([1, 2], 'holds a list')}
     for name, (content, message) in cases.items():
         torch.save(content, tmp_path/f'{name}.pth')
         with pytest.raises(GacError, match=message): LPIPS(tmp_path/f'{name}.pth')
@@ -90,7 +93,8 @@ def test_measures_for_any_image(seed, size, noise, n):
     for name, f in MEASURES.items():
         value = f(pred, truth)
         assert value.shape == (n,) and value.isfinite().all(), name
-        assert torch.allclose(value, torch.cat([f(pred[i:i + 1], truth[i:i + 1]) for i in range(n)]), rtol=1e-4, atol=1e-5), name  # no tile sees another
+        # no tile sees another
+        assert torch.allclose(value, torch.cat([f(pred[i:i + 1], truth[i:i + 1]) for i in range(n)]), rtol=1e-4, atol=1e-5), name
         assert torch.allclose(value, f(pred.flip(-1), truth.flip(-1)), rtol=1e-3, atol=1e-4), name  # nor which side is left
     assert (mae(pred, truth) <= rmse(pred, truth) + 1e-6).all()
     assert ((ssim(pred, truth) <= 1).all() and (0 <= sam_deg(pred, truth)).all() and (sam_deg(pred, truth) <= 180).all())
@@ -112,7 +116,8 @@ def test_non_finite_tile_is_named_by_every_measure():
 def test_table_does_not_depend_on_chunks_or_type():
     pred, truth, none = tiles(7, seed=1), tiles(7, seed=2), LPIPS.__new__(LPIPS)
     none.net = None
-    tables = [tile_metrics(p, t, lpips=none, per_band=True, chunk=c) for p, t, c in ((pred, truth, 32), (pred.numpy(), truth.numpy(), 3), (pred.double(), truth, 1))]
+    tables = [tile_metrics(p, t, lpips=none, per_band=True, chunk=c)
+              for p, t, c in ((pred, truth, 32), (pred.numpy(), truth.numpy(), 3), (pred.double(), truth, 1))]
     for table in tables[1:]: pd.testing.assert_frame_equal(tables[0], table, check_exact=False, rtol=1e-5)
 
 
@@ -127,7 +132,8 @@ def test_bootstrap_of_many_columns_and_uneven_scenes():
     rng = np.random.default_rng(1)
     x, scenes = rng.normal(size=(90, 3)), rng.integers(0, 9, 90).astype(str)
     mean, lo, hi = bootstrap_ci(x, n=300, scenes=scenes)
-    for k in range(3): assert np.allclose((mean[k], lo[k], hi[k]), bootstrap_ci(x[:, k], n=300, scenes=scenes))  # one resample for all columns
+    # one resample for all columns
+    for k in range(3): assert np.allclose((mean[k], lo[k], hi[k]), bootstrap_ci(x[:, k], n=300, scenes=scenes))
     draws = []
     rng = np.random.default_rng(0)
     groups = [x[scenes == s, 0] for s in pd.unique(scenes)]
@@ -139,8 +145,10 @@ def test_bootstrap_of_many_columns_and_uneven_scenes():
 
 def test_gain_is_positive_where_better():
     better, worse = np.full(20, 2.) + np.linspace(0, .1, 20), np.full(20, 1.)
-    assert paired_gain(better, worse, 'psnr')[1] > 0 and paired_gain(better, worse, 'psnr_B08')[1] > 0 and paired_gain(better, worse, 'ssim_std')[1] > 0
-    for measure in ('mse', 'rmse', 'mae', 'sam_deg', 'lpips', 'rmse_B02', 'mae_std'): assert paired_gain(better, worse, measure)[2] < 0, measure
+    assert (paired_gain(better, worse, 'psnr')[1] > 0 and paired_gain(better, worse, 'psnr_B08')[1] > 0
+            and paired_gain(better, worse, 'ssim_std')[1] > 0)
+    for measure in ('mse', 'rmse', 'mae', 'sam_deg', 'lpips', 'rmse_B02', 'mae_std'):
+        assert paired_gain(better, worse, measure)[2] < 0, measure
     with pytest.raises(GacError, match='the same tiles'): paired_gain(better, worse[:3])
 
 
@@ -232,7 +240,8 @@ def test_gradient_of_the_agreement_lowers_it_and_never_breaks():
     edges = image_edges(x := torch.full((1, 4, 48, 48), .3, requires_grad=True))
     edges.sum().backward()
     assert (edges > .9*EDGE_EPS).all() and x.grad.abs().max() < 1  # a flat image has no direction to go
-    with torch.autocast('cpu', torch.bfloat16): assert torch.equal(edge_agreement(tiles(2, 48, 7), s1), edge_agreement(tiles(2, 48, 7), s1).float())
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(edge_agreement(tiles(2, 48, 7), s1), edge_agreement(tiles(2, 48, 7), s1).float())
     with torch.autocast('cpu', torch.bfloat16): half = edge_agreement(tiles(2, 48, 7), s1)
     assert torch.allclose(half, edge_agreement(tiles(2, 48, 7), s1), atol=1e-5)
 
@@ -254,4 +263,5 @@ def test_edge_columns_and_their_direction():
     broken[3, 0, 0, 0] = torch.nan
     for bad, message in ((10**(s1/10), 'linear power'), (s1[:, :, :40], 'VV and VH'), (broken, 'Tile 3')):
         with pytest.raises(GacError, match=message): tile_metrics(pred, truth, lpips=none, s1=bad)
-    with pytest.raises(GacError, match='24 px or more'): tile_metrics(pred[..., :20, :20], truth[..., :20, :20], lpips=none, s1=s1[..., :20, :20])
+    with pytest.raises(GacError, match='24 px or more'):
+        tile_metrics(pred[..., :20, :20], truth[..., :20, :20], lpips=none, s1=s1[..., :20, :20])

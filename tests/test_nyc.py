@@ -107,14 +107,16 @@ def test_rotated_edges_have_no_label(built, area):
     outside = 0
     for chip in built.table.itertuples():
         label = built.read(chip.id, 'LABEL')
-        x, y = places('EPSG:32618', rasterio.Affine(*built.about['transform'])*rasterio.Affine.translation(chip.left, chip.top), *label.shape)
+        x, y = places('EPSG:32618', rasterio.Affine(*built.about['transform'])*rasterio.Affine.translation(chip.left, chip.top),
+                      *label.shape)
         col, row = inverse*Transformer.from_crs('EPSG:32618', to, always_xy=True).transform(x, y)
         deep = np.minimum.reduce([col, row, shape[1] - col, shape[0] - row])  # pixels of the survey to its nearest edge
         assert (label[deep < -2] == -1).all() and (label[deep > 2] >= 0).all()
         outside += (deep < -2).sum()
     assert outside > 50
 
-@pytest.mark.parametrize('crs, turn, step', [('EPSG:2263', 0, 8.), ('EPSG:2263', -20, 12.), ('EPSG:32618', 33, 4.), ('EPSG:32618', 90, 4.), ('EPSG:4326', 0, 3e-5),
+@pytest.mark.parametrize('crs, turn, step', [('EPSG:2263', 0, 8.), ('EPSG:2263', -20, 12.), ('EPSG:32618', 33, 4.),
+                                             ('EPSG:32618', 90, 4.), ('EPSG:4326', 0, 3e-5),
                                              ('EPSG:3857', 0, 30.)])
 def test_a_survey_on_any_grid(tmp_path, crs, turn, step):
     "State plane in feet, degrees, rasters that are turned, pixels finer and coarser than 10 m: labels lie where the codes do."
@@ -122,7 +124,8 @@ def test_a_survey_on_any_grid(tmp_path, crs, turn, step):
     n = 40 if step == 30 else 200
     t = rasterio.Affine.translation(x, y)*rasterio.Affine.rotation(turn)*rasterio.Affine.scale(step, -step)*rasterio.Affine.translation(-n/2, -n/2)
     survey = save(tmp_path/'survey.tif', codes(*places(crs, t, n, n))[None], crs, t, nodata=0)
-    with rasterio.open(survey) as src: assert nyc.metres_per_pixel(src) == pytest.approx(step*{'EPSG:2263': 1200/3937, 'EPSG:4326': 111_320}.get(crs, 1))
+    with rasterio.open(survey) as src:
+        assert nyc.metres_per_pixel(src) == pytest.approx(step*{'EPSG:2263': 1200/3937, 'EPSG:4326': 111_320}.get(crs, 1))
     grid = nyc.utm_grid(survey)
     label = nyc.majority(nyc.class_shares(survey, grid))
     known = label != nyc.NO_LABEL
@@ -136,9 +139,11 @@ def test_a_survey_that_does_not_fit_in_memory_is_read_in_strips(tmp_path, monkey
     import rasterio.vrt
     side, step = 64_000, .1524
     t = rasterio.transform.from_origin(EAST, NORTH + side*step, step, step)
-    with rasterio.open(tmp_path/'big.tif', 'w', driver='GTiff', height=side, width=side, count=1, dtype='uint8', crs='EPSG:32618', transform=t, nodata=0, tiled=True,
+    with rasterio.open(tmp_path/'big.tif', 'w', driver='GTiff', height=side, width=side, count=1, dtype='uint8', crs='EPSG:32618',
+                       transform=t, nodata=0, tiled=True,
                        blockxsize=512, blockysize=512, compress='deflate', SPARSE_OK=True) as dst:
-        dst.write(np.where(np.arange(2048) < 1024, 4, 5).astype(np.uint8)[None].repeat(2048, 0), 1, window=((30_000, 32_048), (30_000, 32_048)))
+        dst.write(np.where(np.arange(2048) < 1024, 4, 5).astype(np.uint8)[None].repeat(2048, 0), 1,
+                  window=((30_000, 32_048), (30_000, 32_048)))
     reads = []
     class Watched(rasterio.vrt.WarpedVRT):
         def read(self, *args, **kw):
@@ -179,7 +184,8 @@ def test_exactly_64_test_chips_where_the_area_allows():
 def test_a_whole_data_set_has_exactly_64_test_chips(tmp_path):
     chips = nyc.from_city(tmp_path/'city', 1, 270, nyc.BuildOptions(size=16, guard=4, test=64, suffix='.npy'))
     assert chips.about['n']['test'] == len(chips.ids('test')) == 64 and len(set(chips.table.id)) == len(chips.table) >= 192
-    assert nyc.split_gap(chips.table, 16) >= 4 and not set(chips.table.block[chips.table.split == 'test']) & set(chips.table.block[chips.table.split == 'train'])
+    assert (nyc.split_gap(chips.table, 16) >= 4
+            and not set(chips.table.block[chips.table.split == 'test']) & set(chips.table.block[chips.table.split == 'train']))
 
 def test_four_timestamps_differ(built):
     assert len(set(built.days)) == len(set(built.about['s1_days'])) == 4
@@ -230,10 +236,12 @@ def test_zero_terrain_is_refused(changed, tmp_path):
     refused(path, tmp_path, 'every elevation is 0')
 
 def test_missing_files_dates_and_bands_are_named(changed):
-    with pytest.raises(GacError, match='s2_gone.tif is not there'): nyc.Files(changed(lambda s: s['dates'][0].update(s2='s2_gone.tif')))
+    with pytest.raises(GacError, match='s2_gone.tif is not there'):
+        nyc.Files(changed(lambda s: s['dates'][0].update(s2='s2_gone.tif')))
     with pytest.raises(GacError, match=r'dates\[1\]: s1 missing'): nyc.Files(changed(lambda s: s['dates'][1].pop('s1')))
     with pytest.raises(GacError, match='is no date'): nyc.Files(changed(lambda s: s['dates'][1].update(date='spring')))
-    with pytest.raises(GacError, match='band .*B12.* missing'): nyc.Files(changed(lambda s: s['dates'][0].update(s2={'B02': 'dem.tif'})))
+    with pytest.raises(GacError, match='band .*B12.* missing'):
+        nyc.Files(changed(lambda s: s['dates'][0].update(s2={'B02': 'dem.tif'})))
 
 def test_a_raster_without_a_place_is_refused(changed, tmp_path):
     path = changed(lambda spec: None)
@@ -268,12 +276,14 @@ def write_catalogue(area:Path, to:Path, days=DAYS, relative:bool=False) -> Path:
         cat.get_child(collection).add_item(i)
     def split(path:Path, names) -> dict: # one file per band, as catalogues have it
         with rasterio.open(path) as src:
-            for n, name in enumerate(names, 1): save(to/f'{path.stem}_{name}.tif', src.read(n)[None], str(src.crs), src.transform, nodata=src.nodata)
+            for n, name in enumerate(names, 1):
+                save(to/f'{path.stem}_{name}.tif', src.read(n)[None], str(src.crs), src.transform, nodata=src.nodata)
         return {name: to/f'{path.stem}_{name}.tif' for name in names}
     to.mkdir()
     common = [nyc.S2_ASSETS[b][1] for b in study.S2_BANDS]
     for day, s1_day in zip(days, S1_DAYS):
-        item('sentinel-2-l2a', f'S2_{day}', day, split(area.parent/f's2_{day}.tif', common) | {'scl': area.parent/f'scl_{day}.tif'},
+        item('sentinel-2-l2a', f'S2_{day}', day,
+             split(area.parent/f's2_{day}.tif', common) | {'scl': area.parent/f'scl_{day}.tif'},
              **{'eo:cloud_cover': 5})
         item('sentinel-1-rtc', f'S1_{day}', s1_day, split(area.parent/f's1_{day}.tif', ('vv', 'vh')))
     item('sentinel-2-l2a', 'S2_cloudy', '2021-04-18', {'blue': area}, **{'eo:cloud_cover': 90})
@@ -301,9 +311,12 @@ def test_a_static_catalogue_gives_the_same_chips(area, tmp_path):
 def test_missing_dates_are_named_all_at_once(area, tmp_path):
     url = write_catalogue(area, tmp_path/'cat', DAYS[:3])
     grid = nyc.utm_grid(area.parent/'landcover.tif')
-    with pytest.raises(GacError, match='2021-10-01/2021-10-31; .*2022-01-01/2022-01-31'): nyc.Catalogue(url, grid, (*SPANS, '2022-01-01/2022-01-31'))
-    with pytest.raises(GacError, match='2021-01-12 is used for 2 of 2'): nyc.Catalogue(url, grid, ('2021-01-12', '2021-01-01/2021-01-31'))
-    with pytest.raises(GacError, match='no Sentinel-1 image within 1 days of 2021-01-12'): nyc.Catalogue(url, grid, ('2021-01-12',), s1_days=1)
+    with pytest.raises(GacError, match='2021-10-01/2021-10-31; .*2022-01-01/2022-01-31'):
+        nyc.Catalogue(url, grid, (*SPANS, '2022-01-01/2022-01-31'))
+    with pytest.raises(GacError, match='2021-01-12 is used for 2 of 2'):
+        nyc.Catalogue(url, grid, ('2021-01-12', '2021-01-01/2021-01-31'))
+    with pytest.raises(GacError, match='no Sentinel-1 image within 1 days of 2021-01-12'):
+        nyc.Catalogue(url, grid, ('2021-01-12',), s1_days=1)
     with pytest.raises(GacError, match='not a readable STAC catalogue'): nyc.Catalogue(tmp_path/'nothing.json', grid, SPANS)
 
 @contextmanager
@@ -323,12 +336,14 @@ def served(catalogue:Path): # -> address, searches it was asked
             here = f'http://127.0.0.1:{self.server.server_port}/'
             self.answer(dict(type='Catalog', id='api', description='an API', stac_version='1.0.0',
                 conformsTo=['https://api.stacspec.org/v1.0.0/core', 'https://api.stacspec.org/v1.0.0/item-search'],
-                links=[dict(rel='self', href=here), dict(rel='root', href=here), dict(rel='search', href=here + 'search', type='application/geo+json', method='POST')]))
+                links=[dict(rel='self', href=here), dict(rel='root', href=here),
+                       dict(rel='search', href=here + 'search', type='application/geo+json', method='POST')]))
         def do_POST(self):
             q = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
             asked.append(q)
             first, _, last = q.get('datetime', '0000/9999').partition('/')
-            hits = [i.to_dict(transform_hrefs=False) for i in items if i.collection_id in q['collections'] and first[:10] <= i.datetime.date().isoformat() <= last[:10]]
+            hits = [i.to_dict(transform_hrefs=False) for i in items if i.collection_id in q['collections']
+                    and first[:10] <= i.datetime.date().isoformat() <= last[:10]]
             self.answer(dict(type='FeatureCollection', features=[h | dict(links=[]) for h in hits], links=[]))
     server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -339,10 +354,12 @@ def test_an_api_is_searched(area, tmp_path):
     static, grid = write_catalogue(area, tmp_path/'cat'), nyc.utm_grid(area.parent/'landcover.tif')[30:94, 30:94]
     with served(static) as (url, asked):
         api = nyc.Catalogue(url, grid, SPANS)
-        assert len(asked) == 9 and asked[0]['collections'] == ['sentinel-2-l2a'] and len(asked[0]['bbox']) == 4  # four optical, four radar, terrain
+        # four optical, four radar, terrain
+        assert len(asked) == 9 and asked[0]['collections'] == ['sentinel-2-l2a'] and len(asked[0]['bbox']) == 4
         walked = nyc.Catalogue(static, grid, SPANS)
         assert [(d.day, d.s1_day) for d in api.dates] == [(d.day, d.s1_day) for d in walked.dates]
-        assert np.array_equal(api.s2(api.dates[1], grid)[0], walked.s2(walked.dates[1], grid)[0]) and np.array_equal(api.dem(grid), walked.dem(grid))
+        assert (np.array_equal(api.s2(api.dates[1], grid)[0], walked.s2(walked.dates[1], grid)[0])
+                and np.array_equal(api.dem(grid), walked.dem(grid)))
         with pytest.raises(GacError, match='no Sentinel-2 image .*2023-01-01'): nyc.Catalogue(url, grid, ('2023-01-01',))
 
 def test_a_catalogue_from_the_command_line(area, tmp_path, capsys):
@@ -350,7 +367,8 @@ def test_a_catalogue_from_the_command_line(area, tmp_path, capsys):
     from gac.cli import main
     url = write_catalogue(area, tmp_path/'cat', relative=True)
     assert '"/' not in (url.parent/'sentinel-2-l2a'/f'S2_{DAYS[0]}'/f'S2_{DAYS[0]}.json').read_text()
-    words = ['nyc', 'build', '--catalog', str(url), '--landcover', str(area.parent/'landcover.tif'), '--output-dir', str(tmp_path/'nyc'), '--tile-size', '64',
+    words = ['nyc', 'build', '--catalog', str(url), '--landcover', str(area.parent/'landcover.tif'), '--output-dir',
+             str(tmp_path/'nyc'), '--tile-size', '64',
              '--guard', '8', '--test', '2', '--dates']
     assert main([*words, ','.join(SPANS)]) == 0
     chips = nyc.Chips(tmp_path/'nyc')
@@ -371,10 +389,12 @@ def test_from_the_command_line(area, tmp_path, capsys):
 
 @pytest.fixture(scope='module')
 def town(tmp_path_factory) -> nyc.Chips:
-    return nyc.from_city(tmp_path_factory.mktemp('town')/'data', 0, 210, nyc.BuildOptions(size=48, guard=12, test=4, val=.1, suffix='.npy'))
+    return nyc.from_city(tmp_path_factory.mktemp('town')/'data', 0, 210,
+                         nyc.BuildOptions(size=48, guard=12, test=4, val=.1, suffix='.npy'))
 
 def configured(town, out:Path, name:str, **kw) -> Path:
-    c = nyc.config(nyc.VARIANTS[name], str(town.folder), str(out/'run'), **dict(steps=2, batch_size=2, suffix='.npy', thoughts=str(out/'thoughts'))
+    c = nyc.config(nyc.VARIANTS[name], str(town.folder), str(out/'run'),
+                   **dict(steps=2, batch_size=2, suffix='.npy', thoughts=str(out/'thoughts'))
                    | kw)
     return downstream.write_config(out/'config.yaml', c)
 
@@ -393,7 +413,8 @@ def test_the_city_has_seasons_and_a_clean_split(town):
 def test_thinking_and_not_differ_in_the_thought_alone(family):
     plain = nyc.config(nyc.VARIANTS['no TiM'], 'd', 'o', family=family)
     for name, v in nyc.VARIANTS.items():
-        if v.tim and v.modalities == nyc.INPUTS: assert nyc.differences(plain, nyc.config(v, 'd', 'o', family=family)) == set(nyc.THOUGHT), name
+        if v.tim and v.modalities == nyc.INPUTS:
+            assert nyc.differences(plain, nyc.config(v, 'd', 'o', family=family)) == set(nyc.THOUGHT), name
     alone = [nyc.config(nyc.VARIANTS[n], 'd', 'o', family=family) for n in ('S1 alone', 'S1 alone, TiM LULC')]
     assert nyc.differences(*alone) == set(nyc.THOUGHT)
     longer = nyc.differences(plain, nyc.config(nyc.VARIANTS['no TiM, equal compute'], 'd', 'o', family=family, steps=150))
@@ -403,7 +424,8 @@ def test_thinking_and_not_differ_in_the_thought_alone(family):
 def test_committed_configurations_differ_in_the_thought_alone(profile):
     "The files of the committed reports, their folders of weights and predictions apart."
     folder, compared = study.root()/'reports'/profile/'configs', 0
-    for given, thinking in (('no_TiM', 'TiM_LULC'), ('no_TiM', 'TiM_NDVI'), ('no_TiM', 'TiM_LULC_NDVI'), ('S1_alone', 'S1_alone_TiM_LULC'), ('base_no_TiM', 'base_TiM_LULC')):
+    for given, thinking in (('no_TiM', 'TiM_LULC'), ('no_TiM', 'TiM_NDVI'), ('no_TiM', 'TiM_LULC_NDVI'),
+                            ('S1_alone', 'S1_alone_TiM_LULC'), ('base_no_TiM', 'base_TiM_LULC')):
         for path in sorted(folder.glob(f'nyc_{thinking}*.yaml')):
             if not (end := path.stem.removeprefix(f'nyc_{thinking}')) == '' and not end[1:].isdigit(): continue
             text = (path.read_text(), (folder/f'nyc_{given}{end}.yaml').read_text())
@@ -420,7 +442,8 @@ def test_the_paper_profile_has_every_run_and_three_seeds():
 def test_equal_compute_is_equal(town, tmp_path, profile):
     "The steps in the profile spend the arithmetic of the thinking run, counted anew."
     params = yaml.safe_load((study.root()/'nbs'/'params'/f'{profile}.yaml').read_text())['13_nyc_tim']
-    cost = [nyc.gflop(configured(town, tmp_path/str(i), name, batch_size=params['batch_size'])) for i, name in enumerate(('TiM LULC', 'no TiM, equal compute'))]
+    cost = [nyc.gflop(configured(town, tmp_path/str(i), name, batch_size=params['batch_size']))
+            for i, name in enumerate(('TiM LULC', 'no TiM, equal compute'))]
     assert cost[0] > 1.3*cost[1] and params['equal_compute_steps'] == nyc.equal_steps(params['steps'], *cost)
 
 def test_four_dates_reach_the_model(town, tmp_path):
@@ -431,7 +454,8 @@ def test_four_dates_reach_the_model(town, tmp_path):
         batch = cli.datamodule.aug(next(iter(cli.datamodule.test_dataloader())))
     name, made = Path(batch['filename']['mask'][0]).name.rsplit('_', 1)[0], nyc.city(0, 210)
     top, left = town.table.set_index('id').loc[name, ['top', 'left']]
-    seen = {m: np.asarray(x, np.float32)[..., top:top + 48, left:left + 48] for m, x in dict(S2L2A=made['s2'], S1RTC=made['s1'], DEM=made['dem'][None, None].repeat(4, 0)).items()}
+    seen = {m: np.asarray(x, np.float32)[..., top:top + 48, left:left + 48]
+            for m, x in dict(S2L2A=made['s2'], S1RTC=made['s1'], DEM=made['dem'][None, None].repeat(4, 0)).items()}
     for m in nyc.INPUTS:
         mean, std = (np.array(v, np.float32)[:, None, None] for v in nyc.standardisation('mini', m))
         x = batch['image'][m][0].numpy()  # (C, T, H, W)
@@ -449,7 +473,8 @@ def test_runs_start_alike_and_see_the_same_chips_in_the_same_order(town, tmp_pat
                                             if k.startswith(('decoder.', 'head.', 'encoder.encoder.encoder.'))}
             self.seen.append([Path(f).name for f in batch['filename']['mask']])
             self.rates.append(trainer.optimizers[0].param_groups[0]['lr'])
-        def on_train_end(self, trainer, module): self.moved = {k for k, p in module.model.named_parameters() if p.grad is not None and p.grad.any()}
+        def on_train_end(self, trainer, module):
+            self.moved = {k for k, p in module.model.named_parameters() if p.grad is not None and p.grad.any()}
     watched = []
     for name in ('S1 alone', 'S1 alone, TiM LULC'):
         cli = downstream.open_config(configured(town, tmp_path/name, name, steps=5))
@@ -497,7 +522,8 @@ def test_the_fallback_gives_every_thought_that_was_asked_for(town, tmp_path, mon
     found = nyc.think(town, tmp_path/'thoughts', wanted=instead.given)
     name = town.ids('test')[0]
     lulc, ndvi = (np.load(tmp_path/'thoughts'/f'{name}_{m}.npy') for m in instead.given)
-    assert (lulc.reshape(4, -1, 48, 48).argmax(1) == found[name]).all() and ndvi.shape == (4, 48, 48) and -1.2 < ndvi.min() < ndvi.max() < 1.2
+    assert ((lulc.reshape(4, -1, 48, 48).argmax(1) == found[name]).all() and ndvi.shape == (4, 48, 48)
+            and -1.2 < ndvi.min() < ndvi.max() < 1.2)
     c = nyc.config(instead, str(town.folder), str(tmp_path/'run'), 1, 2, suffix='.npy', thoughts=str(tmp_path/'thoughts'))
     assert c['data']['init_args']['modalities'] == [*nyc.INPUTS, 'LULC', 'NDVI']
     assert nyc.run_config(downstream.write_config(tmp_path/'config.yaml', c))['confusion'].sum() == 4*48*48
@@ -540,9 +566,11 @@ def test_a_given_thought_runs(town, tmp_path):
 
 def test_the_parser_refuses_what_terratorch_does_not_know(tmp_path):
     c = nyc.config(nyc.VARIANTS['TiM LULC'], 'd', 'o', family='base')
-    assert downstream.open_config(downstream.write_config(tmp_path/'good.yaml', c), build=False).config.model.init_args.model_args['backbone'] == 'terramind_v1_base_tim'
+    assert downstream.open_config(downstream.write_config(tmp_path/'good.yaml', c),
+                                  build=False).config.model.init_args.model_args['backbone'] == 'terramind_v1_base_tim'
     c['trainer']['max_step'] = 3
-    with pytest.raises(GacError, match='max_step'): downstream.open_config(downstream.write_config(tmp_path/'bad.yaml', c), build=False)
+    with pytest.raises(GacError, match='max_step'):
+        downstream.open_config(downstream.write_config(tmp_path/'bad.yaml', c), build=False)
 
 def test_publishing_needs_a_certain_gain(tmp_path):
     import torch
@@ -562,8 +590,10 @@ def test_publishing_needs_a_certain_gain(tmp_path):
     out = nyc.publish(tmp_path/'run', tmp_path/'out')
     assert load_file(out/'model.safetensors')['head.weight'].tolist() == [1, 1] and (out/'config.yaml').exists()
     card = (out/'README.md').read_text()
-    assert '**stable**' in card and '+1.60 points of mIoU [+0.30, +3.00]' in card and '-3.2' in card  # what speaks against it stands there too
-    (run/'gate.json').write_text(json.dumps(dict(data='', seed=0, folders={'TiM LULC': '../../../etc'}, status=status, gate=[row | dict(lo=.3)])))
+    # what speaks against it stands there too
+    assert '**stable**' in card and '+1.60 points of mIoU [+0.30, +3.00]' in card and '-3.2' in card
+    (run/'gate.json').write_text(json.dumps(dict(data='', seed=0, folders={'TiM LULC': '../../../etc'}, status=status,
+                                                 gate=[row | dict(lo=.3)])))
     with pytest.raises(GacError, match='outside the run'): nyc.publish(tmp_path/'run', tmp_path/'out')
 
 def test_a_published_model_draws_the_maps_of_the_run(town, tmp_path):
@@ -574,7 +604,8 @@ def test_a_published_model_draws_the_maps_of_the_run(town, tmp_path):
     tested = nyc.run_config(path)
     shutil.copy(path, run/'run'/'config.yaml')
     row = dict(run='TiM LULC', against='no TiM', gain=1.6, lo=.3, hi=3., verdict='stable', blocks=16, seeds=3)
-    (run/'gate.json').write_text(json.dumps(dict(data='a city', seed=0, folders={'TiM LULC': 'run'}, status={'TiM LULC': 'ran'}, gate=[row])))
+    (run/'gate.json').write_text(json.dumps(dict(data='a city', seed=0, folders={'TiM LULC': 'run'}, status={'TiM LULC': 'ran'},
+                                                 gate=[row])))
     out = nyc.publish(tmp_path/'run', tmp_path/'out')
     cli = downstream.open_config(out/'config.yaml')
     cli.model.model.load_state_dict(load_file(out/'model.safetensors'), strict=True)
@@ -582,7 +613,8 @@ def test_a_published_model_draws_the_maps_of_the_run(town, tmp_path):
         cli.datamodule.setup('test')
         for batch in map(cli.datamodule.aug, cli.datamodule.test_dataloader()):
             pred = cli.model.model.eval()({k: x.float() for k, x in batch['image'].items()}).output.argmax(1).numpy()
-            for f, p in zip(batch['filename']['mask'], pred): assert (p == tested['prediction'][list(tested['id']).index(Path(f).name.rsplit('_', 1)[0])]).all()
+            for f, p in zip(batch['filename']['mask'], pred):
+                assert (p == tested['prediction'][list(tested['id']).index(Path(f).name.rsplit('_', 1)[0])]).all()
 
 def test_the_real_time_series_goes_through(real_data, town, tmp_path):
     there = nyc.from_series(real_data/'time_series_belgium'/'worldcereal_preprocessed_inputs.nc', tmp_path/'series')
@@ -603,7 +635,9 @@ def test_terratorch_runs_the_same_file(town, tmp_path):
     shutil.move(tmp_path/'run', tmp_path/'kept')
     start = 'import gac.study, sys; from terratorch.__main__ import main; sys.argv[0] = "terratorch"; main()'
     env = os.environ | dict(PYTHONPATH=str(study.root()))
-    for words in (['fit', '--config', str(path)], ['test', '--config', str(path), '--ckpt_path', str(tmp_path/'run'/'final.ckpt')]):
-        done = subprocess.run([sys.executable, '-c', start, *words], cwd=study.root(), env=env, capture_output=True, text=True, timeout=1800)
+    for words in (['fit', '--config', str(path)],
+                  ['test', '--config', str(path), '--ckpt_path', str(tmp_path/'run'/'final.ckpt')]):
+        done = subprocess.run([sys.executable, '-c', start, *words], cwd=study.root(), env=env, capture_output=True, text=True,
+                              timeout=1800)
         assert done.returncode == 0, done.stderr[-2000:]
     assert (nyc.read_test(tmp_path/'run')['confusion'] == here).all() and not (study.root()/'config.yaml').exists()

@@ -10,7 +10,8 @@ from gac import study
 ROOT = study.root()
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 STAGES = [p for p in NOTEBOOKS if re.match(r'\d\d_', p.name)]
-SKIP = {'.git', '.venv', '.pytest_cache', '.hypothesis', '__pycache__', '.ipynb_checkpoints', 'gac.egg-info', 'runs', 'build', 'dist'}
+SKIP = {'.git', '.venv', '.pytest_cache', '.hypothesis', '__pycache__', '.ipynb_checkpoints', 'gac.egg-info', 'runs', 'build',
+        'dist'}
 
 def committed() -> list[Path]:
     "The files of the repository: as git lists them, else all but what is ignored by name."
@@ -79,14 +80,17 @@ def test_notebook_keeps_the_names_it_exports(path):
         source = re.sub(r'(?m)^\s*[%!].*$', '', ''.join(c['source']))
         bound = _Bound()
         bound.visit(ast.parse(source))
-        if source.startswith('#| export'): exported |= {n.name for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
-        else: assert not bound.names & exported, f'{path.name}, cell {c["id"]} binds {bound.names & exported}, which the notebook exports'
+        if source.startswith('#| export'):
+            exported |= {n.name for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+        else:
+            assert not bound.names & exported, f'{path.name}, cell {c["id"]} binds {bound.names & exported}, which the notebook exports'
 
 @pytest.mark.parametrize('path', STAGES, ids=lambda p: p.stem)
 def test_stage_parameters(path):
     declared = study.notebook_parameters(path)  # raises unless exactly one cell is tagged
     first = [(p.name, p.kind, p.default) for p in declared.values()][:5]
-    assert first == [('profile', 'str', 'smoke'), ('seed', 'int', 0), ('run_dir', 'str', ''), ('reports_dir', 'str', ''), ('data', 'str', '')]
+    assert first == [('profile', 'str', 'smoke'), ('seed', 'int', 0), ('run_dir', 'str', ''), ('reports_dir', 'str', ''),
+                     ('data', 'str', '')]
     for p in declared.values():
         assert p.help, f'{path.name}: {p.name} has no comment'
         assert study.check_value(p, p.default, path.name) == p.default
@@ -131,7 +135,8 @@ def test_imported_packages_are_required():
     alias = {'yaml': 'pyyaml', 'sklearn': 'scikit-learn', 'odc': 'odc-stac'}
     for path in (ROOT/'gac').glob('[!_]*.py'):
         for node in ast.walk(ast.parse(path.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            names = ([a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
+                     if isinstance(node, ast.ImportFrom) and not node.level else [])
             for name in {n.split('.')[0] for n in names} - set(sys.stdlib_module_names) - {'gac', 'numpy', 'requests', 'planetary_computer'}:
                 assert canonical(alias.get(name, name)) in required, f'{path.name} imports {name}, which settings.ini does not name'
 
@@ -143,12 +148,14 @@ def test_readme_is_the_index_notebook():
 
 def test_make_targets_named_in_the_readme_exist():
     targets = set(re.findall(r'^([a-z-]+):', (ROOT/'Makefile').read_text(), re.M))
-    named = set(re.findall(r'make ([a-z]+(?:-[a-z]+)?)\b', '\n'.join(re.findall(r'(?s)```.*?```|`[^`]+`', (ROOT/'README.md').read_text()))))
+    named = set(re.findall(r'make ([a-z]+(?:-[a-z]+)?)\b',
+                           '\n'.join(re.findall(r'(?s)```.*?```|`[^`]+`', (ROOT/'README.md').read_text()))))
     assert named and named <= targets, named - targets
     assert 'make test' in (ROOT/'.ci'/'run').read_text() and os.access(ROOT/'.ci'/'run', os.X_OK)
 
 # folders of a machine and addresses of package indices, written so that this file holds none
-MACHINE = re.compile('|'.join([r'/(?:ho' r'me|Us' r'ers|ro' r'ot|op' r't|wo' r'rk)/[\w.-]+', r'/t' r'mp/\w', r'[A-Z]:\\\\Us' r'ers', r'/va' r'r/folders',
+MACHINE = re.compile('|'.join([r'/(?:ho' r'me|Us' r'ers|ro' r'ot|op' r't|wo' r'rk)/[\w.-]+', r'/t' r'mp/\w',
+                               r'[A-Z]:\\\\Us' r'ers', r'/va' r'r/folders',
                                r'--(?:extra-)?ind' r'ex-url [^-\s]', r'find-li' r'nks', r'file:/' r'//', r'site-pack' r'ages/']))
 
 def test_nothing_of_one_machine():
@@ -167,10 +174,12 @@ def test_weights_are_small_and_have_cards():
 
 def test_committed_files_are_few_and_known():
     "Nothing at the top that the house does not name."
-    known = {'README.md', 'Makefile', 'settings.ini', 'setup.py', 'pyproject.toml', 'environment.yml', 'requirements.lock', 'LICENSE', 'CITATION.cff',
+    known = {'README.md', 'Makefile', 'settings.ini', 'setup.py', 'pyproject.toml', 'environment.yml', 'requirements.lock',
+             'LICENSE', 'CITATION.cff',
              '.gitignore', 'nbs', 'gac', 'data', 'reports', 'tests', '.ci', '.github', 'docs'}
     assert {p.relative_to(ROOT).parts[0] for p in committed()} <= known
-    folders = {p.relative_to(ROOT).parts[1] for p in committed() if p.relative_to(ROOT).parts[0] == 'data' and len(p.relative_to(ROOT).parts) > 2}
+    folders = {p.relative_to(ROOT).parts[1] for p in committed() if p.relative_to(ROOT).parts[0] == 'data'
+               and len(p.relative_to(ROOT).parts) > 2}
     assert folders <= {'weights'}
 
 def test_torchvision_is_mended_only_where_it_is_broken():
@@ -184,8 +193,10 @@ def test_study_imports_light():
     code = "import sys; from gac import study; print(sorted({'torch', 'pandas', 'matplotlib', 'papermill'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT).stdout.strip() == '[]'
 
-@pytest.mark.parametrize('path', sorted(p for p in committed() if p.parent.name == 'notebooks'), ids=lambda p: f'{p.parent.parent.name}-{p.stem}')
+@pytest.mark.parametrize('path', sorted(p for p in committed() if p.parent.name == 'notebooks'),
+                         ids=lambda p: f'{p.parent.parent.name}-{p.stem}')
 def test_pictures_of_an_executed_notebook_are_whole(path):
     for cell in json.loads(path.read_text(encoding='utf-8'))['cells']:
         for out in cell.get('outputs', []):
-            if 'image/png' in out.get('data', {}): Image.open(io.BytesIO(base64.b64decode(''.join(out['data']['image/png']).strip(), validate=True))).verify()
+            if 'image/png' in out.get('data', {}):
+                Image.open(io.BytesIO(base64.b64decode(''.join(out['data']['image/png']).strip(), validate=True))).verify()

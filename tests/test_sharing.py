@@ -31,7 +31,8 @@ def folders(tmp_path_factory) -> dict:
     two, three = drawn(stage2.build_prithvi_refiner(**SMALL)), drawn(stage3.build_stage3_model(taps=2, lora_r=2, **SMALL))
     more = dict(steps=40, pairs=12, data='procedural world')
     return dict(stage2=stage2.save_stage2(two, home/'two', MEASURED, **more),
-                stage3=stage3.save_stage3(three, home/'three', MEASURED, stage2=dict(backbone='prithvi_mini', bands=list(OPT_BANDS)), **more))
+                stage3=stage3.save_stage3(three, home/'three', MEASURED,
+                                          stage2=dict(backbone='prithvi_mini', bands=list(OPT_BANDS)), **more))
 
 @pytest.fixture
 def hub(folders, tmp_path, monkeypatch):
@@ -63,14 +64,17 @@ def run_card(folder:Path, name='') -> dict: # what its code leaves
 @pytest.mark.parametrize('stage', HEADS)
 def test_the_card_is_one_of_the_hub_and_tells_what_was_measured(folders, stage):
     folder = folders[stage]
-    assert sorted(p.name for p in folder.iterdir()) == sorted(['README.md', 'adapter_config.json', 'adapter_model.safetensors', f'{HEADS[stage]}.json', f'{HEADS[stage]}.safetensors'])
+    assert sorted(p.name for p in folder.iterdir()) == sorted(['README.md', 'adapter_config.json', 'adapter_model.safetensors',
+                                                               f'{HEADS[stage]}.json', f'{HEADS[stage]}.safetensors'])
     card, head = ModelCard.load(folder/'README.md'), metadata_load(folder/'README.md')
-    assert (head['library_name'], head['license'], head['pipeline_tag']) == ('peft', 'apache-2.0', 'image-to-image') and {stage, 'gac', 'lora'} <= set(head['tags'])
+    assert (head['library_name'], head['license'],
+            head['pipeline_tag']) == ('peft', 'apache-2.0', 'image-to-image') and {stage, 'gac', 'lora'} <= set(head['tags'])
     told = {r.metric_type: r.metric_value for r in card.data.eval_results}
     assert told == dict(psnr=27.25, psnr_calibrated=28.125, ssim=.75, sar_edge=.5)  # no loss, and nothing that is no number
     assert {(r.dataset_name, r.dataset_split, r.task_type) for r in card.data.eval_results} == {('procedural world', 'validation', 'image-to-image')}
     assert ModelCard(str(card)).data.to_dict() == card.data.to_dict() and yaml.safe_load(card.data.to_yaml()) == head
-    for said in ('| PSNR, dB | 27.2500 |', '| pairs | `12` |', 'They look like observations and are none'): assert said in card.text, said
+    for said in ('| PSNR, dB | 27.2500 |', '| pairs | `12` |', 'They look like observations and are none'):
+        assert said in card.text, said
     meta = json.loads((folder/f'{HEADS[stage]}.json').read_text())
     assert all(f'`{k}` ({v})' in card.text for k, v in meta['weights'].items())
 
@@ -89,7 +93,8 @@ def test_the_code_of_a_card_runs_and_peft_reads_the_adapters(folders):
     two, three = run_card(folders['stage2']), run_card(folders['stage3'])
     x, given = torch.rand(1, 4, 48, 48)*.3, images()
     with torch.no_grad():
-        for a, b in zip(two['encoder'].base_model.model(x[:, :, None]), two['refiner'].encoder(x[:, :, None])): torch.testing.assert_close(a, b)
+        for a, b in zip(two['encoder'].base_model.model(x[:, :, None]), two['refiner'].encoder(x[:, :, None])):
+            torch.testing.assert_close(a, b)
     assert not np.allclose(two['image'], given['opt_v1'], atol=1e-3) and not np.allclose(three['image'], given['opt_v2'], atol=1e-3)
     adapted = {k: v for k, v in three['generator'].state_dict().items() if 'lora_' in k}
     kept = load_file(folders['stage3']/'adapter_model.safetensors')
@@ -103,17 +108,20 @@ def test_the_name_of_a_repository_is_enough(folders, hub, capsys):
     assert cli.main(['stage3', 'info', '--stage3-checkpoint', 'someone/gac-stage3.v1']) == 0 and 'val_psnr' in capsys.readouterr().out
     other = stage2.build_prithvi_refiner(lora_r=0, **SMALL)
     hub('someone/gac-stage2.v1', stage2.save_stage2(other, Path('plain')), 'plain', '1'*40)
-    assert stage2.load_stage2('someone/gac-stage2.v1@plain').config['lora_r'] == 0 and stage2.load_stage2('someone/gac-stage2.v1').config['lora_r'] == 8
+    assert (stage2.load_stage2('someone/gac-stage2.v1@plain').config['lora_r'] == 0
+            and stage2.load_stage2('someone/gac-stage2.v1').config['lora_r'] == 8)
     shutil.copytree(folders['stage2'], 'someone/gac-stage2.v1')  # a folder of that name comes first
     state, meta = training.load_checkpoint('someone/gac-stage2.v1/refiner.safetensors')
     assert stage2.read_stage2('someone/gac-stage2.v1')[1] == meta
 
 def test_what_is_nowhere_is_told_with_repository_and_files(hub, monkeypatch, capsys):
-    with pytest.raises(GacError, match=r'nobody/nothing is no folder here and not in the Hugging Face cache \(HF_HUB_OFFLINE is set\)') as e: stage2.load_stage2('nobody/nothing')
+    with pytest.raises(GacError, match=r'nobody/nothing is no folder here and not in the Hugging Face cache \(HF_HUB_OFFLINE is set\)') as e:
+        stage2.load_stage2('nobody/nothing')
     assert 'refiner.safetensors' in str(e.value) and 'hf download nobody/nothing' in str(e.value)
     assert cli.main(['stage3', 'info', '--stage3-checkpoint', 'nobody/nothing']) == 2
     assert 'needs grounding.safetensors' in capsys.readouterr().err
-    with pytest.raises(GacError, match=r'needs grounding.safetensors'): stage3.load_stage3('someone/gac-stage2.v1')  # it is of another stage
+    # it is of another stage
+    with pytest.raises(GacError, match=r'needs grounding.safetensors'): stage3.load_stage3('someone/gac-stage2.v1')
     monkeypatch.delenv('HF_HUB_OFFLINE')
     asked = []
     def download(repo_id, local_files_only, **more):

@@ -51,16 +51,20 @@ def shards(store) -> dict:
 
 def spoil(store, row:int, value) -> None:
     "Put something into the radar of a tile that no reader would have let in."
-    tiles.write_shard(store._shard_file('s1', row//store.shard), store.shard, {row % store.shard: np.full((2, 48, 48), value, 'float32')})
+    tiles.write_shard(store._shard_file('s1', row//store.shard), store.shard,
+                      {row % store.shard: np.full((2, 48, 48), value, 'float32')})
 
 def test_killed_twice_and_resumed_gives_the_same_bytes(copy, shelf, model):
     whole, broken = copy('whole'), copy('broken')
     settings = dict(timesteps=6, batch_size=2)
     stage1.precompute(whole, model, **settings)
-    command = [*GAC, 'precompute', '--data-dir', str(broken.path), '--timesteps', '6', '--batch-size', '2', '--weights', str(shelf)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    command = [*GAC, 'precompute', '--data-dir', str(broken.path), '--timesteps', '6', '--batch-size', '2', '--weights',
+               str(shelf)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               env=os.environ | {'OMP_NUM_THREADS': '1'})
     deadline = time.monotonic() + 900
-    while process.poll() is None and len(list(broken.journal.glob('opt_v1.*.safetensors'))) < 3 and time.monotonic() < deadline: time.sleep(.002)
+    while process.poll() is None and len(list(broken.journal.glob('opt_v1.*.safetensors'))) < 3 and time.monotonic() < deadline:
+        time.sleep(.002)
     process.send_signal(signal.SIGKILL)
     said = process.communicate()[0].decode()
     assert process.returncode == -signal.SIGKILL, said
@@ -100,7 +104,8 @@ def test_a_rank_leaves_the_tiles_of_others_alone(copy, model):
 def test_batch_size_does_not_matter(model, original, tokens):
     store = tiles.Store(original)
     s1, ids = store.read('s1', slice(0, 7)), list(store.table.id[:7])
-    images = [np.concatenate([stage1.draw(model, s1[i:i + n], ids[i:i + n], stage1.Decoding(2, tokens)) for i in range(0, 7, n)]) for n in (1, 3, 7)]
+    images = [np.concatenate([stage1.draw(model, s1[i:i + n], ids[i:i + n], stage1.Decoding(2, tokens)) for i in range(0, 7, n)])
+              for n in (1, 3, 7)]
     for other in images[1:]: assert np.abs(tiles.to_dn(other).astype(int) - tiles.to_dn(images[0])).max() <= 1
 
 def test_order_and_seed(model, original):
@@ -117,7 +122,8 @@ def test_bad_tiles_are_listed_and_the_others_go_on(copy, model, reference):
     report = stage1.precompute(store, model, **QUICK)
     assert (report['processed'], report['errors']) == (26, 4)
     assert list(report['failed'].id) == [store.table.id[r] for r in (4, 9, 17, 25)]
-    assert [w in e for w, e in zip(('4608 values that are not finite', 'not finite', 'expected dB', 'everywhere'), report['failed'].error)] == [True]*4
+    assert [w in e for w, e in zip(('4608 values that are not finite', 'not finite', 'expected dB', 'everywhere'),
+                                   report['failed'].error)] == [True]*4
     assert store.pending('opt_v1').tolist() == [4, 9, 17, 25]
     good = [r for r in range(30) if r not in (4, 9, 17, 25)]
     assert np.abs(store.read('opt_v1', good).astype(int) - reference[good]).max() <= 1
@@ -154,7 +160,8 @@ def test_out_of_memory_says_what_to_do(copy, model, monkeypatch):
 def test_a_short_disk_is_refused_before_anything_is_written(copy, model, monkeypatch):
     store = copy('disk')
     monkeypatch.setattr(shutil, 'disk_usage', lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 10**5, 10**5))
-    with pytest.raises(study.GacError, match='30 tiles need up to 0.000553 GB and 0.0001 GB are free'): stage1.precompute(store, model, **QUICK)
+    with pytest.raises(study.GacError, match='30 tiles need up to 0.000553 GB and 0.0001 GB are free'):
+        stage1.precompute(store, model, **QUICK)
     assert 'opt_v1' not in tiles.Store(store.path).arrays
     stage1.precompute(store, model, max_tiles=5, **QUICK)  # fewer fit
 
@@ -168,10 +175,13 @@ def test_other_settings_do_not_mix(copy, model):
     stage1.precompute(store, model, output='opt_other', max_tiles=3, **QUICK | dict(timesteps=2))
     assert stage1.precompute(store, model, overwrite=True, max_tiles=3, **QUICK | dict(timesteps=2))['processed'] == 3
     assert (store.read('opt_v1', [0, 1, 2]) == store.read('opt_other', [0, 1, 2])).all()
-    assert stage1.precompute(store, model, overwrite=True, max_tiles=3, **QUICK | dict(timesteps=2))['skipped'] == 3  # the same settings: kept
+    # the same settings: kept
+    assert stage1.precompute(store, model, overwrite=True, max_tiles=3, **QUICK | dict(timesteps=2))['skipped'] == 3
 
-@pytest.mark.parametrize('wrong, said', [(dict(batch_size=0), 'at least 1'), (dict(rank=2, world_size=2), 'ranks go from 0 to 1'), (dict(timesteps=0), 'expected 1 to 1000'),
-                                         (dict(tokens='best'), 'expected sample'), (dict(clamp='no'), 'expected pretraining'), (dict(n_samples=0), 'at least 1')])
+@pytest.mark.parametrize('wrong, said', [(dict(batch_size=0), 'at least 1'), (dict(rank=2, world_size=2), 'ranks go from 0 to 1'),
+                                         (dict(timesteps=0), 'expected 1 to 1000'),
+                                         (dict(tokens='best'), 'expected sample'), (dict(clamp='no'), 'expected pretraining'),
+                                         (dict(n_samples=0), 'at least 1')])
 def test_nonsense_is_refused(copy, model, wrong, said):
     with pytest.raises(study.GacError, match=said): stage1.precompute(copy('nonsense'), model, **QUICK | wrong)
 
@@ -184,7 +194,8 @@ def test_two_writers_of_one_array_are_refused(copy, model):
     other.close()
 
 def test_missing_weights_are_named(tmp_path):
-    with pytest.raises(study.GacError, match='terramind_mini.safetensors'): stage1.build_terramind_generator(weights=str(tmp_path))
+    with pytest.raises(study.GacError, match='terramind_mini.safetensors'):
+        stage1.build_terramind_generator(weights=str(tmp_path))
 
 def test_companion_holds_only_the_new_array(copy, model, reference, tmp_path):
     store = copy('source')
@@ -208,19 +219,22 @@ def test_command_converts_other_layouts_first(shelf, tmp_path, capsys):
 def test_command_lists_errors_and_says_so_in_its_exit_code(copy, shelf, capsys):
     store = copy('errors')
     spoil(store, 2, np.nan)
-    assert cli.main(['precompute', '--data-dir', str(store.path), '--timesteps', '1', '--max-tiles', '4', '--weights', str(shelf)]) == 1
+    assert cli.main(['precompute', '--data-dir', str(store.path), '--timesteps', '1', '--max-tiles', '4', '--weights',
+                     str(shelf)]) == 1
     assert 'processed 3, already there 0, errors 1' in capsys.readouterr().out
     assert store.table.id[2] in (store.path/'opt_v1_errors.csv').read_text()
 
 def test_real_chips(real_data, shelf, tmp_path, capsys):
     out = tmp_path/'out'
-    assert cli.main(['precompute', '--data-dir', str(real_data/'bigearthnet_v2'), '--output-dir', str(out), '--timesteps', '1', '--weights', str(shelf)]) == 0
+    assert cli.main(['precompute', '--data-dir', str(real_data/'bigearthnet_v2'), '--output-dir', str(out), '--timesteps', '1',
+                     '--weights', str(shelf)]) == 0
     assert 'processed 3' in capsys.readouterr().out
 
 def test_stage_images_are_browsed(tmp_path):
     store = tiles.from_world(tmp_path/'tiles', 2, 1, 1, size=32)
     calls = []
-    browse = stage1.browser(store, store.rows()[1:3], dict(opt_v1=lambda batch: calls.append(batch['id'][0]) or batch['truth']*.5))
+    browse = stage1.browser(store, store.rows()[1:3], dict(opt_v1=lambda batch: calls.append(batch['id'][0])
+                                                           or batch['truth']*.5))
     names = list(store.table.id)
     assert browse.controls['tile'].options == tuple(names[1:3])
     assert browse.controls['right'].options == ('radar', 'opt_v1', 'truth', 'error of opt_v1')

@@ -13,7 +13,8 @@ from gac import foundations, metrics, stage1, stage2, study, tiles, training
 from gac.study import GacError
 
 SMALL = dict(width=16, depth=1)
-QUICK = replace(stage2.SETTINGS, lr=3e-3, max_steps=8, batch_size=2, grad_accum_steps=2, val_every=2, save_every=2, log_every=1, warmup=2., accelerator='cpu')
+QUICK = replace(stage2.SETTINGS, lr=3e-3, max_steps=8, batch_size=2, grad_accum_steps=2, val_every=2, save_every=2, log_every=1,
+                warmup=2., accelerator='cpu')
 
 def dim(batch): return batch['truth']*np.float32(.8) + np.float32(.02)  # a Stage 1 that is easy to correct
 
@@ -34,7 +35,8 @@ def copy(original, tmp_path):
 def pairs(original):
     "Training and validation pairs."
     store = tiles.Store(original)
-    return tuple(stage2.Pairs(store, store.rows(s), dim, crop, flips) for s, crop, flips in (('train', 32, 'all'), ('val', 0, 'none')))
+    return tuple(stage2.Pairs(store, store.rows(s), dim, crop, flips)
+                 for s, crop, flips in (('train', 32, 'all'), ('val', 0, 'none')))
 
 @pytest.fixture(scope='session')
 def trained(pairs, tmp_path_factory):
@@ -71,7 +73,8 @@ def test_killed_training_resumes_with_the_same_curve(pairs, trained, tmp_path):
     columns = [c for c in whole.curve if c != 'gpu_memory_mb']
     np.testing.assert_array_equal(fit.curve[columns], whole.curve[columns])
     unbroken = stage2.load_stage2(folder)
-    for k, v in training.trained_state(unbroken).items(): torch.testing.assert_close(training.trained_state(refiner)[k], v, rtol=0, atol=0)
+    for k, v in training.trained_state(unbroken).items():
+        torch.testing.assert_close(training.trained_state(refiner)[k], v, rtol=0, atol=0)
 
 def test_dropout_and_hidden_metadata_are_at_work_while_training(pairs, tmp_path):
     seen = []
@@ -84,13 +87,15 @@ def test_dropout_and_hidden_metadata_are_at_work_while_training(pairs, tmp_path)
     assert seen == [True]*4 + [False] and not refiner.training  # four batches, one validation batch
 
 def test_the_best_step_is_exported_not_the_last(pairs, tmp_path):
-    fit = stage2.train_stage2(stage2.build_prithvi_refiner(**SMALL), *pairs, replace(QUICK, mode='min'), tmp_path/'run', every=0)  # the worst is wanted
+    # the worst is wanted
+    fit = stage2.train_stage2(stage2.build_prithvi_refiner(**SMALL), *pairs, replace(QUICK, mode='min'), tmp_path/'run', every=0)
     values = fit.curve.val_psnr.dropna()
     card = stage2.read_stage2(tmp_path/'run')[1]
     assert values.idxmin() != values.index[-1]
     assert card['metrics']['val_psnr'] == pytest.approx(values.min()) and card['steps'] == fit.curve.step[values.idxmin()]
     refiner = stage2.load_stage2(tmp_path/'run')
-    made = [metrics.psnr(torch.from_numpy(stage2.refine(refiner, t['opt_v1'][None], {k: t[k] for k in stage2.TOLD if k in t})), t['truth'][None])[0]
+    made = [metrics.psnr(torch.from_numpy(stage2.refine(refiner, t['opt_v1'][None], {k: t[k] for k in stage2.TOLD if k in t})),
+                         t['truth'][None])[0]
             for t in map(pairs[1].tile, range(2))]
     assert float(np.mean(made)) == pytest.approx(card['metrics']['val_psnr_calibrated'], abs=1e-3)
     assert card['metrics']['val_psnr_calibrated'] >= values.min()
@@ -111,7 +116,8 @@ def test_killed_precomputation_leaves_the_same_bytes(copy, trained):
     assert 0 < len(broken.pending('opt_v2')) < 12
     report = stage2.precompute_stage2(broken, refiner, batch_size=2)
     assert report['skipped'] == 6 and report['processed'] == 6 and report['errors'] == 0
-    files = [{p.relative_to(s.path): p.read_bytes() for p in (s.path/'arrays'/'opt_v2').rglob('*') if p.is_file()} for s in (whole, broken)]
+    files = [{p.relative_to(s.path): p.read_bytes() for p in (s.path/'arrays'/'opt_v2').rglob('*') if p.is_file()}
+             for s in (whole, broken)]
     assert files[0] == files[1]
 
 def test_ranks_and_batch_sizes_agree(copy, trained):
@@ -124,10 +130,13 @@ def test_ranks_and_batch_sizes_agree(copy, trained):
 def test_opt_v2_depends_on_what_was_trained(copy, trained):
     store = copy('tiles')
     stage2.precompute_stage2(store, stage2.load_stage2(trained[1]))
-    with pytest.raises(GacError, match='opt_v2 was begun with'): stage2.precompute_stage2(store, stage2.build_prithvi_refiner(**SMALL))
+    with pytest.raises(GacError, match='opt_v2 was begun with'):
+        stage2.precompute_stage2(store, stage2.build_prithvi_refiner(**SMALL))
     assert stage2.precompute_stage2(store, stage2.build_prithvi_refiner(**SMALL), overwrite=True)['processed'] == 12
-    np.testing.assert_array_equal(store.read('opt_v2', slice(None)), store.read('opt_v1', slice(None)))  # untrained: nothing is changed
-    with pytest.raises(GacError, match='has no opt_v9'): stage2.precompute_stage2(store, stage2.build_prithvi_refiner(**SMALL), source='opt_v9')
+    # untrained: nothing is changed
+    np.testing.assert_array_equal(store.read('opt_v2', slice(None)), store.read('opt_v1', slice(None)))
+    with pytest.raises(GacError, match='has no opt_v9'):
+        stage2.precompute_stage2(store, stage2.build_prithvi_refiner(**SMALL), source='opt_v9')
 
 def tampered(folder:Path, to:Path, **card) -> Path:
     "A checkpoint with another card."
@@ -139,10 +148,13 @@ def tampered(folder:Path, to:Path, **card) -> Path:
 
 def test_checkpoints_that_do_not_belong_are_refused(trained, tmp_path):
     folder = trained[1]
-    with pytest.raises(GacError, match="backbone is 'prithvi_mini', expected 'prithvi_eo_v2_300'"): stage2.load_stage2(folder, 'prithvi_eo_v2_300')
-    with pytest.raises(GacError, match=r"bands is \['B02', 'B03', 'B04', 'B08'\], expected"): stage2.read_stage2(folder, bands=study.OPT_BANDS[::-1])
+    with pytest.raises(GacError, match="backbone is 'prithvi_mini', expected 'prithvi_eo_v2_300'"):
+        stage2.load_stage2(folder, 'prithvi_eo_v2_300')
+    with pytest.raises(GacError, match=r"bands is \['B02', 'B03', 'B04', 'B08'\], expected"):
+        stage2.read_stage2(folder, bands=study.OPT_BANDS[::-1])
     with pytest.raises(GacError, match="kind is 'stage3'"): stage2.load_stage2(tampered(folder, tmp_path/'kind', kind='stage3'))
-    with pytest.raises(GacError, match='other weights of prithvi_mini'): stage2.load_stage2(tampered(folder, tmp_path/'weights', weights={'prithvi_mini.safetensors': '0'*16}))
+    with pytest.raises(GacError, match='other weights of prithvi_mini'):
+        stage2.load_stage2(tampered(folder, tmp_path/'weights', weights={'prithvi_mini.safetensors': '0'*16}))
     with pytest.raises(GacError, match='is missing'): stage2.load_stage2(tmp_path/'nothing')
     broken = shutil.copytree(folder, tmp_path/'broken')
     (broken/'adapter_model.safetensors').write_bytes(b'x'*100)
@@ -150,7 +162,8 @@ def test_checkpoints_that_do_not_belong_are_refused(trained, tmp_path):
     state, _ = training.load_checkpoint(folder/stage2.HEAD_FILE)
     short = shutil.copytree(folder, tmp_path/'short')
     meta = training.load_checkpoint(short/stage2.HEAD_FILE)[1]
-    training.save_file({k: v for k, v in state.items() if k != 'head.out.bias'}, short/stage2.HEAD_FILE, metadata={'gac': json.dumps(meta)})
+    training.save_file({k: v for k, v in state.items() if k != 'head.out.bias'}, short/stage2.HEAD_FILE,
+                       metadata={'gac': json.dumps(meta)})
     with pytest.raises(GacError, match='head.out.bias'): stage2.load_stage2(short)
 
 def test_the_file_in_the_folder_is_a_path_too(trained):
@@ -169,7 +182,8 @@ def test_adapters_are_pefts_and_can_be_merged(trained):
         torch.testing.assert_close(refiner(x), before, rtol=0, atol=1e-5)
     assert not any('lora_' in k for k in refiner.state_dict())
 
-@pytest.mark.parametrize('options', [dict(load_in_8bit=True), dict(unfreeze_last_n_blocks=2), dict(load_in_8bit=True, unfreeze_last_n_blocks=1, reach='wider'),
+@pytest.mark.parametrize('options', [dict(load_in_8bit=True), dict(unfreeze_last_n_blocks=2),
+                                     dict(load_in_8bit=True, unfreeze_last_n_blocks=1, reach='wider'),
                                      dict(lora_r=0), dict(metadata=()), dict(pretrained=False)], ids=str)
 def test_every_kind_of_refiner_trains_and_comes_back(options, pairs, tmp_path):
     refiner = stage2.build_prithvi_refiner(**options, **SMALL)
@@ -181,7 +195,9 @@ def test_every_kind_of_refiner_trains_and_comes_back(options, pairs, tmp_path):
     assert 'head.out.weight' in moved and any('lora_B' in k for k in moved) == bool(options.get('lora_r', 8))
     assert any(k.startswith('encoder.blocks.5.mlp.fc1.weight') for k in moved) == bool(options.get('unfreeze_last_n_blocks'))
     x = pairs[1].tile(0)['opt_v1'][None]
-    with torch.no_grad(): torch.testing.assert_close(stage2.load_stage2(tmp_path/'run')(x, {'month': 5}), refiner(x, {'month': 5}), rtol=0, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(stage2.load_stage2(tmp_path/'run')(x, {'month': 5}), refiner(x, {'month': 5}), rtol=0,
+                                   atol=1e-6)
 
 def test_reach_of_the_adapters():
     for reach, names in (('attention', {'attn.qkv', 'attn.proj'}), ('wider', {'attn.qkv', 'attn.proj', 'mlp.fc1', 'mlp.fc2'})):
@@ -192,8 +208,10 @@ def test_reach_of_the_adapters():
 def test_bands_come_in_their_order_with_their_weights():
     encoder = stage2.build_prithvi_refiner(**SMALL).encoder
     file = load_file(study.root()/'data'/'weights'/'mini'/'prithvi_mini.safetensors')
-    whole = next(v for k, v in file.items() if k.endswith('patch_embed.proj.weight') and 'decoder' not in k).float()  # (D, 6, 1, 8, 8)
-    torch.testing.assert_close(encoder.patch_embed.proj.weight.detach(), whole[:, :4])  # B02, B03, B04 and the narrow near infrared for B08
+    # (D, 6, 1, 8, 8)
+    whole = next(v for k, v in file.items() if k.endswith('patch_embed.proj.weight') and 'decoder' not in k).float()
+    # B02, B03, B04 and the narrow near infrared for B08
+    torch.testing.assert_close(encoder.patch_embed.proj.weight.detach(), whole[:, :4])
     mean = np.array(foundations.MINI_STATS['prithvi'][0])[:4]*study.REFLECTANCE
     seen = []
     encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -210,7 +228,8 @@ def test_a_month_that_matters_is_learnt_and_only_by_who_is_told():
     settings = replace(QUICK, lr=1e-2, max_steps=40, batch_size=8, grad_accum_steps=1, val_every=20, save_every=20)
     def error(metadata, folder):
         refiner = stage2.build_prithvi_refiner(metadata=metadata, hide=0., dropout=0., **SMALL)
-        stage2.train_stage2(refiner, tiles_, tiles_[:4], settings, folder, stage2.Stage2Loss(log_mse=0., l1=1., ms_ssim=0., sam=0.), every=0)
+        stage2.train_stage2(refiner, tiles_, tiles_[:4], settings, folder,
+                            stage2.Stage2Loss(log_mse=0., l1=1., ms_ssim=0., sam=0.), every=0)
         made = stage2.refine(refiner, torch.stack([t['opt_v1'] for t in tiles_]), {'month': [t['month'] for t in tiles_]})
         return float(np.abs(made - torch.stack([t['truth'] for t in tiles_]).numpy()).mean())
     import tempfile
@@ -222,10 +241,12 @@ def test_south_of_the_equator_the_year_runs_half_a_year_late(tmp_path):
     g, tiles_ = torch.Generator().manual_seed(0), []
     for i in range(16):  # what counts is summer, whichever the month
         x, south, summer = torch.rand(4, 32, 32, generator=g)*.2, i % 2 == 1, i % 4 < 2
-        tiles_.append(dict(opt_v1=x, truth=x + (.05 if summer else -.05), month=7 if summer != south else 1, biome=4, lat=-40. if south else 40.))
+        tiles_.append(dict(opt_v1=x, truth=x + (.05 if summer else -.05), month=7 if summer != south else 1, biome=4,
+                           lat=-40. if south else 40.))
     settings = replace(QUICK, lr=1e-2, max_steps=40, batch_size=8, grad_accum_steps=1, val_every=20, save_every=20)
     refiner = stage2.build_prithvi_refiner(metadata=('month',), hide=0., dropout=0., **SMALL)
-    stage2.train_stage2(refiner, tiles_, tiles_[:4], settings, tmp_path, stage2.Stage2Loss(log_mse=0., l1=1., ms_ssim=0., sam=0.), every=0)
+    stage2.train_stage2(refiner, tiles_, tiles_[:4], settings, tmp_path, stage2.Stage2Loss(log_mse=0., l1=1., ms_ssim=0., sam=0.),
+                        every=0)
     x, truth = (torch.stack([t[k] for t in tiles_]) for k in ('opt_v1', 'truth'))
     error = lambda **more: float(np.abs(stage2.refine(refiner, x, {'month': [t['month'] for t in tiles_]} | more) - truth.numpy()).mean())
     assert error(lat=[t['lat'] for t in tiles_]) < .02 < .04 < error()
@@ -242,7 +263,8 @@ def test_native_date_reaches_the_encoder_and_unknown_dates_do_not():
     assert refiner.coords(torch.tensor([1]), {'lat': 10., 'lon': 5.}).keys() == {'temporal_coords'}  # place is not asked for
     placed = stage2.build_prithvi_refiner(metadata=('place',), **SMALL)
     with torch.no_grad():
-        a, b = (placed.features(padded, **placed.coords(torch.zeros(3, dtype=int), {'lat': lat, 'lon': 5.}))[-1] for lat in (10., float('nan')))
+        a, b = (placed.features(padded, **placed.coords(torch.zeros(3, dtype=int), {'lat': lat, 'lon': 5.}))[-1]
+                for lat in (10., float('nan')))
     assert (a - none).abs().max() > 1e-4
     torch.testing.assert_close(b, none)
     assert torch.equal(placed(x, {'lat': 10., 'lon': [1., 2., 3.]}), x)
@@ -257,7 +279,8 @@ def test_a_published_prithvi_by_its_name(size):
 
 def test_lpips_takes_part_where_it_can_and_is_named_where_it_cannot(monkeypatch, capsys):
     class Fake:
-        def __init__(self, weights): self.available, self.reason, self.net = bool(weights), 'no backbone weights', nn.Sequential(nn.Conv2d(3, 1, 1))
+        def __init__(self, weights):
+            self.available, self.reason, self.net = bool(weights), 'no backbone weights', nn.Sequential(nn.Conv2d(3, 1, 1))
     class Net(nn.Module):
         def forward(self, a, b): return (a - b).square().mean((1, 2, 3))
     monkeypatch.setattr(stage2.metrics, 'LPIPS', Fake)
@@ -281,7 +304,8 @@ def test_command(copy, tmp_path):
     beside = stage1.companion(store, tmp_path/'beside')
     beside.ensure_array('opt_v1', (4, 40, 40), 'int16', {})
     with beside: beside.write('opt_v1', list(range(5)), store.read('opt_v1', slice(0, 5)))
-    options = dict(stage1_dir=tmp_path/'beside', max_steps=2, batch_size=2, grad_accum_steps=1, val_every=2, save_every=2, accelerator='cpu', early_stopping=False)
+    options = dict(stage1_dir=tmp_path/'beside', max_steps=2, batch_size=2, grad_accum_steps=1, val_every=2, save_every=2,
+                   accelerator='cpu', early_stopping=False)
     done = stage2.run_stage2(store.path, tmp_path/'out', unfreeze_last_n_blocks=1, lora_rank=4, **options)
     card = stage2.read_stage2(tmp_path/'out')[1]
     assert card['pairs'] == 5 and card['params']['lora_r'] == 4 and done['steps'] == 2  # only tiles that have opt_v1

@@ -10,7 +10,8 @@ from gac import foundations, metrics, stage1, stage2, stage3, study, tiles, trai
 from gac.study import GacError, OPT_BANDS
 
 SMALL = dict(width=16, depth=1, taps=2, lora_r=2)
-QUICK = training.Settings(lr=5e-3, max_steps=4, batch_size=2, grad_accum_steps=1, val_every=2, save_every=2, early_stopping=False, log_every=1, warmup=0.)
+QUICK = training.Settings(lr=5e-3, max_steps=4, batch_size=2, grad_accum_steps=1, val_every=2, save_every=2, early_stopping=False,
+                          log_every=1, warmup=0.)
 
 def blurred(batch) -> np.ndarray: # (n, 4, H, W)
     "A stand-in for opt_v2."
@@ -47,7 +48,8 @@ def test_every_route_changes_adapters_and_head_and_nothing_else(store, tmp_path,
     again = stage3.load_stage3(tmp_path/'out')
     for k, v in model.state_dict().items(): assert torch.equal(v, again.state_dict()[k]), k
 
-@pytest.mark.parametrize('reach, parts', [('cross', {'decoder.cross_attn'}), ('attention', {'decoder.cross_attn', 'decoder.self_attn', 'encoder.attn'}),
+@pytest.mark.parametrize('reach, parts', [('cross', {'decoder.cross_attn'}),
+                                          ('attention', {'decoder.cross_attn', 'decoder.self_attn', 'encoder.attn'}),
     ('linear', {'decoder.cross_attn', 'decoder.self_attn', 'decoder.mlp', 'encoder.attn', 'encoder.mlp'})])
 def test_reach(reach, parts):
     model = stage3.build_stage3_model(reach=reach, **SMALL)
@@ -63,7 +65,8 @@ def test_untrained_returns_its_input_and_control_does_not_see(store):
         with torch.no_grad(): assert torch.equal(model(s1, v2, timesteps=8), v2)
         assert bool(model.features(s1, v2).abs().sum()) == see
     seeing, blind = (stage3.build_stage3_model(see=see, **SMALL) for see in (True, False))
-    for (k, a), (_, b) in zip(seeing.head.state_dict().items(), blind.head.state_dict().items()): assert torch.equal(a, b), k  # one start
+    # one start
+    for (k, a), (_, b) in zip(seeing.head.state_dict().items(), blind.head.state_dict().items()): assert torch.equal(a, b), k
 
 def test_bands_are_given_by_name(store):
     "A model that is shown red as blue must read something else."
@@ -79,7 +82,8 @@ def test_best_checkpoint_never_trades_psnr(store):
     train, _ = sets(store)
     batch = {k: torch.stack([train[i][k] for i in range(4)]) for k in ('s1', 'opt_v2', 'truth')}
     good = stage3.watch(batch['truth'], batch['truth'], batch['opt_v2'], batch['s1'])
-    bad = stage3.watch(batch['truth'] + .2, batch['truth'], batch['opt_v2'], batch['s1'])  # its edges are fine, its brightness is not
+    # its edges are fine, its brightness is not
+    bad = stage3.watch(batch['truth'] + .2, batch['truth'], batch['opt_v2'], batch['s1'])
     same = stage3.watch(batch['opt_v2'], batch['truth'], batch['opt_v2'], batch['s1'])
     assert good['monitor'] < same['monitor'] < bad['monitor']
     assert same['monitor'] == same['sar_edge_gap'] == same['monitor_v2'] and bad['monitor'] > 1
@@ -106,7 +110,9 @@ def test_interrupted_training_gives_the_same_curve(store, tmp_path):
                 return step(m, b)
             return f
         stage3.stage3_step = fragile
-        try: return stage3.train_stage3(model, *sets(store, .5), replace(QUICK, max_steps=8), out, frozen=.5, crop=24, strength=False, every=0), model
+        try:
+            return stage3.train_stage3(model, *sets(store, .5), replace(QUICK, max_steps=8), out, frozen=.5, crop=24,
+                                       strength=False, every=0), model
         finally: stage3.stage3_step = original_step
     whole, a = trained(tmp_path/'whole')
     with pytest.raises(BaseException): trained(tmp_path/'broken', stop=3)  # in the first part
@@ -114,7 +120,8 @@ def test_interrupted_training_gives_the_same_curve(store, tmp_path):
     resumed, b = trained(tmp_path/'broken')
     for k in ('train_loss', 'val_psnr'): np.testing.assert_allclose(resumed.curve[k], whole.curve[k], rtol=1e-5)
     for k, v in a.state_dict().items(): torch.testing.assert_close(v, b.state_dict()[k])
-    with pytest.raises(GacError, match='other crop'): stage3.train_stage3(b, *sets(store, .5), replace(QUICK, max_steps=8), tmp_path/'whole', frozen=.5, crop=36)
+    with pytest.raises(GacError, match='other crop'):
+        stage3.train_stage3(b, *sets(store, .5), replace(QUICK, max_steps=8), tmp_path/'whole', frozen=.5, crop=36)
 
 def test_lies_are_the_tiles_own(store):
     train, val = sets(store, 1.)
@@ -152,7 +159,8 @@ def test_files_and_refusals(store, tmp_path):
     card = json.loads((tmp_path/'ckpt'/'grounding.json').read_text())
     assert (card['kind'], card['backbone'], card['stage2']['backbone']) == ('stage3', 'terramind_mini_generate', 'prithvi_mini')
     assert (tmp_path/'ckpt'/'adapter_model.safetensors').exists()
-    for backbone, bands, said in (('prithvi_eo_v2_600_tl', OPT_BANDS, 'backbone'), ('prithvi_mini', ('B02', 'B03', 'B04', 'B8A'), 'bands')):
+    for backbone, bands, said in (('prithvi_eo_v2_600_tl', OPT_BANDS, 'backbone'),
+                                  ('prithvi_mini', ('B02', 'B03', 'B04', 'B8A'), 'bands')):
         training.save_checkpoint(tmp_path/said/stage2.HEAD_FILE, {'x': torch.zeros(1)}, 'stage2', backbone, bands)
         with pytest.raises(GacError, match=f'{said} is'): stage3.load_stage3(tmp_path/'ckpt', tmp_path/said)
     train, _ = sets(store)
@@ -160,11 +168,14 @@ def test_files_and_refusals(store, tmp_path):
     np.savez(tmp_path/'in.npz', s1_vv=s1[:, 0], s1_vh=s1[:, 1], opt_v2=v2, s2_real=v2)
     report = stage3.infer_files(tmp_path/'in.npz', tmp_path/'out.npz', tmp_path/'ckpt', timesteps=8)
     with np.load(tmp_path/'out.npz', allow_pickle=False) as z:
-        assert sorted(z.files) == ['opt_v3', 's1_vh', 's1_vv'] and np.array_equal(z['opt_v3'], v2.numpy()) and np.array_equal(z['s1_vv'], s1[:, 0].numpy())
+        assert (sorted(z.files) == ['opt_v3', 's1_vh', 's1_vv'] and np.array_equal(z['opt_v3'], v2.numpy())
+                and np.array_equal(z['s1_vv'], s1[:, 0].numpy()))
     assert report['tiles'] == 2 and report['mse_v3'] == 0
     torch.save(dict(s1=s1), tmp_path/'s1.pt'), torch.save(v2[:, :3], tmp_path/'three.pt'), (tmp_path/'cut.pt').write_bytes(b'PK')
-    with pytest.raises(GacError, match='expected \\(tiles, 4'): stage3.infer_files(tmp_path/'s1.pt', tmp_path/'o.pt', tmp_path/'ckpt', tmp_path/'three.pt')
-    with pytest.raises(GacError, match='no readable Torch file'): stage3.infer_files(tmp_path/'cut.pt', tmp_path/'o.pt', tmp_path/'ckpt')
+    with pytest.raises(GacError, match='expected \\(tiles, 4'):
+        stage3.infer_files(tmp_path/'s1.pt', tmp_path/'o.pt', tmp_path/'ckpt', tmp_path/'three.pt')
+    with pytest.raises(GacError, match='no readable Torch file'):
+        stage3.infer_files(tmp_path/'cut.pt', tmp_path/'o.pt', tmp_path/'ckpt')
     with pytest.raises(GacError, match='missing'): stage3.infer_files(tmp_path/'none.npz', tmp_path/'o.pt', tmp_path/'ckpt')
     assert 'cross' in stage3.stage3_info(tmp_path/'ckpt')
 
@@ -172,7 +183,8 @@ def test_command_line_bodies(store, tmp_path):
     with pytest.raises(GacError, match='no opt_v2'):
         bare = tiles.from_world(tmp_path/'bare', 1, 1, 1, size=48)
         stage3.run_stage3(bare.path, tmp_path/'x')
-    options = dict(max_steps=2, batch_size=2, grad_accum_steps=1, val_every=2, save_every=2, tile_size=24, lora_rank=2, save_visualizations=True)
+    options = dict(max_steps=2, batch_size=2, grad_accum_steps=1, val_every=2, save_every=2, tile_size=24, lora_rank=2,
+                   save_visualizations=True)
     report = stage3.run_stage3(store.path, tmp_path/'out', **options)
     assert report['steps'] == 2 and np.isfinite(report['metrics']['val_psnr']) and (tmp_path/'out'/'panels.png').exists()
     assert stage3.run_stage3(store.path, tmp_path/'out', **options)['resumed_at'] > 0  # nothing left to do

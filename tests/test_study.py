@@ -9,7 +9,8 @@ def run(home, data='') -> tuple: # status of each notebook, seconds
     "Run the chain, reports and artefacts in `home`."
     options = dict(data=str(data), reports=str(home/'report'), runs=str(home/'run'))
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, '-c', f"from gac import study\nstudy.run_chain('smoke', **{options})"], capture_output=True, text=True, cwd=study.root())
+    done = subprocess.run([sys.executable, '-c', f"from gac import study\nstudy.run_chain('smoke', **{options})"],
+                          capture_output=True, text=True, cwd=study.root())
     assert done.returncode == 0, done.stdout + done.stderr
     return re.findall(r'(?m)^\| \d\d_\w+ +\| (\w+)', done.stdout), time.perf_counter() - began
 

@@ -119,7 +119,8 @@ def test_a_second_writer_is_refused_and_told_who_writes(tmp_path):
     other = subprocess.Popen([sys.executable, '-c', hold, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == 'held\n'
-        with pytest.raises(GacError, match=f'process {other.pid} on {tiles.socket.gethostname()} writes tiles'): Store(path).append([writer.record(0)])
+        with pytest.raises(GacError, match=f'process {other.pid} on {tiles.socket.gethostname()} writes tiles'):
+            Store(path).append([writer.record(0)])
         assert len(Store(path)) == 0  # readers are welcome
     finally: other.kill(), other.wait()
     with Store(path) as store: store.append([writer.record(0)])  # its process is gone: taken over
@@ -148,7 +149,8 @@ def test_values_come_back_from_shards_and_journal_alike(tmp_path):
     want = {n: np.stack([writer.record(i)[n] for i in order]) for n in ('s1', 's2')}
     for n in want: np.testing.assert_array_equal(store.read(n, order), want[n])
     np.testing.assert_array_equal(store.read('opt_v1', order), writer.drawn(order))
-    for n in ('s1', 's2', 'opt_v1'): np.testing.assert_array_equal(zarr.open_array(path/'arrays'/n, mode='r')[:], store.read(n, slice(None)))
+    for n in ('s1', 's2', 'opt_v1'):
+        np.testing.assert_array_equal(zarr.open_array(path/'arrays'/n, mode='r')[:], store.read(n, slice(None)))
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(store)).read('s1', order), want['s1'])  # as loader workers do
     reader = Store(path)
     store.append([writer.record(i) for i in (90, 91)])
@@ -168,7 +170,8 @@ def test_damage_is_named(tmp_path):
     with pytest.raises(GacError, match='shard is damaged'): Store(path).read('s1', [0])
     shard.write_bytes(b'\xff'*64 + whole[64:])
     with pytest.raises(GacError, match='tile 0 of s1 is damaged'): Store(path).read('s1', [0])
-    for at in (20, 99):  # in the values or in what the codec says of them: the checksum speaks before the codec, which might end the process
+    # in the values or in what the codec says of them: the checksum speaks before the codec, which might end the process
+    for at in (20, 99):
         shard.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
         with pytest.raises(GacError, match='tile 0 of s1 is damaged .it fails the checksum'): Store(path).read('s1', [0])
     (path/'journal'/'opt_v1.0of1.000000099.0-3.safetensors').write_bytes(b'junk')
@@ -189,7 +192,8 @@ def test_padding_and_cropping_are_exact():
         y, crop = tiles.pad_to_multiple(x, int(m))
         assert y.shape == (-(-h//m)*m, -(-w//m)*m)
         np.testing.assert_array_equal(tiles.crop_back(y, crop), x)
-        if min(h, w) > m: np.testing.assert_array_equal(y, np.pad(x, [((-n % m)//2, -n % m - (-n % m)//2) for n in (h, w)], mode='reflect'))
+        if min(h, w) > m:
+            np.testing.assert_array_equal(y, np.pad(x, [((-n % m)//2, -n % m - (-n % m)//2) for n in (h, w)], mode='reflect'))
 
 def test_a_world_that_was_stopped_goes_on(tmp_path, monkeypatch):
     calls = []
@@ -220,7 +224,8 @@ def test_bigearthnet(tmp_path):
     report = convert(tmp_path/'ben', tmp_path/'out')
     assert report['status'].tolist() == ['ok']*3 + ['excluded'] and report['reason'].iloc[3] == 'cloud or shadow'
     store = Store(tmp_path/'out')
-    assert store.table['split'].tolist() == ['train', 'val', 'test'] and store.table['month'].tolist() == [6]*3 and store.table['biome'].tolist() == [4]*3
+    assert (store.table['split'].tolist() == ['train', 'val', 'test'] and store.table['month'].tolist() == [6]*3
+            and store.table['biome'].tolist() == [4]*3)
     np.testing.assert_array_equal(store.read('s1', [1])[0], layouts.radar(1))
     np.testing.assert_array_equal(store.read('s2', [2], OPT_BANDS)[0], layouts.optical(2)[[1, 2, 3, 7]])
     b05 = layouts.optical(2)[4, ::2, ::2].repeat(2, 0).repeat(2, 1)
@@ -230,7 +235,8 @@ def test_bigearthnet(tmp_path):
 
 def test_bigearthnet_with_the_official_table_and_a_part_of_the_folders(tmp_path):
     table = layouts.bigearthnet(tmp_path/'ben', 2)
-    more = table.assign(patch_id=table['patch_id'].str.replace('29UPU', '29UPV'), s1_name=table['s1_name'].str.replace('29UPU', '29UPV'))
+    more = table.assign(patch_id=table['patch_id'].str.replace('29UPU', '29UPV'),
+                        s1_name=table['s1_name'].str.replace('29UPU', '29UPV'))
     pd.concat([table, more]).to_parquet(tmp_path/'ben'/'metadata.parquet')
     report = convert(tmp_path/'ben', tmp_path/'out', strict=True)
     assert report['status'].tolist() == ['ok', 'ok', 'excluded'] and report['reason'].iloc[2].startswith('2 rows')
@@ -266,14 +272,17 @@ def test_npz(tmp_path, how):
 def test_benv2(tmp_path, how):
     src = layouts.benv2(tmp_path/'b'/'benv2.0000.part.tortilla')
     if how == 'a folder of parts':
-        layouts.benv2(tmp_path/'b'/'benv2.0001.part.tortilla', 1, lambda i: dict(patch_id='S2A_MSIL2A_20170617T113321_N9999_R080_T29UPU_90_90', contains_seasonal_snow=True))
+        layouts.benv2(tmp_path/'b'/'benv2.0001.part.tortilla', 1,
+                      lambda i: dict(patch_id='S2A_MSIL2A_20170617T113321_N9999_R080_T29UPU_90_90', contains_seasonal_snow=True))
         src = src.parent
     assert tiles.recognise(src) == 'benv2'
     report = convert(src, tmp_path/'out')
     assert report['status'].tolist() == ['ok']*3 + ['excluded']*(how != 'a file') and set(report['reason']) <= {'', 'seasonal snow'}
     store = Store(tmp_path/'out')
-    assert store.table['id'].tolist() == [f'S2A_MSIL2A_20170617T113321_N9999_R080_T29UPU_{i:02d}_05' for i in range(3)]  # the name of the patch in BigEarthNet
-    assert store.table['split'].tolist() == ['train', 'val', 'test'] and store.table['month'].tolist() == [6]*3 and store.attrs['s1_product'] == 'S1GRD'
+    # the name of the patch in BigEarthNet
+    assert store.table['id'].tolist() == [f'S2A_MSIL2A_20170617T113321_N9999_R080_T29UPU_{i:02d}_05' for i in range(3)]
+    assert (store.table['split'].tolist() == ['train', 'val', 'test'] and store.table['month'].tolist() == [6]*3
+            and store.attrs['s1_product'] == 'S1GRD')
     np.testing.assert_array_equal(store.read('s1', slice(None)), np.stack([layouts.radar(i) for i in range(3)]))  # VV before VH
     np.testing.assert_array_equal(store.read('s2', slice(None)), np.stack([layouts.optical(i) for i in range(3)]))
     assert [list(t) for t in store.table['transform']] == [[10, 0, 6e5 + 1200*i, 0, -10, 5.8e6] for i in range(3)]  # 10 m
@@ -363,15 +372,20 @@ def geotiff_trap(path:Path, trap:str) -> tuple: # the id that fails, what the re
     elif trap == 'linear among dB': put('S1GRD', 10**(x1/10))
     elif trap == 'offset among none': put('S2L2A', x2 + 1000)
     elif trap == 'swapped': put('S1GRD', x1[::-1])
-    elif trap == 'small': [put(k, x[..., :90, :90]) for k, x in (('S1GRD', x1), ('S2L2A', x2), ('DEM', np.zeros((120, 120), 'i2')))]
+    elif trap == 'small':
+        [put(k, x[..., :90, :90]) for k, x in (('S1GRD', x1), ('S2L2A', x2), ('DEM', np.zeros((120, 120), 'i2')))]
     elif trap == 'DEM': put('DEM', np.full((120, 120), -32768, 'i2'))
     elif trap == 'not finite': put('S2L2A', np.where(x2 < 200, np.inf, x2).astype('f4'))
     return f
 
-GEOTIFF_TRAPS = {'NaN': 'px are NaN', 'nodata': 'px are NaN or without data', 'integer nodata': 'px without data (nodata 7)', 'S2 zero': '720 px are 0 in every band',
-    'S1 zero': 'px are exactly 0', 'missing file': 'missing file a1.tif', 'missing band': '11 bands without names', 'size': '100×120 px', 'CRS': 'CRS EPSG:32630, expected EPSG:32629',
-    'place': 'expected the place of', 'duplicate': 'duplicate id a1', 'truncated': 'cannot be read', 'not a TIFF': 'cannot be read', 'linear among dB': 's1_units=',
-    'offset among none': 's2_offset=1000', 'swapped': 's1_bands=VH,VV', 'small': 'size=90', 'DEM': 'outside -500 to 9000', 'not finite': 'px are NaN'}
+GEOTIFF_TRAPS = {'NaN': 'px are NaN', 'nodata': 'px are NaN or without data', 'integer nodata': 'px without data (nodata 7)',
+                 'S2 zero': '720 px are 0 in every band',
+    'S1 zero': 'px are exactly 0', 'missing file': 'missing file a1.tif', 'missing band': '11 bands without names',
+    'size': '100×120 px', 'CRS': 'CRS EPSG:32630, expected EPSG:32629',
+    'place': 'expected the place of', 'duplicate': 'duplicate id a1', 'truncated': 'cannot be read',
+    'not a TIFF': 'cannot be read', 'linear among dB': 's1_units=',
+    'offset among none': 's2_offset=1000', 'swapped': 's1_bands=VH,VV', 'small': 'size=90', 'DEM': 'outside -500 to 9000',
+    'not finite': 'px are NaN'}
 
 @pytest.mark.parametrize('trap', GEOTIFF_TRAPS)
 def test_geotiff_traps(tmp_path, trap):
@@ -397,7 +411,8 @@ def ben_trap(path:Path, trap:str) -> None:
     elif trap == 'duplicate': table = pd.concat([table, table.iloc[[1]]])
     table.to_parquet(path/'metadata.parquet')
 
-BEN_TRAPS = {'missing band': 'missing band B11', 'missing folder': 'missing file', 'native size': 'expected 60×60', 'CRS': 'CRS EPSG:32635', 'path': 'field id', 's1 path': 'field id',
+BEN_TRAPS = {'missing band': 'missing band B11', 'missing folder': 'missing file', 'native size': 'expected 60×60',
+             'CRS': 'CRS EPSG:32635', 'path': 'field id', 's1 path': 'field id',
              'split': "split 'somewhere'", 'duplicate': 'duplicate id'}
 
 @pytest.mark.parametrize('trap', BEN_TRAPS)
@@ -408,8 +423,10 @@ def test_bigearthnet_traps(tmp_path, trap):
     assert BEN_TRAPS[trap] in reason and len(Store(tmp_path/'out')) == (3 if trap == 'duplicate' else 2)
     with pytest.raises(GacError): convert(tmp_path/'ben', tmp_path/'strict', strict=True)
 
-NPZ_TRAPS = {'pickled': (dict(s1=np.array([{}, None], object)), 'pickled objects'), 'no s1': (dict(s1=None), 'missing array s1'), 'bands': (dict(s2=layouts.optical(1, count=5)), '5 bands'),
-    'NaN': (dict(s1=np.full((2, 120, 120), np.nan)), 'NaN'), 'escaping id': (dict(id='../../x'), 'field id'), 'absolute id': (dict(id='/etc/x'), 'field id'), 'duplicate id': (dict(id='n0'), 'duplicate id n0'),
+NPZ_TRAPS = {'pickled': (dict(s1=np.array([{}, None], object)), 'pickled objects'), 'no s1': (dict(s1=None), 'missing array s1'),
+             'bands': (dict(s2=layouts.optical(1, count=5)), '5 bands'),
+    'NaN': (dict(s1=np.full((2, 120, 120), np.nan)), 'NaN'), 'escaping id': (dict(id='../../x'), 'field id'),
+    'absolute id': (dict(id='/etc/x'), 'field id'), 'duplicate id': (dict(id='n0'), 'duplicate id n0'),
     'month': (dict(month=13), 'month 13'), 'sizes': (dict(s1=layouts.radar(1, 100)), 'of one size')}
 
 @pytest.mark.parametrize('trap', NPZ_TRAPS)
@@ -417,7 +434,8 @@ def test_npz_traps(tmp_path, trap):
     change, reason = NPZ_TRAPS[trap]
     src = layouts.npz(tmp_path/'npz', change=lambda i: change if i == 1 else {})
     report = convert(src, tmp_path/'out')
-    assert len(errors(report)) == 1 and reason in report.loc[report['status'] == 'error', 'reason'].iloc[0] and len(Store(tmp_path/'out')) == 2
+    assert (len(errors(report)) == 1 and reason in report.loc[report['status'] == 'error', 'reason'].iloc[0]
+            and len(Store(tmp_path/'out')) == 2)
     assert errors(convert(src, tmp_path/'out')) == errors(report)  # the second time too
 
 BENV2_TRAPS = {  # what is wrong with the second of three samples -> what the report says
@@ -485,9 +503,11 @@ def test_real_terramesh(tmp_path, real_data):
     report = convert(real_data/'terramesh_tiles', tmp_path/'out')
     assert (report['status'] == 'ok').all() and len(report) == 20
     store = Store(tmp_path/'out')
-    assert store.attrs['s1_product'] == 'S1RTC' and set(store.arrays) == {'s1', 's2', 'dem', 'lulc', 'ndvi'} and set(store.table['split']) == {'test'}
+    assert (store.attrs['s1_product'] == 'S1RTC' and set(store.arrays) == {'s1', 's2', 'dem', 'lulc', 'ndvi'}
+            and set(store.table['split']) == {'test'})
     first = store.table.groupby('scene').first()
-    assert first['month'].to_dict() == {'282D_485L_3_3': 7, '38D_378R_2_3': 6, '433D_629L_3_1': 4, '609U_541L_3_0': 1, '637U_59R_1_3': 10}
+    assert first['month'].to_dict() == {'282D_485L_3_3': 7, '38D_378R_2_3': 6, '433D_629L_3_1': 4, '609U_541L_3_0': 1,
+                                        '637U_59R_1_3': 10}
     i = store.table.index[store.table['id'] == '38D_378R_2_3_104_0'][0]
     with rasterio.open(real_data/'terramesh_tiles/S1RTC/38D_378R_2_3.tif') as f:
         np.testing.assert_array_equal(store.read('s1', [i])[0], f.read()[:, 104:, :120].astype('f4'))
@@ -507,9 +527,11 @@ def test_real_bigearthnet(tmp_path, real_data):
     report = convert(real_data/'bigearthnet_v2', tmp_path/'out')
     assert report['status'].tolist() == ['ok', 'ok', 'ok', 'excluded'] and report['reason'].iloc[3] == 'seasonal snow'
     store = Store(tmp_path/'out')
-    assert store.table['split'].tolist() == ['train', 'train', 'val'] and store.table['month'].tolist() == [6, 6, 9] and store.table['biome'].tolist() == [4, 4, 6]
+    assert (store.table['split'].tolist() == ['train', 'train', 'val'] and store.table['month'].tolist() == [6, 6, 9]
+            and store.table['biome'].tolist() == [4, 4, 6])
     s1 = store.read('s1', [1])[0]
-    assert (np.median(s1[0]), np.median(s1[1])) == (pytest.approx(-11.159, abs=1e-3), pytest.approx(-16.117, abs=1e-3))  # VV before VH, in dB, not cut to whole numbers
+    # VV before VH, in dB, not cut to whole numbers
+    assert (np.median(s1[0]), np.median(s1[1])) == (pytest.approx(-11.159, abs=1e-3), pytest.approx(-16.117, abs=1e-3))
     assert store.read('s2', [1], ('B02', 'B08')).max(axis=(0, 2, 3)).tolist() == [2013, 7525]
 
 def test_real_benv2(tmp_path, real_data):
@@ -517,7 +539,8 @@ def test_real_benv2(tmp_path, real_data):
     assert (report['status'] == 'ok').all() and len(report) == 9
     store = Store(tmp_path/'out')
     assert store.table['country'].value_counts().to_dict() == dict(Ireland=3, Finland=3, Lithuania=2, Serbia=1)
-    assert store.table['split'].tolist() == ['train', 'val', 'val', 'test', 'test'] + ['train']*4 and store.table['month'].tolist() == [5, 3, 2, 9, 9, 6, 10, 4, 2]
+    assert store.table['split'].tolist() == ['train', 'val', 'val', 'test',
+                                             'test'] + ['train']*4 and store.table['month'].tolist() == [5, 3, 2, 9, 9, 6, 10, 4, 2]
     vv, vh = np.median(store.read('s1', slice(None)), (2, 3)).T
     assert (vv > vh + 3).all()  # the file has VH first
     assert {t[0] for t in store.table['transform']} == {10.}
@@ -527,13 +550,15 @@ def test_real_benv2(tmp_path, real_data):
     assert np.abs(store.table[['lon', 'lat']].to_numpy() - own[['lon', 'lat']].to_numpy()).max() < 1e-5
     s2 = store.read('s2', slice(None)).astype(float)
     fine = s2.reshape(9, 12, 20, 6, 20, 6).std((3, 5)).mean((0, 2, 3))/s2.std((0, 2, 3))  # inside 60 m
-    assert set(np.argsort(fine)[:2]) == {S2_BANDS.index('B01'), S2_BANDS.index('B09')}  # the 60 m bands lie where the order of S2L2A has them
+    # the 60 m bands lie where the order of S2L2A has them
+    assert set(np.argsort(fine)[:2]) == {S2_BANDS.index('B01'), S2_BANDS.index('B09')}
 
 def test_real_power_and_amplitude_are_told_apart(real_data):
     chips = []
     for path in sorted((real_data/'terramesh_tiles'/'S1RTC').glob('*.tif')):
         with rasterio.open(path) as f: chips.append(f.read())
-    for x in ([c] for c in chips): assert tiles.s1_unit(x) == 'dB' and tiles.s1_unit([10**(x[0]/10)]) == 'linear' and tiles.s1_unit([10**(x[0]/20)]) == 'amplitude'
+    for x in ([c] for c in chips):
+        assert tiles.s1_unit(x) == 'dB' and tiles.s1_unit([10**(x[0]/10)]) == 'linear' and tiles.s1_unit([10**(x[0]/20)]) == 'amplitude'
 
 def test_a_run_trains_on_the_tiles_it_is_given_where_they_suffice(tmp_path, monkeypatch):
     tiles.from_world(tmp_path/'given', 5, 2, 2, size=48)

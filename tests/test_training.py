@@ -29,7 +29,8 @@ def vit(int8=False):
     "A small vision transformer of timm with dropout; adapters and the head train."
     import timm
     torch.manual_seed(5)
-    model = timm.create_model('vit_tiny_patch16_224', img_size=16, patch_size=8, in_chans=4, num_classes=1, depth=2, embed_dim=48, num_heads=3, drop_rate=.1)
+    model = timm.create_model('vit_tiny_patch16_224', img_size=16, patch_size=8, in_chans=4, num_classes=1, depth=2, embed_dim=48,
+                              num_heads=3, drop_rate=.1)
     if int8: to_int8(model, skip=('head',))
     inject_lora(model, r'blocks\.\d+\.attn\.(qkv|proj)', r=2, dropout=.1)
     unfreeze(model, r'head\.')
@@ -73,7 +74,8 @@ def attempt(*args):
     return process.exitcode
 
 
-DEATHS = [('training', 3, 0), ('validation', 2, 0), ('training', 9, 2), ('before last.ckpt', 1, 0), ('after best.ckpt', 1, 0), ('before last.ckpt', 2, 2), ('never', 0, 0)]
+DEATHS = [('training', 3, 0), ('validation', 2, 0), ('training', 9, 2), ('before last.ckpt', 1, 0), ('after best.ckpt', 1, 0),
+          ('before last.ckpt', 2, 2), ('never', 0, 0)]
 
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork and SIGKILL')
@@ -82,7 +84,8 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, int8):
     torch.set_num_threads(1)
     whole = fit(vit(int8), step, Tiles(10), Tiles(6), SETTINGS, tmp_path/'whole', every=0)
     broken = tmp_path/'broken'
-    for moment, count, workers in DEATHS[3:] if int8 else DEATHS:  # dropout, augmentation and order must survive, with workers as without
+    # dropout, augmentation and order must survive, with workers as without
+    for moment, count, workers in DEATHS[3:] if int8 else DEATHS:
         code = attempt(broken, replace(SETTINGS, num_workers=workers), int8, moment, count)
         assert code == (0 if moment == 'never' else -signal.SIGKILL), (moment, code)
     again = fit(vit(int8), step, Tiles(10), Tiles(6), SETTINGS, broken, every=0)  # finished: only loaded
@@ -103,7 +106,8 @@ def test_mixed_precision_trains_adapters_on_8_bit_weights(tmp_path):
 
 def test_beginning_anew_forgets_the_old(tmp_path):
     fit(vit(), step, Tiles(10), Tiles(6), SETTINGS, tmp_path, every=0)
-    with pytest.raises(ZeroDivisionError): fit(vit(), lambda m, b: 1/0, Tiles(10), Tiles(6), SETTINGS, tmp_path, resume=False, every=0)
+    with pytest.raises(ZeroDivisionError):
+        fit(vit(), lambda m, b: 1/0, Tiles(10), Tiles(6), SETTINGS, tmp_path, resume=False, every=0)
     assert not (tmp_path/'last.ckpt').exists() and not (tmp_path/'best.ckpt').exists()
 
 
@@ -138,9 +142,11 @@ def test_broken_training_checkpoint_is_named(tmp_path):
     fit(vit(), step, Tiles(10), None, SETTINGS, tmp_path, every=0)
     last = tmp_path/'last.ckpt'
     last.write_bytes(last.read_bytes()[:3000])
-    with pytest.raises(GacError, match=r'last\.ckpt is no readable Torch file'): fit(vit(), step, Tiles(10), None, SETTINGS, tmp_path, every=0)
+    with pytest.raises(GacError, match=r'last\.ckpt is no readable Torch file'):
+        fit(vit(), step, Tiles(10), None, SETTINGS, tmp_path, every=0)
     torch.save({'state_dict': {}}, last)
-    with pytest.raises(GacError, match='not written by this study'): fit(vit(), step, Tiles(10), None, SETTINGS, tmp_path, every=0)
+    with pytest.raises(GacError, match='not written by this study'):
+        fit(vit(), step, Tiles(10), None, SETTINGS, tmp_path, every=0)
 
 
 class Bomb:

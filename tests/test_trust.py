@@ -31,12 +31,14 @@ def batch_of(trained, n=3):
 
 def test_ause_is_zero_for_a_perfect_order_and_largest_for_a_reversed_one():
     error = RNG().gamma(1.5, .03, 5000)
-    area = {k: trust.ause(x, error) for k, x in dict(perfect=error*7 + 1, noisy=error*RNG(1).uniform(.2, 5, 5000), constant=error*0 + 3, reversed=-error).items()}
+    area = {k: trust.ause(x, error) for k, x in dict(perfect=error*7 + 1, noisy=error*RNG(1).uniform(.2, 5, 5000),
+                                                     constant=error*0 + 3, reversed=-error).items()}
     assert area['perfect']['ause'] == 0
     assert 0 < area['noisy']['ause'] < area['constant']['ause'] < area['reversed']['ause']
-    assert area['constant']['ause'] == pytest.approx(area['constant']['ause_random'], abs=.02)  # equals are taken away by chance, not by position
+    # equals are taken away by chance, not by position
+    assert area['constant']['ause'] == pytest.approx(area['constant']['ause_random'], abs=.02)
     falling = trust.sparsification(error, np.sort(error))
-    assert trust.ause(np.zeros(5000), np.sort(error))['ause'] == pytest.approx(trust.ause(np.zeros(5000), error)['ause'], abs=.02) and falling[0] == 1
+    assert (trust.ause(np.zeros(5000), np.sort(error))['ause'] == pytest.approx(trust.ause(np.zeros(5000), error)['ause'], abs=.02) and falling[0] == 1)
 
 def test_sparsification_is_the_error_of_what_is_left():
     error, doubt = np.array([.1, .2, .3, .4]), np.array([1., 4, 2, 3])
@@ -87,7 +89,8 @@ def test_generations_follow_seed_tile_and_number(trained):
     batch, _, chain = batch_of(trained)
     made = trust.generations(chain.generator, batch, 3, chain.decoding, 0)
     assert made.shape == (3, 3, 4, 48, 48) and min(np.abs(made[i] - made[j]).mean() for i, j in ((0, 1), (0, 2), (1, 2))) > 1e-3
-    np.testing.assert_allclose(trust.generations(chain.generator, {k: v[2:] for k, v in batch.items()}, 2, chain.decoding, 0)[:, 0], made[:2, 2], atol=1e-4)
+    np.testing.assert_allclose(trust.generations(chain.generator, {k: v[2:] for k, v in batch.items()}, 2, chain.decoding,
+                                                 0)[:, 0], made[:2, 2], atol=1e-4)
     assert np.abs(trust.generations(chain.generator, batch, 1, chain.decoding, 1)[0] - made[0]).mean() > 1e-3
 
 def test_stopped_generations_go_on_and_leave_the_same_values(trained, tmp_path, monkeypatch):
@@ -121,16 +124,19 @@ def test_scores_of_one_generation_are_the_mean_of_all_and_the_mean_scores_better
     scores = known['scores']
     np.testing.assert_allclose(scores.loc['one generation'].psnr, one, atol=1e-4)
     np.testing.assert_allclose(scores.loc['mean of generations'].psnr, metrics.psnr(several.mean(1), truth).numpy(), atol=1e-4)
-    np.testing.assert_allclose(scores.loc['as decoded'].psnr, metrics.psnr(stage1.stored(store)(stage1.read_tiles(store, rows)), truth).numpy(), atol=1e-4)
+    np.testing.assert_allclose(scores.loc['as decoded'].psnr,
+                               metrics.psnr(stage1.stored(store)(stage1.read_tiles(store, rows)), truth).numpy(), atol=1e-4)
     assert (scores.loc['mean of generations'].psnr > scores.loc['one generation'].psnr).all()
     row = trust.reliability(known)
-    assert row['n_tiles'] == 4 and row['samples'] == 4 and row['rmse'] == pytest.approx(np.sqrt(np.square(several.mean(1) - truth).mean()), rel=1e-4)
+    assert (row['n_tiles'] == 4 and row['samples'] == 4
+            and row['rmse'] == pytest.approx(np.sqrt(np.square(several.mean(1) - truth).mean()), rel=1e-4))
     cover = trust.coverage_table(known, 'world', 'Stage 1').set_index(['method', 'range', 'band']).coverage
     assert cover['mean of generations', 'all tiles', 'B08'] < cover['one generation', 'all tiles', 'B08']  # averaging narrows
 
 def test_command_leaves_mean_and_spread_beside_the_tiles(trained, tmp_path, capsys):
     run, store, chain = trained
-    words = ('uncertainty', '--data-dir', store.path, '--output-dir', tmp_path/'out', '--stage2-checkpoint', run.dir/'stage2', '--split', 'test', '--max-tiles', 1)
+    words = ('uncertainty', '--data-dir', store.path, '--output-dir', tmp_path/'out', '--stage2-checkpoint', run.dir/'stage2',
+             '--split', 'test', '--max-tiles', 1)
     assert cli.main([str(w) for w in (*words, '--samples', 2)]) == 0
     said, row = capsys.readouterr().out, store.rows('test')[:1]
     assert 'tiles: 1\n' in said and 'ause: ' in said and (tmp_path/'out'/'reliability.csv').exists()
@@ -144,18 +150,22 @@ def test_command_leaves_mean_and_spread_beside_the_tiles(trained, tmp_path, caps
 
 def places(n=12) -> pd.DataFrame:
     biome = np.resize([4, 6, 11, 13], n)
-    return pd.DataFrame(dict(id=[f't{i}' for i in range(n)], biome=biome, lon=np.resize([-60., 10, 100], n), country=np.resize(['Alps', 'Finland', ''], n)))
+    return pd.DataFrame(dict(id=[f't{i}' for i in range(n)], biome=biome, lon=np.resize([-60., 10, 100], n),
+                             country=np.resize(['Alps', 'Finland', ''], n)))
 
 def test_groups_and_their_gains():
     table = places()
     assert trust.groups_of(table, 'sector').tolist()[:3] == ['Americas', 'Europe and Africa', 'Asia and Australia']
     assert trust.groups_of(table, 'region').tolist()[:3] == ['Alps', 'Finland', 'unknown']
-    rows = [dict(method=m, id=f't{i}', scene=f't{i}', psnr=20. + i + (m == 'b')*(table.biome[i] == 6)) for m in 'ab' for i in range(12)]
+    rows = [dict(method=m, id=f't{i}', scene=f't{i}', psnr=20. + i + (m == 'b')*(table.biome[i] == 6)) for m in 'ab'
+            for i in range(12)]
     measured = pd.DataFrame(rows).set_index(['method', 'id'])
     got = trust.place_gains(measured, trust.groups_of(table, 'biome'), 'world', {'a→b': ('a', 'b')}, ('psnr',)).set_index('group')
-    assert got.gain[study.BIOMES[6]] == 1 and got.gain.drop(study.BIOMES[6]).eq(0).all() and got.n_tiles.eq(3).all() and got.few.eq('yes').all()
+    assert (got.gain[study.BIOMES[6]] == 1 and got.gain.drop(study.BIOMES[6]).eq(0).all() and got.n_tiles.eq(3).all()
+            and got.few.eq('yes').all())
     assert got.before[study.BIOMES[4]] == pytest.approx(np.mean([20, 24, 28]))
-    assert not trust.place_gains(measured.loc[measured.index.repeat(1)], pd.Series('all', index=table.id), 'world', {'a→b': ('a', 'b')}, ('psnr',)).few.eq('yes').any()
+    assert not trust.place_gains(measured.loc[measured.index.repeat(1)], pd.Series('all', index=table.id), 'world',
+                                 {'a→b': ('a', 'b')}, ('psnr',)).few.eq('yes').any()
 
 @pytest.mark.parametrize('fold', ['cold', 'Americas', 'Finland'])
 def test_held_out_places_never_reach_a_training_elsewhere(fold):
@@ -191,7 +201,8 @@ def test_both_trainings_of_a_fold_get_those_tiles_and_validate_on_no_others(trai
     images = {k: f(batch) for k, f in made.items()}
     assert np.abs(images['elsewhere, Stage 1+2'] - images['everywhere, Stage 1+2']).max() > 0
     other = batch | dict(biome=np.resize([1, 13], 4), id=np.array([f'{i}x' for i in batch['id']]))
-    np.testing.assert_array_equal(made['elsewhere, Stage 1+2, biome not told'](other), images['elsewhere, Stage 1+2, biome not told'])
+    np.testing.assert_array_equal(made['elsewhere, Stage 1+2, biome not told'](other),
+                                  images['elsewhere, Stage 1+2, biome not told'])
 
 def test_transfer_goes_on_where_it_stopped(trained, monkeypatch):
     run, store, chain = trained
@@ -200,7 +211,8 @@ def test_transfer_goes_on_where_it_stopped(trained, monkeypatch):
         asked.append((fold, seed))
         if len(asked) == 2: raise KeyboardInterrupt
         scaled = lambda x: lambda b: b['truth']*x
-        return {'Stage 1': scaled(.7), 'everywhere, Stage 1+2': scaled(.9), 'elsewhere, Stage 1+2': scaled(.8), 'everywhere, Stage 1+2, biome not told': scaled(.9),
+        return {'Stage 1': scaled(.7), 'everywhere, Stage 1+2': scaled(.9), 'elsewhere, Stage 1+2': scaled(.8),
+                'everywhere, Stage 1+2, biome not told': scaled(.9),
                 'elsewhere, Stage 1+2, biome not told': scaled(.8)}
     monkeypatch.setattr(trust, 'fit_fold', quick)
     ask = (run, store, store.rows('test'), evaluate.recipe_of(run), ['temperate', 'cold'], (0, 1))
@@ -245,14 +257,17 @@ def test_attention_statistics_of_known_weights(trained, monkeypatch):
     batch, v2, chain = batch_of(trained)
     places = trust.token_places(chain.grounding, 48)
     n = len(places['query'])
-    assert {k: len(v) for k, v in places.items()} == dict(S1GRD=64, S2L2A=64, query=64) and places['query'][0].tolist() == [3, 3] and places['S1GRD'][-1].tolist() == [45, 45]
-    known = dict(even=torch.full((2, 3, n, 2*n), 1/(2*n)), here=torch.cat([.75*torch.eye(n), .25*torch.eye(n)], 1).expand(2, 3, n, 2*n))
+    assert ({k: len(v) for k, v in places.items()} == dict(S1GRD=64, S2L2A=64, query=64)
+            and places['query'][0].tolist() == [3, 3] and places['S1GRD'][-1].tolist() == [45, 45])
+    known = dict(even=torch.full((2, 3, n, 2*n), 1/(2*n)),
+                 here=torch.cat([.75*torch.eye(n), .25*torch.eye(n)], 1).expand(2, 3, n, 2*n))
     rows = {}
     for name, w in known.items():
         monkeypatch.setattr(trust, 'attention_of', lambda *a, w=w: w)
         rows[name] = trust.attention_rows(chain.grounding, batch, v2)
     even, here = (rows[k].drop(columns=['id', 'scene']).mean() for k in known)
-    assert even.share_radar == pytest.approx(.5) and even.distance_radar == pytest.approx(even.distance_even) and here.share_radar == pytest.approx(.75) and here.distance_radar == 0
+    assert (even.share_radar == pytest.approx(.5) and even.distance_radar == pytest.approx(even.distance_even)
+            and here.share_radar == pytest.approx(.75) and here.distance_radar == 0)
     table = trust.attention_table(rows, 'world')
     assert table[table.layer == 'all'].n_tiles.eq(3).all() and len(table) == 6 and table.uniform.eq(.5).all()
     maps = trust.received(known['here'], places)
@@ -261,7 +276,8 @@ def test_attention_statistics_of_known_weights(trained, monkeypatch):
 def test_exchanged_radar_changes_only_what_reads_it(trained):
     batch, v2, chain = batch_of(trained)
     model, other = chain.grounding, trust.other_radar(batch, "another tile's")
-    assert all((other[i] != batch['s1'][i]).any() for i in range(3)) and np.ptp(trust.other_radar(batch, 'constant'), axis=(2, 3)).max() < 1e-5
+    assert (all((other[i] != batch['s1'][i]).any() for i in range(3))
+            and np.ptp(trust.other_radar(batch, 'constant'), axis=(2, 3)).max() < 1e-5)
     own = stage3.stage3_inference(model, batch['s1'], v2).numpy()
     by = lambda where, radar=other: trust.grounded_by(model, batch['s1'], radar, v2, where, batch_size=2)
     for where in trust.WHERE:
@@ -276,7 +292,8 @@ def test_exchanged_radar_changes_only_what_reads_it(trained):
     measured, change = trust.swap_rows(model, batch, v2)
     table = trust.swap_table(measured, change, 'world').set_index(['step', 'metric'])
     assert change.loc['own radar'].eq(0).all() and change.loc['opt_v2'].to_numpy() == pytest.approx(1, abs=1e-4) and len(table) == 7*3
-    with pytest.raises(study.GacError, match='two scenes'): trust.other_radar({k: v[:1] for k, v in batch.items()}, "another tile's")
+    with pytest.raises(study.GacError, match='two scenes'):
+        trust.other_radar({k: v[:1] for k, v in batch.items()}, "another tile's")
 
 @pytest.mark.slow
 def test_attention_of_terratorchs_own_tiny_model():
@@ -309,11 +326,13 @@ def test_errors_of_classes_make_up_the_error_of_the_tiles(trained):
     measured = stage1.measure(store, rows, methods)
     for m in methods:
         part = table[(table.by == 'land cover') & (table.method == m)]
-        assert (part.mae*part['share']).sum() == pytest.approx(measured.loc[m].mae.mean(), rel=1e-4) and part['share'].sum() == pytest.approx(1)
+        assert ((part.mae*part['share']).sum() == pytest.approx(measured.loc[m].mae.mean(), rel=1e-4)
+                and part['share'].sum() == pytest.approx(1))
     half = table[table.method == 'half']
     np.testing.assert_allclose(half.gain, half.mae, rtol=1e-4)  # half the error is gone
     wide = table[table.n_tiles > 1]
-    assert (wide.lo <= wide.mae).all() and (wide.mae <= wide.hi).all() and table[table.n_tiles == 1].lo.isna().all() and set(table.by) == {'land cover', 'distance to edge'}
+    assert ((wide.lo <= wide.mae).all() and (wide.mae <= wide.hi).all() and table[table.n_tiles == 1].lo.isna().all()
+            and set(table.by) == {'land cover', 'distance to edge'})
 
 def test_ratio_is_weighted_by_pixels():
     mae, lo, hi = trust.ratio_ci(np.array([[10.], [1]]), np.array([100, 1]), ['a', 'b'])

@@ -41,12 +41,18 @@ def test_scene_does_not_depend_on_what_came_before():
 
 # The committed miniature weights were pretrained on these very scenes: summaries of some of them, to notice a change of the world.
 FROZEN = {  # seed: (landscape, biome, month), mean DN of the 12 bands, mean dB of GRD and RTC, mean elevation
-    0: (('pasture', 4, 5), [144.3, 210.7, 507.3, 411.6, 951.1, 2611.5, 3073.6, 3380.5, 3496.5, 3521.4, 1804.6, 1089.7], [-16.1567, -15.588], 122.158),
-    1: (('town', 4, 4), [575.4, 663.4, 894.2, 1001.2, 1282.0, 1890.6, 2208.7, 2273.5, 2297.8, 2267.9, 1791.9, 1387.3], [-14.0075, -13.4113], 154.271),
-    5: (('coast', 12, 7), [596.6, 589.6, 788.2, 845.2, 960.5, 1229.7, 1396.4, 1460.5, 1475.2, 1393.8, 1319.6, 994.1], [-21.8051, -19.7868], 19.05),
-    25: (('ice', 11, 4), [5589.0, 5821.8, 5541.6, 5852.6, 5933.1, 5889.5, 5761.1, 6244.4, 5657.1, 5648.2, 1170.6, 1086.4], [-17.1748, -16.509], 73.152),
-    10**8: (('town', 4, 3), [320.0, 479.1, 750.5, 811.8, 1195.1, 2229.6, 2684.6, 2918.5, 3085.9, 3078.1, 2072.8, 1495.4], [-14.9289, -14.3354], 182.705),
-    9*10**8: (('desert', 13, 12), [672.0, 782.8, 1229.8, 1681.5, 2072.5, 2486.0, 2774.1, 2922.4, 3099.6, 3224.4, 3918.0, 3195.1], [-18.7894, -17.8241], 561.151)}
+    0: (('pasture', 4, 5), [144.3, 210.7, 507.3, 411.6, 951.1, 2611.5, 3073.6, 3380.5, 3496.5, 3521.4, 1804.6, 1089.7],
+        [-16.1567, -15.588], 122.158),
+    1: (('town', 4, 4), [575.4, 663.4, 894.2, 1001.2, 1282.0, 1890.6, 2208.7, 2273.5, 2297.8, 2267.9, 1791.9, 1387.3],
+        [-14.0075, -13.4113], 154.271),
+    5: (('coast', 12, 7), [596.6, 589.6, 788.2, 845.2, 960.5, 1229.7, 1396.4, 1460.5, 1475.2, 1393.8, 1319.6, 994.1],
+        [-21.8051, -19.7868], 19.05),
+    25: (('ice', 11, 4), [5589.0, 5821.8, 5541.6, 5852.6, 5933.1, 5889.5, 5761.1, 6244.4, 5657.1, 5648.2, 1170.6, 1086.4],
+         [-17.1748, -16.509], 73.152),
+    10**8: (('town', 4, 3), [320.0, 479.1, 750.5, 811.8, 1195.1, 2229.6, 2684.6, 2918.5, 3085.9, 3078.1, 2072.8, 1495.4],
+            [-14.9289, -14.3354], 182.705),
+    9*10**8: (('desert', 13, 12), [672.0, 782.8, 1229.8, 1681.5, 2072.5, 2486.0, 2774.1, 2922.4, 3099.6, 3224.4, 3918.0, 3195.1],
+              [-18.7894, -17.8241], 561.151)}
 
 
 @pytest.mark.parametrize('seed', FROZEN)
@@ -64,7 +70,8 @@ def test_the_world_is_frozen(seed):
 @pytest.mark.parametrize('size', [32, 64, 97, 120, 128, 256])
 def test_any_size(size):
     s = world.scene(3, size, clouds=True)
-    kinds = dict(s1grd=(2, 'float32'), s1rtc=(2, 'float32'), s2=(12, 'uint16'), dem=(0, 'float32'), lulc=(0, 'uint8'), ndvi=(0, 'float32'), cloud_mask=(0, 'bool'))
+    kinds = dict(s1grd=(2, 'float32'), s1rtc=(2, 'float32'), s2=(12, 'uint16'), dem=(0, 'float32'), lulc=(0, 'uint8'),
+                 ndvi=(0, 'float32'), cloud_mask=(0, 'bool'))
     for name, (bands, dtype) in kinds.items():
         assert s[name].shape == ((bands, size, size) if bands else (size, size)) and s[name].dtype == dtype, name
         assert np.isfinite(s[name]).all(), name
@@ -91,7 +98,8 @@ def test_land_cover_codes_and_ndvi(scenes):
 
 def test_what_can_be_seen(scenes):
     "Water is dark in the infrared and in VH; trees are greener than bare ground and brighter in VH."
-    def mean(code, values): return np.mean([values(s)[s['lulc'] == code].mean() for s in scenes if (s['lulc'] == code).sum() > 200])
+    def mean(code, values):
+        return np.mean([values(s)[s['lulc'] == code].mean() for s in scenes if (s['lulc'] == code).sum() > 200])
     assert mean(1, lambda s: s['s2'][7]) < 600 < 1000 < mean(2, lambda s: s['s2'][7])
     assert mean(1, lambda s: s['s1grd'][1]) < mean(6, lambda s: s['s1grd'][1]) - 2 < mean(2, lambda s: s['s1grd'][1]) - 7
     assert mean(2, lambda s: s['ndvi']) > mean(6, lambda s: s['ndvi']) + .2

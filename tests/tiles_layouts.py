@@ -32,13 +32,16 @@ def bigearthnet(root:Path, n:int=3, **columns) -> pd.DataFrame:
     rows = []
     for i in range(n):
         patch, s1 = f'S2A_MSIL2A_20170617T113321_N9999_R080_T29UPU_{i:02d}_05', f'S1A_IW_GRDH_1SDV_20170617T064724_29UPU_{i}_5'
-        rows.append(dict(patch_id=patch, labels=['Pastures', 'Arable land'], split=('train', 'validation', 'test')[i % 3], country='Ireland', s1_name=s1,
+        rows.append(dict(patch_id=patch, labels=['Pastures', 'Arable land'], split=('train', 'validation', 'test')[i % 3],
+                         country='Ireland', s1_name=s1,
                          contains_seasonal_snow=False, contains_cloud_or_shadow=False))
         place = dict(west=6e5 + 1200*i)
         for b, x in zip(S2_BANDS, optical(i)):
             step = 120//tiles.BEN_PIXELS[b]
-            write_tif(root/'BigEarthNet-S2'/patch.rsplit('_', 2)[0]/patch/f'{patch}_{b}.tif', x[::step, ::step], pixel=10.*step, **place)
-        for p, x in zip(('VV', 'VH'), radar(i)): write_tif(root/'BigEarthNet-S1'/s1.rsplit('_', 3)[0]/s1/f'{s1}_{p}.tif', x, **place)
+            write_tif(root/'BigEarthNet-S2'/patch.rsplit('_', 2)[0]/patch/f'{patch}_{b}.tif', x[::step, ::step], pixel=10.*step,
+                      **place)
+        for p, x in zip(('VV', 'VH'), radar(i)):
+            write_tif(root/'BigEarthNet-S1'/s1.rsplit('_', 3)[0]/s1/f'{s1}_{p}.tif', x, **place)
     table = pd.DataFrame(rows)
     for name, values in columns.items(): table[name] = values
     table.to_parquet(root/'metadata.parquet')
@@ -80,16 +83,20 @@ def tortilla(rows:list, parts:list) -> bytes:
     head = b'#y' + at.to_bytes(8, 'little') + footer.getbuffer().nbytes.to_bytes(8, 'little') + (1).to_bytes(8, 'little')
     return head.ljust(200, b'\0') + b''.join(parts) + footer.getvalue()
 
-def benv2(path:Path, n:int=3, row=lambda i: {}, part=lambda i: {}, s1=lambda x, i: x[::-1], pixel2=60., names=('s1', 's2')) -> Path:
+def benv2(path:Path, n:int=3, row=lambda i: {}, part=lambda i: {}, s1=lambda x, i: x[::-1], pixel2=60.,
+          names=('s1', 's2')) -> Path:
     "A tortilla as GEO-Bench-2 packs benv2: VH before VV, and 60 m in the transform of Sentinel-2."
     rows, samples = [], []
     for i in range(n):
         place = dict(west=6e5 + 1200*i)
         files = [tif_bytes(s1(radar(i), i), **place), tif_bytes(optical(i), pixel2, **place)]
         samples.append(tortilla([{'tortilla:id': k, 'tortilla:file_format': 'GTiff', **part(i)} for k in names], files))
-        rows.append({'tortilla:id': f'sample_{i}', 'tortilla:file_format': 'TORTILLA', 'tortilla:data_split': ('train', 'validation', 'test')[i % 3],
-                     'stac:time_start': 1497700000., 'country': 'Ireland', 'contains_seasonal_snow': False, 'contains_cloud_or_shadow': False,
-                     'labels': ['Pastures', 'Arable land'], 'patch_id': f'S2A_MSIL2A_20170617T113321_N9999_R080_T29UPU_{i:02d}_05', **row(i)})
+        rows.append({'tortilla:id': f'sample_{i}', 'tortilla:file_format': 'TORTILLA',
+                     'tortilla:data_split': ('train', 'validation', 'test')[i % 3],
+                     'stac:time_start': 1497700000., 'country': 'Ireland', 'contains_seasonal_snow': False,
+                     'contains_cloud_or_shadow': False,
+                     'labels': ['Pastures', 'Arable land'],
+                     'patch_id': f'S2A_MSIL2A_20170617T113321_N9999_R080_T29UPU_{i:02d}_05', **row(i)})
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(tortilla(rows, samples))
     return path

@@ -11,12 +11,15 @@ ARRAYS = dict(s1=((2, 16, 16), 'float32', dict(bands=['VV', 'VH'])), s2=((4, 16,
 def record(i:int) -> dict:
     "The i-th tile."
     r = np.random.default_rng(i)
-    return dict(id=f't{i:03d}', split=('train', 'val', 'test')[i % 3], month=1 + i % 12, lon=float(r.uniform(-9, 30)), lat=float(r.uniform(40, 60)), crs='EPSG:32629',
-                transform=(10., 0., 6e5 + i, 0., -10., 5e6), s1=r.normal(-12, 3, (2, 16, 16)).astype('f4'), s2=r.integers(0, 9000, (4, 16, 16)).astype('u2'))
+    return dict(id=f't{i:03d}', split=('train', 'val', 'test')[i % 3], month=1 + i % 12, lon=float(r.uniform(-9, 30)),
+                lat=float(r.uniform(40, 60)), crs='EPSG:32629',
+                transform=(10., 0., 6e5 + i, 0., -10., 5e6), s1=r.normal(-12, 3, (2, 16, 16)).astype('f4'),
+                s2=r.integers(0, 9000, (4, 16, 16)).astype('u2'))
 
 def drawn(rows) -> np.ndarray:
     "What a later stage makes of some tiles; every seventh is nothing but zeros."
-    return np.stack([np.random.default_rng(1000 + int(i)).integers(-99, 9999, (4, 16, 16)).astype('i2')*(int(i) % 7 > 0) for i in rows])
+    return np.stack([np.random.default_rng(1000 + int(i)).integers(-99, 9999, (4, 16, 16)).astype('i2')*(int(i) % 7 > 0)
+                     for i in rows])
 
 def work(path, ranks:int=1) -> Store:
     "Make the store and a later array, going on with whatever is there."
