@@ -6,7 +6,7 @@
 __all__ = ['TOLERANCE', 'SOLVERS', 'BLOCKS', 'ROLE_OF', 'RAW', 'matrix_rate', 'seconds_of', 'on_meta', 'flops',
            'generation_flops', 'overheard', 'library_call', 'agreement', 'in_turns', 'ratios', 'levers', 'solve',
            'kept_for_backward', 'checkpoint_blocks', 'stage2_memory', 'stage3_memory', 'Finding', 'needs_of',
-           'models_named', 'check_models', 'check_weights', 'places_of', 'check_leakage', 'check_data',
+           'models_named', 'check_models', 'check_weights', 'places_of', 'check_leakage', 'check_data', 'check_chips',
            'bytes_per_tile', 'training_flops', 'forecast', 'check_disk', 'check_machine', 'check_versions', 'reached',
            'preflight', 'reading_rate']
 
@@ -379,15 +379,20 @@ def needs_of(
 
 # parameters that name models -> what they must be
 ROLE_OF = dict(name='generate', encoder_name='encoder', backbone='prithvi', model='generate')
+ROLE_OF |= {'family.encoder': 'encoder', 'family.tim': 'tim', 'family.generator': 'generate', 'encoder_name, thinking': 'tim'}
 
 def models_named(
     stages, # list of study.Stage
 ) -> dict: # (name of the model, folder of its weights) -> notebooks and parameters that name it
     "Every model the notebooks of a chain would load."
+    from gac.nyc import FAMILIES
     named = {}
     for s in stages:
-        for p in ROLE_OF.keys() & s.values.keys():
-            if s.values[p]: named.setdefault((s.values[p], s.values.get('weights', '')), []).append((s.name, p))
+        given = {p: s.values[p] for p in ROLE_OF if s.values.get(p)}
+        if (family := FAMILIES.get(s.values.get('family'))):
+            given |= {f'family.{k}': getattr(family, k) for k in ('encoder', 'tim', 'generator')}
+        if 'b' in s.values.get('arms', ()): given['encoder_name, thinking'] = f'{given["encoder_name"]}_tim'
+        for p, name in given.items(): named.setdefault((name, s.values.get('weights', '')), []).append((s.name, p))
     return named
 
 def check_models(
@@ -479,6 +484,20 @@ def check_data(
         found.append(Finding('data', 'missing', f'{len(absent)} of {len(some)} patches looked for have no folder, e.g. {absent[0]}: unpack all archives.'))
     return [*found, check_leakage(where.grid + '_' + where.row.astype(str) + '_' + where.column.astype(str),
                                   table.split)], len(table)
+
+def check_chips(
+    stages, # list of study.Stage
+) -> list[Finding]:
+    "The data sets of `gac nyc build` that notebooks are given."
+    from gac.nyc import Chips
+    found = []
+    for s in stages:
+        if not (chips := s.values.get('chips')): continue
+        try: found.append(Finding('data', 'ok', f'{s.name}.chips: {Chips(study.root()/chips)}'))
+        except GacError as e:
+            found.append(Finding('data', 'missing', f'{s.name}.chips: {e}'.replace(str(study.root()/chips), chips)))
+    return found
+
 
 # %% ../nbs/14_efficiency.ipynb #ef000050
 def bytes_per_tile(
@@ -607,7 +626,7 @@ def preflight(
     try: ahead = forecast(stages, n, rate, share)
     except GacError: ahead = None  # a name nobody knows: said below
     disk = [check_disk(run, ahead.gb.sum())] if ahead is not None else []
-    found = [*check_models(stages), *found, *disk, *check_machine(needs), *check_versions()]
+    found = [*check_models(stages), *found, *check_chips(stages), *disk, *check_machine(needs), *check_versions()]
     print(*found, sep='\n')
     if ahead is not None:
         print(f'Forecast for {n:,} tiles at {rate*share/1e9:,.0f} GFLOP/s, {share:.0%} of the rate of a matrix product here; '

@@ -570,8 +570,8 @@ def code_of(notebook:dict) -> list[str]:
 # %% ../nbs/00_study.ipynb #94624f54
 def _fingerprint(path:str) -> list:
     "Names, sizes and times of what lies at `path`, one level deep: enough to see that data were exchanged."
-    if not path: return []
     p = root()/path
+    if not path or not p.exists(): return []
     return sorted((q.name, q.stat().st_size, int(q.stat().st_mtime)) for q in (p.iterdir() if p.is_dir() else [p]))
 
 @dataclass
@@ -590,7 +590,8 @@ def _key(path:Path, values:dict, upstream:str, package:Path) -> str:
     modules = modules_used('\n'.join(code), package)
     depends = dict(code=code, values={k: v for k, v in values.items() if k not in ('run_dir', 'reports_dir')},
                    modules={m: sha256(package/f'{m}.py') for m in sorted(modules)},
-                   weights=weights() if 'foundations' in modules else {}, data=_fingerprint(values['data']), upstream=upstream)
+                   weights=weights() if 'foundations' in modules else {}, upstream=upstream,
+                   data=_fingerprint(values['data']) + _fingerprint(values.get('chips', '')))
     return hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()
 
 def _relative(path:str|Path) -> str:

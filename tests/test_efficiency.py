@@ -23,12 +23,15 @@ def test_dry_run_passes_where_nothing_is_missing_and_lists_what_is(capsys, monke
     monkeypatch.setattr(efficiency, 'reached', lambda rate: 1.)
     monkeypatch.setenv('HF_HUB_CACHE', '/nowhere')
     assert cli.main(['run', '--profile', 'lowvr', '--dry-run', '--set', '08_stage2.backbone=prithvi_huge', '--set',
-                     '09_stage3.name=terramind_v1_large']) == 1
+                     '09_stage3.name=terramind_v1_large', '--set', '13_nyc_tim.chips=data/no_such']) == 1
     out = ' '.join(capsys.readouterr().out.split())
     for words in ('08_stage2.backbone: Unknown model', "09_stage3.name: terramind_v1_large is of the kind 'encoder'",
                   'put it at data/weights/TerraMind_v1_large.pt',
                   'published as ibm-esa-geospatial/TerraMind-1.0-Tokenizer-S2L2A',
-                  'no --data: this profile is meant for bigearthnet_v2'):
+                  'no --data: this profile is meant for bigearthnet_v2',
+                  'terramind_v1_base (12_downstream.encoder_name, 13_nyc_tim.family.encoder)',
+                  'terramind_v1_base_tim (12_downstream.encoder_name, thinking, 13_nyc_tim.family.tim)',
+                  'put it at data/weights/TerraMind_Tokenizer_LULC.pt', '13_nyc_tim.chips: data/no_such: no manifest.json'):
         assert words in out, words
 
 def test_weights_that_do_not_fit_are_found_before_the_run(tmp_path):
