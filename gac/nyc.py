@@ -1380,21 +1380,34 @@ def publish(
     study.writable(out)
     state = metrics.read_torch(folder/'final.ckpt')['state_dict']
     save_file({k.removeprefix('model.'): x.contiguous().clone() for k, x in state.items() if k.startswith('model.')},
-              out/'model.safetensors',
-              metadata={'format': 'pt'})
+              out/'model.safetensors', metadata={'format': 'pt'})
     shutil.copy(folder/'config.yaml', out/'config.yaml')
     study._write(out/'README.md', card(best, kept))
     return out
 
+_USE = """```python
+from safetensors.torch import load_file
+from gac import downstream
+task = downstream.open_config('FOLDER/config.yaml').model
+task.model.load_state_dict(load_file('FOLDER/model.safetensors'))
+```"""
+
 def card(best:dict, kept:dict) -> str: # rows of the gate; gate.json
-    "The card of a published model."
-    table = pd.DataFrame(kept['gate']).round(2).to_markdown(index=False)
-    return (f'# {best["run"]}: five classes of a city\n\nClasses: {", ".join(CLASSES)}. Inputs: four dates of '
-            f'{", ".join(VARIANTS[best["run"]].modalities)}; thought: {", ".join(VARIANTS[best["run"]].tim)} ({kept["status"][best["run"]]}).\n'
-            f'Data: {kept["data"]}. Gate: **{best["verdict"]}**, {best["gain"]:+.2f} points of mIoU [{best["lo"]:+.2f}, {best["hi"]:+.2f}] against '
-            f'"{best["against"]}", '
-            f'{best["blocks"]} blocks, {best["seeds"]} seeds.\n\n{table}\n\n`config.yaml` is a TerraTorch configuration; the weights are those of '
-            f'seed {kept["seed"]}.\n')
+    "The card of a published model, as the Hugging Face Hub shows it."
+    from huggingface_hub import ModelCardData
+    v = VARIANTS[best['run']]
+    about = ModelCardData(library_name='terratorch', license='apache-2.0', pipeline_tag='image-segmentation',
+                          tags=['gac', 'thinking-in-modalities', 'land-cover', 'sentinel-1', 'sentinel-2', 'earth-observation'])
+    gain = f'{best["gain"]:+.2f} points of mIoU [{best["lo"]:+.2f}, {best["hi"]:+.2f}] against "{best["against"]}"'
+    return '\n\n'.join([
+        f'---\n{about.to_yaml()}\n---', f'# {best["run"]}: five classes of a city',
+        f'Classes: {", ".join(CLASSES)}. Inputs: four dates of {", ".join(v.modalities)}; '
+        f'thought: {", ".join(v.tim)} ({kept["status"][best["run"]]}). Data: {kept["data"]}.',
+        '## Use', 'FOLDER is where these files are.', _USE,
+        '## Measured', f'Gate: **{best["verdict"]}**, {gain}, {best["blocks"]} blocks, {best["seeds"]} seeds.',
+        pd.DataFrame(kept['gate']).round(2).to_markdown(index=False),
+        '## Made', f'`config.yaml` is a TerraTorch configuration; the weights are those of seed {kept["seed"]}.']) + '\n'
+
 
 # %% ../nbs/13_nyc_tim.ipynb #13d18e98
 def from_series(

@@ -573,7 +573,7 @@ def test_the_parser_refuses_what_terratorch_does_not_know(tmp_path):
         downstream.open_config(downstream.write_config(tmp_path/'bad.yaml', c), build=False)
 
 def test_publishing_needs_a_certain_gain(tmp_path):
-    import torch
+    import huggingface_hub, torch
     from safetensors.torch import load_file
     run = tmp_path/'run'/'nyc'
     (run/'runs'/'TiM_LULC_0').mkdir(parents=True)
@@ -590,6 +590,8 @@ def test_publishing_needs_a_certain_gain(tmp_path):
     out = nyc.publish(tmp_path/'run', tmp_path/'out')
     assert load_file(out/'model.safetensors')['head.weight'].tolist() == [1, 1] and (out/'config.yaml').exists()
     card = (out/'README.md').read_text()
+    about = huggingface_hub.ModelCard(card).data
+    assert about.library_name == 'terratorch' and about.pipeline_tag == 'image-segmentation'
     # what speaks against it stands there too
     assert '**stable**' in card and '+1.60 points of mIoU [+0.30, +3.00]' in card and '-3.2' in card
     (run/'gate.json').write_text(json.dumps(dict(data='', seed=0, folders={'TiM LULC': '../../../etc'}, status=status,
