@@ -39,7 +39,7 @@ test: $(READY)
 
 # the last result is kept in reports/test-slow.txt
 test-slow: $(READY)
-	@mkdir -p runs; $(BIN)/python -m pytest -q -rs -m slow --durations=0 tests > runs/test-slow.txt; status=$$?; cat runs/test-slow.txt; \
+	@mkdir -p runs; $(BIN)/python -m pytest -q -rs -m slow --durations=0 --disable-warnings tests > runs/test-slow.txt; status=$$?; cat runs/test-slow.txt; \
 	  [ $$status -eq 0 ] && cp runs/test-slow.txt reports/test-slow.txt; exit $$status
 
 lab: $(READY)
