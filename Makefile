@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 export PYTHONUTF8 = 1
+export OMP_WAIT_POLICY ?= passive
 export JUPYTER_PLATFORM_DIRS = 1
 
 .PHONY: help study test test-slow lab verify docs lock readme

@@ -9,7 +9,7 @@ __all__ = ['COMMANDS', 'GROUPS', 'PROFILE', 'SEED', 'WEIGHTS', 'STRICT', 'LAYOUT
            'nyc_build', 'nyc_publish', 'downstream', 'uncertainty', 'claims', 'infer', 'export']
 
 # %% ../nbs/cli.ipynb #1e205714
-import argparse, sys
+import argparse, os, sys
 
 # %% ../nbs/cli.ipynb #f33065f8
 COMMANDS = {}  # 'data convert' -> (function, options)
@@ -51,6 +51,8 @@ def main(
 ) -> int: # exit code: 0 done, 1 done in part, 2 refused, 130 interrupted
     "Run one command; a mistake of the user is one line on stderr."
     args = vars(parser().parse_args(argv))
+    # before torch is loaded: threads that spin while they wait take the time that others need
+    os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
     from gac.study import GacError, writing
     try:
         with writing('a file'): return args.pop('function')(**args) or 0

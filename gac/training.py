@@ -10,7 +10,7 @@ __all__ = ['ADAPTER_FILES', 'CARD', 'MEASURED', 'FREE_TO_CHANGE', 'Settings', 'c
            'Fit', 'fit', 'export_best']
 
 # %% ../nbs/05_training.ipynb #7ffe61f8
-import json, logging, math, os, random, re, time, warnings
+import json, logging, math, os, random, re, signal, time, warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
@@ -609,9 +609,8 @@ def trainer(
         callbacks.append(EarlyStopping(s.monitor, mode=s.mode, patience=s.early_stopping_patience, check_on_train_epoch_end=True))
     if validate: callbacks.append(ModelCheckpoint(filename='best', monitor=s.monitor, mode=s.mode, **keep))
     callbacks.append(ModelCheckpoint(filename='last', every_n_epochs=s.save_every//s.val_every, **keep))
-    return Trainer(max_epochs=-1, max_steps=total_steps, accumulate_grad_batches=s.grad_accum_steps, gradient_clip_val=s.clip
-                   or None,
-                   precision=s.precision, accelerator=s.accelerator, devices=s.devices, num_nodes=s.num_nodes,
+    return Trainer(max_epochs=-1, max_steps=total_steps, accumulate_grad_batches=s.grad_accum_steps,
+                   gradient_clip_val=s.clip or None, precision=s.precision, accelerator=s.accelerator, devices=s.devices, num_nodes=s.num_nodes,
                    strategy=s.strategy,
                    deterministic='warn' if s.deterministic else None, callbacks=callbacks, plugins=[AtomicIO()],
                    logger=Log(str(out_dir), name='', version='curve'), default_root_dir=str(out_dir),
@@ -643,6 +642,17 @@ def _check_resume(path:Path, checkpoint:dict, settings:Settings, total_steps:int
     if changed:
         raise GacError(f"{path} belongs to a training with other settings ({'; '.join(changed)}): choose another folder, or resume=False.")
 
+def _run(run:Trainer, task:Task, batches:DataLoader, checks:DataLoader|None, last:Path, name:str) -> None:
+    "Train, from `last` where it is. Lightning leaves the process at an interruption; here it goes on as one, and what is kept is told."
+    before = signal.getsignal(signal.SIGINT)
+    try: run.fit(task, batches, checks, ckpt_path=str(last) if last.exists() else None)
+    except SystemExit:
+        if not run.interrupted: raise
+        signal.signal(signal.SIGINT, before)
+        kept = f'step {read_torch(last)["global_step"]} is kept' if last.exists() else 'nothing is kept yet (save_every says when)'
+        print(f'{name}: interrupted at step {run.global_step}; {kept}.', flush=True)
+        raise KeyboardInterrupt from None
+
 def fit(
     model:nn.Module, # trained in place, on return as after the last step
     step:Callable, # (model, batch) → {'loss': scalar, further terms}
@@ -673,9 +683,8 @@ def fit(
     checks = loader(val, s.batch_size, False, s.seed, s.workers, math.ceil(len(val)/s.world), collate) if validate else None
     with seeded(s.seed), warnings.catch_warnings():
         warnings.filterwarnings('ignore', module='lightning')  # advice on workers and folders that are not empty
-        if checkpoint is None: run.fit(task, batches, checks)
-        elif checkpoint['gac']['finished']: load_trained(task, checkpoint['state_dict'], last)
-        else: run.fit(task, batches, checks, ckpt_path=str(last))
+        if checkpoint and checkpoint['gac']['finished']: load_trained(task, checkpoint['state_dict'], last)
+        else: _run(run, task, batches, checks, last, name)
         if checkpoint is None or not checkpoint['gac']['finished']: run.save_checkpoint(last)
     model.to(where)  # Lightning leaves it on the CPU
     checkpoint = read_torch(last)

@@ -99,6 +99,18 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, int8):
     assert not any('base_layer' in k for k in a)  # frozen weights stay out of the checkpoint
 
 
+def test_interrupted_and_called_again_equals_uninterrupted(tmp_path, capsys):
+    "Ctrl-C says what is kept and reaches the caller as what it is; the handler of the process is its own again."
+    steps, before = iter(range(1, 1000)), signal.getsignal(signal.SIGINT)
+    def stopped(model, batch):
+        if model.training and next(steps) == 15: os.kill(os.getpid(), signal.SIGINT)
+        return step(model, batch)
+    with pytest.raises(KeyboardInterrupt): fit(vit(), stopped, Tiles(12), Tiles(4), SETTINGS, tmp_path/'a', name='toy')
+    assert 'toy: interrupted at step 7; step 6 is kept.' in capsys.readouterr().out and signal.getsignal(signal.SIGINT) is before
+    again = fit(vit(), step, Tiles(12), Tiles(4), SETTINGS, tmp_path/'a')
+    whole = fit(vit(), step, Tiles(12), Tiles(4), SETTINGS, tmp_path/'b')
+    assert again.resumed_at == 6 and again.curve.drop(columns='gpu_memory_mb').equals(whole.curve.drop(columns='gpu_memory_mb'))
+
 def test_mixed_precision_trains_adapters_on_8_bit_weights(tmp_path):
     result = fit(vit(int8=True), step, Tiles(10), Tiles(6), replace(SETTINGS, precision='bf16-mixed'), tmp_path, every=0)
     assert result.curve.train_loss.iloc[-3:].mean() < result.curve.train_loss.iloc[:3].mean()
