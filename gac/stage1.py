@@ -4,14 +4,18 @@
 
 # %% auto #0
 __all__ = ['SPEC', 'COLUMNS', 'build_terramind_generator', 'tm_sar2opt', 'Decoding', 'tile_number', 'draw', 'batches', 'unusable',
-           'read_radar', 'disk_forecast', 'settings', 'precompute', 'drop_other', 'companion', 'open_tiles',
+           'read_radar', 'disk_forecast', 'settings', 'in_order', 'precompute', 'drop_other', 'companion', 'open_tiles',
            'read_tiles', 'drawn', 'stored', 'measure', 'summarise', 's1_composite', 'white_of', 'picture',
            'false_colour', 'by_gain', 'panels', 'decoding_grid', 'cheapest', 'chosen', 'shelf', 'images_of',
            'drawn_before', 'browser']
 
 # %% ../nbs/07_stage1.ipynb #95379e58
 import hashlib, json, shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +34,13 @@ def build_terramind_generator(
     pretrained:bool=True, # False: random weights, for tests and costs only
     name:str='terramind_mini_generate', # as TerraTorch names it; foundations.available() lists them
     weights:str='', # folder of weight files, 'hub', or empty: the committed miniatures or the Hugging Face cache
+    precision:str='32-true', # or bf16-true, 16-true: see Generator.hasten
+    compiled:bool=False, # the painter through torch.compile
 ): # foundations.Generator, in evaluation mode
     "The pretrained generator that Stage 1 runs and Stage 3 grounds."
-    return foundations.place(foundations.build_generator(name, input_modalities, output_modalities, timesteps, pretrained,
-                                                         weights))
+    model = foundations.place(foundations.build_generator(name, input_modalities, output_modalities, timesteps, pretrained,
+                                                          weights))
+    return model.hasten(precision, compiled) if compiled or precision != '32-true' else model
 
 # %% ../nbs/07_stage1.ipynb #0a68cdce
 @torch.no_grad()
@@ -148,9 +155,27 @@ def settings(
 ) -> dict:
     "What determines an array of Stage 1, kept as its attributes."
     weights = {name: digest[:16] for name, digest in foundations.weights_checksums(model.core).items()}
+    half = {} if model.precision == '32-true' else dict(precision=model.precision)
     return dict(bands=list(study.OPT_BANDS), units='reflectance x 10000', model=model.core.gac['name'], inputs=list(model.inputs),
                 weights=weights or 'random',
-                **asdict(decoding), seed=seed)
+                **asdict(decoding), seed=seed, **half)
+
+def in_order(
+    work:Callable, # item -> result
+    items, # in any number
+    threads:int, # items worked on at a time; 1: none beside the caller's own
+) -> Iterator: # results in the order of the items
+    "Begin the next items before the result of one is taken: while a GPU paints a batch, the next one is read and its noise drawn."
+    if threads < 2:
+        yield from map(work, items)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        begun, items = deque(), iter(items)
+        for item in islice(items, threads): begun.append(pool.submit(work, item))
+        while begun:
+            done = begun.popleft().result()
+            for item in islice(items, 1): begun.append(pool.submit(work, item))
+            yield done
 
 def precompute(
     store, # tiles.Store with the radar
@@ -181,14 +206,17 @@ def precompute(
     print(f'{output}: {len(left)} of {len(mine)} tiles to draw ({decoding}), up to {disk["need"]/1e6:.4g} MB', flush=True)
     errors, drawn_now, left = {}, 0, set(left.tolist())
     todo = [b for b in todo if left & set(b)]
+    def work(batch):
+        s1, rows, bad = read_radar(store, batch)
+        if not left & set(rows.tolist()): return rows[:0], None, bad
+        try: return rows, draw(model, s1, store.table.id.iloc[rows], decoding, seed), bad
+        except torch.OutOfMemoryError as e:
+            raise GacError(f'Out of memory with {len(rows)} tiles at a time: take fewer (--batch-size). What is drawn is safe.') from e
+    steps = study.progress(todo, len(left), output, 'tiles', size=lambda b: len(left & set(b))) if todo else ()
     try:
-        for batch in study.progress(todo, len(left), output, 'tiles', size=lambda b: len(left & set(b))) if todo else ():
-            s1, rows, bad = read_radar(store, batch)
+        for _, (rows, images, bad) in zip(steps, in_order(work, todo, 2 if model.device.type == 'cuda' else 1)):
             errors |= bad
-            if not left & set(rows.tolist()): continue
-            try: images = draw(model, s1, store.table.id.iloc[rows], decoding, seed)
-            except torch.OutOfMemoryError as e:
-                raise GacError(f'Out of memory with {len(rows)} tiles at a time: take fewer (--batch-size). What is drawn is safe.') from e
+            if not len(rows): continue
             sound = np.isfinite(images).all((1, 2, 3))
             errors |= {int(r): 'the model drew values that are not finite' for r in rows[~sound]}
             into.write(output, rows[sound], tiles.to_dn(images[sound]), rank, world_size)
