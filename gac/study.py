@@ -12,7 +12,8 @@ __all__ = ['S2_BANDS', 'OPT_BANDS', 'OPT_INDEX', 'S1_BANDS', 'REFLECTANCE', 'LUL
            'write_report', 'compare_tables', 'compare_reports', 'verify', 'fetch_examples', 'render_readme', 'uphill']
 
 # %% ../nbs/00_study.ipynb #6c34dab9
-import ast, errno, hashlib, importlib.abc, importlib.util, io, json, os, platform, random, re, subprocess, sys, tempfile, time, tokenize, uuid
+import ast, errno, hashlib, importlib.abc, importlib.util, io, json, os, platform, random, re, signal, subprocess, sys, tempfile, threading, time, \
+    tokenize, uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -672,13 +673,18 @@ def _execute(stage:Stage, runs:Path, reports:Path, verbose:bool, kernel:dict) ->
 # %% ../nbs/00_study.ipynb #b9d04e57
 def _become_kernel(argv:list[str], cwd:str, env:dict) -> None:
     "What a forked process does: be a notebook's kernel, in a session of its own as jupyter_client starts one."
-    import atexit, matplotlib, multiprocessing
+    import atexit, matplotlib, multiprocessing.forkserver
     from ipykernel.kernelapp import launch_new_instance
     multiprocessing.set_start_method(None, force=True)  # the system's own for what the notebook starts
     os.setsid()
+    server = multiprocessing.forkserver._forkserver
+    # the server lives as long as anybody holds this end: the runner alone may, so that whatever kills it ends the kernel too
+    os.close(server._forkserver_alive_fd)
+    server._forkserver_alive_fd = None
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env, JPY_PARENT_PID=str(os.getppid()))
+    argv = [*argv, f'--IPKernelApp.parent_handle={os.getppid()}']  # ipykernel read the variable when it was imported
     matplotlib.rcParams['backend'] = 'module://matplotlib_inline.backend_inline'  # which a kernel sets before the import
     try: launch_new_instance(argv)
     finally: atexit._run_exitfuncs()  # multiprocessing leaves without it; temporary folders are removed here
@@ -791,6 +797,17 @@ class _Lock:
         _write(self.path, json.dumps({'pid': os.getpid()}))
     def __exit__(self, *_): self.path.unlink(missing_ok=True)
 
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    "A block that SIGTERM and SIGHUP stop as Ctrl-C does: its kernel ends, its lock is removed."
+    def stop(number, frame): raise KeyboardInterrupt(signal.Signals(number).name)
+    here = threading.current_thread() is threading.main_thread()  # nowhere else may a handler be set
+    wanted = [getattr(signal, n) for n in ('SIGTERM', 'SIGHUP') if here and hasattr(signal, n)]
+    before = {s: signal.signal(s, stop) for s in wanted if signal.getsignal(s) is signal.SIG_DFL}  # nohup stays nohup
+    try: yield
+    finally:
+        for s, handler in before.items(): signal.signal(s, handler)
+
 def _recognise(data:str) -> tuple[str, str]:
     "The real data's folder seen from the root, and the layout it has."
     import importlib
@@ -829,7 +846,7 @@ def run_chain(
     # on a busy machine threads that spin while they wait take the time the others need
     os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
     if not dry_run:
-        with _Lock(run), writing(run):
+        with _stoppable(), _Lock(run), writing(run):
             kernel = kernels(todo)
             for s in stages: _run_stage(s, stages, run, report, verbose, kernel)
             write_report(stages, run, report, profile, layout)

@@ -122,20 +122,32 @@ def test_one_chain_at_a_time(chain):
         other.wait()
     assert go(chain, only='2')[2] == 'ran'  # its owner is dead: taken over
 
-def test_killed_chain_resumes(chain):
-    "A chain killed in its second notebook keeps the first and goes on from there."
+@pytest.mark.skipif(sys.platform != 'linux', reason='kernels are forked on Linux only')
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGHUP', 'SIGKILL'])
+def test_a_stopped_chain_leaves_no_process_and_resumes(chain, name):
+    "A chain stopped in its second notebook takes its kernel with it, keeps the first notebook and goes on from there."
+    import psutil
     path = chain/'01_second.ipynb'
     text = path.read_text()
     path.write_text(text.replace("print('before')", "import time, pathlib; pathlib.Path('started').touch(); time.sleep(300)"))
     code = f"from gac import study; study.run_chain('toy', nbs={str(chain)!r}, reports={str(chain/'report')!r}, runs={str(chain/'run')!r})"
-    process = subprocess.Popen([sys.executable, '-c', code], start_new_session=True, stdout=subprocess.DEVNULL)
+    process, below = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), []
     try:
         for _ in range(600):
             if (chain/'started').exists(): break
             time.sleep(.1)
         assert (chain/'started').exists()
+        below = psutil.Process(process.pid).children(recursive=True)
+        assert len(below) > 1  # the kernel, and the server it was forked from
+        process.send_signal(getattr(signal, name))
+        process.wait(15)
+        left = psutil.wait_procs(below, 15)[1]
+        assert not left, [p.cmdline() for p in left]
+        assert (chain/'run/chain.lock').exists() == (name == 'SIGKILL')
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        for p in [process, *below]:
+            try: p.kill()
+            except psutil.NoSuchProcess: pass
         process.wait()
     path.write_text(text)
     assert go(chain) == ['unchanged', 'ran', 'ran']
