@@ -12,7 +12,7 @@ __all__ = ['S2_BANDS', 'OPT_BANDS', 'OPT_INDEX', 'S1_BANDS', 'REFLECTANCE', 'LUL
            'write_report', 'compare_tables', 'compare_reports', 'verify', 'fetch_examples', 'render_readme', 'uphill']
 
 # %% ../nbs/00_study.ipynb #6c34dab9
-import ast, errno, hashlib, importlib.abc, importlib.util, io, json, os, platform, random, re, signal, subprocess, sys, tempfile, threading, time, \
+import ast, errno, filecmp, hashlib, importlib.abc, importlib.util, io, json, os, platform, random, re, shutil, signal, subprocess, sys, tempfile, threading, time, \
     tokenize, uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -617,6 +617,44 @@ def outputs(stage:str, runs:Path, reports:Path) -> list[Path]:
             *(reports/'figures'/f'{n}.{s}' for n in record.get('figures', {}) for s in ('png', 'svg')),
             *(runs/a for a in record.get('artefacts', [])), reports/'notebooks'/f'{stage}.ipynb']
 
+_PARTS = ('tables', 'figures', 'notebooks', 'configs', 'provenance.json', 'index.html')  # what a report holds, the page last
+
+def _report_files(folder:Path) -> list[Path]: # seen from the folder
+    "The files of a report, in the order of its parts; whatever else lies in its folder is somebody's own."
+    return [p.relative_to(folder) for part in _PARTS for p in (sorted((folder/part).rglob('*')) if (folder/part).is_dir() else [folder/part])
+            if p.is_file()]
+
+def _draft(
+    report:Path, # folder of the report
+    run:Path, # folder of the artefacts
+) -> Path: # where the notebooks write
+    "What a stopped run left, else a copy of the report."
+    draft, partly = run/'report', run/'.report'
+    writable(report)  # said now, not after hours
+    if draft.is_dir(): return draft
+    shutil.rmtree(partly, ignore_errors=True)
+    try:
+        partly.mkdir(parents=True)
+        for p in _report_files(report): _write(partly/p, (report/p).read_bytes())
+        os.replace(partly, draft)
+    except BaseException:
+        shutil.rmtree(partly, ignore_errors=True)
+        raise
+    return draft
+
+def _publish(
+    draft:Path, # a whole report
+    report:Path, # folder of the report
+) -> None:
+    "Let a draft take the place of the report, file by file, and remove what it no longer holds."
+    new, aside = _report_files(draft), draft.with_name('.report')
+    for p in new:
+        if not ((report/p).is_file() and filecmp.cmp(draft/p, report/p, shallow=False)): _write(report/p, (draft/p).read_bytes())
+    for p in set(_report_files(report)) - set(new): (report/p).unlink()
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(draft, aside)  # from here on it is no draft any more
+    shutil.rmtree(aside, ignore_errors=True)
+
 # %% ../nbs/00_study.ipynb #f83e2ba6
 def _scrub(text:str) -> str:
     "Text without the folders of this machine."
@@ -664,7 +702,8 @@ def _execute(stage:Stage, runs:Path, reports:Path, verbose:bool, kernel:dict) ->
     except (papermill.PapermillExecutionError, RuntimeError) as e:
         if tmp.exists(): _keep(tmp, failed)
         why = f'in cell {e.exec_count}: {e.ename}: {e.evalue}' if hasattr(e, 'ename') else f'with its kernel (out of memory?): {e}'
-        raise GacError(f'{stage.name} failed {why}\nAs far as it got: {_shown(failed)}. The same command resumes here.') from None
+        raise GacError(f'{stage.name} failed {why}\nAs far as it got: {_shown(failed)}. '
+                       'The report is as it was; the same command resumes here.') from None
     _keep(tmp, place)
     failed.unlink(missing_ok=True)
     for old in before - set(outputs(stage.name, runs, reports)):  # what this notebook no longer makes
@@ -770,14 +809,15 @@ def plan(
     given = check_parameters(declarations, load_profile(profile, nbs/'params'), sets, f'{profile}.yaml')
     first = _pick(names, start, '--from') if start else 0
     alone = _pick(names, only, '--only') if only else None
-    fixed = dict(profile=profile, run_dir=_relative(run), reports_dir=_relative(report), data=data)
+    fixed = dict(profile=profile, run_dir=_relative(run), reports_dir=_relative(run/'report'), data=data)
+    there = run/'report' if (run/'report').is_dir() else report  # what a stopped run left is the newer
     done, stages, upstream = _read_json(run/'chain.json'), [], ''
     for i, path in enumerate(paths):
         values = {n: p.default for n, p in declarations[path.stem].items()} | given[path.stem] | fixed
         stage = Stage(path.stem, path, values, _key(path, values, upstream, root()/'gac'))
         old = done.get(path.stem, {})
         stage.seconds = old.get('seconds')
-        unchanged = old.get('key') == stage.key and all(p.exists() for p in outputs(path.stem, run, report))
+        unchanged = old.get('key') == stage.key and all(p.exists() for p in outputs(path.stem, run, there))
         chosen = i == alone if only else i >= first
         if not chosen: stage.status = 'left alone'
         elif unchanged and not (force or only or start): stage.status = 'unchanged'
@@ -847,9 +887,10 @@ def run_chain(
     os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
     if not dry_run:
         with _stoppable(), _Lock(run), writing(run):
-            kernel = kernels(todo)
-            for s in stages: _run_stage(s, stages, run, report, verbose, kernel)
-            write_report(stages, run, report, profile, layout)
+            kernel, draft = kernels(todo), _draft(report, run)
+            for s in stages: _run_stage(s, stages, run, draft, verbose, kernel)
+            write_report(stages, run, draft, profile, layout)
+            _publish(draft, report)
     summary = pd.DataFrame([dict(notebook=s.name, status=s.status, seconds=s.seconds) for s in stages])
     print(summary.assign(seconds=[_clock(s.seconds) if s.seconds else '' for s in stages]).to_markdown(index=False))
     if not dry_run: print(f'Done in {_clock(time.perf_counter() - began)}. Open {_shown(report/"index.html")}')
@@ -985,7 +1026,6 @@ def verify(
     runs:str='', # folder of the fresh run; empty: runs/verify
 ) -> None:
     "Run the chain anew and compare its tables with the committed report; a GacError lists what differs."
-    import shutil
     fresh, tolerances = Path(runs or root()/'runs'/'verify'), read_yaml(root()/'nbs'/'params'/'tolerances.yaml')
     shutil.rmtree(fresh, ignore_errors=True)
     chips, reports = real_data(), {root()/'reports'/profile: ''}

@@ -28,13 +28,13 @@ def test_chain_skips_resumes_and_reports(chain, capsys):
     (chain/'break').touch()
     with pytest.raises(study.GacError, match='(?s)01_second failed in cell.*told to fail.*01_second.failed.ipynb.*resumes'):
         go(chain)
-    partial = json.loads((chain/'report/notebooks/01_second.failed.ipynb').read_text())
+    partial = json.loads((chain/'run/report/notebooks/01_second.failed.ipynb').read_text())
     assert any('before' in ''.join(o.get('text', '')) for c in partial['cells'] for o in c.get('outputs', []))
     assert not (chain/'report/index.html').exists()
 
     (chain/'break').unlink()
     assert go(chain) == ['unchanged', 'ran', 'ran']
-    assert not (chain/'report/notebooks/01_second.failed.ipynb').exists()
+    assert not list(chain.rglob('*.failed.ipynb')) and not (chain/'run/report').exists()
     printed = capsys.readouterr().out
     assert '[1/3] 00_first: unchanged' in printed and 'Done in' in printed and '| 02_third' in printed
 
@@ -47,10 +47,22 @@ def test_chain_skips_resumes_and_reports(chain, capsys):
     for text in (page, json.dumps(about), *(p.read_text() for p in (chain/'report/notebooks').glob('*.ipynb'))):
         assert str(study.root()) not in text and str(Path.home()) not in text
 
-    # whatever happens later, a failing notebook leaves the report that was there
+def test_a_report_stays_as_it_was_until_a_run_has_ended(chain):
+    "A run that fails after its first notebook has made another table: not a byte of the report changes, and nobody's own file is touched."
+    go(chain)
+    (chain/'report/tables/older.csv').write_text('x')  # of a notebook that is gone: stays
+    (chain/'report/mine.txt').write_text('mine')
+    kept = lambda: {p.relative_to(chain).as_posix(): p.read_bytes() for p in (chain/'report').rglob('*') if p.is_file()}
+    before = kept()
     (chain/'break').touch()
-    with pytest.raises(study.GacError): go(chain, only='01')
-    assert (chain/'report/index.html').read_text() == page
+    with pytest.raises(study.GacError, match='(?s)run/report/notebooks.*The report is as it was'): go(chain, sets={'n': 9})
+    assert kept() == before and len((chain/'run/report/tables/rows.csv').read_text().split()) == 10
+    assert go(chain, sets={'n': 9}, dry_run=True) == ['unchanged', 'to run', 'to run']  # goes on where it was
+    (chain/'break').unlink()
+    assert go(chain, sets={'n': 9}) == ['unchanged', 'ran', 'ran']
+    assert kept().keys() == before.keys() and len((chain/'report/tables/rows.csv').read_text().split()) == 10
+    assert json.loads((chain/'report/provenance.json').read_text())['notebooks']['00_first']['parameters']['n'] == 9
+    assert sorted(p.name for p in (chain/'run').iterdir()) == ['chain.json', 'notebooks', 'records', 'rows.bin']
 
 def test_chain_runs_again_what_it_must(chain):
     assert go(chain) == ['ran']*3
@@ -83,7 +95,7 @@ def test_chain_runs_again_what_it_must(chain):
 def test_dead_kernel_is_told(chain, make_notebook):
     make_notebook(chain/'00_first.ipynb', 'n: int = 2  # rows', "import os\nos._exit(1)")
     with pytest.raises(study.GacError, match='(?s)00_first failed with its kernel.*00_first.failed.ipynb'): go(chain)
-    assert (chain/'report/notebooks/00_first.failed.ipynb').exists()
+    assert (chain/'run/report/notebooks/00_first.failed.ipynb').exists()
 
 @pytest.mark.parametrize('profile, kw, message', [
     ('mini!', {}, 'No profile'), ('bad_name', {}, 'Did you mean k?'), ('bad_type', {}, 'bad_type.yaml, 00_first: n is .many.'),
