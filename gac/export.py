@@ -448,6 +448,7 @@ def open_scene(
     path:str|Path, # GeoTIFF with VV and VH
     s1_units:str='auto', # dB, linear, amplitude; auto: by the rules
     s1_bands=(), # order of the bands, where they have no names
+    say:bool=True, # print what had to be guessed
 ) -> Scene:
     "Look at a Sentinel-1 GeoTIFF: bands, place, unit; refuse what the models cannot read."
     path = Path(path)
@@ -471,6 +472,7 @@ def open_scene(
     if not certain and np.nanmedian([np.nanmedian(s[0]) for s in samples]) <= np.nanmedian([np.nanmedian(s[1]) for s in samples]):
         raise GacError(f'{path}: the first band (VV) is darker than the second (VH), so they look swapped. Say --s1-bands VH,VV, '
                        'or VV,VH to keep the order.')
+    if say and not certain: print(tiles.BY_ORDER.format(path), flush=True)
     return scene
 
 SAMPLES = 4  # windows each way the unit is told from
@@ -889,7 +891,7 @@ def infer(
     common = dict(spread=uncertainty, batch_size=batch_size, overwrite=overwrite, visualise=visualise)
     if source.is_file() and source.suffix.lower() in ('.tif', '.tiff'):
         tiling = Tiling(tile_size, overlap, max(block, tile_size))
-        open_scene(source, s1_units, s1_bands), writable(Path(output).parent)  # before the models are loaded
+        open_scene(source, s1_units, s1_bands, say=False), writable(Path(output).parent)  # before the models are loaded
         return infer_scene(source, output, chain(s1_product or 'S1GRD'), tiling, s1_units, s1_bands, month, biome, **common)
     more = dict(s1_units=s1_units, s1_bands=tuple(s1_bands), s1_product=s1_product) if not (source/'table.parquet').exists() else {}
     return infer_tiles(source, output, chain, split, max_tiles, **common, **more)

@@ -484,11 +484,17 @@ def profiles(
     read = {p.stem: read_yaml(p) for p in sorted(Path(folder or root()/'nbs'/'params').glob('*.yaml'))}
     return {name: y['description'] for name, y in read.items() if isinstance(y, dict) and isinstance(y.get('description'), str)}
 
-def _nearest(name:str, known) -> str:
-    "`did you mean …?` and the list of what there is."
+def _nearest(
+    name:str, # what somebody wrote
+    known:Iterable[str], # what there is
+    lister:str='', # command that lists it; of a long list only the nearest are named then
+) -> str:
+    "`Did you mean …?` and what there is."
     known = sorted(known)
     close = get_close_matches(str(name), known, n=1, cutoff=0.5)
-    return (f'Did you mean {close[0]}? ' if close else '') + 'There is: ' + ', '.join(known) + '.'
+    hint = f'Did you mean {close[0]}? ' if close else ''
+    if not lister or len(known) <= 12: return hint + 'There is: ' + ', '.join(known) + '.'
+    return f'{hint}Nearest of {len(known)}: {", ".join(get_close_matches(str(name), known, n=5, cutoff=0.))}. `{lister}` lists them all.'
 
 def load_profile(
     name:str, # e.g. mini
@@ -517,13 +523,13 @@ def check_parameters(
     def put(stage, name, value, origin):
         if stage not in stages: raise GacError(f'{origin}: no notebook {stage!r} in this chain. {_nearest(stage, stages)}')
         known = set(stages[stage]) - set(RUNNER_SETS)
-        if name not in known: raise GacError(f'{origin}: {stage} has no parameter {name!r}. {_nearest(name, known)}')
+        if name not in known: raise GacError(f'{origin}: {stage} has no parameter {name!r}. {_nearest(name, known, "gac parameters")}')
         values[stage][name] = check_value(stages[stage][name], value, f'{origin}, {stage}')
     def everywhere(name, value, origin):
         takers = [] if name in RUNNER_SETS else [stage for stage in stages if name in stages[stage]]
         if not takers:
             known = {n for params in stages.values() for n in params} - set(RUNNER_SETS)
-            raise GacError(f'{origin}: no notebook has a parameter {name!r}. {_nearest(name, known)}')
+            raise GacError(f'{origin}: no notebook has a parameter {name!r}. {_nearest(name, known, "gac parameters")}')
         for stage in takers: put(stage, name, value, origin)
     for name, value in sections.get('common', {}).items(): everywhere(name, value, where)
     for stage, given in sections.items():

@@ -226,13 +226,15 @@ def test_missing_pixels_change_only_the_tiles_they_are_in(tmp_path):
     # DN: the tile reads the nearest pixels instead, no marks of missing data
     assert 0 < np.abs(a[there].astype(int) - b[there]).max() <= 5
 
-def test_units_and_bands_are_told_apart(tmp_path):
+def test_units_and_bands_are_told_apart(tmp_path, capsys):
     made = {}
     for name, change, names in (('dB', lambda x: x, ('VV', 'VH')),
                                 ('linear', lambda x: 10**(x[::-1]/10), ('Gamma0_VH', 'Gamma0_VV')),
                                 ('amplitude', lambda x: 10**(x/20), (None, None))):
         source = scene(tmp_path/f'{name}.tif', change=change, names=names)
         assert open_scene(source).unit == name
+        guessed = f'{source}: its radar bands have no names and are taken as VV, VH'
+        assert (guessed in capsys.readouterr().out) == (names == (None, None))
         infer_scene(source, tmp_path/f'{name}.o.tif', chains.Mirror(), SMALL)
         made[name] = rasterio.open(tmp_path/f'{name}.o.tif').read().astype(int)
     assert all(np.abs(x - made['dB']).max() <= 1 for x in made.values())
