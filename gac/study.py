@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['S2_BANDS', 'OPT_BANDS', 'OPT_INDEX', 'S1_BANDS', 'REFLECTANCE', 'LULC_CLASSES', 'BIOMES', 'TERRAMIND_STATS',
-           'COLOURS', 'RUNNER_SETS', 'ROOMS', 'GacError', 'root', 'real_data', 'mend_torchvision', 'seed_everything',
-           'progress', 'writing', 'replacing', 'writable', 'style', 'save_picture', 'format_table', 'Run', 'start',
-           'requirements', 'sha256', 'weights', 'code_state', 'provenance', 'Parameter', 'declared', 'read_notebook',
-           'notebook_parameters', 'check_value', 'read_yaml', 'profiles', 'load_profile', 'check_parameters',
-           'modules_used', 'code_of', 'Stage', 'outputs', 'still', 'kernels', 'chain_notebooks', 'plan', 'run_chain',
-           'write_report', 'compare_tables', 'compare_reports', 'verify', 'fetch_examples', 'render_readme', 'uphill']
+           'COLOURS', 'RUNNER_SETS', 'MAIN', 'MAIN_FIGURES', 'ROOMS', 'GacError', 'root', 'real_data',
+           'mend_torchvision', 'seed_everything', 'progress', 'writing', 'replacing', 'writable', 'style',
+           'save_picture', 'format_table', 'Run', 'start', 'requirements', 'sha256', 'weights', 'code_state',
+           'provenance', 'Parameter', 'declared', 'read_notebook', 'notebook_parameters', 'check_value', 'read_yaml',
+           'profiles', 'load_profile', 'check_parameters', 'modules_used', 'code_of', 'Stage', 'outputs', 'still',
+           'kernels', 'chain_notebooks', 'plan', 'run_chain', 'write_page', 'write_report', 'compare_tables',
+           'compare_reports', 'verify', 'fetch_examples', 'render_readme', 'uphill']
 
 # %% ../nbs/00_study.ipynb #6c34dab9
 import ast, errno, filecmp, hashlib, importlib.abc, importlib.util, io, json, os, platform, random, re, shutil, signal, subprocess, sys, tempfile, threading, time, \
@@ -927,7 +928,7 @@ def _run_stage(stage:Stage, stages:list[Stage], run:Path, report:Path, verbose:b
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
 <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:62em;margin:2em auto;padding:0 1em;color:#222}}
-h2{{border-bottom:1px solid #ccc;margin-top:2.5em}}figure{{margin:1.5em 0}}img{{max-width:100%}}figcaption,.note{{color:#555}}
+h2{{border-bottom:1px solid #ccc;margin-top:2.5em}}h3{{font-size:1em;margin:2em 0 .3em}}figure{{margin:1.5em 0}}img{{max-width:100%}}figcaption,.note{{color:#555}}
 .wide{{overflow-x:auto}}table{{border-collapse:collapse;font-size:.85em}}caption{{text-align:left;color:#555;padding:.3em 0}}
 td,th{{padding:.2em .6em;border-bottom:1px solid #ddd;text-align:right}}td:first-child,th:first-child{{text-align:left}}
 </style></head><body>
@@ -936,25 +937,90 @@ td,th{{padding:.2em .6em;border-bottom:1px solid #ddd;text-align:right}}td:first
 </body></html>
 """
 
+def _sentence(caption:str, name:str) -> tuple[str, str]: # a title, the rest
+    "The first sentence of a caption; the name where there is none."
+    first = re.match(r'(?s).+?[.!?](?=\s+[A-Z]|\s*$)', caption)
+    return (first[0], caption[first.end():].strip()) if first else (caption or name, '')
+
 def _html_table(csv:Path, caption:str) -> str:
     "One table of the report, as it was written, with links to its other forms."
     import pandas as pd
     from html import escape
-    df = pd.read_csv(csv, dtype=str, keep_default_na=False)
-    body = df.to_html(index=False, border=0, escape=True).replace('<thead>', f'<caption>{escape(caption)}</caption><thead>', 1)
-    links = ' · '.join(f'<a href="tables/{csv.stem}.{s}">{s}</a>' for s in ('csv', 'md', 'tex'))
-    return f'<h3 id="{csv.stem}">{csv.stem}</h3><div class="wide">{body}</div><p class="note">{links}</p>'
+    title, rest = _sentence(caption, csv.stem)
+    body = pd.read_csv(csv, dtype=str, keep_default_na=False).to_html(index=False, border=0, escape=True)
+    body = body.replace('<thead>', f'<caption>{escape(rest)}</caption><thead>', 1) if rest else body
+    links = ' · '.join(f'<a href="tables/{csv.stem}.{s}">{csv.stem}.{s}</a>' for s in ('csv', 'md', 'tex'))
+    return f'<h3 id="{csv.stem}">{escape(title)}</h3><div class="wide">{body}</div><p class="note">{links}</p>'
+
+def _html_figure(name:str, caption:str, id:str) -> str:
+    "One figure of the report, with a link to the drawing."
+    from html import escape
+    title, rest = _sentence(caption, name)
+    return (f'<figure id="{id}"><h3>{escape(title)}</h3><a href="figures/{name}.svg"><img src="figures/{name}.png" '
+            f'alt="{escape(caption or name)}"></a><figcaption>{escape(rest)}</figcaption></figure>')
+
+def _title(notebook:Path) -> tuple[str, str]: # title, one line about it
+    "What a notebook of the report calls itself."
+    cells = (_read_json(notebook).get('cells') or [{}])
+    found = re.match(r'# (.+)\s+> (.+)', ''.join(cells[0].get('source', '')))
+    return (found[1].strip(), found[2].strip()) if found else (notebook.stem, '')
 
 def _html_stage(name:str, entry:dict, report:Path) -> str:
     "The section of one notebook."
     from html import escape
-    part = [f'<h2 id="{name}">{name}</h2><p><a href="notebooks/{name}.ipynb">the notebook as it ran</a></p>']
+    title, about = _title(report/'notebooks'/f'{name}.ipynb')
+    part = [f'<h2 id="{name}">{escape(title)}</h2><p>{escape(about)} <a href="notebooks/{name}.ipynb">{name}, the notebook as it ran</a></p>']
     part += [_html_table(report/'tables'/f'{t}.csv', c) for t, c in entry['tables'].items()
              if (report/'tables'/f'{t}.csv').exists()]
-    part += [f'<figure id="{f}"><a href="figures/{f}.svg"><img src="figures/{f}.png" alt="{escape(c or f)}"></a>'
-             f'<figcaption>{escape(c)}</figcaption></figure>' for f, c in entry['figures'].items()]
+    part += [_html_figure(f, c, f) for f, c in entry['figures'].items()]
     part += [f'<p class="note"><b>n/a: {escape(what)}</b> {escape(why)}</p>' for what, why in entry['missing'].items()]
     return '\n'.join(part)
+
+MAIN = {'psnr': 'PSNR, dB', 'ssim': 'SSIM', 'sam_deg': 'spectral angle, °',
+        'sar_edge_gap': 'distance to the truth\'s agreement with the radar'}  # measure of results.csv -> heading
+MAIN_FIGURES = ('panels', 'stage_gains')
+
+def _html_summary(entries:dict, report:Path) -> str:
+    "What a reader wants first: the main table, short, and the main figures."
+    import pandas as pd
+    from html import escape
+    captions = {k: v for e in entries.values() for k, v in (e['tables'] | e['figures']).items()}
+    parts, csv = [], report/'tables'/'results.csv'
+    if 'results' in captions and csv.exists():
+        df = pd.read_csv(csv, dtype=str, keep_default_na=False)
+        within = lambda c: ' [' + df[f'{c}_lo'] + ', ' + df[f'{c}_hi'] + ']' if f'{c}_lo' in df else ''
+        short = df[[c for c in ('data', 'method', 'n_tiles') if c in df]].rename(columns={'n_tiles': 'test tiles'})
+        short = short.assign(**{text: df[c] + within(c) for c, text in MAIN.items() if c in df})
+        title, rest = _sentence(captions['results'], 'results')
+        parts += [f'<h3>{escape(title)}</h3><div class="wide">{short.to_html(index=False, border=0)}</div><p class="note">{escape(rest)} '
+                  '<a href="#results">All measures</a></p>']
+    parts += [_html_figure(f, captions[f], f'main_{f}') for f in MAIN_FIGURES if f in captions]
+    return '\n'.join(['<h2>Results</h2>', *parts] if parts else [])
+
+def _html_run(about:dict) -> str:
+    "What ran, how long, and where."
+    from html import escape
+    rows = ''.join(f'<tr><td><a href="#{n}">{n}</a></td><td>{_clock(e["seconds"] or 0)}</td><td>{e.get("commit", "n/a")[:10]}'
+                   f'{" and changes" if e.get("changed") else ""}</td></tr>' for n, e in about['notebooks'].items())
+    return (f'<h2 id="run">This run</h2><p>{about["platform"]}, {about["cores"]} cores, {escape(about["device"])}; Python {about["python"]}, '
+            f'torch {about["packages"]["torch"]}; written at commit {about["commit"][:10]}; {about["time"]}. '
+            '<a href="provenance.json">Everything else</a></p>'
+            f'<table><caption>What ran, how long, and at which commit</caption><tr><th>notebook</th><th>time</th><th>commit</th></tr>{rows}</table>')
+
+def write_page(
+    report:Path, # folder of a report, with its provenance.json
+) -> Path: # the page
+    "index.html of a report: results first, then every notebook, the run itself last."
+    from html import escape
+    about = _read_json(report/'provenance.json')
+    entries, layout = about['notebooks'], about['layout']
+    title = f'GAC study: {about["data"] if layout else about["profile"]}'
+    head = f'<p>Profile {escape(about["profile"])}{", " + escape(layout) if layout else ""}. <a href="#run">When, where and how long</a></p>'
+    names = {n: _title(report/'notebooks'/f'{n}.ipynb') for n in entries}
+    contents = ''.join(f'<li><a href="#{n}">{escape(t)}</a>{": " + escape(a) if a else ""}</li>' for n, (t, a) in names.items())
+    body = '\n'.join([head, _html_summary(entries, report), f'<h2>Contents</h2><ul>{contents}</ul>',
+                      *(_html_stage(n, e, report) for n, e in entries.items()), _html_run(about)])
+    return _write(report/'index.html', _PAGE.format(title=escape(title), body=body))
 
 def write_report(
     stages:list[Stage], # the chain
@@ -964,7 +1030,6 @@ def write_report(
     layout:str='', # layout of the real data
 ) -> Path: # the page
     "provenance.json and index.html of a run, from what its notebooks recorded."
-    from html import escape
     entries = {}
     for s in stages:
         record, ran = (_read_json(p) for p in (run/'records'/f'{s.name}.json', run/'chain.json'))
@@ -974,15 +1039,7 @@ def write_report(
         entry['parameters'] = {k: v for k, v in entry['parameters'].items() if k not in ('run_dir', 'reports_dir')}
     about = dict(profile=profile, data=stages[0].values['data'] or 'world', layout=layout, **provenance(), notebooks=entries)
     _write(report/'provenance.json', _scrub(json.dumps(about, indent=1, default=str)) + '\n')
-    title = f'GAC study: {about["data"] if layout else profile}'
-    rows = ''.join(f'<tr><td><a href="#{n}">{n}</a></td><td>{_clock(e["seconds"] or 0)}</td><td>{e.get("commit", "n/a")[:10]}'
-                   f'{" and changes" if e.get("changed") else ""}</td></tr>' for n, e in entries.items())
-    head = (f'<p>Profile {escape(profile)}{", " + escape(layout) if layout else ""}; {about["platform"]}, {about["cores"]} cores, '
-            f'{escape(about["device"])}; Python {about["python"]}, torch {about["packages"]["torch"]}; written at commit {about["commit"][:10]}; '
-            f'{about["time"]}. <a href="provenance.json">Everything else</a></p>'
-            f'<table><caption>What ran, how long, and at which commit</caption><tr><th>notebook</th><th>time</th><th>commit</th></tr>{rows}</table>')
-    body = '\n'.join([head, *(_html_stage(n, e, report) for n, e in entries.items())])
-    return _write(report/'index.html', _PAGE.format(title=escape(title), body=body))
+    return write_page(report)
 
 # %% ../nbs/00_study.ipynb #ea6568fd
 def compare_tables(

@@ -64,6 +64,25 @@ def test_a_report_stays_as_it_was_until_a_run_has_ended(chain):
     assert json.loads((chain/'report/provenance.json').read_text())['notebooks']['00_first']['parameters']['n'] == 9
     assert sorted(p.name for p in (chain/'run').iterdir()) == ['chain.json', 'notebooks', 'records', 'rows.bin']
 
+def test_the_page_begins_with_results_and_ends_with_times(tmp_path):
+    "The main table in short and the main figure first; titles are sentences, raw names only links; when and how long comes last."
+    entry = lambda tables, figures: dict(tables=tables, figures=figures, missing={}, seconds=62., commit='abc')
+    about = dict(profile='toy', data='world', layout='', **study.provenance(), notebooks={
+        '00_first': entry({'rows': 'Some rows. And more of them.'}, {}),
+        '10_evaluate': entry({'results': 'Methods & floors on 3 tiles. Trained on: world.'}, {'stage_gains': 'What each stage adds. In dB.'})})
+    study._write(tmp_path/'provenance.json', json.dumps(about))
+    study._write(tmp_path/'tables/rows.csv', 'x\n1\n')
+    study._write(tmp_path/'tables/results.csv', 'data,method,n_tiles,psnr,psnr_lo,psnr_hi,mse\nworld,Stage 1,3,27.91,27.08,28.75,0.007\n')
+    cells = [dict(cell_type='markdown', source=['# Evaluation\n', '\n', '> What it is worth'], metadata={})]
+    study._write(tmp_path/'notebooks/10_evaluate.ipynb', json.dumps(dict(cells=cells)))
+    page = study.write_page(tmp_path).read_text()
+    order = ['<h2>Results</h2>', '<h3>Methods &amp; floors on 3 tiles.</h3>', '<td>27.91 [27.08, 28.75]</td>', 'src="figures/stage_gains.png"',
+             '<a href="#10_evaluate">Evaluation</a>: What it is worth', '<h3 id="rows">Some rows.</h3>', '<caption>And more of them.</caption>',
+             '<h2 id="10_evaluate">Evaluation</h2>', '<td>0.007</td>', '<h2 id="run">This run</h2>', '<td>1 min 02 s</td>']
+    places = [page.find(text) for text in order]
+    assert -1 not in places and places == sorted(places), dict(zip(order, places))
+    assert page.count('id="stage_gains"') == 1 and '>rows<' not in page
+
 def test_chain_runs_again_what_it_must(chain):
     assert go(chain) == ['ran']*3
     plan = lambda **kw: go(chain, dry_run=True, **kw)
