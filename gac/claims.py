@@ -10,6 +10,7 @@ __all__ = ['NEEDS', 'CLASSES', 'TILES', 'SIDE', 'QUALITY', 'STAGE_GAINS', 'TRAIN
            'found_downstream', 'findings', 'claims_figure']
 
 # %% ../nbs/15_claims.ipynb #cl0imp
+import textwrap
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -503,11 +504,11 @@ def claims_figure(
     panels = sorted(rows.groupby(['about', 'unit'], sort=False), key=lambda p: -len(p[1]))
     shared = [[] for _ in range(columns)]
     for name, part in panels: min(shared, key=_tall).append((name, part))
-    fig = plt.figure(figsize=(11, .22*max(map(_tall, shared)) + 1), layout='constrained')
+    fig = plt.figure(figsize=(11, .2*max(map(_tall, shared)) + 1), layout='constrained')
     for place, mine in zip(fig.subfigures(1, columns, squeeze=False)[0], shared):
         room = max(map(_tall, shared)) - _tall(mine)
         if not mine: continue
-        grid = place.add_gridspec(len(mine) + (room > 2), 1, height_ratios=[len(p) + 1.2 for _, p in mine] + [room]*(room > 2))
+        grid = place.add_gridspec(len(mine) + (room > 2), 1, height_ratios=[_lines(p) + 1.2 for _, p in mine] + [room]*(room > 2))
         for k, (name, part) in enumerate(mine): _panel(place.add_subplot(grid[k]), name, part)
     marks = [plt.Line2D([], [], marker='o', ls='', color=c, label=k) for k, c in LOOK.items()]
     marks += [plt.Line2D([], [], marker='o', ls='', color='.3', mfc='white', label='the miniature, no test'),
@@ -515,7 +516,9 @@ def claims_figure(
     fig.legend(handles=marks, loc='outside lower center', ncols=len(marks), fontsize=8)
     return fig
 
-def _tall(panels:list) -> float: return sum(len(part) + 3 for _, part in panels)  # lines
+def _lines(part:pd.DataFrame) -> float: return sum(max(1., .75*_wrapped(c).count('\n') + .75) for c in part.claim)  # of a panel
+
+def _tall(panels:list) -> float: return sum(_lines(part) + 3 for _, part in panels)  # lines
 
 def _panel(ax, name:tuple, part:pd.DataFrame) -> None:
     "The claims of one chapter in one unit."
@@ -533,8 +536,8 @@ def _panel(ax, name:tuple, part:pd.DataFrame) -> None:
         if np.isfinite(r.lo): ax.plot([r.lo, r.hi], [y]*2, color=colour, lw=1.2)
         ax.plot(r.measured, y, 'o', color=colour, mfc=colour if test else 'white', ms=5)
     ax.set(yticks=range(len(part))[::-1], ylim=(-.7, len(part) - .3), xlim=(left, right))
-    ax.set_yticklabels([_short(c) for c in part.claim], fontsize=6.5)
+    ax.set_yticklabels([_wrapped(c) for c in part.claim], fontsize=6.5)
     ax.tick_params(axis='x', labelsize=7)
     ax.set_title(', '.join(n for n in name if n), fontsize=8, loc='left')
 
-def _short(text:str, most:int=52) -> str: return text if len(text) <= most else text[:most - 1].rsplit(' ', 1)[0] + ' …'
+def _wrapped(text:str, most:int=45) -> str: return textwrap.fill(text, most)

@@ -448,6 +448,7 @@ def open_scene(
     path:str|Path, # GeoTIFF with VV and VH
     s1_units:str='auto', # dB, linear, amplitude; auto: by the rules
     s1_bands=(), # order of the bands, where they have no names
+    say:bool=True, # print what had to be guessed
 ) -> Scene:
     "Look at a Sentinel-1 GeoTIFF: bands, place, unit; refuse what the models cannot read."
     path = Path(path)
@@ -471,6 +472,7 @@ def open_scene(
     if not certain and np.nanmedian([np.nanmedian(s[0]) for s in samples]) <= np.nanmedian([np.nanmedian(s[1]) for s in samples]):
         raise GacError(f'{path}: the first band (VV) is darker than the second (VH), so they look swapped. Say --s1-bands VH,VV, '
                        'or VV,VH to keep the order.')
+    if say and not certain: print(tiles.BY_ORDER.format(path), flush=True)
     return scene
 
 SAMPLES = 4  # windows each way the unit is told from
@@ -781,10 +783,11 @@ def quicklook(
     path:Path, # a .png file
     side:int=700, # px at most
 ) -> Path:
-    "Radar, true colours, near infrared and spread of a scene, small."
+    "Radar, true colours, false colours and spread of a scene, with scales."
     import matplotlib.pyplot as plt
     fig = scene_figure(scene, output, side)
-    study.save_picture(fig, path)
+    fig.suptitle(', '.join(t for t in (scene.path.name, scene.date) if t))
+    with plt.rc_context({'savefig.dpi': 144}): study.save_picture(fig, path)
     plt.close(fig)
     return path
 
@@ -797,15 +800,31 @@ def scene_figure(scene:Scene, output:Path, side:int=700): # matplotlib Figure
     missing = ~np.isfinite(raw).all(0) | (raw == 0).all(0) | ((raw == scene.nodata).any(0) if scene.nodata is not None else False)
     radar = scene.in_db(np.where(missing, np.nan, raw*scene.scale[0] + scene.scale[1]))
     with _reading(output) as f: x = f.read(out_shape=(f.count, *shape), masked=True).astype('float32')*study.REFLECTANCE
-    image, white = x.filled(np.nan), max(.1, float(np.nanquantile(x[:3].filled(np.nan), .99)))
-    views = {'radar: VV, VH, VV − VH': stage1.s1_composite(np.nan_to_num(radar, nan=-30.)),
-             'true colour': stage1.picture(np.nan_to_num(image[:4]), white),
-             'near infrared': stage1.false_colour(np.nan_to_num(image[:4]))}
-    n = len(views) + (len(image) > 4)
-    fig, axes = plt.subplots(1, n, figsize=(3.1*n, 3.2*shape[0]/shape[1] + .4), dpi=64)
-    for ax, (title, pixels) in zip(axes, views.items()): ax.imshow(pixels)
-    if len(image) > 4: fig.colorbar(axes[-1].imshow(image[4], cmap='magma', vmin=0), ax=axes[-1], label='reflectance', shrink=.8)
-    for ax, title in zip(axes, [*views, 'spread']): ax.set(xticks=[], yticks=[], title=title)
+    image = x.filled(np.nan)
+    white = max(.1, float(np.nanquantile(image[:3], .99)))
+    views = {'radar composite, dB\nred VV −20 to 0, green VH −27 to −7, blue VV − VH 2 to 14': (
+                 stage1.s1_composite(np.nan_to_num(radar, nan=-30.)), None, ''),
+             'true colour, drawn\nred, green, blue': (stage1.picture(np.nan_to_num(image[:4]), white), white, 'reflectance of each band'),
+             'false colour, drawn\nnear infrared as red, red as green, green as blue': (
+                 stage1.false_colour(np.nan_to_num(image[:4])), .5, 'reflectance of each band')}
+    if len(image) > 4: views['spread of the generations\nstandard deviation, mean over bands'] = image[4], None, 'reflectance'
+    return _views(views, scene, shape)
+
+def _views(views:dict, scene:Scene, shape:tuple): # title -> pixels, top of the scale or None, its label; matplotlib Figure
+    "Pictures of one scene, two in a row, with distances along the sides and a scale each."
+    import matplotlib.pyplot as plt
+    unit, side = ('km', abs(scene.transform[0])/1000) if scene.crs else ('px', 1)
+    rows = -(-len(views)//2)
+    fig, axes = plt.subplots(rows, 2, figsize=(10, rows*(np.clip(4.1*shape[0]/shape[1], 1.2, 8) + .9)), dpi=60,
+                             squeeze=False, layout='constrained')
+    for ax in axes.flat[len(views):]: ax.remove()
+    for ax, (title, (pixels, top, label)) in zip(axes.flat, views.items()):
+        shown = ax.imshow(pixels, extent=(0, scene.width*side, scene.height*side, 0), interpolation='nearest',
+                          **(dict(cmap='magma', vmin=0, vmax=max(.01, np.nanmax(pixels))) if pixels.ndim == 2 else {}))
+        ax.set_title(title, fontsize=9)
+        ax.set(xlabel=unit, ylabel=unit)
+        scale = shown if pixels.ndim == 2 else plt.cm.ScalarMappable(plt.Normalize(0, top), 'gray') if top else None
+        if scale: fig.colorbar(scale, ax=ax, label=label, shrink=.8)
     return fig
 
 # %% ../nbs/10_export.ipynb #fa5aaeb0
@@ -889,7 +908,7 @@ def infer(
     common = dict(spread=uncertainty, batch_size=batch_size, overwrite=overwrite, visualise=visualise)
     if source.is_file() and source.suffix.lower() in ('.tif', '.tiff'):
         tiling = Tiling(tile_size, overlap, max(block, tile_size))
-        open_scene(source, s1_units, s1_bands), writable(Path(output).parent)  # before the models are loaded
+        open_scene(source, s1_units, s1_bands, say=False), writable(Path(output).parent)  # before the models are loaded
         return infer_scene(source, output, chain(s1_product or 'S1GRD'), tiling, s1_units, s1_bands, month, biome, **common)
     more = dict(s1_units=s1_units, s1_bands=tuple(s1_bands), s1_product=s1_product) if not (source/'table.parquet').exists() else {}
     return infer_tiles(source, output, chain, split, max_tiles, **common, **more)

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['S2_BANDS', 'OPT_BANDS', 'OPT_INDEX', 'S1_BANDS', 'REFLECTANCE', 'LULC_CLASSES', 'BIOMES', 'TERRAMIND_STATS',
-           'COLOURS', 'RUNNER_SETS', 'ROOMS', 'GacError', 'root', 'real_data', 'mend_torchvision', 'seed_everything',
-           'progress', 'writing', 'replacing', 'writable', 'style', 'save_picture', 'format_table', 'Run', 'start',
-           'requirements', 'sha256', 'weights', 'code_state', 'provenance', 'Parameter', 'declared', 'read_notebook',
-           'notebook_parameters', 'check_value', 'read_yaml', 'profiles', 'load_profile', 'check_parameters',
-           'modules_used', 'code_of', 'Stage', 'outputs', 'still', 'kernels', 'chain_notebooks', 'plan', 'run_chain',
-           'write_report', 'compare_tables', 'compare_reports', 'verify', 'fetch_examples', 'render_readme', 'uphill']
+           'COLOURS', 'RUNNER_SETS', 'MAIN', 'MAIN_FIGURES', 'ROOMS', 'GacError', 'root', 'real_data',
+           'mend_torchvision', 'seed_everything', 'progress', 'writing', 'replacing', 'writable', 'style',
+           'save_picture', 'format_table', 'Run', 'start', 'requirements', 'sha256', 'weights', 'code_state',
+           'provenance', 'Parameter', 'declared', 'read_notebook', 'notebook_parameters', 'check_value', 'read_yaml',
+           'profiles', 'load_profile', 'check_parameters', 'modules_used', 'code_of', 'Stage', 'outputs', 'still',
+           'kernels', 'chain_notebooks', 'plan', 'run_chain', 'write_page', 'write_report', 'compare_tables',
+           'compare_reports', 'verify', 'fetch_examples', 'render_readme', 'uphill']
 
 # %% ../nbs/00_study.ipynb #6c34dab9
-import ast, errno, hashlib, importlib.abc, importlib.util, io, json, os, platform, random, re, subprocess, sys, tempfile, time, tokenize, uuid
+import ast, errno, filecmp, hashlib, importlib.abc, importlib.util, io, json, os, platform, random, re, shutil, signal, subprocess, sys, tempfile, threading, time, \
+    tokenize, uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -483,11 +485,17 @@ def profiles(
     read = {p.stem: read_yaml(p) for p in sorted(Path(folder or root()/'nbs'/'params').glob('*.yaml'))}
     return {name: y['description'] for name, y in read.items() if isinstance(y, dict) and isinstance(y.get('description'), str)}
 
-def _nearest(name:str, known) -> str:
-    "`did you mean …?` and the list of what there is."
+def _nearest(
+    name:str, # what somebody wrote
+    known:Iterable[str], # what there is
+    lister:str='', # command that lists it; of a long list only the nearest are named then
+) -> str:
+    "`Did you mean …?` and what there is."
     known = sorted(known)
     close = get_close_matches(str(name), known, n=1, cutoff=0.5)
-    return (f'Did you mean {close[0]}? ' if close else '') + 'There is: ' + ', '.join(known) + '.'
+    hint = f'Did you mean {close[0]}? ' if close else ''
+    if not lister or len(known) <= 12: return hint + 'There is: ' + ', '.join(known) + '.'
+    return f'{hint}Nearest of {len(known)}: {", ".join(get_close_matches(str(name), known, n=5, cutoff=0.))}. `{lister}` lists them all.'
 
 def load_profile(
     name:str, # e.g. mini
@@ -516,13 +524,13 @@ def check_parameters(
     def put(stage, name, value, origin):
         if stage not in stages: raise GacError(f'{origin}: no notebook {stage!r} in this chain. {_nearest(stage, stages)}')
         known = set(stages[stage]) - set(RUNNER_SETS)
-        if name not in known: raise GacError(f'{origin}: {stage} has no parameter {name!r}. {_nearest(name, known)}')
+        if name not in known: raise GacError(f'{origin}: {stage} has no parameter {name!r}. {_nearest(name, known, "gac parameters")}')
         values[stage][name] = check_value(stages[stage][name], value, f'{origin}, {stage}')
     def everywhere(name, value, origin):
         takers = [] if name in RUNNER_SETS else [stage for stage in stages if name in stages[stage]]
         if not takers:
             known = {n for params in stages.values() for n in params} - set(RUNNER_SETS)
-            raise GacError(f'{origin}: no notebook has a parameter {name!r}. {_nearest(name, known)}')
+            raise GacError(f'{origin}: no notebook has a parameter {name!r}. {_nearest(name, known, "gac parameters")}')
         for stage in takers: put(stage, name, value, origin)
     for name, value in sections.get('common', {}).items(): everywhere(name, value, where)
     for stage, given in sections.items():
@@ -616,6 +624,44 @@ def outputs(stage:str, runs:Path, reports:Path) -> list[Path]:
             *(reports/'figures'/f'{n}.{s}' for n in record.get('figures', {}) for s in ('png', 'svg')),
             *(runs/a for a in record.get('artefacts', [])), reports/'notebooks'/f'{stage}.ipynb']
 
+_PARTS = ('tables', 'figures', 'notebooks', 'configs', 'provenance.json', 'index.html')  # what a report holds, the page last
+
+def _report_files(folder:Path) -> list[Path]: # seen from the folder
+    "The files of a report, in the order of its parts; whatever else lies in its folder is somebody's own."
+    return [p.relative_to(folder) for part in _PARTS for p in (sorted((folder/part).rglob('*')) if (folder/part).is_dir() else [folder/part])
+            if p.is_file()]
+
+def _draft(
+    report:Path, # folder of the report
+    run:Path, # folder of the artefacts
+) -> Path: # where the notebooks write
+    "What a stopped run left, else a copy of the report."
+    draft, partly = run/'report', run/'.report'
+    writable(report)  # said now, not after hours
+    if draft.is_dir(): return draft
+    shutil.rmtree(partly, ignore_errors=True)
+    try:
+        partly.mkdir(parents=True)
+        for p in _report_files(report): _write(partly/p, (report/p).read_bytes())
+        os.replace(partly, draft)
+    except BaseException:
+        shutil.rmtree(partly, ignore_errors=True)
+        raise
+    return draft
+
+def _publish(
+    draft:Path, # a whole report
+    report:Path, # folder of the report
+) -> None:
+    "Let a draft take the place of the report, file by file, and remove what it no longer holds."
+    new, aside = _report_files(draft), draft.with_name('.report')
+    for p in new:
+        if not ((report/p).is_file() and filecmp.cmp(draft/p, report/p, shallow=False)): _write(report/p, (draft/p).read_bytes())
+    for p in set(_report_files(report)) - set(new): (report/p).unlink()
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(draft, aside)  # from here on it is no draft any more
+    shutil.rmtree(aside, ignore_errors=True)
+
 # %% ../nbs/00_study.ipynb #f83e2ba6
 def _scrub(text:str) -> str:
     "Text without the folders of this machine."
@@ -663,7 +709,8 @@ def _execute(stage:Stage, runs:Path, reports:Path, verbose:bool, kernel:dict) ->
     except (papermill.PapermillExecutionError, RuntimeError) as e:
         if tmp.exists(): _keep(tmp, failed)
         why = f'in cell {e.exec_count}: {e.ename}: {e.evalue}' if hasattr(e, 'ename') else f'with its kernel (out of memory?): {e}'
-        raise GacError(f'{stage.name} failed {why}\nAs far as it got: {_shown(failed)}. The same command resumes here.') from None
+        raise GacError(f'{stage.name} failed {why}\nAs far as it got: {_shown(failed)}. '
+                       'The report is as it was; the same command resumes here.') from None
     _keep(tmp, place)
     failed.unlink(missing_ok=True)
     for old in before - set(outputs(stage.name, runs, reports)):  # what this notebook no longer makes
@@ -672,13 +719,18 @@ def _execute(stage:Stage, runs:Path, reports:Path, verbose:bool, kernel:dict) ->
 # %% ../nbs/00_study.ipynb #b9d04e57
 def _become_kernel(argv:list[str], cwd:str, env:dict) -> None:
     "What a forked process does: be a notebook's kernel, in a session of its own as jupyter_client starts one."
-    import atexit, matplotlib, multiprocessing
+    import atexit, matplotlib, multiprocessing.forkserver
     from ipykernel.kernelapp import launch_new_instance
     multiprocessing.set_start_method(None, force=True)  # the system's own for what the notebook starts
     os.setsid()
+    server = multiprocessing.forkserver._forkserver
+    # the server lives as long as anybody holds this end: the runner alone may, so that whatever kills it ends the kernel too
+    os.close(server._forkserver_alive_fd)
+    server._forkserver_alive_fd = None
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env, JPY_PARENT_PID=str(os.getppid()))
+    argv = [*argv, f'--IPKernelApp.parent_handle={os.getppid()}']  # ipykernel read the variable when it was imported
     matplotlib.rcParams['backend'] = 'module://matplotlib_inline.backend_inline'  # which a kernel sets before the import
     try: launch_new_instance(argv)
     finally: atexit._run_exitfuncs()  # multiprocessing leaves without it; temporary folders are removed here
@@ -764,14 +816,15 @@ def plan(
     given = check_parameters(declarations, load_profile(profile, nbs/'params'), sets, f'{profile}.yaml')
     first = _pick(names, start, '--from') if start else 0
     alone = _pick(names, only, '--only') if only else None
-    fixed = dict(profile=profile, run_dir=_relative(run), reports_dir=_relative(report), data=data)
+    fixed = dict(profile=profile, run_dir=_relative(run), reports_dir=_relative(run/'report'), data=data)
+    there = run/'report' if (run/'report').is_dir() else report  # what a stopped run left is the newer
     done, stages, upstream = _read_json(run/'chain.json'), [], ''
     for i, path in enumerate(paths):
         values = {n: p.default for n, p in declarations[path.stem].items()} | given[path.stem] | fixed
         stage = Stage(path.stem, path, values, _key(path, values, upstream, root()/'gac'))
         old = done.get(path.stem, {})
         stage.seconds = old.get('seconds')
-        unchanged = old.get('key') == stage.key and all(p.exists() for p in outputs(path.stem, run, report))
+        unchanged = old.get('key') == stage.key and all(p.exists() for p in outputs(path.stem, run, there))
         chosen = i == alone if only else i >= first
         if not chosen: stage.status = 'left alone'
         elif unchanged and not (force or only or start): stage.status = 'unchanged'
@@ -790,6 +843,17 @@ class _Lock:
             raise GacError(f'{_shown(self.path)}: process {pid} is running this chain; wait for it, or remove the file if it is not.')
         _write(self.path, json.dumps({'pid': os.getpid()}))
     def __exit__(self, *_): self.path.unlink(missing_ok=True)
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    "A block that SIGTERM and SIGHUP stop as Ctrl-C does: its kernel ends, its lock is removed."
+    def stop(number, frame): raise KeyboardInterrupt(signal.Signals(number).name)
+    here = threading.current_thread() is threading.main_thread()  # nowhere else may a handler be set
+    wanted = [getattr(signal, n) for n in ('SIGTERM', 'SIGHUP') if here and hasattr(signal, n)]
+    before = {s: signal.signal(s, stop) for s in wanted if signal.getsignal(s) is signal.SIG_DFL}  # nohup stays nohup
+    try: yield
+    finally:
+        for s, handler in before.items(): signal.signal(s, handler)
 
 def _recognise(data:str) -> tuple[str, str]:
     "The real data's folder seen from the root, and the layout it has."
@@ -829,10 +893,11 @@ def run_chain(
     # on a busy machine threads that spin while they wait take the time the others need
     os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
     if not dry_run:
-        with _Lock(run), writing(run):
-            kernel = kernels(todo)
-            for s in stages: _run_stage(s, stages, run, report, verbose, kernel)
-            write_report(stages, run, report, profile, layout)
+        with _stoppable(), _Lock(run), writing(run):
+            kernel, draft = kernels(todo), _draft(report, run)
+            for s in stages: _run_stage(s, stages, run, draft, verbose, kernel)
+            write_report(stages, run, draft, profile, layout)
+            _publish(draft, report)
     summary = pd.DataFrame([dict(notebook=s.name, status=s.status, seconds=s.seconds) for s in stages])
     print(summary.assign(seconds=[_clock(s.seconds) if s.seconds else '' for s in stages]).to_markdown(index=False))
     if not dry_run: print(f'Done in {_clock(time.perf_counter() - began)}. Open {_shown(report/"index.html")}')
@@ -863,7 +928,7 @@ def _run_stage(stage:Stage, stages:list[Stage], run:Path, report:Path, verbose:b
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
 <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:62em;margin:2em auto;padding:0 1em;color:#222}}
-h2{{border-bottom:1px solid #ccc;margin-top:2.5em}}figure{{margin:1.5em 0}}img{{max-width:100%}}figcaption,.note{{color:#555}}
+h2{{border-bottom:1px solid #ccc;margin-top:2.5em}}h3{{font-size:1em;margin:2em 0 .3em}}figure{{margin:1.5em 0}}img{{max-width:100%}}figcaption,.note{{color:#555}}
 .wide{{overflow-x:auto}}table{{border-collapse:collapse;font-size:.85em}}caption{{text-align:left;color:#555;padding:.3em 0}}
 td,th{{padding:.2em .6em;border-bottom:1px solid #ddd;text-align:right}}td:first-child,th:first-child{{text-align:left}}
 </style></head><body>
@@ -872,25 +937,90 @@ td,th{{padding:.2em .6em;border-bottom:1px solid #ddd;text-align:right}}td:first
 </body></html>
 """
 
+def _sentence(caption:str, name:str) -> tuple[str, str]: # a title, the rest
+    "The first sentence of a caption; the name where there is none."
+    first = re.match(r'(?s).+?[.!?](?=\s+[A-Z]|\s*$)', caption)
+    return (first[0], caption[first.end():].strip()) if first else (caption or name, '')
+
 def _html_table(csv:Path, caption:str) -> str:
     "One table of the report, as it was written, with links to its other forms."
     import pandas as pd
     from html import escape
-    df = pd.read_csv(csv, dtype=str, keep_default_na=False)
-    body = df.to_html(index=False, border=0, escape=True).replace('<thead>', f'<caption>{escape(caption)}</caption><thead>', 1)
-    links = ' · '.join(f'<a href="tables/{csv.stem}.{s}">{s}</a>' for s in ('csv', 'md', 'tex'))
-    return f'<h3 id="{csv.stem}">{csv.stem}</h3><div class="wide">{body}</div><p class="note">{links}</p>'
+    title, rest = _sentence(caption, csv.stem)
+    body = pd.read_csv(csv, dtype=str, keep_default_na=False).to_html(index=False, border=0, escape=True)
+    body = body.replace('<thead>', f'<caption>{escape(rest)}</caption><thead>', 1) if rest else body
+    links = ' · '.join(f'<a href="tables/{csv.stem}.{s}">{csv.stem}.{s}</a>' for s in ('csv', 'md', 'tex'))
+    return f'<h3 id="{csv.stem}">{escape(title)}</h3><div class="wide">{body}</div><p class="note">{links}</p>'
+
+def _html_figure(name:str, caption:str, id:str) -> str:
+    "One figure of the report, with a link to the drawing."
+    from html import escape
+    title, rest = _sentence(caption, name)
+    return (f'<figure id="{id}"><h3>{escape(title)}</h3><a href="figures/{name}.svg"><img src="figures/{name}.png" '
+            f'alt="{escape(caption or name)}"></a><figcaption>{escape(rest)}</figcaption></figure>')
+
+def _title(notebook:Path) -> tuple[str, str]: # title, one line about it
+    "What a notebook of the report calls itself."
+    cells = (_read_json(notebook).get('cells') or [{}])
+    found = re.match(r'# (.+)\s+> (.+)', ''.join(cells[0].get('source', '')))
+    return (found[1].strip(), found[2].strip()) if found else (notebook.stem, '')
 
 def _html_stage(name:str, entry:dict, report:Path) -> str:
     "The section of one notebook."
     from html import escape
-    part = [f'<h2 id="{name}">{name}</h2><p><a href="notebooks/{name}.ipynb">the notebook as it ran</a></p>']
+    title, about = _title(report/'notebooks'/f'{name}.ipynb')
+    part = [f'<h2 id="{name}">{escape(title)}</h2><p>{escape(about)} <a href="notebooks/{name}.ipynb">{name}, the notebook as it ran</a></p>']
     part += [_html_table(report/'tables'/f'{t}.csv', c) for t, c in entry['tables'].items()
              if (report/'tables'/f'{t}.csv').exists()]
-    part += [f'<figure id="{f}"><a href="figures/{f}.svg"><img src="figures/{f}.png" alt="{escape(c or f)}"></a>'
-             f'<figcaption>{escape(c)}</figcaption></figure>' for f, c in entry['figures'].items()]
+    part += [_html_figure(f, c, f) for f, c in entry['figures'].items()]
     part += [f'<p class="note"><b>n/a: {escape(what)}</b> {escape(why)}</p>' for what, why in entry['missing'].items()]
     return '\n'.join(part)
+
+MAIN = {'psnr': 'PSNR, dB', 'ssim': 'SSIM', 'sam_deg': 'spectral angle, °',
+        'sar_edge_gap': 'distance to the truth\'s agreement with the radar'}  # measure of results.csv -> heading
+MAIN_FIGURES = ('panels', 'stage_gains')
+
+def _html_summary(entries:dict, report:Path) -> str:
+    "What a reader wants first: the main table, short, and the main figures."
+    import pandas as pd
+    from html import escape
+    captions = {k: v for e in entries.values() for k, v in (e['tables'] | e['figures']).items()}
+    parts, csv = [], report/'tables'/'results.csv'
+    if 'results' in captions and csv.exists():
+        df = pd.read_csv(csv, dtype=str, keep_default_na=False)
+        within = lambda c: ' [' + df[f'{c}_lo'] + ', ' + df[f'{c}_hi'] + ']' if f'{c}_lo' in df else ''
+        short = df[[c for c in ('data', 'method', 'n_tiles') if c in df]].rename(columns={'n_tiles': 'test tiles'})
+        short = short.assign(**{text: df[c] + within(c) for c, text in MAIN.items() if c in df})
+        title, rest = _sentence(captions['results'], 'results')
+        parts += [f'<h3>{escape(title)}</h3><div class="wide">{short.to_html(index=False, border=0)}</div><p class="note">{escape(rest)} '
+                  '<a href="#results">All measures</a></p>']
+    parts += [_html_figure(f, captions[f], f'main_{f}') for f in MAIN_FIGURES if f in captions]
+    return '\n'.join(['<h2>Results</h2>', *parts] if parts else [])
+
+def _html_run(about:dict) -> str:
+    "What ran, how long, and where."
+    from html import escape
+    rows = ''.join(f'<tr><td><a href="#{n}">{n}</a></td><td>{_clock(e["seconds"] or 0)}</td><td>{e.get("commit", "n/a")[:10]}'
+                   f'{" and changes" if e.get("changed") else ""}</td></tr>' for n, e in about['notebooks'].items())
+    return (f'<h2 id="run">This run</h2><p>{about["platform"]}, {about["cores"]} cores, {escape(about["device"])}; Python {about["python"]}, '
+            f'torch {about["packages"]["torch"]}; written at commit {about["commit"][:10]}; {about["time"]}. '
+            '<a href="provenance.json">Everything else</a></p>'
+            f'<table><caption>What ran, how long, and at which commit</caption><tr><th>notebook</th><th>time</th><th>commit</th></tr>{rows}</table>')
+
+def write_page(
+    report:Path, # folder of a report, with its provenance.json
+) -> Path: # the page
+    "index.html of a report: results first, then every notebook, the run itself last."
+    from html import escape
+    about = _read_json(report/'provenance.json')
+    entries, layout = about['notebooks'], about['layout']
+    title = f'GAC study: {about["data"] if layout else about["profile"]}'
+    head = f'<p>Profile {escape(about["profile"])}{", " + escape(layout) if layout else ""}. <a href="#run">When, where and how long</a></p>'
+    names = {n: _title(report/'notebooks'/f'{n}.ipynb') for n in entries}
+    contents = ''.join(f'<li><a href="#{n}">{escape(t)}</a>{": " + escape(a) if a else ""}</li>' for n, (t, a) in names.items())
+    body = '\n'.join([head, _html_summary(entries, report), f'<h2>Contents</h2><ul>{contents}</ul>',
+                      *(_html_stage(n, e, report) for n, e in entries.items()), _html_run(about)])
+    return _write(report/'index.html', _PAGE.format(title=escape(title), body=body))
 
 def write_report(
     stages:list[Stage], # the chain
@@ -900,7 +1030,6 @@ def write_report(
     layout:str='', # layout of the real data
 ) -> Path: # the page
     "provenance.json and index.html of a run, from what its notebooks recorded."
-    from html import escape
     entries = {}
     for s in stages:
         record, ran = (_read_json(p) for p in (run/'records'/f'{s.name}.json', run/'chain.json'))
@@ -910,15 +1039,7 @@ def write_report(
         entry['parameters'] = {k: v for k, v in entry['parameters'].items() if k not in ('run_dir', 'reports_dir')}
     about = dict(profile=profile, data=stages[0].values['data'] or 'world', layout=layout, **provenance(), notebooks=entries)
     _write(report/'provenance.json', _scrub(json.dumps(about, indent=1, default=str)) + '\n')
-    title = f'GAC study: {about["data"] if layout else profile}'
-    rows = ''.join(f'<tr><td><a href="#{n}">{n}</a></td><td>{_clock(e["seconds"] or 0)}</td><td>{e.get("commit", "n/a")[:10]}'
-                   f'{" and changes" if e.get("changed") else ""}</td></tr>' for n, e in entries.items())
-    head = (f'<p>Profile {escape(profile)}{", " + escape(layout) if layout else ""}; {about["platform"]}, {about["cores"]} cores, '
-            f'{escape(about["device"])}; Python {about["python"]}, torch {about["packages"]["torch"]}; written at commit {about["commit"][:10]}; '
-            f'{about["time"]}. <a href="provenance.json">Everything else</a></p>'
-            f'<table><caption>What ran, how long, and at which commit</caption><tr><th>notebook</th><th>time</th><th>commit</th></tr>{rows}</table>')
-    body = '\n'.join([head, *(_html_stage(n, e, report) for n, e in entries.items())])
-    return _write(report/'index.html', _PAGE.format(title=escape(title), body=body))
+    return write_page(report)
 
 # %% ../nbs/00_study.ipynb #ea6568fd
 def compare_tables(
@@ -968,7 +1089,6 @@ def verify(
     runs:str='', # folder of the fresh run; empty: runs/verify
 ) -> None:
     "Run the chain anew and compare its tables with the committed report; a GacError lists what differs."
-    import shutil
     fresh, tolerances = Path(runs or root()/'runs'/'verify'), read_yaml(root()/'nbs'/'params'/'tolerances.yaml')
     shutil.rmtree(fresh, ignore_errors=True)
     chips, reports = real_data(), {root()/'reports'/profile: ''}

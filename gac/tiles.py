@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['BIOME_BOXES', 'BIGEARTHNET', 'EARTH', 'FORMAT', 'SHARD', 'ABSENT', 'CODEC', 'COLUMNS', 'SPLITS', 'SPLIT_STARTS',
            'S2_OFFSET', 'LEVELS', 'APART', 'KNOWN_OFFSETS', 'S1_UNITS', 'S2_UNITS', 'BEN_PIXELS', 'EXTRA', 'NPZ_META',
-           'NPZ_KEYS', 'BENV2_S1', 'MAGIC', 'LAYOUTS', 'READERS', 'MIN_PAIRS', 'pad_to_multiple', 'crop_back',
-           'to_reflectance', 'to_dn', 'parse_date', 'month_of', 'biome_of', 'read_ecoregions', 'split_by_block',
-           'split_distance', 'pack', 'unpack', 'shard_index', 'write_shard', 'Entry', 'Store', 'check_id',
-           'tile_arrays', 'from_world', 'drop_older', 'study_store', 's1_unit', 's2_unit', 'has_baseline', 's2_offset',
-           'Options', 'Source', 'Job', 'windows', 'check_whole', 'read_bigearthnet', 'read_geotiff', 'read_npz',
-           'read_benv2', 'recognise', 'Units', 'find_units', 'records_of', 'convert', 'real_store', 'run_stores',
-           'training_store']
+           'NPZ_KEYS', 'BENV2_S1', 'MAGIC', 'LAYOUTS', 'READERS', 'BY_ORDER', 'MIN_PAIRS', 'pad_to_multiple',
+           'crop_back', 'to_reflectance', 'to_dn', 'parse_date', 'month_of', 'biome_of', 'read_ecoregions',
+           'split_by_block', 'split_distance', 'pack', 'unpack', 'shard_index', 'write_shard', 'Entry', 'Store',
+           'check_id', 'tile_arrays', 'from_world', 'drop_older', 'study_store', 's1_unit', 's2_unit', 'has_baseline',
+           's2_offset', 'Options', 'Source', 'Job', 'windows', 'check_whole', 'read_bigearthnet', 'read_geotiff',
+           'read_npz', 'read_benv2', 'recognise', 'Units', 'find_units', 'records_of', 'convert', 'real_store',
+           'run_stores', 'training_store']
 
 # %% ../nbs/02_tiles.ipynb #1e22762c
 import hashlib, io, json, os, re, shutil, socket, weakref
@@ -1037,6 +1037,7 @@ class Source:
     meta:dict = field(default_factory=dict) # columns of the table
     crs:str = ''
     transform:tuple = (np.nan,)*6 # of the whole source
+    by_order:str = '' # file whose radar bands have neither names nor a documented order
 
 @dataclass
 class Job:
@@ -1204,7 +1205,8 @@ def _geotiff_source(name:str, files:dict, product:str, opt:Options) -> Source:
     meta = dict(date=next(filter(None, dates), ''), split=opt.split, source=f'{product} and S2L2A, {name}')
     extra = {EXTRA[kind]: x[0][0] for kind, x in rasters.items() if kind in EXTRA}
     named = bool(opt.s1_bands) or set(S1_BANDS) <= {str(n or '').upper() for n in s1[3]}
-    return Source(name, _pick(s1[0], bands1, S1_BANDS), s2[0], bands2, product, named, extra, meta, s2[1], s2[2])
+    return Source(name, _pick(s1[0], bands1, S1_BANDS), s2[0], bands2, product, named, extra, meta, s2[1], s2[2],
+                  '' if named else str(files[product]))
 
 def _optical_first(kind:str) -> tuple: return (kind != 'S2L2A', kind not in ('NDVI', 'LULC'), kind)  # whose date is the scene's
 
@@ -1249,7 +1251,7 @@ def _npz(path:Path) -> dict:
         raise GacError(f'{path}: cannot be read ({e}).')
     except Exception as e: raise GacError(f'{path}: cannot be read as NPZ ({type(e).__name__}: {e}).')
     if 's1' not in have and {'s1_vv', 's1_vh'} <= set(have):
-        vv, vh = have.pop('s1_vv'), have.pop('s1_vh')
+        vv, vh = have['s1_vv'], have['s1_vh']
         if vv.shape != vh.shape or vv.ndim < 2 or {vv.dtype.kind, vh.dtype.kind} - set('iuf'):
             raise GacError(f'{path}: s1_vv {vv.dtype}{vv.shape} and s1_vh {vh.dtype}{vh.shape} are not numbers (H, W) of one size.')
         have['s1'] = np.stack([vv, vh], -3)
@@ -1286,7 +1288,8 @@ def _npz_source(path:Path, i:int, name:str, opt:Options, cache:dict) -> Source:
     placed = {'crs', 'transform'} <= set(have)
     place = dict(crs=str(have['crs'][i]), transform=tuple(np.ravel(have['transform'][i])[:6].tolist())) if placed else {}
     extra = {k: v.squeeze() for k, v in extra.items()}
-    return Source(name, _pick(s1, bands1, S1_BANDS), s2, bands2, opt.s1_product, bool(opt.s1_bands), extra, meta, **place)
+    return Source(name, _pick(s1, bands1, S1_BANDS), s2, bands2, opt.s1_product, bool(opt.s1_bands), extra, meta, **place,
+                  by_order='' if opt.s1_bands or 's1_vv' in have else str(path))
 
 def read_npz(
     src:Path, # an NPZ file or a folder of them
@@ -1541,6 +1544,9 @@ def records_of(
             yield name, GacError(f'what is told about the tile cannot be used ({type(e).__name__}: {e}).')
 
 # %% ../nbs/02_tiles.ipynb #52d5167b
+# where nobody says which radar band is which
+BY_ORDER = '{}: its radar bands have no names and are taken as VV, VH. If they are not, say so: --s1-bands VH,VV.'
+
 def convert(
     src:str|Path, # folder or file of real tiles
     dst:str|Path, # folder of the store
@@ -1574,6 +1580,7 @@ def convert(
             extra = tuple(k for k in ('dem', 'lulc', 'ndvi') if all(k in s.extra for s in samples))
             product = samples[0].product or opt.s1_product or 'S1GRD'
             store = Store.create(dst, tile_arrays(opt.size, s2_bands, extra), dict(made, units=asdict(units), s1_product=product))
+        if unnamed := next((s.by_order for s in samples if s.by_order), ''): print(BY_ORDER.format(unnamed), flush=True)
     if store is None:
         reasons = [f'{j.name}: {j.excluded}' if j.excluded else f'{j.name}: {_why(j)}' for j in jobs[:3]]
         raise GacError(f'{src}: no tile of {len(jobs)} can be read. The first: ' + '; '.join(reasons or ['there is none']) + '.')

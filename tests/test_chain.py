@@ -28,13 +28,13 @@ def test_chain_skips_resumes_and_reports(chain, capsys):
     (chain/'break').touch()
     with pytest.raises(study.GacError, match='(?s)01_second failed in cell.*told to fail.*01_second.failed.ipynb.*resumes'):
         go(chain)
-    partial = json.loads((chain/'report/notebooks/01_second.failed.ipynb').read_text())
+    partial = json.loads((chain/'run/report/notebooks/01_second.failed.ipynb').read_text())
     assert any('before' in ''.join(o.get('text', '')) for c in partial['cells'] for o in c.get('outputs', []))
     assert not (chain/'report/index.html').exists()
 
     (chain/'break').unlink()
     assert go(chain) == ['unchanged', 'ran', 'ran']
-    assert not (chain/'report/notebooks/01_second.failed.ipynb').exists()
+    assert not list(chain.rglob('*.failed.ipynb')) and not (chain/'run/report').exists()
     printed = capsys.readouterr().out
     assert '[1/3] 00_first: unchanged' in printed and 'Done in' in printed and '| 02_third' in printed
 
@@ -47,10 +47,41 @@ def test_chain_skips_resumes_and_reports(chain, capsys):
     for text in (page, json.dumps(about), *(p.read_text() for p in (chain/'report/notebooks').glob('*.ipynb'))):
         assert str(study.root()) not in text and str(Path.home()) not in text
 
-    # whatever happens later, a failing notebook leaves the report that was there
+def test_a_report_stays_as_it_was_until_a_run_has_ended(chain):
+    "A run that fails after its first notebook has made another table: not a byte of the report changes, and nobody's own file is touched."
+    go(chain)
+    (chain/'report/tables/older.csv').write_text('x')  # of a notebook that is gone: stays
+    (chain/'report/mine.txt').write_text('mine')
+    kept = lambda: {p.relative_to(chain).as_posix(): p.read_bytes() for p in (chain/'report').rglob('*') if p.is_file()}
+    before = kept()
     (chain/'break').touch()
-    with pytest.raises(study.GacError): go(chain, only='01')
-    assert (chain/'report/index.html').read_text() == page
+    with pytest.raises(study.GacError, match='(?s)run/report/notebooks.*The report is as it was'): go(chain, sets={'n': 9})
+    assert kept() == before and len((chain/'run/report/tables/rows.csv').read_text().split()) == 10
+    assert go(chain, sets={'n': 9}, dry_run=True) == ['unchanged', 'to run', 'to run']  # goes on where it was
+    (chain/'break').unlink()
+    assert go(chain, sets={'n': 9}) == ['unchanged', 'ran', 'ran']
+    assert kept().keys() == before.keys() and len((chain/'report/tables/rows.csv').read_text().split()) == 10
+    assert json.loads((chain/'report/provenance.json').read_text())['notebooks']['00_first']['parameters']['n'] == 9
+    assert sorted(p.name for p in (chain/'run').iterdir()) == ['chain.json', 'notebooks', 'records', 'rows.bin']
+
+def test_the_page_begins_with_results_and_ends_with_times(tmp_path):
+    "The main table in short and the main figure first; titles are sentences, raw names only links; when and how long comes last."
+    entry = lambda tables, figures: dict(tables=tables, figures=figures, missing={}, seconds=62., commit='abc')
+    about = dict(profile='toy', data='world', layout='', **study.provenance(), notebooks={
+        '00_first': entry({'rows': 'Some rows. And more of them.'}, {}),
+        '10_evaluate': entry({'results': 'Methods & floors on 3 tiles. Trained on: world.'}, {'stage_gains': 'What each stage adds. In dB.'})})
+    study._write(tmp_path/'provenance.json', json.dumps(about))
+    study._write(tmp_path/'tables/rows.csv', 'x\n1\n')
+    study._write(tmp_path/'tables/results.csv', 'data,method,n_tiles,psnr,psnr_lo,psnr_hi,mse\nworld,Stage 1,3,27.91,27.08,28.75,0.007\n')
+    cells = [dict(cell_type='markdown', source=['# Evaluation\n', '\n', '> What it is worth'], metadata={})]
+    study._write(tmp_path/'notebooks/10_evaluate.ipynb', json.dumps(dict(cells=cells)))
+    page = study.write_page(tmp_path).read_text()
+    order = ['<h2>Results</h2>', '<h3>Methods &amp; floors on 3 tiles.</h3>', '<td>27.91 [27.08, 28.75]</td>', 'src="figures/stage_gains.png"',
+             '<a href="#10_evaluate">Evaluation</a>: What it is worth', '<h3 id="rows">Some rows.</h3>', '<caption>And more of them.</caption>',
+             '<h2 id="10_evaluate">Evaluation</h2>', '<td>0.007</td>', '<h2 id="run">This run</h2>', '<td>1 min 02 s</td>']
+    places = [page.find(text) for text in order]
+    assert -1 not in places and places == sorted(places), dict(zip(order, places))
+    assert page.count('id="stage_gains"') == 1 and '>rows<' not in page
 
 def test_chain_runs_again_what_it_must(chain):
     assert go(chain) == ['ran']*3
@@ -83,7 +114,7 @@ def test_chain_runs_again_what_it_must(chain):
 def test_dead_kernel_is_told(chain, make_notebook):
     make_notebook(chain/'00_first.ipynb', 'n: int = 2  # rows', "import os\nos._exit(1)")
     with pytest.raises(study.GacError, match='(?s)00_first failed with its kernel.*00_first.failed.ipynb'): go(chain)
-    assert (chain/'report/notebooks/00_first.failed.ipynb').exists()
+    assert (chain/'run/report/notebooks/00_first.failed.ipynb').exists()
 
 @pytest.mark.parametrize('profile, kw, message', [
     ('mini!', {}, 'No profile'), ('bad_name', {}, 'Did you mean k?'), ('bad_type', {}, 'bad_type.yaml, 00_first: n is .many.'),
@@ -122,20 +153,32 @@ def test_one_chain_at_a_time(chain):
         other.wait()
     assert go(chain, only='2')[2] == 'ran'  # its owner is dead: taken over
 
-def test_killed_chain_resumes(chain):
-    "A chain killed in its second notebook keeps the first and goes on from there."
+@pytest.mark.skipif(sys.platform != 'linux', reason='kernels are forked on Linux only')
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGHUP', 'SIGKILL'])
+def test_a_stopped_chain_leaves_no_process_and_resumes(chain, name):
+    "A chain stopped in its second notebook takes its kernel with it, keeps the first notebook and goes on from there."
+    import psutil
     path = chain/'01_second.ipynb'
     text = path.read_text()
     path.write_text(text.replace("print('before')", "import time, pathlib; pathlib.Path('started').touch(); time.sleep(300)"))
     code = f"from gac import study; study.run_chain('toy', nbs={str(chain)!r}, reports={str(chain/'report')!r}, runs={str(chain/'run')!r})"
-    process = subprocess.Popen([sys.executable, '-c', code], start_new_session=True, stdout=subprocess.DEVNULL)
+    process, below = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), []
     try:
         for _ in range(600):
             if (chain/'started').exists(): break
             time.sleep(.1)
         assert (chain/'started').exists()
+        below = psutil.Process(process.pid).children(recursive=True)
+        assert len(below) > 1  # the kernel, and the server it was forked from
+        process.send_signal(getattr(signal, name))
+        process.wait(15)
+        left = psutil.wait_procs(below, 15)[1]
+        assert not left, [p.cmdline() for p in left]
+        assert (chain/'run/chain.lock').exists() == (name == 'SIGKILL')
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        for p in [process, *below]:
+            try: p.kill()
+            except psutil.NoSuchProcess: pass
         process.wait()
     path.write_text(text)
     assert go(chain) == ['unchanged', 'ran', 'ran']

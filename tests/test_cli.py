@@ -2,7 +2,7 @@
 import configparser, re, resource, subprocess, sys
 
 import pytest
-from gac import cli, efficiency, study, tiles
+from gac import cli, efficiency, foundations, study, tiles
 
 import tiles_layouts
 
@@ -68,10 +68,38 @@ def test_refusals(words, said, capsys):
     code, out, err = call(capsys, *words)
     assert code == 2 and said in err and 'Traceback' not in err
 
-def test_several_lines_of_an_error_become_one(capsys, monkeypatch):
+def test_several_lines_of_an_error_stay_lines(capsys, monkeypatch, tmp_path):
     def broken(*args, **kwargs): raise study.GacError('first\n  second')
     monkeypatch.setattr(study, 'verify', broken)
-    assert call(capsys, 'verify') == (2, '', 'gac: first second\n')
+    assert call(capsys, 'verify') == (2, '', 'gac: first\n  second\n')
+    lines = call(capsys, 'data', 'info', tmp_path)[2].splitlines()
+    assert [line.split(':')[0].strip() for line in lines[1:]] == list(tiles.LAYOUTS)
+
+@pytest.mark.parametrize('words, said', [
+    (('info', 'terramind_larg'), 'Did you mean terramind_v1_large?'), (('info', 'nosuch'), 'Nearest of 31'),
+    (('precompute', '--data-dir', 'no/such'), '--data-dir no/such: does not exist'),
+    (('infer', 'no.tif', 'out.tif'), 'source no.tif: does not exist'),
+    (('train-stage2', '--data-dir', '.', '--output-dir', 'x', '--backbone', 'prithvi'), 'Did you mean prithvi_'),
+    (('claims', '--reports', 'no/such'), 'no/such is no report'),
+    (('run', '--set', 'sed=3'), 'Did you mean seed? Nearest of')])
+def test_a_wrong_name_or_path_is_refused_before_torch_is_loaded(words, said):
+    code = f"import sys; from gac.cli import main; code = main({list(words)}); print(code, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=study.root())
+    assert done.stdout == '2 False\n' and said in done.stderr and len(done.stderr) < 300, done.stdout + done.stderr
+
+def test_the_list_of_models_is_terratorchs(): assert cli.models() == foundations.available().to_dict('records')
+
+def test_parameters_are_listed(capsys):
+    code, out, _ = call(capsys, 'parameters', '7')
+    assert code == 0 and out.startswith('07_stage1\n  seed: int = 0  # ') and 'reports_dir' not in out
+    assert call(capsys, 'parameters')[1].count('  seed: int') == len(study.chain_notebooks(study.root()/'nbs'))
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='pipes of POSIX')
+@pytest.mark.parametrize('words', [('--help',), ('parameters',)])
+def test_a_reader_that_has_read_enough_is_no_error(words):
+    with subprocess.Popen([*GAC, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == '' and process.wait() in (0, 141)  # argparse itself swallows it
 
 def test_interruption(capsys, monkeypatch):
     def stopped(*args, **kwargs): raise KeyboardInterrupt

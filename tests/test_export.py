@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 import rasterio
 from gac import cli, export, stage1, study, tiles
 from gac.export import NODATA, Tiling, cog_faults, export_tiles, infer_scene, open_scene
@@ -193,6 +194,10 @@ def test_a_scene_keeps_its_place_and_its_holes(tmp_path):
                          visualise=True)
     assert (report['blocks'] == 4 and report['month'] == 7 and cog_faults(tmp_path/'o.tif') == []
             and (tmp_path/'o.png').stat().st_size > 5000)
+    with Image.open(tmp_path/'o.png') as picture: assert picture.width >= 1200  # px
+    axes = export.scene_figure(open_scene(tmp_path/'s1.tif'), tmp_path/'o.tif').axes
+    assert [ax.get_xlabel() for ax in axes[:4]] == ['km']*4 and all(ax.get_title() for ax in axes[:4])
+    assert [ax.get_ylabel() for ax in axes[4:]] == ['reflectance of each band']*2 + ['reflectance']  # the scales
     missing = np.zeros((130, 170), bool)
     missing[:20, :50] = missing[100:, 60] = missing[40:44, 100:104] = True
     with rasterio.open(tmp_path/'o.tif') as f, rasterio.open(tmp_path/'s1.tif') as g:
@@ -226,13 +231,15 @@ def test_missing_pixels_change_only_the_tiles_they_are_in(tmp_path):
     # DN: the tile reads the nearest pixels instead, no marks of missing data
     assert 0 < np.abs(a[there].astype(int) - b[there]).max() <= 5
 
-def test_units_and_bands_are_told_apart(tmp_path):
+def test_units_and_bands_are_told_apart(tmp_path, capsys):
     made = {}
     for name, change, names in (('dB', lambda x: x, ('VV', 'VH')),
                                 ('linear', lambda x: 10**(x[::-1]/10), ('Gamma0_VH', 'Gamma0_VV')),
                                 ('amplitude', lambda x: 10**(x/20), (None, None))):
         source = scene(tmp_path/f'{name}.tif', change=change, names=names)
         assert open_scene(source).unit == name
+        guessed = f'{source}: its radar bands have no names and are taken as VV, VH'
+        assert (guessed in capsys.readouterr().out) == (names == (None, None))
         infer_scene(source, tmp_path/f'{name}.o.tif', chains.Mirror(), SMALL)
         made[name] = rasterio.open(tmp_path/f'{name}.o.tif').read().astype(int)
     assert all(np.abs(x - made['dB']).max() <= 1 for x in made.values())

@@ -308,6 +308,18 @@ def test_bands_come_by_name(tmp_path):
     np.testing.assert_array_equal(store.read('s1', [0])[0], layouts.radar(0))
     np.testing.assert_array_equal(store.read('s2', [0])[0], layouts.optical(0))
 
+def test_radar_bands_taken_by_their_order_are_said(tmp_path, capsys):
+    "Once, with the first file and the way to name them; not where names, keys or an option say which is which."
+    apart = lambda i: dict(s1=None, s1_vv=layouts.radar(i)[0], s1_vh=layouts.radar(i)[1])
+    sources = dict(a=layouts.geotiff(tmp_path/'a', 2), b=layouts.npz(tmp_path/'b', 2), c=layouts.npz(tmp_path/'c', 2, apart),
+                   d=layouts.geotiff(tmp_path/'d', 2, names=('VV', 'VH')))
+    for name, said in dict(a='S1GRD/a0.tif', b='n0.npz', c='', d='').items():
+        convert(sources[name], tmp_path/f'{name}.out', strict=True)
+        out = capsys.readouterr().out
+        assert out.count('no names') == bool(said) and (f'{said}: its radar bands' in out and '--s1-bands VH,VV' in out or not said), out
+    convert(sources['a'], tmp_path/'named.out', s1_bands=('VV', 'VH'))
+    assert 'no names' not in capsys.readouterr().out
+
 def test_a_stopped_conversion_goes_on_with_the_same_bytes(tmp_path, monkeypatch):
     layouts.geotiff(tmp_path/'tif', 5)
     convert(tmp_path/'tif', tmp_path/'whole', batch=2)
