@@ -7,7 +7,7 @@ __all__ = ['COMMANDS', 'PLACES', 'GROUPS', 'PROFILE', 'SEED', 'WEIGHTS', 'STRICT
            'command', 'parser', 'refuse', 'main', 'run', 'parameters', 'verify', 'version', 'models', 'info',
            'pretrain', 'pretrain_params', 'world', 'data_convert', 'data_examples', 'data_info', 'precompute',
            'train_stage2', 'train_stage3', 'stage3_info', 'stage3_infer', 'nyc_build', 'nyc_publish', 'downstream',
-           'uncertainty', 'claims', 'infer', 'export']
+           'uncertainty', 'claims', 'bench', 'infer', 'export']
 
 # %% ../nbs/cli.ipynb #1e205714
 import argparse, os, sys
@@ -289,8 +289,10 @@ def data_info(path):
     opt('--output', default='opt_v1', metavar='ARRAY', help='name of the new array'),
     opt('--overwrite', action='store_true', help='replace an array that was made with other settings'),
     opt('--device', default='', help='cpu or cuda; nothing: a GPU if there is one'),
+    opt('--precision', choices=('32-true', 'bf16-true', '16-true'), default='32-true', help='what the weights are held in'),
+    opt('--compile', action='store_true', help='the painter through torch.compile'),
     LAYOUT, STRICT)
-def precompute(data_dir, output_dir, name, weights, input, device, layout, strict, **options):
+def precompute(data_dir, output_dir, name, weights, input, device, layout, strict, precision, compile, **options):
     """Stage 1: draw the optical image of every radar tile.
 Stopped at any moment and called again, it goes on and leaves the same bytes. Tiles that cannot be used are listed and left out; the exit
 code is then 1."""
@@ -299,7 +301,9 @@ code is then 1."""
     store, into = stage1.open_tiles(data_dir, output_dir, layout=layout, strict=strict)
     model = stage1.build_terramind_generator((input or store.attrs.get('s1_product', 'S1GRD'),), timesteps=options['timesteps'],
                                              name=name, weights=weights)
-    report = stage1.precompute(store, model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu')), into=into, **options)
+    model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    if compile or precision != '32-true': model.hasten(precision, compile)
+    report = stage1.precompute(store, model, into=into, **options)
     if report['errors']: study._write(into.path/f'{options["output"]}_errors.csv', report['failed'].to_csv(index=False))
     print('processed {processed}, already there {skipped}, errors {errors}, output {output}'.format(**report))
     return int(report['errors'] > 0)
@@ -506,6 +510,25 @@ The questions of nbs/11_ablations.ipynb are asked by gac run --only 11 --set 11_
         raise study.GacError(f'{reports} is no report: it has no folder tables. Make one with gac run --profile mini.')
     from gac import claims
     print(claims.report_of(reports))
+
+# %% ../nbs/cli.ipynb #be4c4c11
+@command(opt('--output-dir', dest='out', default='reports/gpu', metavar='DIR', help='where the tables go'),
+    opt('--name', default='terramind_v1_large_generate', help='generator, see gac info'),
+    opt('--backbone', default='prithvi_eo_v2_600_tl', help='Prithvi of Stage 2, see gac info'),
+    WEIGHTS,
+    opt('--batch-size', dest='batch', type=int, default=64, metavar='N', help='tiles at a time'),
+    opt('--tile-size', dest='side', type=int, default=120, metavar='PX', help='side of a tile'),
+    opt('--timesteps', dest='steps', type=int, nargs='+', default=[1, 10], metavar='N', help='diffusion steps compared'),
+    opt('--repeats', type=int, default=3, metavar='N', help='rounds timed'),
+    opt('--tiles', dest='drawn', type=int, default=1024, metavar='N', help='that go from store to store'),
+    opt('--no-compile', dest='compiled', action='store_false', help='leave torch.compile out'),
+    opt('--only', nargs='+', default=[], metavar='PART', help='of generation, modes, chain, compiled, levers, quality, training; nothing: all'),
+    SEED)
+def bench(**options):
+    """Measure speed and memory of the real architectures on this machine's card; without --weights with random weights, which cost the same.
+Minutes on a data-centre GPU; every table is written as soon as it is there."""
+    from gac import bench
+    return int(bench.bench(**options) > 0)
 
 # %% ../nbs/cli.ipynb #e7a0c3d1
 DECODING = (opt('--timesteps', type=int, default=1, metavar='N', help='diffusion steps'),

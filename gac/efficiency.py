@@ -663,7 +663,7 @@ def preflight(
     except GacError: ahead = None  # a name nobody knows: said below
     disk = [check_disk(run, ahead.gb.sum())] if ahead is not None else []
     found = [*check_models(stages), *found, *check_chips(stages), *disk, *check_machine(needs), *check_versions()]
-    print(*found, sep='\n')
+    print(*(f for f in found if f.state != 'missing'), sep='\n')
     if ahead is not None:
         print(f'Forecast for {n:,} tiles at {rate*share/1e9:,.0f} GFLOP/s, {share:.0%} of the rate of a matrix product here; '
               'storage before compression:')

@@ -378,7 +378,7 @@ def panels(
     import matplotlib.pyplot as plt
     labels, last, truth = batch['id'] if labels is None else labels, list(images.values())[-1], batch['truth']
     radar = 's1' in batch
-    titles = [*['radar']*radar, *images, 'truth', *['near infrared', 'its truth']*nir, *(f'error {k}' for k in images)]
+    titles = [*['radar']*radar, *images, 'truth', *['false colour:\nB08, B04, B03', 'its truth']*nir, *(f'error {k}' for k in images)]
     fig, axes = plt.subplots(len(truth), len(titles), figsize=(1.25*len(titles) + .8, 1.3*len(truth) + .3), squeeze=False,
                              dpi=66 if len(titles) < 8 else 56)
     for i, line in enumerate(axes):

@@ -14,7 +14,7 @@ import json, logging, math, os, random, re, signal, time, warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -677,7 +677,9 @@ def fit(
         _check_resume(last, checkpoint, s, total)
         start = checkpoint['global_step']
     validate = val is not None and len(val) > 0
-    run, where = trainer(s, out_dir, total, name, validate, every), next(model.parameters()).device
+    where = next(model.parameters()).device
+    here = replace(s, accelerator='gpu') if s.accelerator == 'auto' and where.type == 'cuda' else s  # where the model is, or an error
+    run = trainer(here, out_dir, total, name, validate, every)
     per_round = min(s.val_every, total)*s.grad_accum_steps*s.batch_size
     batches = loader(train, s.batch_size, True, s.seed, s.workers, per_round, collate)
     checks = loader(val, s.batch_size, False, s.seed, s.workers, math.ceil(len(val)/s.world), collate) if validate else None
