@@ -298,7 +298,9 @@ class Run:
         caption:str='', # one sentence for the report
     ) -> None: # the figure stays open: a notebook shows it once, at the end of its cell
         "Write figures/`name`.png and .svg, the same bytes for the same picture."
-        for kind in ('png', 'svg'): save_picture(fig, self.reports/'figures'/f'{_name(name)}.{kind}')
+        for kind in ('png', 'svg'):
+            save_picture(fig, self.reports/'figures'/f'{_name(name)}.{kind}')
+            fig.set_layout_engine('none')  # laid out once: the next picture of it takes half the time
         self.record['figures'][name] = caption
         self._save()
 
