@@ -117,6 +117,8 @@ def seed_everything(
     if deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True, warn_only=True)
+        # Torch would write over every tensor it makes, also those of a model that is only counted
+        torch.utils.deterministic.fill_uninitialized_memory = False
         torch.backends.cudnn.benchmark = False
     return seed
 
@@ -300,7 +302,9 @@ class Run:
         caption:str='', # one sentence for the report
     ) -> None: # the figure stays open: a notebook shows it once, at the end of its cell
         "Write figures/`name`.png and .svg, the same bytes for the same picture."
-        for kind in ('png', 'svg'): save_picture(fig, self.reports/'figures'/f'{_name(name)}.{kind}')
+        for kind in ('png', 'svg'):
+            save_picture(fig, self.reports/'figures'/f'{_name(name)}.{kind}')
+            fig.set_layout_engine('none')  # laid out once: the next picture of it takes half the time
         self.record['figures'][name] = caption
         self._save()
 
@@ -361,18 +365,22 @@ def code_state() -> dict:
     "The commit, and whether notebooks or package differ from it."
     return dict(commit=_git('rev-parse', 'HEAD') or 'n/a', changed=bool(_git('status', '--porcelain', '--', 'nbs', 'gac')))
 
-def provenance() -> dict:
-    "Versions, commit, weights, device and time of this run."
+@lru_cache
+def _versions() -> dict[str, str]:
+    "What is installed of the package and of what it needs."
     from importlib.metadata import PackageNotFoundError, version
-    import torch
     def found(name):
         try: return version(name)
         except PackageNotFoundError: return 'not installed'
-    names = [re.split(r'[<>=!~;\[ ]', r)[0] for r in requirements()]
+    return {n: found(n) for n in ['gac', *(re.split(r'[<>=!~;\[ ]', r)[0] for r in requirements())]}
+
+def provenance() -> dict:
+    "Versions, commit, weights, device and time of this run."
+    import torch
     return dict(time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), python=platform.python_version(),
                 platform=f'{platform.system()} {platform.machine()}', cores=os.cpu_count(),
                 device=torch.cuda.get_device_name(0) if torch.cuda.is_available() else 'cpu',
-                **code_state(), weights=weights(), packages={n: found(n) for n in ['gac', *names]})
+                **code_state(), weights=weights(), packages=dict(_versions()))
 
 # %% ../nbs/00_study.ipynb #afd58d24
 @dataclass(frozen=True)
