@@ -294,6 +294,9 @@ def bench(
     model.core.to(device)
     s1 = np.resize(stage1.read_tiles(store, np.arange(32))['s1'], (batch, 2, side, side)) + np.random.default_rng(seed).normal(0, .1, (batch, 2, side, side))
     s1 = efficiency._padded(model, torch.from_numpy(s1.astype(np.float32)).to(device))
+    run.note('deterministic algorithms', torch.are_deterministic_algorithms_enabled())
+    run.note('TF32 in matrix products', torch.backends.cuda.matmul.allow_tf32)
+    run.note('TF32 in convolutions', torch.backends.cudnn.allow_tf32)
     say(f'{device}: {name} is built; {model.precision}, {batch} tiles of {side} px')
 
     def do_generation():
@@ -349,6 +352,7 @@ def bench(
             say(f'{part} failed\n{traceback.format_exc()}')
         gc.collect()
         if device == 'cuda': torch.cuda.empty_cache()
-    study._write(run.reports/'provenance.json', study.json.dumps(study.provenance() | dict(notebooks=dict(bench=run.record)), indent=1, default=str) + '\n')
+    study._write(run.reports/'provenance.json', study.json.dumps(dict(profile='gpu', data='random weights', layout='') | study.provenance() | dict(notebooks=dict(bench=run.record | dict(seconds=time.perf_counter() - began, **study.code_state()))), indent=1, default=str) + '\n')
+    study.write_page(run.reports)
     say(f'{failed} parts failed' if failed else f'done: {study._relative(run.reports)}')
     return failed

@@ -12,7 +12,8 @@ __all__ = ['MODALITIES', 'BAND_NAMES', 'HLS_NAMES', 'LULC_LABELS', 'SIZE', 'PATC
            'WeightFile', 'needed_files', 'offline', 'find_file', 'locate', 'find_folder', 'spare_keys', 'read_weights',
            'match_keys', 'load_checked', 'build', 'checksum', 'weights_checksums', 'save_weights', 'Units',
            'tile_identity', 'tile_generator', 'draw', 'own_randomness', 'top_p_tokens', 'steps_run', 'scheduler_for',
-           'diffuse', 'Generator', 'place', 'build_generator', 'features', 'reach', 'clip_error', 'true_tiles']
+           'diffuse', 'AlignedConv2d', 'Generator', 'place', 'build_generator', 'features', 'reach', 'clip_error',
+           'true_tiles']
 
 # %% ../nbs/04_foundations.ipynb #1d817898
 from . import study  # first: it mends a torchvision built for another torch
@@ -753,6 +754,19 @@ def diffuse(
 TOKENS = ('sample', 'argmax', 'expected')
 PRECISIONS = {'32-true': torch.float32, 'bf16-true': torch.bfloat16, '16-true': torch.float16}  # as Lightning names them
 
+class AlignedConv2d(nn.Module):
+    "A convolution whose input is filled up with zeros to a multiple of 8 channels: a GPU's matrix units read no other number of half-precision values."
+    def __init__(self,
+        conv:nn.Conv2d, # changed in place
+        unit:int=8, # channels
+    ):
+        super().__init__()
+        self.conv, self.extra = conv, -conv.in_channels % unit
+        conv.weight = nn.Parameter(F.pad(conv.weight.data, (0, 0, 0, 0, 0, self.extra)), conv.weight.requires_grad)
+        conv.in_channels += self.extra
+
+    def forward(self, x:Tensor) -> Tensor: return self.conv(F.pad(x, (0, 0, 0, 0, 0, self.extra)))
+
 class Generator(nn.Module):
     "TerraMind's generation, one decoding step, by the house's units: a tile's result depends on the tile, the options and the seed alone."
     def __init__(self,
@@ -779,11 +793,13 @@ class Generator(nn.Module):
         precision:str='bf16-true', # of PRECISIONS: what weights are held in
         compiled:bool=False, # torch.compile on the painter: a minute or two at the first batch, and again for another shape
     ) -> 'Generator': # itself
-        "Give digits for speed: half the bytes, and the painter's channels last, as a GPU's matrix units want them."
+        "Give digits for speed: half the bytes, and the painter's channels last and in eights, as a GPU's matrix units want them."
         if precision not in PRECISIONS: raise study.GacError(f'precision is {precision!r}: expected {", ".join(PRECISIONS)}.')
         self.precision = precision
         self.to(PRECISIONS[precision])
         for tok in self.core.tokenizer.values():
+            for name, m in list(tok.decoder.named_modules()):
+                if type(m) is nn.Conv2d and m.groups == 1 and m.in_channels % 8: tok.decoder.set_submodule(name, AlignedConv2d(m))
             tok.decoder.to(memory_format=torch.channels_last)
             if compiled: tok.decoder.compile(dynamic=False)
         return self

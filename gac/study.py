@@ -976,8 +976,10 @@ def _title(notebook:Path) -> tuple[str, str]: # title, one line about it
 def _html_stage(name:str, entry:dict, report:Path) -> str:
     "The section of one notebook."
     from html import escape
-    title, about = _title(report/'notebooks'/f'{name}.ipynb')
-    part = [f'<h2 id="{name}">{escape(title)}</h2><p>{escape(about)} <a href="notebooks/{name}.ipynb">{name}, the notebook as it ran</a></p>']
+    ran = report/'notebooks'/f'{name}.ipynb'
+    title, about = _title(ran)
+    link = f' <a href="notebooks/{name}.ipynb">{name}, the notebook as it ran</a>' if ran.exists() else ''
+    part = [f'<h2 id="{name}">{escape(title)}</h2><p>{escape(about)}{link}</p>']
     part += [_html_table(report/'tables'/f'{t}.csv', c) for t, c in entry['tables'].items()
              if (report/'tables'/f'{t}.csv').exists()]
     part += [_html_figure(f, c, f) for f, c in entry['figures'].items()]

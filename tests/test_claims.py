@@ -31,7 +31,8 @@ def test_another_table_gives_another_verdict(report):
     assert judged(29.5)['verdict'] == 'fails, though its interval reaches the claim'
     assert judged(24.)['verdict'] == 'fails'
 
-def test_every_claim_has_one_row_even_where_there_is_no_table(tmp_path):
+def test_every_claim_has_one_row_even_where_there_is_no_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, 'CARD', tmp_path/'none')
     table = claims.claims_table(claims.Tables(tmp_path/'nothing'))
     assert table.claim.tolist() == [c.claim for c in claims.CLAIMS] and table.claim.is_unique
     assert list(table.columns) == ['about', 'claim', 'claimed', 'measured', 'lo', 'hi', 'unit', 'verdict', 'how']
@@ -110,3 +111,19 @@ def test_committed_report_answers_what_needs_no_inputs():
     for c, verdict in zip(free, table.verdict):
         name = next(iter(c.reads[0][1].values()))[0]
         assert verdict.startswith('not measured') != (folder/f'{name}.csv').exists(), f'{c.claim}: {verdict}'
+
+def test_a_cost_measured_on_a_card_asks_for_no_weights(tmp_path, monkeypatch):
+    "Costs come from gac bench where it has run, and say so; without it the miniature speaks and the claim stays untested."
+    claim = next(c for c in claims.CLAIMS if c.claim == 'Stage 1 of 199,762 tiles takes')
+    mini = pd.DataFrame([dict(method='this project', steps=10, ms_per_tile=100.)])
+    monkeypatch.setattr(claims, 'CARD', tmp_path/'none')
+    row = claims.judge(claim, claims.Tables(tmp_path, efficiency=mini))
+    assert row['verdict'].startswith('cannot be tested here') and row['measured'] == pytest.approx(.1*199762/3600)
+    (tmp_path/'gpu/tables').mkdir(parents=True)
+    rows = [('TerraTorch, one tile at a time', 700.), ('this project', 10.)]
+    pd.DataFrame([dict(method=m, steps=10, precision='32-true', ms_per_tile=t) for m, t in rows]).to_csv(tmp_path/'gpu/tables/efficiency.csv')
+    (tmp_path/'gpu/provenance.json').write_text('{"device": "a card"}')
+    monkeypatch.setattr(claims, 'CARD', tmp_path/'gpu')
+    row = claims.judge(claim, claims.Tables(tmp_path, efficiency=mini))
+    assert row['verdict'] == 'holds only if tiles are drawn in batches' and row['measured'] == pytest.approx(.01*199762/3600)
+    assert 'efficiency.csv of gac bench on a card' in row['how']
