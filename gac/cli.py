@@ -6,8 +6,8 @@
 __all__ = ['COMMANDS', 'PLACES', 'GROUPS', 'PROFILE', 'SEED', 'WEIGHTS', 'STRICT', 'LAYOUT', 'READING', 'DECODING', 'opt',
            'command', 'parser', 'refuse', 'main', 'run', 'parameters', 'verify', 'version', 'models', 'info',
            'pretrain', 'pretrain_params', 'world', 'data_convert', 'data_examples', 'data_info', 'precompute',
-           'train_stage2', 'train_stage3', 'stage3_info', 'stage3_infer', 'nyc_build', 'nyc_publish', 'downstream',
-           'uncertainty', 'claims', 'bench', 'infer', 'export']
+           'distill', 'train_stage2', 'train_stage3', 'stage3_info', 'stage3_infer', 'nyc_build', 'nyc_publish',
+           'downstream', 'uncertainty', 'claims', 'bench', 'infer', 'export']
 
 # %% ../nbs/cli.ipynb #1e205714
 import argparse, os, sys
@@ -291,8 +291,9 @@ def data_info(path):
     opt('--device', default='', help='cpu or cuda; nothing: a GPU if there is one'),
     opt('--precision', choices=('32-true', 'bf16-true', '16-true'), default='32-true', help='what the weights are held in'),
     opt('--compile', action='store_true', help='the painter through torch.compile'),
+    opt('--direct', default='', metavar='DIR', help='output of gac distill: a decoder without diffusion instead of the painter'),
     LAYOUT, STRICT)
-def precompute(data_dir, output_dir, name, weights, input, device, layout, strict, precision, compile, **options):
+def precompute(data_dir, output_dir, name, weights, input, device, layout, strict, precision, compile, direct, **options):
     """Stage 1: draw the optical image of every radar tile.
 Stopped at any moment and called again, it goes on and leaves the same bytes. Tiles that cannot be used are listed and left out; the exit
 code is then 1."""
@@ -302,11 +303,34 @@ code is then 1."""
     model = stage1.build_terramind_generator((input or store.attrs.get('s1_product', 'S1GRD'),), timesteps=options['timesteps'],
                                              name=name, weights=weights)
     model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    if direct:
+        from gac import efficiency
+        model.direct = efficiency.load_direct(direct, model)
     if compile or precision != '32-true': model.hasten(precision, compile)
     report = stage1.precompute(store, model, into=into, **options)
     if report['errors']: study._write(into.path/f'{options["output"]}_errors.csv', report['failed'].to_csv(index=False))
     print('processed {processed}, already there {skipped}, errors {errors}, output {output}'.format(**report))
     return int(report['errors'] > 0)
+
+# %% ../nbs/cli.ipynb #d15711c1
+@command(opt('--data-dir', required=True, metavar='DIR', help='tile store with radar'),
+    opt('--output-dir', required=True, metavar='DIR', help='of the training; gac precompute --direct reads it'),
+    opt('--max-tiles', type=int, default=0, metavar='N', help='training tiles; 0 for all'),
+    opt('--max-steps', type=int, default=1200, metavar='N', help='optimizer steps'),
+    opt('--batch-size', type=int, default=8, metavar='N', help='tiles at a time'),
+    opt('--lr', type=float, default=1e-3, help='peak learning rate'),
+    SEED, WEIGHTS,
+    opt('--name', default='terramind_mini_generate', help='generator, see gac info'))
+def distill(data_dir, output_dir, max_tiles, max_steps, batch_size, lr, seed, weights, name):
+    """Teach a decoder without diffusion what the generator paints in one step.
+Faster than the painter, and somewhat worse: reports/mini/tables/efficiency_decoders.csv says by how much."""
+    from gac import efficiency, stage1, study
+    store, _ = stage1.open_tiles(data_dir)
+    rows = {s: store.rows(s) for s in ('train', 'val')}
+    if not len(rows['train']): raise study.GacError(f'{data_dir} has no training tiles.')
+    model = stage1.build_terramind_generator((store.attrs.get('s1_product', 'S1GRD'),), name=name, weights=weights)
+    efficiency.distill(model, store, rows['train'][:max_tiles or None], rows['val'], output_dir, max_steps, batch_size, lr, seed=seed)
+    print(f'{output_dir}/{efficiency.DIRECT_FILE}: give the folder to gac precompute --direct')
 
 # %% ../nbs/cli.ipynb #81bcf6f9
 def _training(epochs:int, lr:float) -> tuple: # defaults of a stage

@@ -776,6 +776,7 @@ class Generator(nn.Module):
         super().__init__()
         self.core, self.timesteps, self.gac = core.eval(), timesteps, getattr(core, 'gac', {})
         self.precision = '32-true'
+        self.register_module('direct', None)  # codes -> standardised S2L2A without diffusion, see efficiency.distill
         self.inputs = {m: core.mod_name_mapping[m] for m in core.modalities}  # modality -> key
         self.outputs = {m: k for k, m in core.output_mod_name_mapping.items()}
         keys = {*self.inputs.values(), *self.outputs.values()}
@@ -892,6 +893,8 @@ class Generator(nn.Module):
     def _image(self, codes:Tensor, key:str, timesteps:int, clamp:str, generators:Sequence[torch.Generator]) -> Tensor:
         "Codes to the tokenizer's standardised image."
         tok = self.core.tokenizer[key]
+        if self.direct is not None and key == self.outputs.get('S2L2A'):
+            return self.direct(codes.to(next(self.direct.parameters()).dtype)).float()
         if not isinstance(tok, DiVAE): return tok.decode_quant(codes.to(next(tok.parameters()).dtype))
         size = [n*tok.patch_size for n in codes.shape[-2:]]
         return diffuse(tok, codes, draw(torch.randn, (tok.n_channels, *size), generators, codes.device), timesteps, clamp)

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from . import explore, study, tiles, metrics, foundations
+from . import explore, study, tiles, metrics, foundations, training
 from .explore import ERROR_TOP
 from .study import GacError
 
@@ -155,10 +155,11 @@ def settings(
 ) -> dict:
     "What determines an array of Stage 1, kept as its attributes."
     weights = {name: digest[:16] for name, digest in foundations.weights_checksums(model.core).items()}
-    half = {} if model.precision == '32-true' else dict(precision=model.precision)
+    more = {} if model.precision == '32-true' else dict(precision=model.precision)
+    if model.direct is not None: more |= dict(decoder='direct', decoder_weights=training.digest(model.direct.state_dict()))
     return dict(bands=list(study.OPT_BANDS), units='reflectance x 10000', model=model.core.gac['name'], inputs=list(model.inputs),
                 weights=weights or 'random',
-                **asdict(decoding), seed=seed, **half)
+                **asdict(decoding), seed=seed, **more)
 
 def in_order(
     work:Callable, # item -> result

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['ADAPTER_FILES', 'CARD', 'MEASURED', 'FREE_TO_CHANGE', 'Settings', 'cosine_warmup', 'Order', 'seeded', 'Seeded',
-           'loader', 'inject_lora', 'is_int8', 'unfreeze', 'save_adapters', 'load_adapters', 'merge_lora',
+           'loader', 'inject_lora', 'is_int8', 'unfreeze', 'save_adapters', 'load_adapters', 'merge_lora', 'digest',
            'read_safetensors', 'to_int8', 'weigh', 'save_checkpoint', 'load_checkpoint', 'trained_state',
            'load_trained', 'write_card', 'Task', 'StepSeed', 'Finish', 'Rounds', 'Curve', 'AtomicIO', 'Log', 'trainer',
            'Fit', 'fit', 'export_best']
 
 # %% ../nbs/05_training.ipynb #7ffe61f8
-import json, logging, math, os, random, re, signal, time, warnings
+import hashlib, json, logging, math, os, random, re, signal, time, warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
@@ -292,6 +292,14 @@ def _account(
                            for k in both if state[k].shape != expected[k].shape}}
     if any(wrong.values()):
         raise GacError(f'{where} does not fit the model: ' + '; '.join(f'{k}: {some(v)}' for k, v in wrong.items() if v) + '.')
+
+def digest(
+    state:Mapping, # name → tensor
+) -> str: # 16 digits
+    "What changes when a weight does."
+    seen = hashlib.sha256()
+    for k, v in sorted(state.items()): seen.update(k.encode() + v.detach().cpu().float().contiguous().numpy().tobytes())
+    return seen.hexdigest()[:16]
 
 def read_safetensors(
     path:str|Path, # a safetensors file

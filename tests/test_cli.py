@@ -147,3 +147,17 @@ def test_convert_reports_and_options_reach_the_reader(tmp_path, capsys):
     tiles_layouts.npz(tmp_path/'bad', n=3, change=lambda i: dict(s1=tiles_layouts.radar(i)*float('nan')) if i == 1 else {})
     assert call(capsys, 'data', 'convert', tmp_path/'bad', tmp_path/'some')[0] == 1  # one tile left out: done in part
     assert call(capsys, 'data', 'convert', tmp_path/'bad', tmp_path/'none', '--strict')[0] == 2
+
+def test_a_direct_decoder_is_taught_and_used(tmp_path, capsys):
+    "gac distill, then gac precompute --direct: other images than the painter's, named in the array's settings; a wrong folder is refused."
+    from gac import tiles
+    store = tiles.from_world(tmp_path/'tiles', 3, 1, 1, size=48)
+    assert cli.main(['distill', '--data-dir', str(store.path), '--output-dir', str(tmp_path/'direct'), '--max-steps', '2', '--batch-size', '2']) == 0
+    draw = ['precompute', '--data-dir', str(store.path), '--timesteps', '1', '--tokens', 'expected']
+    assert cli.main([*draw, '--output', 'painted']) == 0
+    assert cli.main([*draw, '--output', 'unfolded', '--direct', str(tmp_path/'direct')]) == 0
+    store.refresh()
+    painted, unfolded = (store.read(a, slice(None)) for a in ('painted', 'unfolded'))
+    assert not (painted == unfolded).all() and store.arrays['unfolded'].attrs['decoder'] == 'direct'
+    assert cli.main([*draw, '--output', 'none', '--direct', str(tmp_path/'nothing')]) != 0
+    assert 'nothing' in capsys.readouterr().err
