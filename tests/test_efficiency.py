@@ -17,7 +17,9 @@ def states(found) -> dict: return {(f.what, f.state) for f in found}
 def test_dry_run_passes_where_nothing_is_missing_and_lists_what_is(capsys, monkeypatch):
     assert cli.main(['run', '--profile', 'smoke', '--dry-run']) == 0
     out = capsys.readouterr().out
-    assert 'Nothing is missing.' in out and '07_stage1' in out and 'Forecast for 32 tiles' in out
+    given = {s.name: s.values for s in study.plan('smoke', '', study.root()/'reports/smoke', study.root()/'runs/smoke')}['02_tiles']
+    n = sum(given[k] for k in ('n_train', 'n_val', 'n_test'))
+    assert 'Nothing is missing.' in out and '07_stage1' in out and f'Forecast for {n} tiles' in out
     # it counts large models
     monkeypatch.setattr(efficiency, 'forecast', lambda *args: (_ for _ in ()).throw(study.GacError('left out')))
     monkeypatch.setattr(efficiency, 'reached', lambda rate: 1.)
@@ -33,6 +35,7 @@ def test_dry_run_passes_where_nothing_is_missing_and_lists_what_is(capsys, monke
                   'terramind_v1_base_tim (12_downstream.encoder_name, thinking, 13_nyc_tim.family.tim)',
                   'put it at data/weights/TerraMind_Tokenizer_LULC.pt', '13_nyc_tim.chips: data/no_such: no manifest.json'):
         assert words in out, words
+    assert out.count('no --data: this profile') == 1  # told once
 
 def test_weights_that_do_not_fit_are_found_before_the_run(tmp_path):
     mini = study.root()/'data/weights/mini'
