@@ -34,13 +34,10 @@ def build_terramind_generator(
     pretrained:bool=True, # False: random weights, for tests and costs only
     name:str='terramind_mini_generate', # as TerraTorch names it; foundations.available() lists them
     weights:str='', # folder of weight files, 'hub', or empty: the committed miniatures or the Hugging Face cache
-    precision:str='32-true', # or bf16-true, 16-true: see Generator.hasten
-    compiled:bool=False, # the painter through torch.compile
 ): # foundations.Generator, in evaluation mode
     "The pretrained generator that Stage 1 runs and Stage 3 grounds."
-    model = foundations.place(foundations.build_generator(name, input_modalities, output_modalities, timesteps, pretrained,
-                                                          weights))
-    return model.hasten(precision, compiled) if compiled or precision != '32-true' else model
+    return foundations.place(foundations.build_generator(name, input_modalities, output_modalities, timesteps, pretrained,
+                                                         weights))
 
 # %% ../nbs/07_stage1.ipynb #0a68cdce
 @torch.no_grad()

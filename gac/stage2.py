@@ -672,10 +672,7 @@ def fingerprint(
     refiner:PrithviRefiner,
 ) -> str: # 16 digits
     "A digest of what was trained."
-    digest = hashlib.sha256()
-    for k, v in sorted(training.trained_state(refiner).items()):
-        digest.update(k.encode() + v.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return training.digest(training.trained_state(refiner))
 
 def images_of(
     run, # study.Run

@@ -818,12 +818,7 @@ def model_info(
 # %% ../nbs/09_stage3.ipynb #b28e4355
 def fingerprint(model:Stage3GroundingModel) -> str: # 16 digits
     "A digest of what was trained."
-    import hashlib
-    digest = hashlib.sha256()
-    for k, v in sorted(model.state_dict().items()):
-        if 'lora_' in k or k.startswith('head.') or k == 'strength':
-            digest.update(k.encode() + v.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return training.digest({k: v for k, v in model.state_dict().items() if 'lora_' in k or k.startswith('head.') or k == 'strength'})
 
 def precompute_stage3(
     store, # tiles.Store with the radar

@@ -298,7 +298,7 @@ def digest(
 ) -> str: # 16 digits
     "What changes when a weight does."
     seen = hashlib.sha256()
-    for k, v in sorted(state.items()): seen.update(k.encode() + v.detach().cpu().float().contiguous().numpy().tobytes())
+    for k, v in sorted(state.items()): seen.update(k.encode() + v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return seen.hexdigest()[:16]
 
 def read_safetensors(
