@@ -442,7 +442,7 @@ class Triples(Dataset):
         keep:int=2048, # tiles held in memory once read
     ):
         self.store, self.rows, self.images, self.lies, self.seed, self.keep = store, np.asarray(rows), images, lies, seed, keep
-        self.held, self.more = {}, {}
+        self.held, self.more, self.seen_by = {}, {}, None
 
     def __len__(self) -> int: return len(self.rows)
 
@@ -645,11 +645,20 @@ def _parts(model, settings, n:int, frozen:float) -> dict: # name -> settings
             val_every=min(settings.val_every, steps), save_every=settings.save_every if settings.val_every <= steps else steps)
     return {k: cut(s) for k, s in (('head', head), ('adapters', total - head)) if s}
 
+def _moved(model:nn.Module) -> str: # empty where the adapters are as they began and change nothing
+    "What the adapters have become."
+    lora = {k: v for k, v in model.state_dict().items() if 'lora_' in k}
+    return training.digest(lora) if any(v.any() for k, v in lora.items() if 'lora_B' in k) else ''
+
 def _prepare(data, model, part:str) -> None:
     "Keep with the tiles what this part of the training does not change."
     if data is None: return
-    for k in ('features', 'pixels'): data.more.pop(k, None)
-    if part == 'head' and model.route == 'features': remember(data, model, 'features')
+    heads = part == 'head' and model.route == 'features'
+    eye = json.dumps([identity(model), model.see, model.taps, _moved(model.generator)]) if heads else None
+    if eye != data.seen_by:
+        for k in ('features', 'pixels'): data.more.pop(k, None)
+        if eye: remember(data, model, 'features')
+        data.seen_by = eye
     if model.route == 'tokens' and 'tokens' not in data.more: remember(data, model, 'tokens')
 
 def _mark(data:Triples) -> list:

@@ -1055,18 +1055,23 @@ def write_report(
 def compare_tables(
     expected, # DataFrame as committed
     got, # DataFrame of a fresh run
-    tolerances:dict, # {'default': {abs, rel}, 'columns': {name: {abs, rel}}}
+    tolerances:dict, # {'default': {abs, rel}, 'columns': {name: {abs, rel}}, 'rows': {text in a cell of the row: {name: {abs, rel}}}}
 ) -> list[str]: # what differs, one line each
-    "The cells of two tables that differ by more than the tolerance of their column."
+    "The cells of two tables that differ by more than the tolerance of their column, or of their column in such rows."
     import pandas as pd
     if list(expected.columns) != list(got.columns): return [f'columns {list(got.columns)}, expected {list(expected.columns)}']
     if len(expected) != len(got): return [f'{len(got)} rows, expected {len(expected)}']
-    wrong = []
+    wrong, text = [], expected.astype(str)
+    here = {k: text.apply(lambda c: c.str.contains(k, regex=False)).any(axis=1).to_numpy() for k in tolerances.get('rows', {})}
     for col in expected.columns:
         a, b = (pd.to_numeric(df[col], errors='coerce').to_numpy(float) for df in (expected, got))
         base = col.removesuffix('_lo').removesuffix('_hi')  # the bounds of an interval are held to the tolerance of its measure
         t = tolerances['default'] | tolerances.get('columns', {}).get(base, {})
-        close = np.isclose(a, b, rtol=t.get('rel', 0.), atol=t.get('abs', 0.))
+        absolute, relative = (np.full(len(a), t.get(k, 0.)) for k in ('abs', 'rel'))
+        for k, rows in here.items():
+            for kind, level in (('abs', absolute), ('rel', relative)):
+                level[rows] = np.maximum(level[rows], tolerances['rows'][k].get(base, {}).get(kind, 0.))
+        close = np.abs(a - b) <= absolute + relative*np.abs(a)
         same = expected[col].astype(str).to_numpy() == got[col].astype(str).to_numpy()
         wrong += [f'row {i + 1}, {col}: {got[col].iloc[i]}, expected {expected[col].iloc[i]}'
                   for i in np.flatnonzero(~(close | same))]

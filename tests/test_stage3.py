@@ -123,6 +123,26 @@ def test_interrupted_training_gives_the_same_curve(store, tmp_path):
     with pytest.raises(GacError, match='other crop'):
         stage3.train_stage3(b, *sets(store, .5), replace(QUICK, max_steps=8), tmp_path/'whole', frozen=.5, crop=36)
 
+def test_features_are_kept_for_the_next_training_that_sees_the_same(store):
+    train, _ = sets(store)
+    made = lambda **kw: stage3.build_stage3_model(width=8, depth=0, **kw)
+    first = made()
+    stage3._prepare(train, first, 'head')
+    kept = train.more['features']
+    stage3._prepare(train, made(lora_r=0), 'head')  # adapters that have not moved change nothing
+    assert train.more['features'] is kept
+    stage3._prepare(train, made(pretrained=False), 'head')
+    assert not torch.equal(train.more['features'], kept)
+    stage3._prepare(train, first, 'head')
+    assert torch.equal(train.more['features'], kept)
+    with torch.no_grad():
+        for k, v in first.named_parameters():
+            if 'lora_B' in k: v.normal_(std=.1)
+    stage3._prepare(train, first, 'head')
+    assert not torch.equal(train.more['features'], kept)
+    stage3._prepare(train, first, 'adapters')
+    assert 'features' not in train.more
+
 def test_lies_are_the_tiles_own(store):
     train, val = sets(store, 1.)
     for i in range(3):
