@@ -353,8 +353,8 @@ def spectral_angle(
     truth:Tensor, # the same shape
 ) -> Tensor: # scalar, rad
     "Mean angle between spectra, with a gradient everywhere."
-    cosine = F.cosine_similarity(pred, truth, 1, 1e-6)
-    return torch.acos(cosine.clamp(-1 + 1e-6, 1 - 1e-6)).mean()
+    lengths = (pred.square().sum(1)*truth.square().sum(1)).clamp_min(1e-12).sqrt()
+    return torch.acos(((pred*truth).sum(1)/lengths).clamp(-1 + 1e-6, 1 - 1e-6)).mean()
 
 class Stage2Loss(nn.Module):
     "Weighted sum of what Stage 2 should get right; terms of weight 0 are not computed."

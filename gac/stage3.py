@@ -523,7 +523,8 @@ def window(
     axes = [a for a in axes if torch.rand(()) < .5]
     def cut(x):
         p = x.shape[-1]//grid
-        return x[..., top*p:(top + n)*p, left*p:(left + n)*p].flip(axes)
+        x = x[..., top*p:(top + n)*p, left*p:(left + n)*p].flip(axes)
+        return x.contiguous(memory_format=torch.channels_last)  # a step on a CPU takes three quarters of the time
     return {k: cut(v) for k, v in batch.items()}
 
 def whole(

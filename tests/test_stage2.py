@@ -312,3 +312,16 @@ def test_command(copy, tmp_path):
     with pytest.raises(GacError, match='other refiner'): stage2.run_stage2(store.path, tmp_path/'out', **options)
     assert stage2.run_stage2(store.path, tmp_path/'out', overwrite=True, **options)['resumed_at'] == 0
     assert stage2.run_stage2(store.path, tmp_path/'out', **options)['resumed_at'] == 2
+
+def test_short_sequences_are_attended_to_alike(monkeypatch):
+    from torch.nn.attention import SDPBackend
+    refiner, used = stage2.build_prithvi_refiner(depth=0), []
+    x, real = torch.rand(2, 4, 96, 96), stage2.sdpa_kernel
+    monkeypatch.setattr(stage2, 'sdpa_kernel', lambda kind: used.append(kind) or real(kind))
+    with torch.no_grad():
+        plain = refiner.features(x)
+        assert used == [SDPBackend.MATH]
+        monkeypatch.setattr(stage2, 'SHORT', 0)
+        fused = refiner.features(x)
+    assert len(used) == 1
+    for a, b in zip(plain, fused): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
