@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from gac import baselines, evaluate, metrics, stage1, stage2, stage3, study, tiles, training
+from gac import baselines, evaluate, metrics, pairs, stage1, stage2, stage3, study, tiles, training
 
 def V1(batch) -> np.ndarray: return batch['truth']*.8  # a Stage 1 that is too dark
 
@@ -204,7 +204,7 @@ def test_learning_curve_holds_the_unets_and_takes_what_the_run_has(chain, monkey
     real = baselines.fit_unet
     monkeypatch.setattr(baselines, 'fit_unet', lambda *a, **kw: fitted.append((a[2], a[3].pairs, a[5])) or real(*a, **kw))
     ask = dict(pairs=[2, 4], seeds=[0, 1], variants=('pretrained', 'U-Net from scratch'), batch_size=4)
-    told = evaluate.knowledge(run, own, own.rows('test'), recipe, **ask)
+    told = pairs.knowledge(run, own, own.rows('test'), recipe, **ask)
     # 4 pairs and seed 0 are those of the run
     assert fitted == [('U-Net from scratch', 2, 0), ('U-Net from scratch', 2, 1), ('U-Net from scratch', 4, 1)]
     net = told[(told.variant == 'U-Net from scratch') & (told.pairs == 4) & (told.seed == 0)].set_index('id').psnr
@@ -212,8 +212,8 @@ def test_learning_curve_holds_the_unets_and_takes_what_the_run_has(chain, monkey
     direct = metrics.psnr(baselines.painted(baselines.load_unet(run.dir/'unets'/'unet_from_scratch')[0])(batch), batch['truth'])
     np.testing.assert_allclose(net.loc[batch['id']], direct, atol=1e-4)
     with pytest.raises(study.GacError, match='99 pairs: tiles has 6 training tiles'):
-        evaluate.knowledge(run, own, own.rows('test'), recipe, pairs=[99])
-    gain = evaluate.knowledge_gains(told)
+        pairs.knowledge(run, own, own.rows('test'), recipe, pairs=[99])
+    gain = pairs.knowledge_gains(told)
     assert set(gain.step) == {'U-Net from scratch → pretrained'} and set(gain.output) == {'opt_v3'} and set(gain.pairs) == {2, 4}
 
 def test_first_table_says_who_wins(chain):

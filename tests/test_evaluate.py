@@ -2,7 +2,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from gac import baselines, evaluate, metrics, stage1, study, tiles
+from gac import baselines, evaluate, metrics, pairs, stage1, study, tiles
 
 def batch(n:int, size:int=32, seed:int=0, months=None, truth=None) -> dict:
     "Random radar tiles with a truth of one colour, or a given one."
@@ -194,23 +194,23 @@ def test_random_chain_holds_no_pretrained_weight_and_controls_see_what_they_say(
         real = getattr(place, name)
         monkeypatch.setattr(place, name, lambda *a, real=real, who=name, **kw: asked.append((who, kw)) or real(*a, **kw))
     recipe = evaluate.replace(evaluate.recipe_of(run), crop=48)
-    random = evaluate.variant_methods(run, store, 'random', recipe, tmp_path, 0)
+    random = pairs.variant_methods(run, store, 'random', recipe, tmp_path, 0)
     assert (list(random) == ['opt_v1', 'opt_v2', 'opt_v3']
             and {n for n, _ in asked} == {'build_terramind_generator', 'build_prithvi_refiner', 'build_stage3_model'})
     assert all(kw['pretrained'] is False for _, kw in asked)
     asked.clear()
-    blind = evaluate.variant_methods(run, store, 'pixel head on S1 alone', recipe, tmp_path, 0)
+    blind = pairs.variant_methods(run, store, 'pixel head on S1 alone', recipe, tmp_path, 0)
     assert list(blind) == ['opt_v3'] and [kw['see'] for n, kw in asked if n == 'build_stage3_model'] == [False]
     batch = stage1.read_tiles(store, store.rows('test')[:2])
     # no image gets in
     np.testing.assert_array_equal(blind['opt_v3'](batch), blind['opt_v3'](batch | dict(id=batch['id'].copy(), truth=batch['truth']*.1)))
     with pytest.raises(study.GacError, match='expected one of pretrained'):
-        evaluate.variant_methods(run, store, 'x', recipe, tmp_path)
+        pairs.variant_methods(run, store, 'x', recipe, tmp_path)
 
 def test_pretrained_chain_of_the_comparison_starts_from_the_stored_opt_v1(trained, tmp_path):
     run, store = trained
     recipe, batch = evaluate.replace(evaluate.recipe_of(run), crop=48), stage1.read_tiles(store, store.rows('test'))
-    chain, blind = (evaluate.variant_methods(run, store, v, recipe, tmp_path, 0)
+    chain, blind = (pairs.variant_methods(run, store, v, recipe, tmp_path, 0)
                     for v in ('pretrained', 'head without TerraMind features'))
     np.testing.assert_array_equal(chain['opt_v1'](batch), stage1.stored(store)(batch))
     assert list(blind) == ['opt_v3'] and (tmp_path/'stage2').is_dir() and not (tmp_path/'stage2_random').exists()
@@ -222,16 +222,16 @@ def test_knowledge_goes_on_where_it_stopped_and_starts_anew_when_asked_for_somet
         trained_.append((recipe.pairs, seed, variant))
         if len(trained_) == 3: raise KeyboardInterrupt
         return dict(opt_v3=lambda b: b['truth']*(.9 if variant == 'pretrained' else .8))
-    monkeypatch.setattr(evaluate, 'variant_methods', quick)
+    monkeypatch.setattr(pairs, 'variant_methods', quick)
     recipe, rows, ask = evaluate.recipe_of(run), store.rows('test'), dict(pairs=[2, 4], seeds=[0, 1], variants=('pretrained', 'random'))
-    with pytest.raises(KeyboardInterrupt): evaluate.knowledge(run, store, rows, recipe, **ask)
-    told = evaluate.knowledge(run, store, rows, recipe, **ask)
+    with pytest.raises(KeyboardInterrupt): pairs.knowledge(run, store, rows, recipe, **ask)
+    told = pairs.knowledge(run, store, rows, recipe, **ask)
     assert len(trained_) == 9 and len(set(trained_)) == 8  # the interrupted one twice
-    evaluate.knowledge(run, store, rows, recipe, **ask)
+    pairs.knowledge(run, store, rows, recipe, **ask)
     assert len(trained_) == 9
-    evaluate.knowledge(run, store, rows, evaluate.replace(recipe, lies=.5), **ask | dict(pairs=[2], seeds=[0]))
+    pairs.knowledge(run, store, rows, evaluate.replace(recipe, lies=.5), **ask | dict(pairs=[2], seeds=[0]))
     assert len(trained_) == 11
-    table, gain = evaluate.knowledge_table(told), evaluate.knowledge_gains(told)
+    table, gain = pairs.knowledge_table(told), pairs.knowledge_gains(told)
     assert len(table) == 8 and list(table)[:5] == ['pairs', 'variant', 'seed', 'output', 'n_tiles'] and table.n_tiles.eq(4).all()
     gain = gain[gain.metric == 'psnr']
     assert gain.seeds.eq(2).all() and gain.pairs.tolist() == [2, 4] and gain.gain.tolist() == pytest.approx([20*np.log10(2)]*2, abs=1e-4)
