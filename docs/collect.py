@@ -146,18 +146,19 @@ def html_table(df, caption:str='') -> str:
 def report_pages(folder:Path, dest:Path) -> None:
     "A committed report: tables and figures by notebook, and the notebooks as they ran."
     about, name = json.loads((folder/'provenance.json').read_text(encoding='utf-8')), folder.relative_to(ROOT).as_posix()
-    shutil.copytree(folder/'figures', dest/name/'figures')
+    if (folder/'figures').exists(): shutil.copytree(folder/'figures', dest/name/'figures')
     notebooks = sorted(p for p in (folder/'notebooks').glob('*.ipynb') if not p.name.endswith('.failed.ipynb'))
     for p in notebooks: copy_notebook(p, dest/name/'notebooks'/p.name)
     parts = [f'# Report {name.removeprefix("reports/")}',
              f'Tables and figures as one run wrote them: {about["platform"]}, {about["cores"]} cores, {about["device"]}; Python {about["python"]}, '
-             f'torch {about["packages"]["torch"]}; {about["time"]}. Data: {about["data"]}. The notebooks as they ran are listed at the end.']
+             f'torch {about["packages"]["torch"]}; {about["time"]}. Data: {about["data"]}.' + ' The notebooks as they ran are listed at the end.'*bool(notebooks)]
     for stage, entry in about['notebooks'].items():
         body = [html_table(read_table(folder/'tables'/f'{t}.csv'), f'{t}: {c}') for t, c in entry['tables'].items() if (folder/'tables'/f'{t}.csv').exists()]
         body += [f'![{plain(c)}](figures/{f}.png)\n\n*{plain(c)}*' for f, c in entry['figures'].items() if (folder/'figures'/f'{f}.png').exists()]
         body += [f'n/a, {plain(what)}: {plain(why)}' for what, why in entry.get('missing', {}).items()]
         if body: parts += [f'## {stage}', *body]
-    parts.append('\n'.join(['## The notebooks as they ran', '', '```{toctree}', *(f'notebooks/{p.stem}' for p in notebooks), '```']))
+    if notebooks: parts.append('\n'.join(['## The notebooks as they ran', '', '```{toctree}', *(f'notebooks/{p.stem}' for p in notebooks), '```']))
+    (dest/name).mkdir(parents=True, exist_ok=True)
     (dest/name/'index.md').write_text('\n\n'.join(parts) + '\n', encoding='utf-8')
 
 def reports() -> list[Path]:

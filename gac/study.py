@@ -1212,7 +1212,7 @@ def render_readme() -> str:
 # %% ../nbs/00_study.ipynb #c7d1d3de
 ROOMS = ('study', 'explore', 'world', 'tiles', 'metrics', 'foundations', 'training', 'pretrain', 'gradients', 'stage1', 'stage2',
          'stage3',
-         'baselines', 'evaluate', 'export', 'trust', 'ablations', 'downstream', 'nyc', 'efficiency', 'bench', 'claims', 'cli')
+         'baselines', 'evaluate', 'pairs', 'export', 'trust', 'ablations', 'downstream', 'nyc', 'efficiency', 'bench', 'claims', 'cli')
 
 def uphill(
     package:str|Path='', # folder of the modules; empty: gac
