@@ -226,3 +226,14 @@ def test_first_table_says_who_wins(chain):
         table, said = evaluate.rivals(stage1.measure(own, rows, fake), 'world')
         assert word in said and table.step.eq('U-Net from scratch → Stage 1+2+3').all(), said
     assert evaluate.pairs_of(run, [*stages, *nets])['U-Net from scratch'] == 4
+
+@pytest.mark.slow
+@pytest.mark.parametrize('profile', ['mini', 'paper', 'lowvr', 'full'])
+def test_unets_of_the_profiles_train_as_much_as_the_chain(profile):
+    p = study.read_yaml(study.root()/'nbs'/'params'/f'{profile}.yaml')
+    said = lambda room, keys: {k: p[room][k] for k in keys if k in p[room]}
+    two = stage2.forecast(p['08_stage2'].get('backbone', 'prithvi_mini'), p['08_stage2'].get('lora_rank', 8),
+                          p['08_stage2'].get('lora_reach', 'attention'), width=48, depth=p['08_stage2'].get('depth', 3))['trainable']
+    three = stage3.build_stage3_model(pretrained=False, **{'name': 'terramind_mini_generate'} | said('09_stage3', ['name', 'depth', 'lora_r']))
+    own = training.weigh(baselines.build_unet(**said('10_baselines', ['width'])))['trainable']
+    assert own == pytest.approx(two + training.weigh(three)['trainable'], rel=baselines.TOLERANCE)
