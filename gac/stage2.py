@@ -649,29 +649,18 @@ def precompute_stage2(
     rank:int=0, # this worker
     world_size:int=1, # of so many
     overwrite:bool=False, # replace an array that was made otherwise
-) -> dict: # processed, skipped, errors (tiles without opt_v1), output
-    "Refine a whole tile set. Stopped at any moment and called again, it goes on and leaves the same bytes."
-    into = into or store
+) -> dict: # of stage1.fill; tiles without opt_v1 are errors
+    "Refine a whole tile set."
+    into, table = into or store, store.table
     if source not in into.arrays: raise GacError(f'{into.path} has no {source}: run Stage 1 first (gac precompute).')
     made = dict(bands=list(OPT_BANDS), units='reflectance x 10000', refiner=refiner.config, weights=identity(refiner),
                 trained=fingerprint(refiner),
                 source=dict(into.arrays[source].attrs))
-    if overwrite: stage1.drop_other(into, output, made)
-    n = min(len(store), max_tiles or len(store))
-    mine = stage1.batches(n, batch_size, into.shard, rank, world_size)
-    there, done = into.written(source), into.written(output) if output in into.arrays else np.zeros(len(into), bool)
-    shape = into.arrays[source].shape[1:]
-    stage1.disk_forecast(int((there & ~done)[:n].sum()), shape, into.path)
-    into.ensure_array(output, shape, 'int16', made)
-    todo = [rows for b in mine if len(rows := np.array([r for r in b if there[r]], int)) and not done[rows].all()]
-    try:
-        for rows in study.progress(todo, sum(map(len, todo)), output, 'tiles', size=len) if todo else ():
-            meta = {k: store.table[k].to_numpy()[rows] for k in TOLD if k in store.table}
-            into.write(output, rows, tiles.to_dn(refine(refiner, tiles.to_reflectance(into.read(source, rows)), meta, batch_size)), rank, world_size)
-    finally: into.close()
-    rows = np.array([r for b in mine for r in b], int)
-    return dict(processed=sum(map(len, todo)), skipped=int((there & done)[rows].sum()), errors=int((~there[rows]).sum()),
-                output=str(into.path/'arrays'/output))
+    told = lambda rows: {k: table[k].to_numpy()[rows] for k in TOLD if k in table}
+    return stage1.fill(into, output, into.arrays[source].shape[1:], made,
+                       lambda rows: (tiles.to_reflectance(into.read(source, rows)), np.asarray(rows), {}),
+                       lambda images, rows: refine(refiner, images, told(rows), batch_size),
+                       batch_size, max_tiles, rank, world_size, overwrite, source)
 
 def fingerprint(
     refiner:PrithviRefiner,

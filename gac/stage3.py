@@ -842,32 +842,17 @@ def precompute_stage3(
     rank:int=0, # this worker
     world_size:int=1, # of so many
     overwrite:bool=False, # replace an array that was made otherwise
-) -> dict: # processed, skipped, errors (tiles without opt_v2 or usable radar), output
-    "Ground a whole tile set. Stopped at any moment and called again, it goes on and leaves the same bytes."
+) -> dict: # of stage1.fill; tiles without opt_v2 or usable radar are errors
+    "Ground a whole tile set."
     into = into or store
-    if source not in into.arrays: raise GacError(f'{into.path} has no {source}: run the stage before first.')
+    if source not in into.arrays: raise GacError(f'{into.path} has no {source}: run Stage 2 first (gac precompute-stage2).')
     made = dict(bands=list(OPT_BANDS), units='reflectance x 10000', model=model.config, weights=identity(model),
                 trained=fingerprint(model),
                 timesteps=timesteps or model.timesteps, source=dict(into.arrays[source].attrs))
-    if overwrite: stage1.drop_other(into, output, made)
-    mine = stage1.batches(min(len(store), max_tiles or len(store)), batch_size, into.shard, rank, world_size)
-    there, done = into.written(source), into.written(output) if output in into.arrays else np.zeros(len(into), bool)
-    shape, every = into.arrays[source].shape[1:], np.array([r for b in mine for r in b], int)
-    stage1.disk_forecast(int((there & ~done)[every].sum()), shape, into.path)
-    into.ensure_array(output, shape, 'int16', made)
-    todo = [rows for b in mine if len(rows := np.array([r for r in b if there[r]], int)) and not done[rows].all()]
-    good = 0
-    try:
-        for rows in study.progress(todo, sum(map(len, todo)), output, 'tiles', size=len) if todo else ():
-            s1, rows, _ = stage1.read_radar(store, rows)
-            if not len(rows): continue
-            images = stage3_inference(model, s1, tiles.to_reflectance(into.read(source, rows)), timesteps, batch_size).numpy()
-            into.write(output, rows, tiles.to_dn(images), rank, world_size)
-            good += len(rows)
-    finally: into.close()
-    skipped = int((there & done)[every].sum())
-    return dict(processed=good, skipped=skipped, errors=len(every) - int(into.written(output)[every].sum()),
-                output=str(into.path/'arrays'/output))
+    def make(s1, rows):
+        return stage3_inference(model, s1, tiles.to_reflectance(into.read(source, rows)), timesteps, batch_size).numpy()
+    return stage1.fill(into, output, into.arrays[source].shape[1:], made, lambda rows: stage1.read_radar(store, rows), make,
+                       batch_size, max_tiles, rank, world_size, overwrite, source)
 
 def images_of(
     run, # study.Run
