@@ -279,10 +279,11 @@ SHARE = (opt('--rank', type=int, default=0, metavar='R', help='this worker, coun
     opt('--overwrite', action='store_true', help='replace an array that was made with other settings'),
     opt('--device', default='', help='cpu or cuda; nothing: a GPU if there is one'))
 
-def _filled(report:dict, path, name:str) -> int: # exit code
+def _filled(report:dict, path, name:str, rank:int, world_size:int) -> int: # exit code
     "The last line of an array that was made, and the list of what was left out."
     from gac import study
-    if report['errors']: study._write(path/f'{name}_errors.csv', report['failed'].to_csv(index=False))
+    part = f'_{rank}of{world_size}' if world_size > 1 else ''
+    if report['errors']: study._write(path/f'{name}_errors{part}.csv', report['failed'].to_csv(index=False))
     print('processed {processed}, already there {skipped}, errors {errors}, output {output}'.format(**report))
     return int(report['errors'] > 0)
 
@@ -318,7 +319,7 @@ code is then 1."""
         model.direct = efficiency.load_direct(direct, model)
     if compile or precision != '32-true': model.hasten(precision, compile)
     report = stage1.precompute(store, model, into=into, **options)
-    return _filled(report, into.path, options['output'])
+    return _filled(report, into.path, options['output'], options['rank'], options['world_size'])
 
 # %% ../nbs/cli.ipynb #d15711c1
 @command(opt('--data-dir', required=True, metavar='DIR', help='tile store with radar'),
@@ -356,7 +357,8 @@ are listed and left out; the exit code is then 1."""
     store, into = stage1.open_tiles(data_dir, stage1_dir)
     model = stage2.load_stage2(stage2_checkpoint, weights=weights)
     if device: model.to(device)
-    return _filled(stage2.precompute_stage2(store, model, into=into, **options), into.path, 'opt_v2')
+    report = stage2.precompute_stage2(store, model, into=into, **options)
+    return _filled(report, into.path, 'opt_v2', options['rank'], options['world_size'])
 
 @command(opt('--stage3-checkpoint', required=True, metavar='DIR',
              help='output of gac train-stage3, or its repository on the Hugging Face Hub'),
@@ -373,7 +375,8 @@ or usable radar are listed and left out; the exit code is then 1."""
     store, into = stage1.open_tiles(data_dir, stage2_dir)
     model = stage3.load_stage3(stage3_checkpoint, stage2_checkpoint, weights)
     if device: model.to(device)
-    return _filled(stage3.precompute_stage3(store, model, into=into, **options), into.path, 'opt_v3')
+    report = stage3.precompute_stage3(store, model, into=into, **options)
+    return _filled(report, into.path, 'opt_v3', options['rank'], options['world_size'])
 
 # %% ../nbs/cli.ipynb #81bcf6f9
 def _training(epochs:int, lr:float) -> tuple: # defaults of a stage
@@ -455,8 +458,8 @@ def _opt_v2(data_dir:str, stage1_dir:str, checkpoint:str) -> None:
     from gac import stage1, stage2, study, training
     store, into = stage1.open_tiles(data_dir, stage1_dir)
     if training.launched() == 1: return stage2.precompute_stage2(store, stage2.load_stage2(checkpoint), into=into)
-    left = sum(into.written('opt_v1')) - sum(into.written('opt_v2')) if 'opt_v2' in into.arrays else len(into)
-    if left: raise study.GacError(f'{left} tiles of {into.path} have no opt_v2 yet, and processes that train together do not draw: gac precompute-stage2 first.')
+    lacks = 'opt_v2' not in into.arrays or 'opt_v1' in into.arrays and (into.written('opt_v1') & ~into.written('opt_v2')).any()
+    if lacks: raise study.GacError(f'{into.path} lacks tiles of opt_v2, and processes that train together do not draw: gac precompute-stage2 first.')
 
 @command(opt('--stage3-checkpoint', default='', metavar='DIR',
              help='output of gac train-stage3, or its repository on the Hugging Face Hub; nothing: an untrained model of --name'),

@@ -95,17 +95,24 @@ def test_two_devices_train_what_one_trains_with_the_same_global_batch(tmp_path):
     assert ends['one']['state']['head.colour.net.out.bias'].abs().max() > 5e-4
 
 @pytest.mark.slow
-def test_two_ranks_draw_what_one_draws_though_one_is_killed(tmp_path):
-    for name in ('one', 'two'): tiles.from_world(tmp_path/name, 14, 1, 1, size=48, shard=4)
-    assert run('draw', tmp_path/'one', 0, 1).returncode == 0
-    first = subprocess.Popen([*RANKS, 'draw', str(tmp_path/'two'), '0', '2'], stdout=subprocess.DEVNULL,
+@pytest.mark.parametrize('stage', [1, 2, 3])
+def test_two_ranks_draw_what_one_draws_though_one_is_killed(stage, tmp_path):
+    for name in ('one', 'two'):
+        store = tiles.from_world(tmp_path/name, 14, 1, 1, size=48, shard=4)
+        for k in range(1, stage):
+            store.ensure_array(f'opt_v{k}', (4, 48, 48), 'int16')
+            with store: store.write(f'opt_v{k}', list(range(16)), store.read('s2', slice(None))[:, [1, 2, 3, 7]].astype('int16'))
+    array = f'opt_v{stage}'
+    assert run('draw', tmp_path/'one', 0, 1, 0, stage).returncode == 0
+    first = subprocess.Popen([*RANKS, 'draw', str(tmp_path/'two'), '0', '2', '0', str(stage)], stdout=subprocess.DEVNULL,
                              stderr=subprocess.DEVNULL)
-    assert run('draw', tmp_path/'two', 1, 2, 2).returncode == -signal.SIGKILL
+    assert run('draw', tmp_path/'two', 1, 2, 2, stage).returncode == -signal.SIGKILL
     assert first.wait(600) == 0
-    assert 0 < len(tiles.Store(tmp_path/'two').pending('opt_v1')) < 8
-    assert run('draw', tmp_path/'two', 1, 2).returncode == 0
-    one, two = (tiles.Store(tmp_path/n).read('opt_v1', slice(None)) for n in ('one', 'two'))
-    assert np.array_equal(one, two)
+    assert 0 < len(tiles.Store(tmp_path/'two').pending(array)) < 8
+    assert run('draw', tmp_path/'two', 1, 2, 0, stage).returncode == 0
+    one, two = (tiles.Store(tmp_path/n) for n in ('one', 'two'))
+    assert np.array_equal(one.read(array, slice(None)), two.read(array, slice(None)))
+    if stage > 1: assert (one.read(array, slice(None)) != one.read(f'opt_v{stage - 1}', slice(None))).any()
 
 @pytest.mark.slow
 def test_the_official_catalogue_is_looked_through_in_seconds(real_data, tmp_path):
