@@ -390,6 +390,8 @@ def _training(epochs:int, lr:float) -> tuple: # defaults of a stage
         opt('--lr', type=float, default=lr, metavar='RATE', help='peak learning rate'),
         opt('--precision', choices=('32-true', 'bf16-mixed', '16-mixed'), default='32-true',
             help='arithmetic; 16-mixed needs a GPU'),
+        opt('--checkpointing', action='store_true',
+            help='compute the activations of the frozen blocks twice: less memory, a third more time'),
         opt('--lora-rank', type=int, default=8, metavar='R', help='rank of the adapters'),
         opt('--lora-alpha', type=int, default=16, metavar='A', help='their scale is alpha/rank'),
         opt('--freeze-backbone', action='store_true', help='no adapters: only the head trains'),
@@ -404,11 +406,13 @@ def _training(epochs:int, lr:float) -> tuple: # defaults of a stage
         opt('--num-workers', type=int, default=0, metavar='N', help='processes that load tiles; none on Windows'),
         opt('--devices', type=int, default=1, metavar='N', help='GPUs per node'),
         opt('--num-nodes', type=int, default=1, metavar='N', help='machines'),
-        opt('--strategy', default='auto', help='ddp for several devices'),
+        opt('--strategy', default='auto', help="how devices train together; auto: DDP, and see gac.training.STRATEGIES"),
         opt('--overwrite', action='store_true', help='replace a training that was made with other settings'), SEED, WEIGHTS)
 
 def _trained(report:dict) -> None:
-    "The last line of a training."
+    "The last line of a training, told by the first of its processes."
+    from gac import training
+    if training._rank()[0]: return
     values = ', '.join(f'{k} {v:.4g}' for k, v in report['metrics'].items() if isinstance(v, float))
     print(f"{report['steps']} steps (begun at {report['resumed_at']}), best on validation: {values}, output {report['output']}")
 

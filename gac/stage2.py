@@ -229,6 +229,9 @@ class PrithviRefiner(nn.Module):
         for name in ('temporal_embed_enc', 'location_embed_enc'):
             if hasattr(encoder, name): getattr(encoder, name).register_forward_hook(_silent)
 
+    @property
+    def blocks(self) -> nn.ModuleList: return self.encoder.blocks  # see training.checkpointed
+
     def coords(self, month:Tensor, metadata:dict) -> dict: # month (B,)
         "Date and place as encoders with coordinates read them; what is unknown is -1000."
         told, n = {}, len(month)
@@ -594,9 +597,10 @@ def train_stage2(
     training.load_trained(refiner, {k.removeprefix('model.'): v for k, v in best['state_dict'].items()}, fit.best or fit.last)
     measured = best['gac']['metrics']
     if val is not None and len(val): measured = measured | {'val_psnr_calibrated': float(calibrate(refiner, val).max())}
-    save_stage2(refiner.eval(), out_dir, measured, settings=asdict(settings), loss=loss.weights, steps=best['global_step'],
-                pairs=len(train), crop=getattr(train, 'crop', 0),
-                data=data_name(train))
+    refiner.eval()
+    training.by_first(lambda: save_stage2(refiner, out_dir, measured, settings=asdict(settings), loss=loss.weights,
+                                          steps=best['global_step'], pairs=len(train), crop=getattr(train, 'crop', 0),
+                                          data=data_name(train)))
     return fit
 
 def _same(out_dir:Path, made:dict, settings:dict, overwrite:bool) -> bool:
@@ -607,8 +611,9 @@ def _same(out_dir:Path, made:dict, settings:dict, overwrite:bool) -> bool:
     if overwrite:
         changed += [k for k, v in metrics.read_torch(out_dir/'last.ckpt')['gac']['settings'].items() if settings.get(k) != v
                     and k not in training.FREE_TO_CHANGE]
-    if changed and not overwrite:
-        raise GacError(f'{out_dir} belongs to a training with other {", ".join(changed)}: choose another folder, or replace it (overwrite).')
+    if changed and (not overwrite or training.launched() > 1):
+        raise GacError(f'{out_dir} belongs to a training with other {", ".join(changed)}: choose another folder, or replace it (overwrite; '
+                       'where several processes train together, delete it first).')
     return not changed
 
 # %% ../nbs/08_stage2.ipynb #3272a14c

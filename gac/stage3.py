@@ -167,6 +167,9 @@ class Stage3GroundingModel(nn.Module):
         return self
 
     @property
+    def blocks(self) -> list: return [*self.generator.net.encoder, *self.generator.net.decoder]  # see training.checkpointed
+
+    @property
     def device(self) -> torch.device: return self.generator.device
 
     def _statistics(self, modality:str) -> tuple: # (C, 1, 1) each
@@ -630,10 +633,11 @@ def train_stage3(
         measured = measured | {f'val_{k}': v for k, v in table.loc[table.monitor.idxmin()].drop('strength').items()}
         if model.strength == 0:
             print('stage 3: on validation no strength of the correction is better than none; opt_v2 stays as it is', flush=True)
-    save_stage3(model.eval(), out_dir, measured, strength=float(model.strength), settings=asdict(settings), loss=loss.weights,
-                steps=int(steps[-1]),
-                select=select, pairs=len(train), data=stage2.data_name(train), stage2=None if stage2_card is None
-                else {k: stage2_card[k] for k in ('backbone', 'bands')})
+    model.eval()
+    before = None if stage2_card is None else {k: stage2_card[k] for k in ('backbone', 'bands')}
+    training.by_first(lambda: save_stage3(model, out_dir, measured, strength=float(model.strength), settings=asdict(settings),
+                                          loss=loss.weights, steps=int(steps[-1]), select=select, pairs=len(train),
+                                          data=stage2.data_name(train), stage2=before))
     return replace(fits[-1], curve=curve, steps=int(steps[-1]), resumed_at=sum(f.resumed_at for f in fits))
 
 def _parts(model, settings, n:int, frozen:float) -> dict: # name -> settings
@@ -673,8 +677,9 @@ def _same(out_dir:Path, made:dict, overwrite:bool) -> bool:
     then = study._read_json(out_dir/'made.json')
     free = lambda d: d | dict(settings={k: v for k, v in d.get('settings', {}).items() if k not in training.FREE_TO_CHANGE})
     changed = [k for k, v in free(made).items() if free(then).get(k) != v]
-    if changed and not overwrite:
-        raise GacError(f'{out_dir} belongs to a training with other {", ".join(changed)}: choose another folder, or replace it (overwrite).')
+    if changed and (not overwrite or training.launched() > 1):
+        raise GacError(f'{out_dir} belongs to a training with other {", ".join(changed)}: choose another folder, or replace it (overwrite; '
+                       'where several processes train together, delete it first).')
     return not changed
 
 # %% ../nbs/09_stage3.ipynb #b04da4a0

@@ -63,12 +63,6 @@ def test_a_place_in_two_splits_and_a_missing_folder_are_found(tmp_path):
     assert ('leakage', 'missing') in states(look()[0])  # another day, the same land, trained and validated on
     assert efficiency.check_data('', dict(data='bigearthnet_v2', tiles=7))[1] == 7
 
-def test_checkpointing_is_refused_where_nothing_is_called_so():
-    model = stage2.build_prithvi_refiner(pretrained=False)
-    with pytest.raises(study.GacError, match='No block'): efficiency.checkpoint_blocks(model, r'layers\.\d+')
-    efficiency.checkpoint_blocks(model, efficiency.BLOCKS['prithvi'])
-    with pytest.raises(study.GacError, match='already'): efficiency.checkpoint_blocks(model, efficiency.BLOCKS['prithvi'])
-
 @pytest.mark.parametrize('array', ['s1', 's2'])
 def test_stored_size_is_that_of_the_files(tmp_path, array):
     store = tiles.from_world(tmp_path/'tiles', 4, 1, 1, size=32, shard=4)
