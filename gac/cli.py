@@ -7,8 +7,8 @@ __all__ = ['COMMANDS', 'PLACES', 'GROUPS', 'PROFILE', 'SEED', 'WEIGHTS', 'STRICT
            'SHARE', 'LATER', 'DECODING', 'opt', 'command', 'parser', 'refuse', 'main', 'run', 'parameters', 'verify',
            'version', 'models', 'info', 'pretrain', 'pretrain_params', 'world', 'data_convert', 'data_examples',
            'data_info', 'precompute', 'distill', 'precompute_stage2', 'precompute_stage3', 'train_stage2',
-           'train_stage3', 'stage3_info', 'stage3_infer', 'nyc_build', 'nyc_publish', 'downstream', 'uncertainty',
-           'claims', 'bench', 'infer', 'export']
+           'train_stage3', 'train_as', 'stage3_info', 'stage3_infer', 'nyc_build', 'nyc_publish', 'downstream',
+           'uncertainty', 'claims', 'bench', 'infer', 'export']
 
 # %% ../nbs/cli.ipynb #1e205714
 import argparse, os, sys
@@ -456,6 +456,16 @@ Needs opt_v2, or a Stage 2 checkpoint to make it with from opt_v1, beside which 
     place = stage2_dir or stage1_dir
     if options['stage2_checkpoint'] and not stage2_dir: _opt_v2(options['data_dir'], place, options['stage2_checkpoint'])
     _trained(stage3.run_stage3(stage2_dir=place, **options))
+
+@command(opt('file', metavar='FILE', help='training.json, in the folder of a training that a notebook was to make on several devices'), name='train-as')
+def train_as(file):
+    """Train Stage 2 or 3 as a notebook wrote it down for several devices.
+Started as torchrun or srun start it, a process for each device; the notebook then takes up what was trained."""
+    from pathlib import Path
+    from gac import stage2, stage3, study
+    if not Path(file).is_file(): raise study.GacError(f'{file} is missing: expected the training.json of a notebook.')
+    plan = study._read_json(Path(file))
+    (stage2 if plan['stage'] == 2 else stage3).train_as(plan)
 
 def _opt_v2(data_dir:str, stage1_dir:str, checkpoint:str) -> None:
     "opt_v2 of every tile that has opt_v1; processes that train together do not draw."

@@ -627,7 +627,7 @@ def training_flops(
 def forecast(
     stages, # list of study.Stage
     n:int, # tiles
-    rate:float, # FLOP/s
+    rate:float, # FLOP/s of a device
     share:float=1., # of the rate that is reached
     train:float=.5, # share of the tiles that are trained on
     sizes=None, # array -> bytes per tile; None: uncompressed
@@ -637,8 +637,8 @@ def forecast(
     side = given.get('02_tiles', {}).get('tile_size', 120)
     sizes = {k: v*side**2 for k, v in RAW.items()} | (sizes or {})
     rows = []
-    def row(name, work, count, cost, *arrays):
-        rows.append(dict(notebook=name, work=work, tiles=int(count), gflop=cost/1e9, hours=count*cost/(rate*share)/3600,
+    def row(name, work, count, cost, *arrays, devices=1):
+        rows.append(dict(notebook=name, work=work, tiles=int(count), gflop=cost/1e9, hours=count*cost/(rate*share*devices)/3600,
                          gb=n*sum(sizes[a] for a in arrays)/1e9))
     rows.append(dict(notebook='02_tiles', work='store', tiles=n, gflop=0., hours=0., gb=n*(sizes['s1'] + sizes['s2'])/1e9))
     if v := given.get('07_stage1'):
@@ -647,9 +647,10 @@ def forecast(
             cost['tokens'] + v['n_samples']*foundations.steps_run(v['timesteps'])*cost['step'], 'opt_v1')
     for number, stage, key, array in ((2, '08_stage2', 'backbone', 'opt_v2'), (3, '09_stage3', 'name', 'opt_v3')):
         if not (v := given.get(stage)): continue
-        passes = v['steps']*v['batch_size']*v['grad_accum_steps'] or v['epochs']*min(v['pairs'], train*n)
+        world = v.get('devices', 1)*v.get('num_nodes', 1)
+        passes = v['steps']*v['batch_size']*v['grad_accum_steps']*world or v['epochs']*min(v['pairs'], train*n)
         row(stage, f'{v["steps"]} steps' if v['steps'] else f'{v["epochs"]:g} epochs', passes,
-            training_flops(number, v[key], side, v.get('checkpointing', False)), array)
+            training_flops(number, v[key], side, v.get('checkpointing', False)), array, devices=world)
     return pd.DataFrame(rows)
 
 # %% ../nbs/14_efficiency.ipynb #ef000053

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SPEC', 'COLUMNS', 'build_terramind_generator', 'tm_sar2opt', 'Decoding', 'tile_number', 'draw', 'batches', 'unusable',
            'read_radar', 'disk_forecast', 'settings', 'in_order', 'fill', 'drop_other', 'precompute', 'companion',
-           'open_tiles', 'read_tiles', 'drawn', 'stored', 'measure', 'summarise', 's1_composite', 'white_of', 'picture',
-           'false_colour', 'by_gain', 'panels', 'decoding_grid', 'cheapest', 'chosen', 'shelf', 'images_of',
-           'drawn_before', 'browser']
+           'open_tiles', 'read_tiles', 'drawn', 'Stored', 'stored', 'noted', 'opened', 'measure', 'summarise',
+           's1_composite', 'white_of', 'picture', 'false_colour', 'by_gain', 'panels', 'decoding_grid', 'cheapest',
+           'chosen', 'shelf', 'images_of', 'drawn_before', 'browser']
 
 # %% ../nbs/07_stage1.ipynb #95379e58
 import hashlib, json, shutil
@@ -322,12 +322,37 @@ def drawn(
     "Stage 1, drawn on the spot; noise follows the tile, so this is what `precompute` would store."
     return lambda batch: draw(model, batch['s1'], batch['id'], decoding, seed)
 
+@dataclass(frozen=True)
+class Stored:
+    "What an earlier stage has stored: a method, tiles -> (n, 4, H, W) reflectance."
+    store:tiles.Store
+    output:str = 'opt_v1' # of that stage
+
+    def __call__(self, batch:dict) -> np.ndarray: return tiles.to_reflectance(self.store.read(self.output, batch['idx']))
+
 def stored(
     store, # tiles.Store
     output:str='opt_v1', # of an earlier stage
-): # method: tiles -> (n, 4, H, W) reflectance
+) -> Stored: # method: tiles -> (n, 4, H, W) reflectance
     "What an earlier stage has stored."
-    return lambda batch: tiles.to_reflectance(store.read(output, batch['idx']))
+    return Stored(store, output)
+
+def noted(
+    data, # stage2.Pairs or stage3.Triples
+    *names, # of further arguments that made it
+) -> dict: # in JSON
+    "What another process needs to open the same tiles."
+    if not isinstance(data.images, Stored):
+        raise GacError('Several devices train on images that are stored, and these are drawn on the spot: run the stage before for these tiles first.')
+    return dict(store=str(data.store.path), rows=data.rows.tolist(), place=str(data.images.store.path), output=data.images.output,
+                more={k: getattr(data, k) for k in names})
+
+def opened(
+    note:dict, # of `noted`
+    kind, # stage2.Pairs or stage3.Triples
+):
+    "The same tiles, in another process."
+    return kind(tiles.Store(note['store']), note['rows'], stored(tiles.Store(note['place']), note['output']), **note['more'])
 
 def measure(
     store, # tiles.Store

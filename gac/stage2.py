@@ -7,8 +7,8 @@ __all__ = ['KNOWN', 'FIELDS', 'YEAR', 'AROUND', 'REACH', 'SHORT', 'SCALE', 'STEP
            'SETTINGS', 'codes', 'check_fields', 'season', 'Condition', 'ConvNeXtBlock', 'steered', 'Pointwise',
            'Colour', 'ConvNeXtHead', 'PrithviRefiner', 'build_prithvi_refiner', 'forecast', 'scales', 'ms_ssim',
            'spectral_angle', 'Stage2Loss', 'Pairs', 'save_stage2', 'read_stage2', 'checkpoint_file', 'load_stage2',
-           'stage2_step', 'layout', 'data_name', 'identity', 'calibrate', 'train_stage2', 'refine', 'refined',
-           'precompute_stage2', 'fingerprint', 'images_of', 'run_stage2', 'save_panels']
+           'stage2_step', 'layout', 'data_name', 'identity', 'calibrate', 'train_stage2', 'train_as', 'refine',
+           'refined', 'precompute_stage2', 'fingerprint', 'images_of', 'run_stage2', 'save_panels']
 
 # %% ../nbs/08_stage2.ipynb #42d310c9
 import hashlib, json, math, re
@@ -295,7 +295,7 @@ def build_prithvi_refiner(
         encoder = foundations.build(backbone, pretrained, weights, bands=OPT_BANDS).requires_grad_(False)
         _adapt(encoder, lora_r, lora_alpha, load_in_8bit, unfreeze_last_n_blocks, reach)
         refiner = PrithviRefiner(encoder, metadata, **head)
-    refiner.config = config
+    refiner.config, refiner.folder = config, weights
     return foundations.place(refiner.eval())
 
 def _adapt(encoder:nn.Module, r:int, alpha:int, int8:bool, free:int, reach:str) -> None:
@@ -591,6 +591,11 @@ def train_stage2(
                                       loss=loss.weights, train=mark(train), val=mark(val))))
     resume = resume and _same(out_dir, made, asdict(settings), overwrite)
     study._write(out_dir/'made.json', json.dumps(made, indent=1) + '\n')
+    if training.apart(settings) and not (resume and training.finished(out_dir/'last.ckpt')):
+        plan = dict(stage=2, build=refiner.config | dict(weights=refiner.folder), settings=asdict(settings), loss=loss.weights, out_dir=str(out_dir),
+                    train=stage1.noted(train, 'crop', 'augment'), val=val and stage1.noted(val, 'crop', 'augment'), every=every)
+        training.together(refiner, out_dir/'training.json', plan, settings, () if resume else [out_dir])
+        resume = True
     refiner.train().strength.fill_(1.)
     fit = training.fit(refiner, stage2_step(loss), train, val, settings, out_dir, resume, 'stage 2', every=every)
     best = metrics.read_torch(fit.best or fit.last)
@@ -602,6 +607,14 @@ def train_stage2(
                                           steps=best['global_step'], pairs=len(train), crop=getattr(train, 'crop', 0),
                                           data=data_name(train)))
     return fit
+
+def train_as(
+    plan:dict, # as `train_stage2` writes it for processes that train together
+) -> None:
+    "Train what a notebook wrote down."
+    train, val = (plan[k] and stage1.opened(plan[k], Pairs) for k in ('train', 'val'))
+    train_stage2(build_prithvi_refiner(**plan['build']), train, val, training.Settings(**plan['settings']), plan['out_dir'],
+                 Stage2Loss(**plan['loss']), every=plan['every'])
 
 def _same(out_dir:Path, made:dict, settings:dict, overwrite:bool) -> bool:
     "Whether what lies in a folder is the training that is asked for; another one is refused, or replaced."

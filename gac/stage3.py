@@ -7,10 +7,11 @@ __all__ = ['REACH', 'WINDOWS', 'GAIN', 'ROUTES', 'CODES', 'KINDS', 'PAINT', 'MAR
            'adapt', 'despeckled', 'Reading', 'GroundingHead', 'tapped', 'without_adapters', 'Stage3GroundingModel',
            'check_inputs', 'build_stage3_model', 'identity', 'texture', 'texture_agreement', 'steepness', 'Stage3Loss',
            'shape_mask', 'ring', 'contrast', 'plant', 'taken_back', 'Triples', 'remember', 'padded', 'watch', 'window',
-           'whole', 'stage3_step', 'calibrate', 'train_stage3', 'both_trained', 'save_stage3', 'read_stage3',
-           'check_stage2', 'load_stage3', 'stage3_inference', 'stage3_batch_inference', 'compute_stage3_metrics',
-           'grounded', 'model_info', 'fingerprint', 'precompute_stage3', 'images_of', 'read_images', 'radar_in',
-           'image_in', 'infer_files', 'stage3_info', 'run_stage3', 'save_panels', 'lie_test', 'lie_table']
+           'whole', 'stage3_step', 'calibrate', 'train_stage3', 'train_as', 'both_trained', 'save_stage3',
+           'read_stage3', 'check_stage2', 'load_stage3', 'stage3_inference', 'stage3_batch_inference',
+           'compute_stage3_metrics', 'grounded', 'model_info', 'fingerprint', 'precompute_stage3', 'images_of',
+           'read_images', 'radar_in', 'image_in', 'infer_files', 'stage3_info', 'run_stage3', 'save_panels', 'lie_test',
+           'lie_table']
 
 # %% ../nbs/09_stage3.ipynb #da204487
 import json, math
@@ -289,7 +290,7 @@ def build_stage3_model(
                                                 route != 'features')
         adapters = adapt(generator, reach, lora_r, lora_alpha)
         model = Stage3GroundingModel(generator, route, timesteps, standardize, **more)
-    model.config, model.adapters = config, adapters
+    model.config, model.adapters, model.folder = config, adapters, weights
     return foundations.place(model.eval())
 
 def identity(
@@ -615,9 +616,17 @@ def train_stage3(
     made = json.loads(json.dumps(made))
     resume = resume and _same(out_dir, made, overwrite)
     study._write(out_dir/'made.json', json.dumps(made, indent=1) + '\n')
-    fits, best = [], (math.inf, None)
+    fits, best, parts = [], (math.inf, None), _parts(model, settings, len(train), frozen)
+    if training.apart(settings) and not (resume and all(training.finished(out_dir/k/'last.ckpt') for k in parts)):
+        plan = dict(stage=3, build=model.config | dict(weights=model.folder), settings=asdict(settings), loss=loss.weights, out_dir=str(out_dir),
+                    train=stage1.noted(train, 'lies', 'seed'), val=val and stage1.noted(val, 'lies', 'seed'),
+                    more=dict(frozen=frozen, crop=crop, augment=augment, select=select, stage2_card=stage2_card, strength=strength,
+                              every=every))
+        training.together(model, out_dir/'training.json', json.loads(json.dumps(plan, default=str)), settings,
+                          () if resume else [out_dir/k for k in parts])
+        resume = True
     model.strength.fill_(1.)
-    for name, some in _parts(model, settings, len(train), frozen).items():
+    for name, some in parts.items():
         for data in (train, val): _prepare(data, model, name)
         fit = training.fit(model.train(), step, train, val, some, out_dir/name, resume, f'stage 3, {name}', every=every)
         state = metrics.read_torch(fit.best or fit.last)
@@ -639,6 +648,14 @@ def train_stage3(
                                           loss=loss.weights, steps=int(steps[-1]), select=select, pairs=len(train),
                                           data=stage2.data_name(train), stage2=before))
     return replace(fits[-1], curve=curve, steps=int(steps[-1]), resumed_at=sum(f.resumed_at for f in fits))
+
+def train_as(
+    plan:dict, # as `train_stage3` writes it for processes that train together
+) -> None:
+    "Train what a notebook wrote down."
+    train, val = (plan[k] and stage1.opened(plan[k], Triples) for k in ('train', 'val'))
+    train_stage3(build_stage3_model(**plan['build']), train, val, training.Settings(**plan['settings']), plan['out_dir'],
+                 Stage3Loss(**plan['loss']), **plan['more'])
 
 def _parts(model, settings, n:int, frozen:float) -> dict: # name -> settings
     "The head first, on features that do not change; then head and adapters together."

@@ -7,10 +7,11 @@ __all__ = ['STRATEGIES', 'ADAPTER_FILES', 'CARD', 'MEASURED', 'FREE_TO_CHANGE', 
            'launched', 'Order', 'seeded', 'Seeded', 'loader', 'inject_lora', 'is_int8', 'unfreeze', 'save_adapters',
            'load_adapters', 'merge_lora', 'digest', 'read_safetensors', 'to_int8', 'weigh', 'checkpointed',
            'save_checkpoint', 'load_checkpoint', 'trained_state', 'load_trained', 'write_card', 'Task', 'StepSeed',
-           'Finish', 'Rounds', 'Curve', 'AtomicIO', 'Log', 'trainer', 'Fit', 'fit', 'export_best']
+           'Finish', 'Rounds', 'Curve', 'AtomicIO', 'Log', 'trainer', 'finished', 'forget', 'apart', 'together', 'Fit',
+           'fit', 'export_best']
 
 # %% ../nbs/05_training.ipynb #7ffe61f8
-import functools, hashlib, json, logging, math, os, random, re, signal, time, warnings
+import functools, hashlib, json, logging, math, os, random, re, signal, subprocess, sys, time, warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
@@ -121,7 +122,7 @@ def by_first(work:Callable) -> None:
 
 def launched() -> int:
     "Processes that torchrun, srun or Lightning started together, this one among them."
-    return max(int(os.environ.get(k) or 1) for k in ('WORLD_SIZE', 'SLURM_NTASKS'))
+    return max(int(os.environ.get(k) or 1) for k in ('WORLD_SIZE', 'SLURM_STEP_NUM_TASKS'))
 
 class Order(Sampler):
     "Endless shuffled passes over n tiles, handed out in rounds; yields (tile, position)."
@@ -660,6 +661,60 @@ def trainer(
                    num_sanity_val_steps=0, limit_val_batches=None if validate else 0, enable_progress_bar=False,
                    enable_model_summary=False)
 
+# %% ../nbs/05_training.ipynb #f1110009
+def finished(path:Path) -> bool: # last.ckpt of a training
+    "Whether a training came to its end."
+    return path.exists() and bool(read_torch(path).get('gac', {}).get('finished'))
+
+def forget(folder:Path) -> None:
+    "Begin a training anew."
+    for name in ('last.ckpt', 'best.ckpt'): (folder/name).unlink(missing_ok=True)
+
+def apart(settings:Settings) -> bool:
+    "Whether a training needs processes that this one, a notebook or a console, cannot become: it cannot start itself anew."
+    return settings.world > 1 and launched() == 1 and hasattr(sys, 'ps1')
+
+def _check_processes(s:Settings) -> None:
+    "Say what to do where the processes that are there are not those that were asked for."
+    if apart(s): raise GacError(f'devices={s.devices}, num_nodes={s.num_nodes}: this process can train on one device only. Use gac train-stage2 or '
+                                'gac train-stage3, which start the others, alone or by torchrun or srun.')
+    if launched() not in (1, s.world):
+        raise GacError(f'{launched()} processes were started together, but devices={s.devices} x num_nodes={s.num_nodes} is {s.world}: give as many '
+                       '(--devices, --num-nodes).')
+
+def together(
+    model:nn.Module, # makes room for theirs meanwhile
+    file:Path, # .json, in the folder of the training
+    plan:dict, # the training, see stage2.train_as and stage3.train_as
+    settings:Settings,
+    stale=(), # folders whose checkpoints belong to another training
+) -> None:
+    "Train in a process for each device of this machine, as torchrun starts them."
+    for folder in stale: forget(folder)
+    study._write(file, json.dumps(plan))
+    if settings.num_nodes > 1:
+        raise GacError(f'num_nodes={settings.num_nodes}: a notebook runs on one machine. Train with `srun gac train-as {file}`, a task for each device, '
+                       'and run the notebook again: it takes up what is there.')
+    if torch.cuda.is_available() and settings.devices > torch.cuda.device_count():
+        raise GacError(f'devices={settings.devices}: this machine has {torch.cuda.device_count()}.')
+    where, said = next(model.parameters()).device, []
+    model.to('cpu')
+    process = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(settings.devices), '--no-python',
+                                sys.executable, '-c', 'import sys; from gac.cli import main; sys.exit(main())', 'train-as', str(file)],
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        for line in process.stdout:
+            print(line, end='', flush=True)
+            said = [*said[-40:], line]
+        code = process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    model.to(where)
+    if code: raise GacError(f'A process of the training stopped ({next((x.strip() for x in said if x.startswith("gac: ")), "see above")}). '
+                            'Run it again: it goes on from the last checkpoint.')
+
 # %% ../nbs/05_training.ipynb #704eb32a
 @dataclass
 class Fit:
@@ -712,8 +767,7 @@ def fit(
     total = s.steps(len(train))
     last, start, checkpoint = out_dir/'last.ckpt', 0, None
     task = Task(model, step, s, total)
-    if not resume:
-        for stale in (last, out_dir/'best.ckpt'): stale.unlink(missing_ok=True)
+    if not resume: forget(out_dir)
     if last.exists():
         checkpoint = read_torch(last)
         _check_resume(last, checkpoint, s, total)
@@ -721,15 +775,18 @@ def fit(
     validate = val is not None and len(val) > 0
     where = next(model.parameters()).device
     here = replace(s, accelerator='gpu') if s.accelerator == 'auto' and where.type == 'cuda' else s  # where the model is, or an error
-    run = trainer(here, out_dir, total, name, validate, every)
+    done = bool(checkpoint and checkpoint['gac']['finished'])
+    if not done: _check_processes(s)
     per_round = min(s.val_every, total)*s.grad_accum_steps*s.batch_size
     batches = loader(train, s.batch_size, True, s.seed, s.workers, per_round, collate)
     checks = loader(val, s.batch_size, False, s.seed, s.workers, math.ceil(len(val)/s.world), collate) if validate else None
     with seeded(s.seed), warnings.catch_warnings(), checkpointed(model, s.checkpointing):
         warnings.filterwarnings('ignore', module='lightning')  # advice on workers and folders that are not empty
-        if checkpoint and checkpoint['gac']['finished']: load_trained(task, checkpoint['state_dict'], last)
-        else: _run(run, task, batches, checks, last, name)
-        if checkpoint is None or not checkpoint['gac']['finished']: run.save_checkpoint(last)
+        if done: load_trained(task, checkpoint['state_dict'], last)
+        else:
+            run = trainer(here, out_dir, total, name, validate, every)
+            _run(run, task, batches, checks, last, name)
+            run.save_checkpoint(last)
     model.to(where)  # Lightning leaves it on the CPU
     checkpoint = read_torch(last)
     rows = next(v['rows'] for k, v in checkpoint['callbacks'].items() if k.startswith('Curve'))
