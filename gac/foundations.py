@@ -779,7 +779,7 @@ class Generator(nn.Module):
         self.register_module('direct', None)  # codes -> standardised S2L2A without diffusion, see efficiency.distill
         self.inputs = {m: core.mod_name_mapping[m] for m in core.modalities}  # modality -> key
         self.outputs = {m: k for k, m in core.output_mod_name_mapping.items()}
-        keys = {*self.inputs.values(), *self.outputs.values()}
+        keys = dict.fromkeys([*self.inputs.values(), *self.outputs.values()])  # in one order in every process: DDP pairs buffers by it
         self.units = Units({k: (core.pretraining_mean[k].flatten().tolist(), core.pretraining_std[k].flatten().tolist())
                             for k in keys})
 

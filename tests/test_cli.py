@@ -197,3 +197,20 @@ def test_later_stages_are_drawn_by_any_number_of_workers(tmp_path, capsys, monke
     code, _, said = call(capsys, 'train-stage3', '--data-dir', store.path, '--stage1-dir', beside.path, '--stage2-checkpoint', tmp_path/'stage2',
                          '--output-dir', tmp_path/'x')
     assert code == 2 and 'gac precompute-stage2 first' in said
+
+@pytest.mark.parametrize('stage', [2, 3])
+def test_options_of_a_training_reach_its_settings(stage, tmp_path, capsys, monkeypatch):
+    from gac import stage2, stage3, training
+    given = {}
+    def noted(**options):
+        given.update(options)
+        return dict(steps=1, resumed_at=0, metrics={}, output='')
+    monkeypatch.setattr(*((stage2, 'run_stage2') if stage == 2 else (stage3, 'run_stage3')), noted)
+    assert call(capsys, f'train-stage{stage}', '--data-dir', tmp_path, '--output-dir', tmp_path/'x', '--checkpointing', '--devices', 2,
+                '--num-nodes', 3, '--strategy', 'ddp')[0] == 0
+    settings = training.Settings(**{k: given[k] for k in ('checkpointing', 'devices', 'num_nodes', 'strategy')})
+    assert settings.checkpointing and settings.world == 6 and settings.strategy == 'ddp'
+
+def test_what_a_notebook_wrote_down_is_asked_for(capsys, tmp_path):
+    code, _, said = call(capsys, 'train-as', tmp_path/'training.json')
+    assert code == 2 and 'training.json is missing' in said

@@ -242,3 +242,10 @@ def test_thinking_and_diffusion_at_full_size(hub, generator, tmp_path):
     s1 = torch.randn(3, 2, 120, 120)*4 - 14
     together, alone = generator.generate(s1, timesteps=10), generator.generate(s1[1:2], timesteps=10)
     assert together.shape == (3, 4, 120, 120) and (together[1:2] - alone).abs().max() < 1e-4
+
+def test_every_process_has_its_buffers_in_one_order():
+    "DDP pairs the buffers of its processes by their order; that of a set of names is another one in every process."
+    inputs, outputs = ('S1GRD', 'S2L2A', 'DEM', 'LULC'), ('LULC', 'NDVI', 'S2L2A')
+    model = F.build_generator(input_modalities=inputs, output_modalities=outputs, pretrained=False)
+    keys = dict.fromkeys([*(model.core.mod_name_mapping[m] for m in model.core.modalities), *model.outputs.values()])
+    assert [n for n, _ in model.units.named_buffers()] == [f'{k}_{what}' for k in keys for what in ('mean', 'std')]
