@@ -58,7 +58,7 @@ def on_meta(
 ) -> foundations.Generator: # without memory
     "A generator to be counted."
     core = foundations.blank(name, memory=False, modalities=list(inputs), output_modalities=['S2L2A'])
-    for tok in core.tokenizer.values(): del tok.encoder, tok.quant_proj
+    foundations.spare(core, ())
     core.gac = dict(name=name, files={})
     return foundations.Generator(core).to('meta')
 

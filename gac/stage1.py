@@ -35,10 +35,11 @@ def build_terramind_generator(
     pretrained:bool=True, # False: random weights, for tests and costs only
     name:str='terramind_mini_generate', # as TerraTorch names it; foundations.available() lists them
     weights:str='', # folder of weight files, 'hub', or empty: the committed miniatures or the Hugging Face cache
+    tokenizer_encoder:bool=False, # keep the tokenizer's encoder, which drawing never uses: for the round trip of a true image
 ): # foundations.Generator, in evaluation mode
     "The pretrained generator that Stage 1 runs and Stage 3 grounds."
     return foundations.place(foundations.build_generator(name, input_modalities, output_modalities, timesteps, pretrained,
-                                                         weights))
+                                                         weights, tokenizer_encoder))
 
 # %% ../nbs/07_stage1.ipynb #0a68cdce
 @torch.no_grad()
