@@ -13,7 +13,7 @@ __all__ = ['STRATEGIES', 'ADAPTER_FILES', 'CARD', 'MEASURED', 'FREE_TO_CHANGE', 
 # %% ../nbs/05_training.ipynb #7ffe61f8
 import functools, hashlib, json, logging, math, os, random, re, signal, subprocess, sys, time, warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn, Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from . import study
@@ -375,10 +376,16 @@ def weigh(
     return {'params': total, 'trainable': trainable, 'share_%': 100*trainable/max(1, total), 'mb': held/1e6}
 
 # %% ../nbs/05_training.ipynb #f1110006
+_ATTENTION = {SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled, SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
+              SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
+              SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled}
+
 def _twice(plain:Callable, *args, **kw):
-    "Call it, and again in the backward pass."
+    "Call it, and again in the backward pass, with the kernels for attention that were allowed at first."
     from torch.utils.checkpoint import checkpoint
-    return checkpoint(plain, *args, use_reentrant=False, **kw) if torch.is_grad_enabled() else plain(*args, **kw)
+    if not torch.is_grad_enabled(): return plain(*args, **kw)
+    allowed = [kernel for kernel, on in _ATTENTION.items() if on()]
+    return checkpoint(plain, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), sdpa_kernel(allowed)), **kw)
 
 @contextmanager
 def checkpointed(
