@@ -216,12 +216,12 @@ def training_cost(
     precision:str='bf16-mixed', # of training.Settings
     steps:int=8, # optimizer steps; the first three are not timed
     cap_gb:float=6., # what the process may take of a card, context included; 0: all
-    checkpointed:str='', # pattern of blocks whose activations are computed twice, see efficiency.BLOCKS
+    checkpointing:bool=False, # activations of the blocks are computed twice
 ) -> dict: # fits, ms_per_step, and MB: built, adapters and head, optimizer (gradients and moments), activations, peak, reserved, context
     "Train a few steps on a card whose memory is capped."
     cuda = torch.cuda.is_available()
     gc.collect()
-    row = dict(precision=precision, checkpointed=bool(checkpointed), cap_gb=cap_gb if cuda else float('nan'))
+    row = dict(precision=precision, checkpointed=checkpointing, cap_gb=cap_gb if cuda else float('nan'))
     if cuda:
         torch.zeros(1, device='cuda')
         torch.cuda.empty_cache()
@@ -236,10 +236,9 @@ def training_cost(
         return step(model, batch)
     try:
         model = build()
-        if checkpointed: efficiency.checkpoint_blocks(model, checkpointed)
         held = torch.cuda.memory_allocated()/1e6 if cuda else training.weigh(model)['mb']
         free_mb = sum(p.nbytes for p in model.parameters() if p.requires_grad)/1e6
-        settings = training.Settings(max_steps=steps, batch_size=1, grad_accum_steps=1, precision=precision, val_every=steps, save_every=steps, early_stopping=False)
+        settings = training.Settings(max_steps=steps, batch_size=1, grad_accum_steps=1, precision=precision, checkpointing=checkpointing, val_every=steps, save_every=steps, early_stopping=False)
         with tempfile.TemporaryDirectory() as folder: training.fit(model.train(), stamped, data, None, settings, folder, every=0)
     except torch.OutOfMemoryError as e: return row | dict(fits=False, why=str(e).split('.')[0])
     finally:
@@ -329,13 +328,12 @@ def bench(
 
     def do_training():
         data, rows, precisions = training_items(store, np.arange(16)), [], ('bf16-mixed', '16-mixed') if device == 'cuda' else ('32-true',)
-        cases = [('Stage 2', f'{backbone}, int8', lambda: stage2.build_prithvi_refiner(backbone, load_in_8bit=True, **known), stage2.stage2_step(stage2.Stage2Loss()),
-                  1400, efficiency.BLOCKS['prithvi']),
-                 ('Stage 3', name, lambda: stage3.build_stage3_model(name=name, **known), stage3.stage3_step(stage3.Stage3Loss(), 0), 3800, efficiency.BLOCKS['terramind'])]
-        for stage, what, build, step, claimed, blocks in cases:
+        cases = [('Stage 2', f'{backbone}, int8', lambda: stage2.build_prithvi_refiner(backbone, load_in_8bit=True, **known), stage2.stage2_step(stage2.Stage2Loss()), 1400),
+                 ('Stage 3', name, lambda: stage3.build_stage3_model(name=name, **known), stage3.stage3_step(stage3.Stage3Loss(), 0), 3800)]
+        for stage, what, build, step, claimed in cases:
             build = functools.cache(build)  # built under the cap, then trained as it is and with checkpoints
-            for precision, pattern in zip(precisions, ('', blocks)):
-                rows.append(dict(device=device, stage=stage, model=what, batch=1, **training_cost(build, step, data, precision, checkpointed=pattern), claimed_mb=claimed))
+            for precision, checkpointing in zip(precisions, (False, True)):
+                rows.append(dict(device=device, stage=stage, model=what, batch=1, **training_cost(build, step, data, precision, checkpointing=checkpointing), claimed_mb=claimed))
             del build
             save(pd.DataFrame(rows), 'efficiency_memory', 1)
 

@@ -12,8 +12,8 @@ __all__ = ['MODALITIES', 'BAND_NAMES', 'HLS_NAMES', 'LULC_LABELS', 'SIZE', 'PATC
            'WeightFile', 'needed_files', 'offline', 'find_file', 'locate', 'find_folder', 'spare_keys', 'read_weights',
            'match_keys', 'load_checked', 'build', 'checksum', 'weights_checksums', 'save_weights', 'Units',
            'tile_identity', 'tile_generator', 'draw', 'own_randomness', 'top_p_tokens', 'steps_run', 'scheduler_for',
-           'diffuse', 'AlignedConv2d', 'Generator', 'place', 'build_generator', 'features', 'reach', 'clip_error',
-           'true_tiles']
+           'diffuse', 'AlignedConv2d', 'Generator', 'place', 'spare', 'build_generator', 'features', 'reach',
+           'clip_error', 'true_tiles']
 
 # %% ../nbs/04_foundations.ipynb #1d817898
 from . import study  # first: it mends a torchvision built for another torch
@@ -779,7 +779,7 @@ class Generator(nn.Module):
         self.register_module('direct', None)  # codes -> standardised S2L2A without diffusion, see efficiency.distill
         self.inputs = {m: core.mod_name_mapping[m] for m in core.modalities}  # modality -> key
         self.outputs = {m: k for k, m in core.output_mod_name_mapping.items()}
-        keys = {*self.inputs.values(), *self.outputs.values()}
+        keys = dict.fromkeys([*self.inputs.values(), *self.outputs.values()])  # in one order in every process: DDP pairs buffers by it
         self.units = Units({k: (core.pretraining_mean[k].flatten().tolist(), core.pretraining_std[k].flatten().tolist())
                             for k in keys})
 
@@ -935,7 +935,8 @@ class Generator(nn.Module):
         key = self._output(output)
         tok = self.core.tokenizer[key]
         if not hasattr(tok, 'encoder'):
-            raise study.GacError('Built without the tokenizer\'s encoder: set tokenizer_encoder=True.')
+            raise study.GacError(f'{output or next(iter(self.outputs))} cannot be tokenized, and makes no round trip: this generator was built without the encoder of '
+                                 'its tokenizer. Build it with tokenizer_encoder=True.')
         x = tiles.pad_to_multiple(self.units.inward(x.to(self.device), key), self.multiple(output))[0]
         with torch.autocast(self.device.type, enabled=False): return tok.tokenize(x)
 
@@ -962,6 +963,16 @@ def place(
     "On the GPU of this process where there is one; CUDA_VISIBLE_DEVICES hides them."
     return model.to(torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))) if torch.cuda.is_available() else model
 
+def spare(
+    core:TerraMindGeneration, # changed in place
+    read, # keys of the modalities it reads, whose tokenizers must encode
+) -> int: # parameters left out
+    "Do without the encoders of tokenizers that only decode."
+    parts = [m for key, tok in core.tokenizer.items() if key not in read for m in (tok.encoder, tok.quant_proj)]
+    for key, tok in core.tokenizer.items():
+        if key not in read: del tok.encoder, tok.quant_proj
+    return sum(p.numel() for m in parts for p in m.parameters())
+
 def build_generator(
     name:str='terramind_mini_generate', # terramind_v1_large_generate for the real one
     input_modalities:Sequence[str]=('S1GRD',), # S1GRD, S1RTC, S2L2A, DEM, LULC, NDVI
@@ -975,8 +986,7 @@ def build_generator(
     if entry(name).role != 'generate': raise study.GacError(f'{name} is no generator: its name ends in _generate.')
     core = build(name, pretrained, weights, modalities=list(input_modalities), output_modalities=list(output_modalities))
     read = {core.mod_name_mapping[m] for m in core.modalities}
-    for key, tok in core.tokenizer.items():
-        if not tokenizer_encoder and key not in read: del tok.encoder, tok.quant_proj
+    if not tokenizer_encoder: spare(core, read)
     return Generator(core, timesteps)
 
 # %% ../nbs/04_foundations.ipynb #182b4658

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SPEC', 'COLUMNS', 'build_terramind_generator', 'tm_sar2opt', 'Decoding', 'tile_number', 'draw', 'batches', 'unusable',
-           'read_radar', 'disk_forecast', 'settings', 'in_order', 'precompute', 'drop_other', 'companion', 'open_tiles',
-           'read_tiles', 'drawn', 'stored', 'measure', 'summarise', 's1_composite', 'white_of', 'picture',
-           'false_colour', 'by_gain', 'panels', 'decoding_grid', 'cheapest', 'chosen', 'shelf', 'images_of',
-           'drawn_before', 'browser']
+           'read_radar', 'disk_forecast', 'settings', 'in_order', 'fill', 'drop_other', 'precompute', 'companion',
+           'open_tiles', 'read_tiles', 'drawn', 'Stored', 'stored', 'noted', 'opened', 'measure', 'summarise',
+           's1_composite', 'white_of', 'picture', 'false_colour', 'by_gain', 'panels', 'decoding_grid', 'cheapest',
+           'chosen', 'shelf', 'images_of', 'drawn_before', 'browser']
 
 # %% ../nbs/07_stage1.ipynb #95379e58
 import hashlib, json, shutil
@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock
 
 from . import explore, study, tiles, metrics, foundations, training
 from .explore import ERROR_TOP
@@ -34,10 +35,11 @@ def build_terramind_generator(
     pretrained:bool=True, # False: random weights, for tests and costs only
     name:str='terramind_mini_generate', # as TerraTorch names it; foundations.available() lists them
     weights:str='', # folder of weight files, 'hub', or empty: the committed miniatures or the Hugging Face cache
+    tokenizer_encoder:bool=False, # keep the tokenizer's encoder, which drawing never uses: for the round trip of a true image
 ): # foundations.Generator, in evaluation mode
     "The pretrained generator that Stage 1 runs and Stage 3 grounds."
     return foundations.place(foundations.build_generator(name, input_modalities, output_modalities, timesteps, pretrained,
-                                                         weights))
+                                                         weights, tokenizer_encoder))
 
 # %% ../nbs/07_stage1.ipynb #0a68cdce
 @torch.no_grad()
@@ -158,6 +160,7 @@ def settings(
                 weights=weights or 'random',
                 **asdict(decoding), seed=seed, **more)
 
+# %% ../nbs/07_stage1.ipynb #f1110002
 def in_order(
     work:Callable, # item -> result
     items, # in any number
@@ -175,6 +178,72 @@ def in_order(
             for item in islice(items, 1): begun.append(pool.submit(work, item))
             yield done
 
+def fill(
+    into, # tiles.Store
+    output:str, # name of the array
+    shape:tuple, # of one tile
+    made:dict, # what determines its values, kept as its attributes
+    read:Callable, # positions in the store -> what `make` is given, for those positions that can be made, position -> reason for the others
+    make:Callable, # what was read, its positions -> (n, C, H, W) reflectance
+    batch_size:int=8, # tiles at a time
+    max_tiles:int=0, # only the first so many of the store; 0: all
+    rank:int=0, # this worker
+    world_size:int=1, # of so many
+    overwrite:bool=False, # replace an array that was made otherwise
+    source:str='', # array of `into` that a tile must have; empty: none
+    said:str='', # how it is made, for the first line
+    ahead:int=1, # batches begun before the result of one is taken; `make` must bear as many threads
+) -> dict: # processed, errors, output; skipped: there already; failed: DataFrame of id and error
+    "Make an array of a stage, batch by batch. Stopped at any moment and called again, it goes on and leaves the same bytes."
+    n = min(len(into), max_tiles or len(into))
+    todo = batches(n, batch_size, into.shard, rank, world_size)
+    mine = np.array([r for b in todo for r in b], dtype=int)
+    there = into.written(source) if source else np.ones(len(into), bool)
+    with FileLock(study.writable(into.journal)/'begin', timeout=600):  # workers may begin at the same moment
+        into.refresh()
+        if overwrite: drop_other(into, output, made)
+        written = into.written(output) if output in into.arrays else np.zeros(len(into), bool)
+        left, errors = mine[there[mine] & ~written[mine]], {int(r): f'it has no {source}' for r in mine[~there[mine]]}
+        disk = disk_forecast(len(left), shape, into.path)
+        into.ensure_array(output, shape, 'int16', made)
+    print(f'{output}: {len(left)} of {len(mine)} tiles to draw{f" ({said})" if said else ""}, up to {disk["need"]/1e6:.4g} MB', flush=True)
+    now, left = 0, set(left.tolist())
+    todo = [[r for r in b if there[r]] for b in todo if left & set(b)]
+    def work(batch):
+        given, rows, bad = read(batch)
+        if not left & set(rows.tolist()): return rows[:0], None, bad
+        try: return rows, make(given, rows), bad
+        except torch.OutOfMemoryError as e:
+            raise GacError(f'Out of memory with {len(rows)} tiles at a time: take fewer (--batch-size). What is drawn is safe.') from e
+    steps = study.progress(todo, len(left), output, 'tiles', size=lambda b: len(left & set(b))) if todo else ()
+    try:
+        for _, (rows, images, bad) in zip(steps, in_order(work, todo, ahead)):
+            errors |= bad
+            if not len(rows): continue
+            sound = np.isfinite(images).all((1, 2, 3))
+            errors |= {int(r): 'the model drew values that are not finite' for r in rows[~sound]}
+            into.write(output, rows[sound], tiles.to_dn(images[sound]), rank, world_size)
+            now += len(left & set(rows[sound].tolist()))
+    finally: into.close()
+    failed = pd.DataFrame([dict(id=into.table.id.iloc[r], error=why) for r, why in sorted(errors.items())], columns=['id', 'error'])
+    for row in failed.head(10).itertuples(): print(f'{output}: {row.id} was left out: {row.error}', flush=True)
+    if len(failed) > 10: print(f'{output}: and {len(failed) - 10} more', flush=True)
+    return dict(processed=now, errors=len(failed), output=str(into.path/'arrays'/output), skipped=int((there & written)[mine].sum()),
+                failed=failed)
+
+def drop_other(
+    store, # tiles.Store
+    output:str, # name of an array
+    wanted:dict, # its settings
+) -> bool: # whether there was one to drop
+    "Drop an array that was made with other settings."
+    if output not in store.arrays: return False
+    have = dict(store.arrays[output].attrs)
+    if all(have.get(k) == v for k, v in json.loads(json.dumps(wanted)).items()): return False
+    store.drop(output)
+    return True
+
+# %% ../nbs/07_stage1.ipynb #f1110003
 def precompute(
     store, # tiles.Store with the radar
     model, # from build_terramind_generator
@@ -190,54 +259,12 @@ def precompute(
     world_size:int=1, # of so many
     into=None, # tiles.Store the array goes to, see `companion`; None: `store`
     overwrite:bool=False, # replace an array that was made with other settings
-) -> dict: # processed, errors, output; skipped: there already; failed: DataFrame of id and error
-    "Run the generator over a tile set. Stopped at any moment and called again, it goes on and leaves the same bytes."
-    decoding, into = Decoding(timesteps, tokens, clamp, n_samples), into or store
-    shape, n = (len(study.OPT_BANDS), *store.arrays['s1'].shape[-2:]), min(len(store), max_tiles or len(store))
-    todo = batches(n, batch_size, store.shard, rank, world_size)
-    if overwrite: drop_other(into, output, settings(model, decoding, seed))
-    written = into.written(output) if output in into.arrays else np.zeros(len(into), bool)
-    mine = np.array([r for b in todo for r in b], dtype=int)
-    left = mine[~written[mine]]
-    disk = disk_forecast(len(left), shape, into.path)
-    into.ensure_array(output, shape, 'int16', settings(model, decoding, seed))
-    print(f'{output}: {len(left)} of {len(mine)} tiles to draw ({decoding}), up to {disk["need"]/1e6:.4g} MB', flush=True)
-    errors, drawn_now, left = {}, 0, set(left.tolist())
-    todo = [b for b in todo if left & set(b)]
-    def work(batch):
-        s1, rows, bad = read_radar(store, batch)
-        if not left & set(rows.tolist()): return rows[:0], None, bad
-        try: return rows, draw(model, s1, store.table.id.iloc[rows], decoding, seed), bad
-        except torch.OutOfMemoryError as e:
-            raise GacError(f'Out of memory with {len(rows)} tiles at a time: take fewer (--batch-size). What is drawn is safe.') from e
-    steps = study.progress(todo, len(left), output, 'tiles', size=lambda b: len(left & set(b))) if todo else ()
-    try:
-        for _, (rows, images, bad) in zip(steps, in_order(work, todo, 2 if model.device.type == 'cuda' else 1)):
-            errors |= bad
-            if not len(rows): continue
-            sound = np.isfinite(images).all((1, 2, 3))
-            errors |= {int(r): 'the model drew values that are not finite' for r in rows[~sound]}
-            into.write(output, rows[sound], tiles.to_dn(images[sound]), rank, world_size)
-            drawn_now += len(left & set(rows[sound].tolist()))
-    finally: into.close()
-    failed = pd.DataFrame([dict(id=store.table.id.iloc[r], error=why) for r, why in sorted(errors.items())],
-                          columns=['id', 'error'])
-    for row in failed.head(10).itertuples(): print(f'{output}: {row.id} was left out: {row.error}', flush=True)
-    if len(failed) > 10: print(f'{output}: and {len(failed) - 10} more', flush=True)
-    return dict(processed=drawn_now, errors=len(failed), output=str(into.path/'arrays'/output), skipped=len(mine) - len(left),
-                failed=failed)
-
-def drop_other(
-    store, # tiles.Store
-    output:str, # name of an array
-    wanted:dict, # its settings
-) -> bool: # whether there was one to drop
-    "Drop an array that was made with other settings."
-    if output not in store.arrays: return False
-    have = dict(store.arrays[output].attrs)
-    if all(have.get(k) == v for k, v in json.loads(json.dumps(wanted)).items()): return False
-    store.drop(output)
-    return True
+) -> dict: # of `fill`
+    "Run the generator over a tile set."
+    decoding, ids = Decoding(timesteps, tokens, clamp, n_samples), store.table.id
+    return fill(into or store, output, (len(study.OPT_BANDS), *store.arrays['s1'].shape[-2:]), settings(model, decoding, seed),
+                lambda rows: read_radar(store, rows), lambda s1, rows: draw(model, s1, ids.iloc[rows], decoding, seed),
+                batch_size, max_tiles, rank, world_size, overwrite, said=str(decoding), ahead=2 if model.device.type == 'cuda' else 1)
 
 # %% ../nbs/07_stage1.ipynb #7956cdce
 def companion(
@@ -246,11 +273,16 @@ def companion(
 ): # tiles.Store without the radar and the truth
     "A store beside `store` for arrays of later stages: the same tiles in the same order."
     path = Path(path)
-    other = tiles.Store(path) if (path/'table.parquet').exists() else tiles.Store.create(path, {}, dict(companion=True), store.shard)
-    if len(other) > len(store) or list(other.table.id) != list(store.table.id[:len(other)]):
-        raise GacError(f'{path} holds other tiles than {store.path}. Give another --output-dir.')
-    if len(other) < len(store):
-        with other: other.append(store.table.iloc[len(other):].to_dict('records'))
+    def opened():
+        other = tiles.Store(path) if (path/'table.parquet').exists() else tiles.Store.create(path, {}, dict(companion=True), store.shard)
+        if len(other) > len(store) or list(other.table.id) != list(store.table.id[:len(other)]):
+            raise GacError(f'{path} holds other tiles than {store.path}. Give another --output-dir.')
+        return other
+    if (path/'table.parquet').exists() and len(other := opened()) == len(store): return other
+    with FileLock(study.writable(path/'journal')/'begin', timeout=600):  # workers may begin at the same moment
+        other = opened()
+        if len(other) < len(store):
+            with other: other.append(store.table.iloc[len(other):].to_dict('records'))
     return other
 
 def open_tiles(
@@ -291,12 +323,37 @@ def drawn(
     "Stage 1, drawn on the spot; noise follows the tile, so this is what `precompute` would store."
     return lambda batch: draw(model, batch['s1'], batch['id'], decoding, seed)
 
+@dataclass(frozen=True)
+class Stored:
+    "What an earlier stage has stored: a method, tiles -> (n, 4, H, W) reflectance."
+    store:tiles.Store
+    output:str = 'opt_v1' # of that stage
+
+    def __call__(self, batch:dict) -> np.ndarray: return tiles.to_reflectance(self.store.read(self.output, batch['idx']))
+
 def stored(
     store, # tiles.Store
     output:str='opt_v1', # of an earlier stage
-): # method: tiles -> (n, 4, H, W) reflectance
+) -> Stored: # method: tiles -> (n, 4, H, W) reflectance
     "What an earlier stage has stored."
-    return lambda batch: tiles.to_reflectance(store.read(output, batch['idx']))
+    return Stored(store, output)
+
+def noted(
+    data, # stage2.Pairs or stage3.Triples
+    *names, # of further arguments that made it
+) -> dict: # in JSON
+    "What another process needs to open the same tiles."
+    if not isinstance(data.images, Stored):
+        raise GacError('Several devices train on images that are stored, and these are drawn on the spot: run the stage before for these tiles first.')
+    return dict(store=str(data.store.path), rows=data.rows.tolist(), place=str(data.images.store.path), output=data.images.output,
+                more={k: getattr(data, k) for k in names})
+
+def opened(
+    note:dict, # of `noted`
+    kind, # stage2.Pairs or stage3.Triples
+):
+    "The same tiles, in another process."
+    return kind(tiles.Store(note['store']), note['rows'], stored(tiles.Store(note['place']), note['output']), **note['more'])
 
 def measure(
     store, # tiles.Store

@@ -7,8 +7,8 @@ __all__ = ['KNOWN', 'FIELDS', 'YEAR', 'AROUND', 'REACH', 'SHORT', 'SCALE', 'STEP
            'SETTINGS', 'codes', 'check_fields', 'season', 'Condition', 'ConvNeXtBlock', 'steered', 'Pointwise',
            'Colour', 'ConvNeXtHead', 'PrithviRefiner', 'build_prithvi_refiner', 'forecast', 'scales', 'ms_ssim',
            'spectral_angle', 'Stage2Loss', 'Pairs', 'save_stage2', 'read_stage2', 'checkpoint_file', 'load_stage2',
-           'stage2_step', 'layout', 'data_name', 'identity', 'calibrate', 'train_stage2', 'refine', 'refined',
-           'precompute_stage2', 'fingerprint', 'images_of', 'run_stage2', 'save_panels']
+           'stage2_step', 'layout', 'data_name', 'identity', 'calibrate', 'train_stage2', 'train_as', 'refine',
+           'refined', 'precompute_stage2', 'fingerprint', 'images_of', 'run_stage2', 'save_panels']
 
 # %% ../nbs/08_stage2.ipynb #42d310c9
 import hashlib, json, math, re
@@ -229,6 +229,9 @@ class PrithviRefiner(nn.Module):
         for name in ('temporal_embed_enc', 'location_embed_enc'):
             if hasattr(encoder, name): getattr(encoder, name).register_forward_hook(_silent)
 
+    @property
+    def blocks(self) -> nn.ModuleList: return self.encoder.blocks  # see training.checkpointed
+
     def coords(self, month:Tensor, metadata:dict) -> dict: # month (B,)
         "Date and place as encoders with coordinates read them; what is unknown is -1000."
         told, n = {}, len(month)
@@ -292,7 +295,7 @@ def build_prithvi_refiner(
         encoder = foundations.build(backbone, pretrained, weights, bands=OPT_BANDS).requires_grad_(False)
         _adapt(encoder, lora_r, lora_alpha, load_in_8bit, unfreeze_last_n_blocks, reach)
         refiner = PrithviRefiner(encoder, metadata, **head)
-    refiner.config = config
+    refiner.config, refiner.folder = config, weights
     return foundations.place(refiner.eval())
 
 def _adapt(encoder:nn.Module, r:int, alpha:int, int8:bool, free:int, reach:str) -> None:
@@ -588,16 +591,30 @@ def train_stage2(
                                       loss=loss.weights, train=mark(train), val=mark(val))))
     resume = resume and _same(out_dir, made, asdict(settings), overwrite)
     study._write(out_dir/'made.json', json.dumps(made, indent=1) + '\n')
+    if training.apart(settings) and not (resume and training.finished(out_dir/'last.ckpt')):
+        plan = dict(stage=2, build=refiner.config | dict(weights=refiner.folder), settings=asdict(settings), loss=loss.weights, out_dir=str(out_dir),
+                    train=stage1.noted(train, 'crop', 'augment'), val=val and stage1.noted(val, 'crop', 'augment'), every=every)
+        training.together(refiner, out_dir/'training.json', plan, settings, () if resume else [out_dir])
+        resume = True
     refiner.train().strength.fill_(1.)
     fit = training.fit(refiner, stage2_step(loss), train, val, settings, out_dir, resume, 'stage 2', every=every)
     best = metrics.read_torch(fit.best or fit.last)
     training.load_trained(refiner, {k.removeprefix('model.'): v for k, v in best['state_dict'].items()}, fit.best or fit.last)
     measured = best['gac']['metrics']
     if val is not None and len(val): measured = measured | {'val_psnr_calibrated': float(calibrate(refiner, val).max())}
-    save_stage2(refiner.eval(), out_dir, measured, settings=asdict(settings), loss=loss.weights, steps=best['global_step'],
-                pairs=len(train), crop=getattr(train, 'crop', 0),
-                data=data_name(train))
+    refiner.eval()
+    training.by_first(lambda: save_stage2(refiner, out_dir, measured, settings=asdict(settings), loss=loss.weights,
+                                          steps=best['global_step'], pairs=len(train), crop=getattr(train, 'crop', 0),
+                                          data=data_name(train)))
     return fit
+
+def train_as(
+    plan:dict, # as `train_stage2` writes it for processes that train together
+) -> None:
+    "Train what a notebook wrote down."
+    train, val = (plan[k] and stage1.opened(plan[k], Pairs) for k in ('train', 'val'))
+    train_stage2(build_prithvi_refiner(**plan['build']), train, val, training.Settings(**plan['settings']), plan['out_dir'],
+                 Stage2Loss(**plan['loss']), every=plan['every'])
 
 def _same(out_dir:Path, made:dict, settings:dict, overwrite:bool) -> bool:
     "Whether what lies in a folder is the training that is asked for; another one is refused, or replaced."
@@ -607,8 +624,9 @@ def _same(out_dir:Path, made:dict, settings:dict, overwrite:bool) -> bool:
     if overwrite:
         changed += [k for k, v in metrics.read_torch(out_dir/'last.ckpt')['gac']['settings'].items() if settings.get(k) != v
                     and k not in training.FREE_TO_CHANGE]
-    if changed and not overwrite:
-        raise GacError(f'{out_dir} belongs to a training with other {", ".join(changed)}: choose another folder, or replace it (overwrite).')
+    if changed and (not overwrite or training.launched() > 1):
+        raise GacError(f'{out_dir} belongs to a training with other {", ".join(changed)}: choose another folder, or replace it (overwrite; '
+                       'where several processes train together, delete it first).')
     return not changed
 
 # %% ../nbs/08_stage2.ipynb #3272a14c
@@ -649,29 +667,18 @@ def precompute_stage2(
     rank:int=0, # this worker
     world_size:int=1, # of so many
     overwrite:bool=False, # replace an array that was made otherwise
-) -> dict: # processed, skipped, errors (tiles without opt_v1), output
-    "Refine a whole tile set. Stopped at any moment and called again, it goes on and leaves the same bytes."
-    into = into or store
+) -> dict: # of stage1.fill; tiles without opt_v1 are errors
+    "Refine a whole tile set."
+    into, table = into or store, store.table
     if source not in into.arrays: raise GacError(f'{into.path} has no {source}: run Stage 1 first (gac precompute).')
     made = dict(bands=list(OPT_BANDS), units='reflectance x 10000', refiner=refiner.config, weights=identity(refiner),
                 trained=fingerprint(refiner),
                 source=dict(into.arrays[source].attrs))
-    if overwrite: stage1.drop_other(into, output, made)
-    n = min(len(store), max_tiles or len(store))
-    mine = stage1.batches(n, batch_size, into.shard, rank, world_size)
-    there, done = into.written(source), into.written(output) if output in into.arrays else np.zeros(len(into), bool)
-    shape = into.arrays[source].shape[1:]
-    stage1.disk_forecast(int((there & ~done)[:n].sum()), shape, into.path)
-    into.ensure_array(output, shape, 'int16', made)
-    todo = [rows for b in mine if len(rows := np.array([r for r in b if there[r]], int)) and not done[rows].all()]
-    try:
-        for rows in study.progress(todo, sum(map(len, todo)), output, 'tiles', size=len) if todo else ():
-            meta = {k: store.table[k].to_numpy()[rows] for k in TOLD if k in store.table}
-            into.write(output, rows, tiles.to_dn(refine(refiner, tiles.to_reflectance(into.read(source, rows)), meta, batch_size)), rank, world_size)
-    finally: into.close()
-    rows = np.array([r for b in mine for r in b], int)
-    return dict(processed=sum(map(len, todo)), skipped=int((there & done)[rows].sum()), errors=int((~there[rows]).sum()),
-                output=str(into.path/'arrays'/output))
+    told = lambda rows: {k: table[k].to_numpy()[rows] for k in TOLD if k in table}
+    return stage1.fill(into, output, into.arrays[source].shape[1:], made,
+                       lambda rows: (tiles.to_reflectance(into.read(source, rows)), np.asarray(rows), {}),
+                       lambda images, rows: refine(refiner, images, told(rows), batch_size),
+                       batch_size, max_tiles, rank, world_size, overwrite, source)
 
 def fingerprint(
     refiner:PrithviRefiner,

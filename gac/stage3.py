@@ -7,10 +7,11 @@ __all__ = ['REACH', 'WINDOWS', 'GAIN', 'ROUTES', 'CODES', 'KINDS', 'PAINT', 'MAR
            'adapt', 'despeckled', 'Reading', 'GroundingHead', 'tapped', 'without_adapters', 'Stage3GroundingModel',
            'check_inputs', 'build_stage3_model', 'identity', 'texture', 'texture_agreement', 'steepness', 'Stage3Loss',
            'shape_mask', 'ring', 'contrast', 'plant', 'taken_back', 'Triples', 'remember', 'padded', 'watch', 'window',
-           'whole', 'stage3_step', 'calibrate', 'train_stage3', 'both_trained', 'save_stage3', 'read_stage3',
-           'check_stage2', 'load_stage3', 'stage3_inference', 'stage3_batch_inference', 'compute_stage3_metrics',
-           'grounded', 'model_info', 'fingerprint', 'precompute_stage3', 'images_of', 'read_images', 'radar_in',
-           'image_in', 'infer_files', 'stage3_info', 'run_stage3', 'save_panels', 'lie_test', 'lie_table']
+           'whole', 'stage3_step', 'calibrate', 'train_stage3', 'train_as', 'both_trained', 'save_stage3',
+           'read_stage3', 'check_stage2', 'load_stage3', 'stage3_inference', 'stage3_batch_inference',
+           'compute_stage3_metrics', 'grounded', 'model_info', 'fingerprint', 'precompute_stage3', 'images_of',
+           'read_images', 'radar_in', 'image_in', 'infer_files', 'stage3_info', 'run_stage3', 'save_panels', 'lie_test',
+           'lie_table']
 
 # %% ../nbs/09_stage3.ipynb #da204487
 import json, math
@@ -167,6 +168,9 @@ class Stage3GroundingModel(nn.Module):
         return self
 
     @property
+    def blocks(self) -> list: return [*self.generator.net.encoder, *self.generator.net.decoder]  # see training.checkpointed
+
+    @property
     def device(self) -> torch.device: return self.generator.device
 
     def _statistics(self, modality:str) -> tuple: # (C, 1, 1) each
@@ -286,7 +290,7 @@ def build_stage3_model(
                                                 route != 'features')
         adapters = adapt(generator, reach, lora_r, lora_alpha)
         model = Stage3GroundingModel(generator, route, timesteps, standardize, **more)
-    model.config, model.adapters = config, adapters
+    model.config, model.adapters, model.folder = config, adapters, weights
     return foundations.place(model.eval())
 
 def identity(
@@ -612,9 +616,17 @@ def train_stage3(
     made = json.loads(json.dumps(made))
     resume = resume and _same(out_dir, made, overwrite)
     study._write(out_dir/'made.json', json.dumps(made, indent=1) + '\n')
-    fits, best = [], (math.inf, None)
+    fits, best, parts = [], (math.inf, None), _parts(model, settings, len(train), frozen)
+    if training.apart(settings) and not (resume and all(training.finished(out_dir/k/'last.ckpt') for k in parts)):
+        plan = dict(stage=3, build=model.config | dict(weights=model.folder), settings=asdict(settings), loss=loss.weights, out_dir=str(out_dir),
+                    train=stage1.noted(train, 'lies', 'seed'), val=val and stage1.noted(val, 'lies', 'seed'),
+                    more=dict(frozen=frozen, crop=crop, augment=augment, select=select, stage2_card=stage2_card, strength=strength,
+                              every=every))
+        training.together(model, out_dir/'training.json', json.loads(json.dumps(plan, default=str)), settings,
+                          () if resume else [out_dir/k for k in parts])
+        resume = True
     model.strength.fill_(1.)
-    for name, some in _parts(model, settings, len(train), frozen).items():
+    for name, some in parts.items():
         for data in (train, val): _prepare(data, model, name)
         fit = training.fit(model.train(), step, train, val, some, out_dir/name, resume, f'stage 3, {name}', every=every)
         state = metrics.read_torch(fit.best or fit.last)
@@ -630,11 +642,20 @@ def train_stage3(
         measured = measured | {f'val_{k}': v for k, v in table.loc[table.monitor.idxmin()].drop('strength').items()}
         if model.strength == 0:
             print('stage 3: on validation no strength of the correction is better than none; opt_v2 stays as it is', flush=True)
-    save_stage3(model.eval(), out_dir, measured, strength=float(model.strength), settings=asdict(settings), loss=loss.weights,
-                steps=int(steps[-1]),
-                select=select, pairs=len(train), data=stage2.data_name(train), stage2=None if stage2_card is None
-                else {k: stage2_card[k] for k in ('backbone', 'bands')})
+    model.eval()
+    before = None if stage2_card is None else {k: stage2_card[k] for k in ('backbone', 'bands')}
+    training.by_first(lambda: save_stage3(model, out_dir, measured, strength=float(model.strength), settings=asdict(settings),
+                                          loss=loss.weights, steps=int(steps[-1]), select=select, pairs=len(train),
+                                          data=stage2.data_name(train), stage2=before))
     return replace(fits[-1], curve=curve, steps=int(steps[-1]), resumed_at=sum(f.resumed_at for f in fits))
+
+def train_as(
+    plan:dict, # as `train_stage3` writes it for processes that train together
+) -> None:
+    "Train what a notebook wrote down."
+    train, val = (plan[k] and stage1.opened(plan[k], Triples) for k in ('train', 'val'))
+    train_stage3(build_stage3_model(**plan['build']), train, val, training.Settings(**plan['settings']), plan['out_dir'],
+                 Stage3Loss(**plan['loss']), **plan['more'])
 
 def _parts(model, settings, n:int, frozen:float) -> dict: # name -> settings
     "The head first, on features that do not change; then head and adapters together."
@@ -673,8 +694,9 @@ def _same(out_dir:Path, made:dict, overwrite:bool) -> bool:
     then = study._read_json(out_dir/'made.json')
     free = lambda d: d | dict(settings={k: v for k, v in d.get('settings', {}).items() if k not in training.FREE_TO_CHANGE})
     changed = [k for k, v in free(made).items() if free(then).get(k) != v]
-    if changed and not overwrite:
-        raise GacError(f'{out_dir} belongs to a training with other {", ".join(changed)}: choose another folder, or replace it (overwrite).')
+    if changed and (not overwrite or training.launched() > 1):
+        raise GacError(f'{out_dir} belongs to a training with other {", ".join(changed)}: choose another folder, or replace it (overwrite; '
+                       'where several processes train together, delete it first).')
     return not changed
 
 # %% ../nbs/09_stage3.ipynb #b04da4a0
@@ -842,32 +864,17 @@ def precompute_stage3(
     rank:int=0, # this worker
     world_size:int=1, # of so many
     overwrite:bool=False, # replace an array that was made otherwise
-) -> dict: # processed, skipped, errors (tiles without opt_v2 or usable radar), output
-    "Ground a whole tile set. Stopped at any moment and called again, it goes on and leaves the same bytes."
+) -> dict: # of stage1.fill; tiles without opt_v2 or usable radar are errors
+    "Ground a whole tile set."
     into = into or store
-    if source not in into.arrays: raise GacError(f'{into.path} has no {source}: run the stage before first.')
+    if source not in into.arrays: raise GacError(f'{into.path} has no {source}: run Stage 2 first (gac precompute-stage2).')
     made = dict(bands=list(OPT_BANDS), units='reflectance x 10000', model=model.config, weights=identity(model),
                 trained=fingerprint(model),
                 timesteps=timesteps or model.timesteps, source=dict(into.arrays[source].attrs))
-    if overwrite: stage1.drop_other(into, output, made)
-    mine = stage1.batches(min(len(store), max_tiles or len(store)), batch_size, into.shard, rank, world_size)
-    there, done = into.written(source), into.written(output) if output in into.arrays else np.zeros(len(into), bool)
-    shape, every = into.arrays[source].shape[1:], np.array([r for b in mine for r in b], int)
-    stage1.disk_forecast(int((there & ~done)[every].sum()), shape, into.path)
-    into.ensure_array(output, shape, 'int16', made)
-    todo = [rows for b in mine if len(rows := np.array([r for r in b if there[r]], int)) and not done[rows].all()]
-    good = 0
-    try:
-        for rows in study.progress(todo, sum(map(len, todo)), output, 'tiles', size=len) if todo else ():
-            s1, rows, _ = stage1.read_radar(store, rows)
-            if not len(rows): continue
-            images = stage3_inference(model, s1, tiles.to_reflectance(into.read(source, rows)), timesteps, batch_size).numpy()
-            into.write(output, rows, tiles.to_dn(images), rank, world_size)
-            good += len(rows)
-    finally: into.close()
-    skipped = int((there & done)[every].sum())
-    return dict(processed=good, skipped=skipped, errors=len(every) - int(into.written(output)[every].sum()),
-                output=str(into.path/'arrays'/output))
+    def make(s1, rows):
+        return stage3_inference(model, s1, tiles.to_reflectance(into.read(source, rows)), timesteps, batch_size).numpy()
+    return stage1.fill(into, output, into.arrays[source].shape[1:], made, lambda rows: stage1.read_radar(store, rows), make,
+                       batch_size, max_tiles, rank, world_size, overwrite, source)
 
 def images_of(
     run, # study.Run

@@ -1,10 +1,10 @@
-"Programs that run in several processes: `train OUT DEVICES BATCH STEPS [KILL]` by Lightning's DDP, `draw STORE RANK RANKS [KILL]` with ranks of its own."
+"Programs that run in several processes: `train OUT DEVICES BATCH STEPS [KILL]` by Lightning's DDP, `draw STORE RANK RANKS [KILL] [STAGE]` with ranks of its own."
 import os, signal, sys
 
 import torch
 from torch.utils.data import Dataset
 
-from gac import stage1, stage2, tiles, training
+from gac import stage1, stage2, stage3, tiles, training
 
 class Pairs(Dataset):
     "Eight small pairs, the same in every process."
@@ -32,8 +32,8 @@ def train(out:str, devices:int, batch:int, steps:int, kill:int=0):
         torch.save(dict(steps=fit.steps, resumed=fit.resumed_at, psnr=fit.metrics['val_psnr'],
                         state=training.trained_state(refiner)), f'{out}/end.pt')
 
-def draw(store:str, rank:int, ranks:int, kill:int=0):
-    "Precompute one rank's share; the process dies when it has written `kill` batches."
+def draw(store:str, rank:int, ranks:int, kill:int=0, stage:int=1):
+    "Precompute one rank's share of a stage; the process dies when it has written `kill` batches."
     store, count = tiles.Store(store), [0]
     write = store.write
     def counted(*args):
@@ -41,7 +41,11 @@ def draw(store:str, rank:int, ranks:int, kill:int=0):
         count[0] += 1
         if count[0] == kill: os.kill(os.getpid(), signal.SIGKILL)
     store.write = counted
-    print(stage1.precompute(store, stage1.build_terramind_generator(), timesteps=1, batch_size=2, rank=rank, world_size=ranks))
+    share = dict(batch_size=2, rank=rank, world_size=ranks)
+    if stage == 1: return print(stage1.precompute(store, stage1.build_terramind_generator(), timesteps=1, **share))
+    model = stage2.build_prithvi_refiner() if stage == 2 else stage3.build_stage3_model()
+    torch.nn.init.normal_(model.head.out.weight, std=.05, generator=torch.Generator().manual_seed(0))
+    print((stage2.precompute_stage2 if stage == 2 else stage3.precompute_stage3)(store, model, **share))
 
 if __name__ == '__main__':
     what, where, *numbers = sys.argv[1:]

@@ -161,3 +161,56 @@ def test_a_direct_decoder_is_taught_and_used(tmp_path, capsys):
     assert not (painted == unfolded).all() and store.arrays['unfolded'].attrs['decoder'] == 'direct'
     assert cli.main([*draw, '--output', 'none', '--direct', str(tmp_path/'nothing')]) != 0
     assert 'nothing' in capsys.readouterr().err
+
+def test_later_stages_are_drawn_by_any_number_of_workers(tmp_path, capsys, monkeypatch):
+    "opt_v2 beside opt_v1 and opt_v3 beside opt_v2, by two workers as by one; a tile without opt_v1 is listed by the worker whose it is."
+    import torch
+    from gac import stage1, stage2, stage3
+    store = tiles.from_world(tmp_path/'tiles', 6, 1, 1, size=48, shard=4)
+    refiner, grounder = stage2.build_prithvi_refiner(), stage3.build_stage3_model()
+    for model, seed in ((refiner, 0), (grounder, 1)):
+        torch.nn.init.normal_(model.head.out.weight, std=.05, generator=torch.Generator().manual_seed(seed))
+    stage2.save_stage2(refiner, tmp_path/'stage2', {})
+    stage3.save_stage3(grounder, tmp_path/'stage3', {})
+    at = ('--data-dir', store.path, '--batch-size', 2)
+    second = ('precompute-stage2', *at, '--stage2-checkpoint', tmp_path/'stage2')
+    code, _, said = call(capsys, *second)
+    assert code == 2 and 'has no opt_v1: run Stage 1 first' in said
+    for name in ('one', 'two'):
+        beside = stage1.companion(store, tmp_path/name)
+        beside.ensure_array('opt_v1', (4, 48, 48), 'int16')
+        with beside: beside.write('opt_v1', list(range(7)), store.read('s2', slice(0, 7))[:, [1, 2, 3, 7]].astype('int16'))
+    third = ('precompute-stage3', *at, '--stage3-checkpoint', tmp_path/'stage3')
+    assert call(capsys, *second, '--stage1-dir', tmp_path/'one')[0] == 1 == call(capsys, *third, '--stage2-dir', tmp_path/'one')[0]
+    for rank, code in ((1, 1), (0, 0)):
+        share = ('--rank', rank, '--world-size', 2)
+        assert call(capsys, *second, '--stage1-dir', tmp_path/'two', *share)[0] == code
+    for rank, code in ((0, 0), (1, 1)): assert call(capsys, *third, '--stage2-dir', tmp_path/'two', '--rank', rank, '--world-size', 2)[0] == code
+    one, two = (tiles.Store(tmp_path/n) for n in ('one', 'two'))
+    for array in ('opt_v2', 'opt_v3'):
+        assert one.written(array).tolist() == [True]*7 + [False]
+        assert (one.read(array, range(7)) == two.read(array, range(7))).all()
+    assert (one.read('opt_v3', [0]) != one.read('opt_v2', [0])).any()
+    assert store.table.id[7] in (tmp_path/'two'/'opt_v2_errors_1of2.csv').read_text() and not list((tmp_path/'two').glob('*0of2.csv'))
+    monkeypatch.setenv('WORLD_SIZE', '2')  # as torchrun does: two processes must not draw the same
+    two.drop('opt_v2')
+    code, _, said = call(capsys, 'train-stage3', '--data-dir', store.path, '--stage1-dir', beside.path, '--stage2-checkpoint', tmp_path/'stage2',
+                         '--output-dir', tmp_path/'x')
+    assert code == 2 and 'gac precompute-stage2 first' in said
+
+@pytest.mark.parametrize('stage', [2, 3])
+def test_options_of_a_training_reach_its_settings(stage, tmp_path, capsys, monkeypatch):
+    from gac import stage2, stage3, training
+    given = {}
+    def noted(**options):
+        given.update(options)
+        return dict(steps=1, resumed_at=0, metrics={}, output='')
+    monkeypatch.setattr(*((stage2, 'run_stage2') if stage == 2 else (stage3, 'run_stage3')), noted)
+    assert call(capsys, f'train-stage{stage}', '--data-dir', tmp_path, '--output-dir', tmp_path/'x', '--checkpointing', '--devices', 2,
+                '--num-nodes', 3, '--strategy', 'ddp')[0] == 0
+    settings = training.Settings(**{k: given[k] for k in ('checkpointing', 'devices', 'num_nodes', 'strategy')})
+    assert settings.checkpointing and settings.world == 6 and settings.strategy == 'ddp'
+
+def test_what_a_notebook_wrote_down_is_asked_for(capsys, tmp_path):
+    code, _, said = call(capsys, 'train-as', tmp_path/'training.json')
+    assert code == 2 and 'training.json is missing' in said

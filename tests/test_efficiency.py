@@ -1,12 +1,13 @@
 "What a long run needs: a dry run that finds what is missing, several processes that agree, a catalogue of half a million rows, the real architectures for a few steps."
 import os, shutil, signal, subprocess, sys, time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import torch
-from gac import cli, efficiency, foundations, stage2, study, tiles
+from gac import cli, efficiency, foundations, gradients, stage1, stage2, stage3, study, tiles, training
 
 import tiles_layouts
 
@@ -63,11 +64,34 @@ def test_a_place_in_two_splits_and_a_missing_folder_are_found(tmp_path):
     assert ('leakage', 'missing') in states(look()[0])  # another day, the same land, trained and validated on
     assert efficiency.check_data('', dict(data='bigearthnet_v2', tiles=7))[1] == 7
 
-def test_checkpointing_is_refused_where_nothing_is_called_so():
-    model = stage2.build_prithvi_refiner(pretrained=False)
-    with pytest.raises(study.GacError, match='No block'): efficiency.checkpoint_blocks(model, r'layers\.\d+')
-    efficiency.checkpoint_blocks(model, efficiency.BLOCKS['prithvi'])
-    with pytest.raises(study.GacError, match='already'): efficiency.checkpoint_blocks(model, efficiency.BLOCKS['prithvi'])
+@pytest.mark.parametrize('stage, options', [(2, {}), (2, dict(load_in_8bit=True, unfreeze_last_n_blocks=1)), (3, {}), (3, dict(reach='linear'))])
+def test_blocks_computed_twice_learn_the_same_with_less_memory(stage, options):
+    "Equal loss and gradients, which reach the adapters behind frozen inputs; less kept, and a lower peak as PyTorch's profiler sees it."
+    model = stage2.build_prithvi_refiner(width=8, depth=0, **options) if stage == 2 else stage3.build_stage3_model(width=8, depth=0, **options)
+    own = torch.Generator().manual_seed(0)
+    for k, p in model.named_parameters():
+        if 'lora_B' in k or k.endswith('net.out.weight'): torch.nn.init.normal_(p, std=.05, generator=own)
+    image, radar = torch.rand(16, 4, 48, 48, generator=own)*.3, torch.randn(16, 2, 48, 48, generator=own) - 15
+    given = (image, dict(month=6, biome=4)) if stage == 2 else (radar, image)
+    def step():
+        model.zero_grad()
+        with training.seeded(0): loss = model(*given).square().mean()
+        loss.backward()
+        return float(loss.detach()), {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+    seen = []
+    for on in (False, True):
+        with training.checkpointed(model.train(), on):
+            loss, grads = step()
+            with training.seeded(0): kept = efficiency.kept_for_backward(model, lambda: model(*given))
+            seen.append((loss, grads, kept/1e6, gradients.peak_mb(step, model)))
+    (loss, plain, kept, peak), (again, saving, few, low) = seen
+    assert loss == again and plain.keys() == saving.keys()
+    assert {k for k in plain if 'lora_' in k} == {k for k, p in model.named_parameters() if 'lora_' in k and p.requires_grad}
+    for k, g in plain.items():
+        torch.testing.assert_close(saving[k], g, rtol=1e-5, atol=1e-8)
+        assert 'lora_' not in k or g.abs().max() > 0, k
+    print(f'kept {kept:.1f} and {few:.1f} MB, peak {peak:.1f} and {low:.1f} MB')
+    assert few < .7*kept and low < .9*peak
 
 @pytest.mark.parametrize('array', ['s1', 's2'])
 def test_stored_size_is_that_of_the_files(tmp_path, array):
@@ -95,17 +119,59 @@ def test_two_devices_train_what_one_trains_with_the_same_global_batch(tmp_path):
     assert ends['one']['state']['head.colour.net.out.bias'].abs().max() > 5e-4
 
 @pytest.mark.slow
-def test_two_ranks_draw_what_one_draws_though_one_is_killed(tmp_path):
-    for name in ('one', 'two'): tiles.from_world(tmp_path/name, 14, 1, 1, size=48, shard=4)
-    assert run('draw', tmp_path/'one', 0, 1).returncode == 0
-    first = subprocess.Popen([*RANKS, 'draw', str(tmp_path/'two'), '0', '2'], stdout=subprocess.DEVNULL,
+@pytest.mark.parametrize('stage', [2, 3])
+def test_a_notebook_trains_on_two_devices_what_one_trains_with_the_same_global_batch(stage, tmp_path, monkeypatch, capfd):
+    "As in a kernel, which cannot start itself anew: processes of their own train, and the notebook takes up what they leave, also after another stop."
+    store = tiles.from_world(tmp_path/'tiles', 6, 2, 1, size=48)
+    for k in ('opt_v1', 'opt_v2'):
+        store.ensure_array(k, (4, 48, 48), 'int16')
+        with store: store.write(k, list(range(9)), (store.read('s2', slice(None))[:, [1, 2, 3, 7]]*.9).astype('int16'))
+    images = stage1.stored(store, f'opt_v{stage - 1}')
+    settings = training.Settings(lr=1e-3, max_steps=4, grad_accum_steps=2, val_every=2, save_every=2, early_stopping=False, accelerator='cpu',
+                                 monitor='val_psnr', mode='max')
+    def trained(folder, **given):
+        s = replace(settings, **given)
+        if stage == 2:
+            model, kind = stage2.build_prithvi_refiner(dropout=0., hide=0., width=16, depth=1), stage2.Pairs
+            work, more = stage2.train_stage2, {}
+        else:
+            model, kind = stage3.build_stage3_model(dropout=0., width=16, depth=1), stage3.Triples
+            work, more = stage3.train_stage3, dict(frozen=.5, crop=0)
+        sets = (kind(store, store.rows(k), images) for k in ('train', 'val'))
+        return work(model, *sets, s, tmp_path/folder, **more), model
+    one, a = trained('one', batch_size=2)
+    monkeypatch.setattr('sys.ps1', '>>> ', raising=False)
+    two, b = trained('two', devices=2)
+    said = capfd.readouterr().out
+    assert 'MEMBER: 2/2' in said and two.steps == one.steps == 4
+    np.testing.assert_allclose(two.curve.val_psnr, one.curve.val_psnr, atol=1e-3)
+    state = training.trained_state(b)
+    for k, v in training.trained_state(a).items(): torch.testing.assert_close(state[k], v, rtol=0, atol=5e-5)
+    again, c = trained('two', devices=2)
+    assert 'MEMBER' not in capfd.readouterr().out and again.steps == again.resumed_at == 4
+    for k, v in training.trained_state(c).items(): torch.testing.assert_close(state[k], v, rtol=0, atol=0)
+    with pytest.raises(study.GacError, match=r'srun gac train-as .*far/training.json'): trained('far', devices=2, num_nodes=2)
+    with pytest.raises(study.GacError, match='images that are stored'): stage1.noted(stage2.Pairs(store, [0], lambda batch: batch['truth']))
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stage', [1, 2, 3])
+def test_two_ranks_draw_what_one_draws_though_one_is_killed(stage, tmp_path):
+    for name in ('one', 'two'):
+        store = tiles.from_world(tmp_path/name, 14, 1, 1, size=48, shard=4)
+        for k in range(1, stage):
+            store.ensure_array(f'opt_v{k}', (4, 48, 48), 'int16')
+            with store: store.write(f'opt_v{k}', list(range(16)), store.read('s2', slice(None))[:, [1, 2, 3, 7]].astype('int16'))
+    array = f'opt_v{stage}'
+    assert run('draw', tmp_path/'one', 0, 1, 0, stage).returncode == 0
+    first = subprocess.Popen([*RANKS, 'draw', str(tmp_path/'two'), '0', '2', '0', str(stage)], stdout=subprocess.DEVNULL,
                              stderr=subprocess.DEVNULL)
-    assert run('draw', tmp_path/'two', 1, 2, 2).returncode == -signal.SIGKILL
+    assert run('draw', tmp_path/'two', 1, 2, 2, stage).returncode == -signal.SIGKILL
     assert first.wait(600) == 0
-    assert 0 < len(tiles.Store(tmp_path/'two').pending('opt_v1')) < 8
-    assert run('draw', tmp_path/'two', 1, 2).returncode == 0
-    one, two = (tiles.Store(tmp_path/n).read('opt_v1', slice(None)) for n in ('one', 'two'))
-    assert np.array_equal(one, two)
+    assert 0 < len(tiles.Store(tmp_path/'two').pending(array)) < 8
+    assert run('draw', tmp_path/'two', 1, 2, 0, stage).returncode == 0
+    one, two = (tiles.Store(tmp_path/n) for n in ('one', 'two'))
+    assert np.array_equal(one.read(array, slice(None)), two.read(array, slice(None)))
+    if stage > 1: assert (one.read(array, slice(None)) != one.read(f'opt_v{stage - 1}', slice(None))).any()
 
 @pytest.mark.slow
 def test_the_official_catalogue_is_looked_through_in_seconds(real_data, tmp_path):

@@ -242,3 +242,36 @@ def test_thinking_and_diffusion_at_full_size(hub, generator, tmp_path):
     s1 = torch.randn(3, 2, 120, 120)*4 - 14
     together, alone = generator.generate(s1, timesteps=10), generator.generate(s1[1:2], timesteps=10)
     assert together.shape == (3, 4, 120, 120) and (together[1:2] - alone).abs().max() < 1e-4
+
+def test_every_process_has_its_buffers_in_one_order():
+    "DDP pairs the buffers of its processes by their order; that of a set of names is another one in every process."
+    inputs, outputs = ('S1GRD', 'S2L2A', 'DEM', 'LULC'), ('LULC', 'NDVI', 'S2L2A')
+    model = F.build_generator(input_modalities=inputs, output_modalities=outputs, pretrained=False)
+    keys = dict.fromkeys([*(model.core.mod_name_mapping[m] for m in model.core.modalities), *model.outputs.values()])
+    assert [n for n, _ in model.units.named_buffers()] == [f'{k}_{what}' for k in keys for what in ('mean', 'std')]
+
+@pytest.mark.parametrize('name', ['terramind_mini_generate', 'terramind_v1_large_generate'])
+def test_what_is_spared_is_the_encoder_of_the_output(name):
+    "Counted on TerraTorch's own classes without memory; the tokenizer of an input stays whole."
+    core = F.blank(name, memory=False, modalities=['S1GRD', 'LULC'], output_modalities=['S2L2A', 'LULC'])
+    kept = {k for k, _ in core.named_parameters()}
+    before, read = sum(p.numel() for p in core.parameters()), {core.mod_name_mapping[m] for m in core.modalities}
+    spared = F.spare(core, read)
+    gone = kept - {k for k, _ in core.named_parameters()}
+    assert spared == before - sum(p.numel() for p in core.parameters()) > .03*before
+    (tokenizer,) = {k.split('.')[1] for k in gone}
+    assert 'sen2l2a' in tokenizer and {k.split('.')[2] for k in gone} == {'encoder', 'quant_proj'}
+    assert name != 'terramind_v1_large_generate' or spared > 90e6
+
+def test_a_generator_of_stage_1_draws_the_same_without_an_encoder_and_says_what_it_cannot_do():
+    from gac import baselines, stage1
+    lean, whole = (stage1.build_terramind_generator(tokenizer_encoder=k) for k in (False, True))
+    radar = torch.full((1, 2, 48, 48), -15.) + torch.randn(1, 2, 48, 48, generator=torch.Generator().manual_seed(0))
+    for tokens in F.TOKENS: assert torch.equal(lean.generate(radar, 2, tokens), whole.generate(radar, 2, tokens))
+    codes = whole.tokenize(torch.full((1, 12, 48, 48), .1))
+    assert torch.equal(lean.decode(codes, 48, 1), whole.decode(codes, 48, 1))
+    assert F.weights_checksums(lean.core) == F.weights_checksums(whole.core)
+    assert not any('.encoder.' in k and 'tokenizer' in k for k, _ in lean.named_parameters())
+    with pytest.raises(study.GacError, match='S2L2A cannot be tokenized.*tokenizer_encoder=True'): lean.tokenize(torch.zeros(1, 12, 48, 48))
+    with pytest.raises(study.GacError, match='makes no round trip'):
+        baselines.round_trip(lean, stage1.Decoding(1))(dict(s2=torch.zeros(1, 12, 48, 48).numpy(), id=['a']))

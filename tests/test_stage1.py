@@ -95,6 +95,37 @@ def test_ranks_together_are_the_single_run(copy, model, reference):
     assert [r['processed'] for r in reports] == [14, 16]
     assert tiles.Store(store.path).read('opt_v1', slice(None)).tobytes() == reference.tobytes()
 
+def at_once(n:int, work) -> list: # exit codes
+    "Run something in processes that begin at the same moment."
+    begin, pids = time.time() + .3, []
+    for rank in range(n):
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            code = 1
+            try:
+                time.sleep(max(0, begin - time.time()))
+                work(rank)
+                code = 0
+            finally: os._exit(code)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+def test_workers_may_begin_at_the_same_moment(copy, tmp_path):
+    "A companion and an array that are begun, and an array of other settings that is replaced, by several workers at once."
+    store = copy('source')
+    values = np.arange(30)[:, None, None, None]*np.ones((1, 4, 48, 48))
+    def fill(made, **kw):
+        def work(rank, ranks=3):
+            into = stage1.companion(tiles.Store(store.path), tmp_path/'beside')
+            stage1.fill(into, 'opt_v1', (4, 48, 48), dict(made=made), lambda rows: (None, np.asarray(rows), {}),
+                        lambda _, rows: values[rows]*made/1e4, 2, 0, rank, ranks, **kw)
+        return work
+    for made, kw in ((1, {}), (2, dict(overwrite=True)), (3, dict(overwrite=True))):
+        assert at_once(3, fill(made, **kw)) == [0]*3
+        beside = tiles.Store(tmp_path/'beside')
+        assert len(beside) == 30 and beside.arrays['opt_v1'].attrs['made'] == made
+        assert (beside.read('opt_v1', slice(None)) == values*made).all()
+    assert at_once(2, fill(4)) == [1, 1]  # other settings are refused where nobody asked to replace
+
 def test_a_rank_leaves_the_tiles_of_others_alone(copy, model):
     store = copy('one')
     stage1.precompute(store, model, rank=0, world_size=2, **QUICK)

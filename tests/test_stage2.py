@@ -125,6 +125,10 @@ def test_ranks_and_batch_sizes_agree(copy, trained):
     stage2.precompute_stage2(one, refiner, batch_size=4)
     for rank in (1, 0): stage2.precompute_stage2(tiles.Store(two.path), refiner, batch_size=3, rank=rank, world_size=2)
     values = [tiles.Store(s.path).read('opt_v2', slice(None)).astype(int) for s in (one, two)]
+    three = copy('three')
+    reports = [stage2.precompute_stage2(tiles.Store(three.path), refiner, batch_size=4, rank=r, world_size=2) for r in (1, 0)]
+    assert [r['processed'] for r in reports] == [4, 8]  # whole shards are dealt out
+    assert (tiles.Store(three.path).read('opt_v2', slice(None)) == values[0]).all()
     assert np.abs(values[0] - values[1]).max() <= 1 and np.abs(values[0] - one.read('opt_v1', slice(None))).max() > 5
 
 def test_opt_v2_depends_on_what_was_trained(copy, trained):
@@ -135,6 +139,12 @@ def test_opt_v2_depends_on_what_was_trained(copy, trained):
     assert stage2.precompute_stage2(store, stage2.build_prithvi_refiner(**SMALL), overwrite=True)['processed'] == 12
     # untrained: nothing is changed
     np.testing.assert_array_equal(store.read('opt_v2', slice(None)), store.read('opt_v1', slice(None)))
+    for k in ('opt_v1', 'opt_v2'): store.drop(k)
+    store.ensure_array('opt_v1', (4, 40, 40), 'int16')
+    with store: store.write('opt_v1', [0, 2, 5], tiles.to_dn(dim(stage1.read_tiles(store, [0, 2, 5]))))
+    report = stage2.precompute_stage2(store, stage2.build_prithvi_refiner(**SMALL), max_tiles=4)
+    assert (report['processed'], report['errors'], set(report['failed'].error)) == (2, 2, {'it has no opt_v1'})
+    assert list(report['failed'].id) == [store.table.id[1], store.table.id[3]]
     with pytest.raises(GacError, match='has no opt_v9'):
         stage2.precompute_stage2(store, stage2.build_prithvi_refiner(**SMALL), source='opt_v9')
 

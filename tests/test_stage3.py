@@ -169,6 +169,11 @@ def test_precompute_resumes_and_leaves_the_same_values(store, tmp_path, monkeypa
     report = stage3.precompute_stage3(tiles.Store(store.path), model, batch_size=2)
     assert (report['processed'], report['skipped'], report['errors']) == (6, 6, 0)
     np.testing.assert_array_equal(tiles.Store(store.path).read('opt_v3', slice(None)), whole.read('opt_v3', slice(None)))
+    two = tiles.Store(shutil.copytree(store.path, tmp_path/'two'))
+    two.drop('opt_v3')
+    reports = [stage3.precompute_stage3(tiles.Store(two.path), model, batch_size=2, rank=r, world_size=2) for r in (1, 0)]
+    assert sum(r['processed'] for r in reports) == 12 and 0 < reports[0]['processed'] < 12
+    np.testing.assert_array_equal(tiles.Store(two.path).read('opt_v3', slice(None)), whole.read('opt_v3', slice(None)))
     with torch.no_grad(): model.head.out.weight.normal_(std=.05)
     with pytest.raises(GacError, match='trained'): stage3.precompute_stage3(whole, model)  # another model does not mix in
     assert stage3.precompute_stage3(whole, model, overwrite=True)['processed'] == 12

@@ -196,6 +196,52 @@ def test_frozen_weights_do_not_move(tmp_path):
     assert moved == {n for n, p in model.named_parameters() if p.requires_grad}
 
 
+def test_a_checkpointed_training_is_the_same_training(tmp_path):
+    "Dropout, 8 bits, a stop and a change of mind in between: the same curve and weights, every block computed twice, nothing left behind."
+    def trained(folder, *rounds):
+        called = []
+        for options in rounds:
+            model = vit(int8=True)
+            model.blocks[0].mlp.register_forward_pre_hook(lambda *_: called.append(torch.is_grad_enabled()))
+            done = fit(model, step, Tiles(10), Tiles(6), replace(SETTINGS, **options), tmp_path/folder, every=0)
+            assert not any('forward' in vars(m) for m in model.modules())
+        return done, model, sum(called)
+    plain, a, once = trained('plain', {})
+    saving, b, twice = trained('saving', dict(checkpointing=True))
+    assert twice == 2*once == 44
+    columns = [c for c in plain.curve if c != 'gpu_memory_mb']
+    assert (plain.curve[columns].fillna(0) == saving.curve[columns].fillna(0)).all(axis=None)
+    for k, v in training.trained_state(a).items(): assert torch.equal(v, training.trained_state(b)[k]), k
+    seen = []
+    def stopped(model, batch):
+        seen.append(model.training)
+        if sum(seen) > 15: raise KeyboardInterrupt
+        return step(model, batch)
+    with pytest.raises(KeyboardInterrupt): fit(vit(int8=True), stopped, Tiles(10), Tiles(6), SETTINGS, tmp_path/'changed', every=0)
+    changed, c, _ = trained('changed', dict(checkpointing=True))
+    assert 0 < changed.resumed_at < 11 and changed.curve.train_loss.tolist() == plain.curve.train_loss.tolist()
+
+
+def test_checkpointing_is_refused_where_no_blocks_are_named(tmp_path):
+    with pytest.raises(GacError, match='Linear names no blocks'):
+        fit(nn.Linear(2, 2), step, Tiles(10), None, replace(SETTINGS, checkpointing=True), tmp_path, every=0)
+
+
+@pytest.mark.parametrize('given, env, said', [
+    (dict(devices=2), {}, 'this process can train on one device only. Use gac train-stage2'),
+    (dict(num_nodes=3), {}, 'num_nodes=3'),
+    (dict(), dict(WORLD_SIZE='2'), '2 processes were started together, but devices=1 x num_nodes=1 is 1'),
+    (dict(devices=2), dict(SLURM_STEP_NUM_TASKS='8'), '8 processes were started together, but devices=2')])
+def test_a_console_says_how_several_devices_train(monkeypatch, tmp_path, given, env, said):
+    monkeypatch.setattr('sys.ps1', '>>> ', raising=False)
+    for k, v in env.items(): monkeypatch.setenv(k, v)
+    with pytest.raises(GacError, match=said): fit(vit(), step, Tiles(10), None, replace(SETTINGS, **given), tmp_path, every=0)
+
+
+def test_unknown_strategies_are_refused():
+    with pytest.raises(GacError, match="strategy='ddp_spawn': expected one of"): Settings(strategy='ddp_spawn')
+
+
 def test_resumed_accounts_for_every_key():
     task = Task(vit(), step, SETTINGS, 11)
     checkpoint = {'state_dict': {k: v for k, v in training.trained_state(task).items() if 'lora_B' not in k}}
