@@ -593,7 +593,8 @@ class Curve(Callback):
     def on_train_batch_start(self, trainer, module, batch, batch_idx): self.lr = trainer.optimizers[0].param_groups[0]['lr']
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        for k, v in outputs.items(): self.sums[k] = self.sums.get(k, 0.) + float(v)
+        whole = {'loss': self.settings.grad_accum_steps}  # Lightning hands it over divided by that, and nothing else
+        for k, v in outputs.items(): self.sums[k] = self.sums.get(k, 0.) + float(v)*whole.get(k, 1)
         self.count += 1
         step, s = trainer.global_step, self.settings
         if self.count % s.grad_accum_steps or not (step % s.log_every == 0 or step % s.val_every == 0 or step >= self.total):

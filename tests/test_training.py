@@ -246,3 +246,10 @@ def test_resumed_accounts_for_every_key():
     task = Task(vit(), step, SETTINGS, 11)
     checkpoint = {'state_dict': {k: v for k, v in training.trained_state(task).items() if 'lora_B' not in k}}
     with pytest.raises(GacError, match='missing: .*lora_B'): task.on_load_checkpoint(checkpoint)
+
+def test_the_curve_shows_the_loss_whatever_a_step_gathers(tmp_path):
+    def both(model, batch): return (terms := step(model, batch)) | dict(term=terms['loss'].detach())
+    for n in (1, 3):
+        curve = fit(vit(), both, Tiles(12), None, replace(SETTINGS, grad_accum_steps=n, max_steps=2, val_every=2, save_every=2, log_every=1),
+                    tmp_path/str(n), every=0).curve
+        assert curve.train_loss.tolist() == pytest.approx(curve.train_term.tolist(), rel=1e-5), n
