@@ -446,7 +446,7 @@ class Triples(Dataset):
         keep:int=2048, # tiles held in memory once read
     ):
         self.store, self.rows, self.images, self.lies, self.seed, self.keep = store, np.asarray(rows), images, lies, seed, keep
-        self.held, self.more, self.seen_by = {}, {}, None
+        self.held, self.told, self.more, self.seen_by = {}, {}, {}, None  # tiles as they are, and with their lies
 
     def __len__(self) -> int: return len(self.rows)
 
@@ -460,12 +460,17 @@ class Triples(Dataset):
         return one
 
     def __getitem__(self, i:int) -> dict:
-        one, row = dict(self.tile(i)), int(self.rows[i])
-        rng = np.random.default_rng((self.seed, row, 3))
-        if rng.random() < self.lies:
-            kind = KINDS[rng.integers(len(KINDS))]
-            one['opt_v2'] = torch.from_numpy(plant(one['opt_v2'].numpy(), one['s1'].numpy(), kind, (self.seed, row, 4))[0])
+        one = self.told.get(i) or self.with_lie(i)
+        if len(self.told) < self.keep: self.told[i] = one
         return one | {k: v[i] for k, v in self.more.items()}
+
+    def with_lie(self, i:int) -> dict: # as tile
+        "A tile with its lie, where it carries one."
+        one, row = self.tile(i), int(self.rows[i])
+        rng = np.random.default_rng((self.seed, row, 3))
+        if rng.random() >= self.lies: return one
+        kind = KINDS[rng.integers(len(KINDS))]
+        return one | dict(opt_v2=torch.from_numpy(plant(one['opt_v2'].numpy(), one['s1'].numpy(), kind, (self.seed, row, 4))[0]))
 
     def s2(self, rows) -> Tensor: # (n, 12, H, W) reflectance
         return torch.from_numpy(stage1.read_tiles(self.store, self.rows[rows])['s2'].astype(np.float32))
