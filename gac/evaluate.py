@@ -6,7 +6,7 @@
 __all__ = ['STAGES', 'STEPS', 'BRIEF', 'CHIPS', 'results', 'gains', 'ranking', 'band_table', 'spread', 'remembered', 'grounder',
            'stage_methods', 'unet_methods', 'with_product', 'training_tiles', 'fitted_floors', 'measure_all',
            'pairs_of', 'Recipe', 'brief_recipe', 'recipe_of', 'unet_recipe', 'fit_stage2', 'fit_stage3', 'fit_chain',
-           'mean_of_seeds', 'trained_before', 'further', 'known_weights', 'rivals', 'by_rule', 'real_sets',
+           'mean_of_seeds', 'trained_before', 'further', 'known_weights', 'rivals', 'vetoed', 'by_rule', 'real_sets',
            'run_evaluate', 'panel_of', 'save_panels']
 
 # %% ../nbs/10_evaluate.ipynb #4d50d011
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 
 from . import baselines, metrics, stage1, stage2, stage3, study, tiles, training, world
 from .baselines import MeanBy, PixelRegression, REGRESSIONS, Recalibration, UNETS, floors, pixel_features, round_trip
@@ -374,6 +375,21 @@ def rivals(
     said = [f'{v} the {s.split(" → ")[0]} ({g:+.2f} dB [{lo:+.2f}, {hi:+.2f}])'
             for v, s, g, lo, hi in zip(verdict, psnr.step, psnr.gain, psnr.lo, psnr.hi)]
     return table, f'In PSNR the chain {", ".join(said)}.'
+
+# %% ../nbs/10_evaluate.ipynb #rvd59b2e
+def vetoed(
+    image, # (B, 4, H, W) reflectance
+    s1, # (B, 2, H, W) dB
+    sigma:float=2., # px, width of the smoothing
+    reach:float=1.5, # strength of a radar edge, in strong ones, from which on nothing is smoothed
+) -> torch.Tensor: # as image
+    "An image without structure where the radar shows none."
+    x, radar = (torch.as_tensor(image).clamp_min(0) + metrics.DARK).log(), metrics.radar_edges(s1)
+    border = (x.shape[-1] - radar.shape[-1])//2
+    shown = F.pad((radar/metrics.edge_level(radar))[:, None], [border]*4, mode='replicate')
+    even = (1 - F.max_pool2d(shown, 3, 1, 1)/reach).clamp_min(0)
+    rows, columns = (metrics._banded(metrics._gaussian(sigma, round(3*sigma), x)[0], n, mirror=True) for n in x.shape[-2:])
+    return (x + even*(rows @ x @ columns.T - x)).exp() - metrics.DARK
 
 # %% ../nbs/10_evaluate.ipynb #0b97f3ef
 def by_rule(
