@@ -193,7 +193,7 @@ def info(name, **modalities):
     opt('--device', default='cpu', help='cpu or cuda'),
     opt('--threads', type=int, default=1, metavar='N', help='CPU threads'))
 def pretrain(params, only, output_dir, weights_dir, device, threads):
-    "Pretrain the miniature models on procedural scenes (hours on a CPU, minutes on a GPU)."
+    "Pretrain the miniature models on procedural scenes (hours on a CPU)."
     from gac import pretrain, study
     path = pretrain_params(params)
     pretrain.pretrain_all(pretrain.load_plans(path), study.root()/output_dir, device, threads, only,
