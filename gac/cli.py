@@ -118,13 +118,14 @@ def _pairs(words:list) -> dict:
     opt('--set', dest='sets', action='append', default=[], metavar='KEY=VALUE',
         help='a parameter, over the profile, e.g. 07_stage1.batch_size=16; may be repeated'),
     opt('--force', action='store_true', help='run notebooks even if nothing has changed'),
+    opt('--jobs', type=int, default=0, metavar='N', help='notebooks side by side; nothing: 2, or 1 where there is a GPU or a single core'),
     opt('--dry-run', action='store_true',
         help='run nothing: say what would run, what it needs, costs and lacks (exit code 1 if anything)'))
-def run(profile, data, reports, start, only, sets, force, dry_run):
+def run(profile, data, reports, start, only, sets, force, jobs, dry_run):
     """Run the study's notebooks in order and write the report.
 Notebooks whose code, parameters and inputs are unchanged are skipped; a run that failed or was stopped goes on where it was."""
     from gac import study
-    study.run_chain(profile, data=data, reports=reports, start=start, only=only, sets=_pairs(sets), force=force, dry_run=dry_run)
+    study.run_chain(profile, data=data, reports=reports, start=start, only=only, sets=_pairs(sets), force=force, dry_run=dry_run, jobs=jobs)
     if not dry_run: return
     from gac import efficiency
     return int(bool(efficiency.preflight(profile, data, reports, _pairs(sets))))

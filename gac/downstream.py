@@ -703,9 +703,7 @@ def fill_shelf(
         model = stage1.build_terramind_generator((store.attrs.get('s1_product', 'S1GRD'),), name=name, weights=weights)
         stage1.precompute(store, model, into=shelf, **asdict(decoding), seed=run.seed)
     later = wanted & {'opt_v2', 'opt_v3'}
-    if later and not stage3.both_trained(run.dir):
-        print('Stages 2 and 3 of this run are not trained: a few steps stand in for them.')
-        evaluate.fit_chain(store, stage1.stored(shelf), evaluate.brief_recipe(), run.dir, run.seed, no_refinement=False)
+    if later: evaluate.trained_before(run, store)
     if later and missing('opt_v2'):
         stage2.precompute_stage2(store, stage2.load_stage2(run.dir/'stage2'), shelf, batch_size=batch_size)
     if 'opt_v3' in later and missing('opt_v3'):

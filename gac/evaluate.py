@@ -333,12 +333,17 @@ def mean_of_seeds(
 def trained_before(
     run, # study.Run
     store, # tiles.Store with radar and truth
+    unets:bool=False, # U-Nets too
+    **how3, # over those of brief_recipe
 ) -> Recipe: # of the run
     "Where a notebook runs alone, what comes before it is done now, briefly."
-    v1 = stage1.stored(stage1.drawn_before(run, store))
-    if not stage3.both_trained(run.dir): fit_chain(store, v1, brief_recipe(), run.dir, run.seed, no_refinement=False)
-    if not (run.dir/'unets'/'recipe.json').exists():
-        net = brief_recipe().unet
+    v1, brief = stage1.stored(stage1.drawn_before(run, store)), brief_recipe()
+    if not stage3.both_trained(run.dir):
+        run.stand_in('Stage 2 or Stage 3')
+        fit_chain(store, v1, replace(brief, how3=brief.how3 | how3), run.dir, run.seed, no_refinement=False)
+    if unets and not (run.dir/'unets'/'recipe.json').exists():
+        run.stand_in('the U-Net')
+        net = brief.unet
         for k in UNETS: baselines.fit_unet(store, v1, k, net, run.dir/'unets'/baselines.slug(k), run.seed)
         study._write(run.dir/'unets'/'recipe.json', json.dumps(asdict(net)))
     return recipe_of(run)

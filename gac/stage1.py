@@ -509,6 +509,7 @@ def drawn_before(
     "Stage 1 for a notebook that runs alone: as 07_stage1 left it, else drawn now."
     place = shelf(run, store)
     if 'opt_v1' not in place.arrays:
+        run.stand_in('opt_v1')
         name, weights, decoding = chosen(run)
         precompute(store, build_terramind_generator((store.attrs.get('s1_product', 'S1GRD'),), name=name, weights=weights),
                    **asdict(decoding), seed=run.seed, into=place)

@@ -8,8 +8,8 @@ __all__ = ['S2_BANDS', 'OPT_BANDS', 'OPT_INDEX', 'S1_BANDS', 'REFLECTANCE', 'LUL
            'mend_torchvision', 'seed_everything', 'progress', 'writing', 'replacing', 'writable', 'style',
            'save_picture', 'format_table', 'Run', 'start', 'requirements', 'sha256', 'weights', 'code_state',
            'provenance', 'Parameter', 'declared', 'read_notebook', 'notebook_parameters', 'check_value', 'read_yaml',
-           'profiles', 'load_profile', 'check_parameters', 'modules_used', 'code_of', 'Stage', 'outputs', 'still',
-           'kernels', 'chain_notebooks', 'plan', 'run_chain', 'write_page', 'write_report', 'compare_tables',
+           'profiles', 'load_profile', 'check_parameters', 'modules_used', 'reads_of', 'code_of', 'Stage', 'outputs',
+           'still', 'kernels', 'chain_notebooks', 'plan', 'run_chain', 'write_page', 'write_report', 'compare_tables',
            'compare_reports', 'verify', 'fetch_examples', 'render_readme', 'uphill']
 
 # %% ../nbs/00_study.ipynb #6c34dab9
@@ -320,6 +320,13 @@ class Run:
         self.record['notes'][key] = value
         self._save()
 
+    def stand_in(self, what:str) -> None:
+        "Said where something brief stands in for what an earlier notebook makes: right where one runs alone, never in a chain."
+        if (self.dir/'chain.lock').exists():
+            raise GacError(f'{self.notebook}: {what} of {_shown(self.dir)} is not there. The notebook that makes it has to run first: leave --only and '
+                           '--from out. If it has run, the line `#| reads:` of this one lacks it.')
+        print(f'{what} of this run is not there: something brief stands in for it.')
+
     def missing(self, what:str, why:str) -> None:
         "Say in the report why a cell reads n/a."
         self.record['missing'][what] = why
@@ -578,6 +585,20 @@ def modules_used(
         todo |= _imports(path.read_text(encoding='utf-8'))
     return seen
 
+def reads_of(
+    notebook:dict,
+    before:list[str], # names of the notebooks before it
+    name:str, # its own, for messages
+) -> tuple[tuple, bool]: # names of the notebooks it builds on; whether it must run alone
+    "What a notebook says of its place in the chain: `#| reads: 02_tiles, 07_stage1` or `#| reads: nothing`, and `#| alone`. One that says nothing builds on all before it."
+    lines = [l for c in notebook['cells'] if c['cell_type'] == 'code' for l in ''.join(c['source']).splitlines() if l.startswith('#| ')]
+    said = [l[9:].strip() for l in lines if l.startswith('#| reads:')]
+    if len(said) > 1: raise GacError(f'{name}.ipynb: {len(said)} lines say what it reads; expected one at most.')
+    named = tuple(before) if not said else () if said == ['nothing'] else tuple(n.strip() for n in said[0].split(','))
+    if wrong := [n for n in named if n not in before]:
+        raise GacError(f'{name}.ipynb reads {wrong[0]!r}: expected notebooks that come before it. {_nearest(wrong[0], before)}')
+    return named, '#| alone' in lines
+
 def code_of(notebook:dict) -> list[str]:
     "The code cells of a notebook, without its parameters cell and IPython's own commands."
     cells = [''.join(c['source']) for c in notebook['cells'] if c['cell_type'] == 'code' and 'parameters' not in _tags(c)]
@@ -597,10 +618,12 @@ class Stage:
     path:Path # the source notebook
     values:dict # every parameter's value
     key:str = '' # hash of all it depends on
-    status:str = 'to run'
-    seconds:float|None = None
+    status:str = 'to run' # then runs, ran, failed; or unchanged, left alone
+    seconds:float|None = None # of the clock, shared with those that ran beside it
+    reads:tuple = () # names of the notebooks it builds on
+    alone:bool = False # it measures times: nothing may run beside it
 
-def _key(path:Path, values:dict, upstream:str, package:Path) -> str:
+def _key(path:Path, values:dict, upstream:dict, package:Path) -> str:
     "Hash of everything a notebook depends on."
     code = code_of(read_notebook(path))
     modules = modules_used('\n'.join(code), package)
@@ -702,18 +725,17 @@ def _keep(executed:Path, place:Path) -> None:
 
 def _execute(stage:Stage, runs:Path, reports:Path, verbose:bool, kernel:dict) -> None:
     "Run one notebook with papermill; where it fails, keep what it got to and say where."
-    import papermill, warnings
+    import papermill
     tmp, place = runs/'notebooks'/f'{stage.name}.ipynb', reports/'notebooks'/f'{stage.name}.ipynb'
     failed = place.with_suffix('.failed.ipynb')
     tmp.parent.mkdir(parents=True, exist_ok=True)
     before = set(outputs(stage.name, runs, reports))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            papermill.execute_notebook(str(stage.path), str(tmp), stage.values, kernel_name='python3', language='python',
-                                       cwd=str(stage.path.parent), progress_bar=False, start_timeout=600, **kernel,
-                                       extra_arguments=['--IPKernelApp.log_level=50'],  # its remarks on transport and shutdown
-                                       stdout_file=sys.stdout if verbose else None, stderr_file=sys.stderr if verbose else None)
+        # the kernel's folder alone: papermill's cwd would move this process, and with it every other lane
+        papermill.execute_notebook(str(stage.path), str(tmp), stage.values, kernel_name='python3', language='python',
+                                   resources=dict(metadata=dict(path=str(stage.path.parent))), progress_bar=False, start_timeout=600,
+                                   **kernel, extra_arguments=['--IPKernelApp.log_level=50'],  # its remarks on transport and shutdown
+                                   stdout_file=sys.stdout if verbose else None, stderr_file=sys.stderr if verbose else None)
     except (papermill.PapermillExecutionError, RuntimeError) as e:
         if tmp.exists(): _keep(tmp, failed)
         why = f'in cell {e.exec_count}: {e.ename}: {e.evalue}' if hasattr(e, 'ename') else f'with its kernel (out of memory?): {e}'
@@ -738,6 +760,7 @@ def _become_kernel(argv:list[str], cwd:str, env:dict) -> None:
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env, JPY_PARENT_PID=str(os.getppid()))
+    if 'torch' in sys.modules: sys.modules['torch'].set_num_threads(int(env['OMP_NUM_THREADS']))  # read when the server imported it
     argv = [*argv, f'--IPKernelApp.parent_handle={os.getppid()}']  # ipykernel read the variable when it was imported
     matplotlib.rcParams['backend'] = 'module://matplotlib_inline.backend_inline'  # which a kernel sets before the import
     try: launch_new_instance(argv)
@@ -826,17 +849,18 @@ def plan(
     alone = _pick(names, only, '--only') if only else None
     fixed = dict(profile=profile, run_dir=_relative(run), reports_dir=_relative(run/'report'), data=data)
     there = run/'report' if (run/'report').is_dir() else report  # what a stopped run left is the newer
-    done, stages, upstream = _read_json(run/'chain.json'), [], ''
+    done, stages, keys = _read_json(run/'chain.json'), [], {}
     for i, path in enumerate(paths):
         values = {n: p.default for n, p in declarations[path.stem].items()} | given[path.stem] | fixed
-        stage = Stage(path.stem, path, values, _key(path, values, upstream, root()/'gac'))
+        reads, apart = reads_of(read_notebook(path), names[:i], path.stem)
+        stage = Stage(path.stem, path, values, _key(path, values, {n: keys[n] for n in reads}, root()/'gac'), reads=reads, alone=apart)
         old = done.get(path.stem, {})
         stage.seconds = old.get('seconds')
         unchanged = old.get('key') == stage.key and all(p.exists() for p in outputs(path.stem, run, there))
         chosen = i == alone if only else i >= first
         if not chosen: stage.status = 'left alone'
         elif unchanged and not (force or only or start): stage.status = 'unchanged'
-        upstream = stage.key if chosen else old.get('key', 'never ran')  # what really lies there
+        keys[stage.name] = stage.key if chosen else old.get('key', 'never ran')  # what really lies there
         stages.append(stage)
     return stages
 
@@ -883,6 +907,7 @@ def run_chain(
     nbs:str|Path='', # folder of the notebooks; empty: nbs
     runs:str='', # folder of the artefacts; empty: runs/<profile>
     verbose:bool=False, # show what the notebooks print
+    jobs:int=0, # notebooks side by side; 0: two, one where there is a GPU or a single core
 ): # a DataFrame: notebook, status, seconds
     "Run the study, or what has changed of it, and write its report."
     import pandas as pd
@@ -893,17 +918,16 @@ def run_chain(
     report, run = _places(profile, data, reports, runs)
     stages = plan(profile, data, report, run, sets, start, only, force, Path(nbs) if nbs else None)
     todo = [s for s in stages if s.status == 'to run']
+    if jobs < 0: raise GacError(f'--jobs {jobs}: expected 1 or more, or nothing.')
     known = [s.seconds for s in todo if s.seconds]
     about = f', about {_clock(sum(known))} for {len(known)} of them last time' if known else ''
     print(f'Profile {profile}: {len(todo)} of {len(stages)} notebooks to run{about}. Report: {_shown(report)}', flush=True)
-    # for the kernels: sums in another order round otherwise, and training carries that on
-    os.environ.setdefault('OMP_NUM_THREADS', '2')
     # on a busy machine threads that spin while they wait take the time the others need
     os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
     if not dry_run:
         with _stoppable(), _Lock(run), writing(run):
-            kernel, draft = kernels(todo), _draft(report, run)
-            for s in stages: _run_stage(s, stages, run, draft, verbose, kernel)
+            draft = _draft(report, run)
+            _run_stages(stages, run, draft, verbose, jobs or _lanes())
             write_report(stages, run, draft, profile, layout)
             _publish(draft, report)
     summary = pd.DataFrame([dict(notebook=s.name, status=s.status, seconds=s.seconds) for s in stages])
@@ -911,26 +935,94 @@ def run_chain(
     if not dry_run: print(f'Done in {_clock(time.perf_counter() - began)}. Open {_shown(report/"index.html")}')
     return summary
 
-def _run_stage(stage:Stage, stages:list[Stage], run:Path, report:Path, verbose:bool, kernel:dict) -> None:
-    "Run one notebook if it is to run, and remember its key only when it has succeeded."
-    number = f'[{stages.index(stage) + 1}/{len(stages)}] {stage.name}'
-    if stage.status != 'to run':
-        print(f'{number}: {stage.status}', flush=True)
-        return
-    expected = f' (last time {_clock(stage.seconds)})' if stage.seconds else ''
-    print(f'{number} runs{expected} …', flush=True)
-    began = time.perf_counter()
-    try: _execute(stage, run, report, verbose, kernel)
-    except BaseException:
-        stage.status = 'failed'
-        raise
-    stage.status, stage.seconds = 'ran', round(time.perf_counter() - began, 1)
-    left = [s.seconds for s in stages if s.status == 'to run']
-    ahead = f', about {_clock(sum(left))} left' if left and all(left) else ''
-    print(f'{number}: {_clock(stage.seconds)}{ahead}', flush=True)
-    done = _read_json(run/'chain.json') | {stage.name: dict(key=stage.key, seconds=stage.seconds, parameters=stage.values,
-                                                            **code_state())}
-    _write(run/'chain.json', json.dumps(done, indent=1) + '\n')
+def _lanes() -> int:
+    "How many notebooks run side by side where nobody says: a GPU's memory is for one."
+    return 1 if (os.cpu_count() or 1) < 2 or provenance()['device'] != 'cpu' else 2
+
+def _ahead(stages:list[Stage]) -> dict: # name -> seconds
+    "How long the longest way from each notebook to the end of the chain takes; a minute for one that never ran."
+    found = {}
+    for s in reversed(stages):
+        found[s.name] = (s.status == 'to run')*(s.seconds or 60) + max((found[t.name] for t in stages if s.name in t.reads), default=0)
+    return found
+
+def _next(
+    stages:list[Stage],
+    jobs:int, # side by side
+) -> list[Stage]:
+    "What may start now, the longest way to the end first; one that must run alone waits until the others leave it the machine."
+    running, open_ = [s for s in stages if s.status == 'runs'], {s.name for s in stages if s.status in ('to run', 'runs', 'failed')}
+    if any(s.alone for s in running): return []
+    ahead = _ahead(stages)
+    free = sorted((s for s in stages if s.status == 'to run' and not open_ & set(s.reads)), key=lambda s: -ahead[s.name])
+    return [s for s in free if not s.alone][:jobs - len(running)] or [s for s in free if s.alone and not running][:1]
+
+def _cancel(loop) -> None: # asyncio event loop of another thread
+    "Stop what a lane waits for, as Ctrl-C stops what the main thread waits for: its kernel is shut down on the way out."
+    import asyncio
+    loop.call_soon_threadsafe(lambda: [t.cancel() for t in asyncio.all_tasks(loop)])
+
+def _run_stages(stages:list[Stage], run:Path, report:Path, verbose:bool, jobs:int) -> None:
+    "Run what is to run, side by side where no notebook builds on the other, and remember a key only when its notebook has succeeded."
+    import warnings
+    from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+    from jupyter_core.utils import ensure_event_loop
+    number = {s.name: f'[{i}/{len(stages)}] {s.name}' for i, s in enumerate(stages, 1)}
+    for s in stages:
+        if s.status != 'to run': print(f'{number[s.name]}: {s.status}', flush=True)
+    todo, loops, running, before = [s for s in stages if s.status == 'to run'], set(), {}, time.perf_counter()
+    if not todo: return
+    # sums in another order round otherwise, and training carries that on: the same threads whatever runs beside
+    given = os.environ.get('OMP_NUM_THREADS')
+    threads = int(given or min(2, max(1, (os.cpu_count() or 1)//jobs)))
+    share, began = dict.fromkeys(number, 0.), {}
+
+    def lane(stage):
+        loops.add(ensure_event_loop())
+        _execute(stage, run, report, verbose, kernel)
+
+    def start(stage):
+        os.environ['OMP_NUM_THREADS'] = str(threads*jobs if stage.alone else threads)
+        expected = f' (last time {_clock(stage.seconds)})' if stage.seconds else ''
+        print(f'{number[stage.name]} runs{expected} …', flush=True)
+        began[stage.name], stage.status = time.perf_counter(), 'runs'
+        running[pool.submit(lane, stage)] = stage
+
+    def finish(stage):
+        stage.status, stage.seconds = 'ran', round(share[stage.name], 1)
+        left = [s.seconds for s in stages if s.status in ('to run', 'runs')]
+        ahead = f', about {_clock(sum(left))} left' if left and all(left) else ''
+        print(f'{number[stage.name]}: {_clock(time.perf_counter() - began[stage.name])}{ahead}', flush=True)
+        done = _read_json(run/'chain.json') | {stage.name: dict(key=stage.key, seconds=stage.seconds, parameters=stage.values,
+                                                                **code_state())}
+        _write(run/'chain.json', json.dumps(done, indent=1) + '\n')
+
+    with ThreadPoolExecutor(jobs) as pool, warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        try:
+            kernel, failed = kernels(todo), None
+            while True:
+                for s in [] if failed else _next(stages, jobs): start(s)
+                if not running: break
+                done = wait(running, return_when=FIRST_COMPLETED)[0]
+                now = time.perf_counter()
+                for s in running.values(): share[s.name] += (now - before)/len(running)
+                before = now
+                for future in done:
+                    stage = running.pop(future)
+                    if not (why := future.exception()):
+                        finish(stage)
+                        continue
+                    stage.status, failed = 'failed', failed or why
+                    if running: print(f'{number[stage.name]} failed; what runs beside it still ends: {", ".join(s.name for s in running.values())}', flush=True)
+        except BaseException:
+            for loop in loops: _cancel(loop)
+            raise
+        finally:
+            del os.environ['OMP_NUM_THREADS']
+            if given: os.environ['OMP_NUM_THREADS'] = given
+    if failed: raise failed
+
 
 # %% ../nbs/00_study.ipynb #7ecbd918
 _PAGE = """<!DOCTYPE html>

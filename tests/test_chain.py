@@ -153,23 +153,80 @@ def test_one_chain_at_a_time(chain):
         other.wait()
     assert go(chain, only='2')[2] == 'ran'  # its owner is dead: taken over
 
+def span(tmp_path, name): return "import time, pathlib\n" \
+    f"began = time.time(); time.sleep(2); pathlib.Path({str(tmp_path)!r}, {name!r}).write_text(f'{{began}} {{time.time()}}')"
+
+@pytest.fixture
+def forked(tmp_path, make_notebook):
+    "A chain that forks: two that build on the first, one that wants to be alone, one that builds on all."
+    (tmp_path/'params').mkdir()
+    (tmp_path/'params'/'toy.yaml').write_text('description: five toys\n')
+    says = {'00_first': '', '01_left': '#| reads: 00_first\n', '02_right': '#| reads: 00_first\n', '03_timed': '#| reads: nothing\n#| alone\n', '04_last': ''}
+    for name, line in says.items():
+        make_notebook(tmp_path/f'{name}.ipynb', 'n: int = 1  # a number', f"{line}print('here')", span(tmp_path, name),
+                      f"from pathlib import Path\nassert not Path({str(tmp_path)!r}, 'break_{name}').exists(), 'told to fail'")
+    return tmp_path
+
+def times(folder): return {p.name: tuple(map(float, p.read_text().split())) for p in folder.glob('0?_*') if not p.suffix}
+
+def test_what_builds_on_nothing_open_runs_side_by_side(forked):
+    at = lambda a, b: seen[a][0] < seen[b][1] and seen[b][0] < seen[a][1]  # whether two overlap
+    assert go(forked, jobs=2) == ['ran']*5
+    seen = times(forked)
+    assert at('01_left', '02_right')
+    assert not any(at('03_timed', n) for n in seen if n != '03_timed')
+    assert all(seen['00_first'][1] <= seen[n][0] for n in ('01_left', '02_right')) and all(v[1] <= seen['04_last'][0] for k, v in seen.items() if k != '04_last')
+    kept = json.loads((forked/'run/chain.json').read_text())
+    assert kept['01_left']['seconds'] < 2 < kept['03_timed']['seconds'], 'the clock is shared by those that run together'
+    for p in times(forked): (forked/p).unlink()
+    assert go(forked, jobs=1, force=True) == ['ran']*5
+    seen = times(forked)
+    assert not at('01_left', '02_right')
+
+def test_a_change_runs_again_what_builds_on_it_and_nothing_else(forked, monkeypatch):
+    assert go(forked) == ['ran']*5
+    path = forked/'01_left.ipynb'
+    path.write_text(path.read_text().replace("print('here')", "print('there')"))
+    assert go(forked, dry_run=True) == ['unchanged', 'to run', 'unchanged', 'unchanged', 'to run']
+    assert go(forked, dry_run=True, sets={'00_first.n': 3}) == ['to run', 'to run', 'to run', 'unchanged', 'to run']
+
+def test_one_that_fails_lets_its_neighbour_end_and_starts_nothing_more(forked, capsys):
+    (forked/'break_01_left').touch()
+    path = forked/'02_right.ipynb'
+    path.write_text(path.read_text().replace('time.sleep(2)', 'time.sleep(4)'))
+    with pytest.raises(study.GacError, match='01_left failed'): go(forked, jobs=2)
+    assert 'what runs beside it still ends: 02_right' in capsys.readouterr().out
+    (forked/'break_01_left').unlink()
+    assert go(forked, dry_run=True) == ['unchanged', 'to run', 'unchanged', 'to run', 'to run']
+
+@pytest.mark.parametrize('line, message', [('#| reads: 00_frist', "reads '00_frist'.*Did you mean 00_first"), ('#| reads: 04_last', "reads '04_last': expected notebooks that come before"),
+                                           ('#| reads: nothing\\n#| reads: 00_first', '2 lines say what it reads')])
+def test_a_wrong_place_in_the_chain_is_refused(forked, line, message):
+    path = forked/'02_right.ipynb'
+    path.write_text(path.read_text().replace('#| reads: 00_first', line))
+    with pytest.raises(study.GacError, match=message): go(forked)
+    assert not (forked/'run').exists()
+
 @pytest.mark.skipif(sys.platform != 'linux', reason='kernels are forked on Linux only')
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGHUP', 'SIGKILL'])
 def test_a_stopped_chain_leaves_no_process_and_resumes(chain, name):
-    "A chain stopped in its second notebook takes its kernel with it, keeps the first notebook and goes on from there."
+    "A chain stopped in its second and third notebook takes their kernels with it, keeps the first notebook and goes on from there."
     import psutil
     path = chain/'01_second.ipynb'
     text = path.read_text()
-    path.write_text(text.replace("print('before')", "import time, pathlib; pathlib.Path('started').touch(); time.sleep(300)"))
-    code = f"from gac import study; study.run_chain('toy', nbs={str(chain)!r}, reports={str(chain/'report')!r}, runs={str(chain/'run')!r})"
+    path.write_text(text.replace("print('before')", "#| reads: 00_first\\nimport time, pathlib; pathlib.Path('started').touch(); time.sleep(300)"))
+    third = chain/'02_third.ipynb'
+    old = third.read_text()
+    third.write_text(old.replace("run.missing(", "#| reads: 00_first\\nimport time, pathlib; pathlib.Path('beside').touch(); time.sleep(300)\\nrun.missing("))
+    code = f"from gac import study; study.run_chain('toy', nbs={str(chain)!r}, reports={str(chain/'report')!r}, runs={str(chain/'run')!r}, jobs=2)"
     process, below = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), []
     try:
         for _ in range(600):
-            if (chain/'started').exists(): break
+            if (chain/'started').exists() and (chain/'beside').exists(): break
             time.sleep(.1)
-        assert (chain/'started').exists()
+        assert (chain/'started').exists() and (chain/'beside').exists()
         below = psutil.Process(process.pid).children(recursive=True)
-        assert len(below) > 1  # the kernel, and the server it was forked from
+        assert len(below) > 2  # two kernels, and the server they were forked from
         process.send_signal(getattr(signal, name))
         process.wait(15)
         left = psutil.wait_procs(below, 15)[1]
@@ -181,6 +238,7 @@ def test_a_stopped_chain_leaves_no_process_and_resumes(chain, name):
             except psutil.NoSuchProcess: pass
         process.wait()
     path.write_text(text)
+    third.write_text(old)
     assert go(chain) == ['unchanged', 'ran', 'ran']
 
 DETERMINISM = """
