@@ -35,6 +35,7 @@ def check_pair(
         raise GacError(f'Expected prediction and truth of one shape (tiles, bands, height, width); '
                        f'got {tuple(pair[0].shape)} and {tuple(pair[1].shape)}. For a single tile add an axis: x[None].')
     for x, what in zip(pair, ('prediction', 'truth')):
+        if x.sum().isfinite(): continue  # ten times as fast as asking every value
         bad = ~x.isfinite()
         if not bad.any(): continue
         counts = bad.sum((1, 2, 3))
@@ -130,7 +131,8 @@ def sam_deg(
     truth, # the same shape
 ) -> Tensor: # (B,), degrees
     "Mean spectral angle."
-    pred, truth = (x.double() for x in check_pair(pred, truth))
+    # the bands of a pixel side by side, as they are summed
+    pred, truth = (x.double().contiguous(memory_format=torch.channels_last) for x in check_pair(pred, truth))
     angle = spectral_angle_mapper(pred, truth, reduction='none')  # (B, H, W), NaN where a spectrum is zero
     both_dark = (pred == 0).all(1) & (truth == 0).all(1)
     angle = angle.nan_to_num(torch.pi/2).masked_fill(both_dark, 0)
