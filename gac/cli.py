@@ -122,7 +122,7 @@ def _pairs(words:list) -> dict:
     opt('--dry-run', action='store_true',
         help='run nothing: say what would run, what it needs, costs and lacks (exit code 1 if anything)'))
 def run(profile, data, reports, start, only, sets, force, jobs, dry_run):
-    """Run the study's notebooks in order and write the report.
+    """Run the study's notebooks, side by side where none builds on the other, and write the report.
 Notebooks whose code, parameters and inputs are unchanged are skipped; a run that failed or was stopped goes on where it was."""
     from gac import study
     study.run_chain(profile, data=data, reports=reports, start=start, only=only, sets=_pairs(sets), force=force, dry_run=dry_run, jobs=jobs)

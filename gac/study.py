@@ -1030,7 +1030,7 @@ _PAGE = """<!DOCTYPE html>
 <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:62em;margin:2em auto;padding:0 1em;color:#222}}
 h2{{border-bottom:1px solid #ccc;margin-top:2.5em}}h3{{font-size:1em;margin:2em 0 .3em}}figure{{margin:1.5em 0}}img{{max-width:100%}}figcaption,.note{{color:#555}}
 .wide{{overflow-x:auto}}table{{border-collapse:collapse;font-size:.85em}}caption{{text-align:left;color:#555;padding:.3em 0}}
-td,th{{padding:.2em .6em;border-bottom:1px solid #ddd;text-align:right}}td:first-child,th:first-child{{text-align:left}}
+td,th{{padding:.2em .6em;border-bottom:1px solid #ddd;text-align:right}}td:first-child,th:first-child,.w{{text-align:left}}
 </style></head><body>
 <h1>{title}</h1>
 {body}
@@ -1042,12 +1042,19 @@ def _sentence(caption:str, name:str) -> tuple[str, str]: # a title, the rest
     first = re.match(r'(?s).+?[.!?](?=\s+[A-Z]|\s*$)', caption)
     return (first[0], caption[first.end():].strip()) if first else (caption or name, '')
 
+def _html(df) -> str: # a pandas DataFrame of text
+    "A table, words to the left and numbers to the right."
+    from html import escape
+    words = [bool(df[c].str.contains(r'[^\W\d_]{2}').any()) for c in df]
+    line = lambda tag, values: '<tr>' + ''.join(f'<{tag}{" class=w"*w}>{escape(str(v))}</{tag}>' for v, w in zip(values, words)) + '</tr>'
+    return f'<table><thead>{line("th", df.columns)}</thead><tbody>{"".join(line("td", r) for r in df.itertuples(False, None))}</tbody></table>'
+
 def _html_table(csv:Path, caption:str) -> str:
     "One table of the report, as it was written, with links to its other forms."
     import pandas as pd
     from html import escape
     title, rest = _sentence(caption, csv.stem)
-    body = pd.read_csv(csv, dtype=str, keep_default_na=False).to_html(index=False, border=0, escape=True)
+    body = _html(pd.read_csv(csv, dtype=str, keep_default_na=False))
     body = body.replace('<thead>', f'<caption>{escape(rest)}</caption><thead>', 1) if rest else body
     links = ' · '.join(f'<a href="tables/{csv.stem}.{s}">{csv.stem}.{s}</a>' for s in ('csv', 'md', 'tex'))
     return f'<h3 id="{csv.stem}">{escape(title)}</h3><div class="wide">{body}</div><p class="note">{links}</p>'
@@ -1094,7 +1101,7 @@ def _html_summary(entries:dict, report:Path) -> str:
         short = df[[c for c in ('data', 'method', 'n_tiles') if c in df]].rename(columns={'n_tiles': 'test tiles'})
         short = short.assign(**{text: df[c] + within(c) for c, text in MAIN.items() if c in df})
         title, rest = _sentence(captions['results'], 'results')
-        parts += [f'<h3>{escape(title)}</h3><div class="wide">{short.to_html(index=False, border=0)}</div><p class="note">{escape(rest)} '
+        parts += [f'<h3>{escape(title)}</h3><div class="wide">{_html(short)}</div><p class="note">{escape(rest)} '
                   '<a href="#results">All measures</a></p>']
     parts += [_html_figure(f, captions[f], f'main_{f}') for f in MAIN_FIGURES if f in captions]
     return '\n'.join(['<h2>Results</h2>', *parts] if parts else [])

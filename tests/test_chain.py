@@ -81,6 +81,7 @@ def test_the_page_begins_with_results_and_ends_with_times(tmp_path):
              '<h2 id="10_evaluate">Evaluation</h2>', '<td>0.007</td>', '<h2 id="run">This run</h2>', '<td>1 min 02 s</td>']
     places = [page.find(text) for text in order]
     assert -1 not in places and places == sorted(places), dict(zip(order, places))
+    assert '<td class=w>Stage 1</td>' in page and '<th class=w>method</th>' in page and '<th>n_tiles</th>' in page  # words to the left, numbers to the right
     assert page.count('id="stage_gains"') == 1 and '>rows<' not in page
 
 def test_chain_runs_again_what_it_must(chain):
@@ -198,6 +199,15 @@ def test_one_that_fails_lets_its_neighbour_end_and_starts_nothing_more(forked, c
     assert 'what runs beside it still ends: 02_right' in capsys.readouterr().out
     (forked/'break_01_left').unlink()
     assert go(forked, dry_run=True) == ['unchanged', 'to run', 'unchanged', 'to run', 'to run']
+
+def test_nothing_brief_stands_in_for_what_a_chain_should_have_made(forked, tmp_path, capsys):
+    "A notebook that says it builds on nothing, and then misses what an earlier one makes: refused in a chain, a line where it runs alone."
+    path = forked/'02_right.ipynb'
+    path.write_text(path.read_text().replace('#| reads: 00_first', '#| reads: nothing').replace("print('here')", "run.stand_in('opt_v1')"))
+    with pytest.raises(study.GacError, match='(?s)02_right failed.*opt_v1 of .* is not there.*#. reads:'): go(forked)
+    capsys.readouterr()
+    study.Run.open('02_right', 'toy', 0, str(tmp_path/'own'), str(tmp_path/'own_report'), '').stand_in('opt_v1')
+    assert capsys.readouterr().out.startswith('opt_v1 of this run is not there')
 
 @pytest.mark.parametrize('line, message', [('#| reads: 00_frist', "reads '00_frist'.*Did you mean 00_first"), ('#| reads: 04_last', "reads '04_last': expected notebooks that come before"),
                                            ('#| reads: nothing\\n#| reads: 00_first', '2 lines say what it reads')])
