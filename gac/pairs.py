@@ -125,16 +125,16 @@ def knowledge_gains(
     columns=stage1.COLUMNS, # measures
     seed:int=0, # of the bootstrap
 ) -> pd.DataFrame: # pairs, output, step, metric, gain, lo, hi, n_scenes, seeds
-    "What the pretrained chain has over each control on the same tiles, averaged over seeds; positive: it is better."
+    "What the pretrained chain has over each control on the same tiles, averaged over the seeds both were trained with; positive: it is better."
     rows = []
-    mean = measured.groupby(['pairs', 'variant', 'output', 'id'], sort=False)[list(columns)].mean()
     scene = measured.drop_duplicates('id').set_index('id').scene
-    for (n, variant, output), new in mean.groupby(level=['pairs', 'variant', 'output'], sort=False):
-        if variant == 'pretrained' or (n, 'pretrained', output) not in mean.index: continue
-        old, new = new.droplevel([0, 1, 2]), mean.loc[(n, 'pretrained', output)]
+    for (n, variant, output), old in measured.groupby(['pairs', 'variant', 'output'], sort=False):
+        new = measured[(measured.pairs == n) & (measured.variant == 'pretrained') & (measured.output == output)]
+        both = set(old.seed) & set(new.seed)
+        if variant == 'pretrained' or not both: continue
+        old, new = (x[x.seed.isin(both)].groupby('id', sort=False)[list(columns)].mean() for x in (old, new))
         for m in columns:
             gain, lo, hi = metrics.paired_gain(new[m], old[m].reindex(new.index), m, scenes=scene.loc[new.index], seed=seed)
             rows.append(dict(pairs=n, output=output, step=f'{variant} → pretrained', metric=m, gain=gain, lo=lo, hi=hi,
-                             n_scenes=scene.loc[new.index].nunique(),
-                             seeds=measured.seed.nunique()))
+                             n_scenes=scene.loc[new.index].nunique(), seeds=len(both)))
     return pd.DataFrame(rows, columns=['pairs', 'output', 'step', 'metric', 'gain', 'lo', 'hi', 'n_scenes', 'seeds'])

@@ -760,7 +760,6 @@ def _become_kernel(argv:list[str], cwd:str, env:dict) -> None:
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env, JPY_PARENT_PID=str(os.getppid()))
-    if 'torch' in sys.modules: sys.modules['torch'].set_num_threads(int(env['OMP_NUM_THREADS']))  # read when the server imported it
     argv = [*argv, f'--IPKernelApp.parent_handle={os.getppid()}']  # ipykernel read the variable when it was imported
     matplotlib.rcParams['backend'] = 'module://matplotlib_inline.backend_inline'  # which a kernel sets before the import
     try: launch_new_instance(argv)
@@ -922,6 +921,9 @@ def run_chain(
     known = [s.seconds for s in todo if s.seconds]
     about = f', about {_clock(sum(known))} for {len(known)} of them last time' if known else ''
     print(f'Profile {profile}: {len(todo)} of {len(stages)} notebooks to run{about}. Report: {_shown(report)}', flush=True)
+    # for the kernels: sums in another order round otherwise, and training carries that on; two for each of two notebooks on two cores cost
+    # 7 % where both compute, and are half as fast again where one waits for the other
+    os.environ.setdefault('OMP_NUM_THREADS', '2')
     # on a busy machine threads that spin while they wait take the time the others need
     os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
     if not dry_run:
@@ -972,9 +974,6 @@ def _run_stages(stages:list[Stage], run:Path, report:Path, verbose:bool, jobs:in
         if s.status != 'to run': print(f'{number[s.name]}: {s.status}', flush=True)
     todo, loops, running, before = [s for s in stages if s.status == 'to run'], set(), {}, time.perf_counter()
     if not todo: return
-    # sums in another order round otherwise, and training carries that on: the same threads whatever runs beside
-    given = os.environ.get('OMP_NUM_THREADS')
-    threads = int(given or min(2, max(1, (os.cpu_count() or 1)//jobs)))
     share, began = dict.fromkeys(number, 0.), {}
 
     def lane(stage):
@@ -982,7 +981,6 @@ def _run_stages(stages:list[Stage], run:Path, report:Path, verbose:bool, jobs:in
         _execute(stage, run, report, verbose, kernel)
 
     def start(stage):
-        os.environ['OMP_NUM_THREADS'] = str(threads*jobs if stage.alone else threads)
         expected = f' (last time {_clock(stage.seconds)})' if stage.seconds else ''
         print(f'{number[stage.name]} runs{expected} …', flush=True)
         began[stage.name], stage.status = time.perf_counter(), 'runs'
@@ -1018,9 +1016,6 @@ def _run_stages(stages:list[Stage], run:Path, report:Path, verbose:bool, jobs:in
         except BaseException:
             for loop in loops: _cancel(loop)
             raise
-        finally:
-            del os.environ['OMP_NUM_THREADS']
-            if given: os.environ['OMP_NUM_THREADS'] = given
     if failed: raise failed
 
 
