@@ -114,8 +114,9 @@ _CODES = {'argmax': {'decoding.tokens': 'argmax'}, 'sampled': {'decoding.tokens'
           'expected': {'decoding.tokens': 'expected'}}
 STEPS_TRIED, RANKS, PAIRS = (1, 2, 5, 10, 20), (0, 2, 4, 8, 16), (32, 64, 128, 256, 512, 1024)
 BLIND = ', not seen'  # how a row ends whose head of Stage 3 gets zeros for TerraMind's features
-_MORE = {'windows of 72 px': {_H3 + 'crop': 72, 'recipe.settings3.batch_size': 3}, '960 steps': {'recipe.settings3.max_steps': 960},
-         'head twice as wide': {_G + 'width': 96}}
+_SEES = {_G + 'route': 'features'}
+_MORE = {'windows of 72 px': {_H3 + 'crop': 72, 'recipe.settings3.batch_size': 3} | _SEES,
+         '960 steps': {'recipe.settings3.max_steps': 960} | _SEES, 'head twice as wide': {_G + 'width': 96} | _SEES}
 
 GRID = { # question -> (outputs it is measured at, {row: what changes})
     'chance': (('opt_v2', 'opt_v3'), {'other seeds': {'reseed': 100}}),
@@ -138,8 +139,8 @@ GRID = { # question -> (outputs it is measured at, {row: what changes})
     'route of Stage 3': (('opt_v3',), {**{r: {_G + 'route': r} for r in stage3.ROUTES},
                                        'tokens, image replaced': {_G + 'route': 'tokens',
                                        'delta': False},
-                         f'features{BLIND}': {_G + 'see': False}, 'TerraMind with random weights': {_G + 'pretrained': False}}),
-    'features of Stage 3': (('opt_v3',), {'of 1 depth': {_G + 'taps': 1}, 'of 2 depths': {_G + 'taps': 2}, **_MORE,
+                         f'features{BLIND}': {_G + 'see': False} | _SEES, 'TerraMind with random weights': {_G + 'pretrained': False}}),
+    'features of Stage 3': (('opt_v3',), {'of 1 depth': {_G + 'taps': 1} | _SEES, 'of 2 depths': {_G + 'taps': 2} | _SEES, **_MORE,
                                           **{k + BLIND: v | {_G + 'see': False} for k, v in _MORE.items()}}),
     'adapters of Stage 3': (('opt_v3',), {**{f'rank {r}': {_G + 'lora_r': r} for r in RANKS},
                                           'cross-attention': {_G + 'reach': 'cross'},

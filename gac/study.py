@@ -17,7 +17,7 @@ import ast, errno, filecmp, hashlib, importlib.abc, importlib.util, io, json, os
     tokenize, uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import lru_cache
@@ -591,13 +591,16 @@ def reads_of(
     name:str, # its own, for messages
 ) -> tuple[tuple, bool]: # names of the notebooks it builds on; whether it must run alone
     "What a notebook says of its place in the chain: `#| reads: 02_tiles, 07_stage1` or `#| reads: nothing`, and `#| alone`. One that says nothing builds on all before it."
-    lines = [l for c in notebook['cells'] if c['cell_type'] == 'code' for l in ''.join(c['source']).splitlines() if l.startswith('#| ')]
-    said = [l[9:].strip() for l in lines if l.startswith('#| reads:')]
+    lines = [l.strip() for c in notebook['cells'] if c['cell_type'] == 'code' for l in ''.join(c['source']).splitlines()]
+    about = [l for l in lines if re.match(r'(?i)#\s*\|\s*(reads?|alone)\b', l)]
+    said = [l[9:].strip() for l in about if l.startswith('#| reads:')]
+    if odd := [l for l in about if not (l == '#| alone' or l.startswith('#| reads:'))]:
+        raise GacError(f'{name}.ipynb: {odd[0]!r}: expected "#| reads: NOTEBOOK, …", "#| reads: nothing" or "#| alone", written so.')
     if len(said) > 1: raise GacError(f'{name}.ipynb: {len(said)} lines say what it reads; expected one at most.')
-    named = tuple(before) if not said else () if said == ['nothing'] else tuple(n.strip() for n in said[0].split(','))
+    named = tuple(before) if not said else () if said == ['nothing'] else tuple(n.strip() for n in said[0].split(',') if n.strip())
     if wrong := [n for n in named if n not in before]:
-        raise GacError(f'{name}.ipynb reads {wrong[0]!r}: expected notebooks that come before it. {_nearest(wrong[0], before)}')
-    return named, '#| alone' in lines
+        raise GacError(f'{name}.ipynb reads {wrong[0]!r}: expected notebooks that come before it, by their whole names. {_nearest(wrong[0], before)}')
+    return named, '#| alone' in about
 
 def code_of(notebook:dict) -> list[str]:
     "The code cells of a notebook, without its parameters cell and IPython's own commands."
@@ -660,7 +663,7 @@ _PARTS = ('tables', 'figures', 'notebooks', 'configs', 'provenance.json', 'index
 def _report_files(folder:Path) -> list[Path]: # seen from the folder
     "The files of a report, in the order of its parts; whatever else lies in its folder is somebody's own."
     return [p.relative_to(folder) for part in _PARTS for p in (sorted((folder/part).rglob('*')) if (folder/part).is_dir() else [folder/part])
-            if p.is_file()]
+            if p.is_file() and not p.name.endswith('.failed.ipynb')]
 
 def _draft(
     report:Path, # folder of the report
@@ -753,6 +756,7 @@ def _become_kernel(argv:list[str], cwd:str, env:dict) -> None:
     from ipykernel.kernelapp import launch_new_instance
     multiprocessing.set_start_method(None, force=True)  # the system's own for what the notebook starts
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     server = multiprocessing.forkserver._forkserver
     # the server lives as long as anybody holds this end: the runner alone may, so that whatever kills it ends the kernel too
     os.close(server._forkserver_alive_fd)
@@ -779,13 +783,20 @@ def kernels(
     become = importlib.import_module('gac.study')._become_kernel
     context.set_forkserver_preload(['ipykernel.kernelapp', 'pandas', 'matplotlib.pyplot',
                                     *(f'gac.{m}' for m, n in used.items() if n > 1)])
+    ours = threading.current_thread() is threading.main_thread()  # nowhere else may a handler be set
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if ours else None
+    try: importlib.import_module('multiprocessing.forkserver').ensure_running()  # Ctrl-C is for the runner alone
+    finally:
+        if ours: signal.signal(signal.SIGINT, before or signal.SIG_DFL)
 
     class Forked:
         "A process with the part of subprocess.Popen that jupyter_client uses."
         stdin = stdout = stderr = None
+        every = []  # all there are, for whoever has to end what nobody waits for any more
         def __init__(self, *args):
             self.process = context.Process(target=become, args=args)
             self.process.start()
+            self.every.append(self)
             self.pid = self.process.pid
         def poll(self): return self.process.exitcode
         def wait(self): return self.process.join() or self.process.exitcode
@@ -800,6 +811,7 @@ def kernels(
             return self.connection_info
 
     class Manager(AsyncKernelManager):
+        forked = Forked.every
         def __init__(self, **kw):
             super().__init__(**kw)
             self.kernel_id = uuid.uuid4().hex
@@ -816,8 +828,9 @@ def chain_notebooks(nbs:Path) -> list[Path]:
 
 def _pick(names:list[str], wanted:str, option:str) -> int:
     "The position of the notebook that `wanted` (07, 7 or 07_stage1) means."
-    for i, name in enumerate(names):
-        if wanted == name or wanted.zfill(2) == name[:2]: return i
+    found = [i for i, name in enumerate(names) if wanted == name or wanted.zfill(2) == name[:2]]
+    if len(found) > 1 and option == '--only': raise GacError(f'{option} {wanted}: which of {", ".join(names[i] for i in found)}?')
+    if found: return found[0]
     raise GacError(f'{option} {wanted}: no such notebook. {_nearest(wanted, names)}')
 
 def _places(profile:str, data:str, reports:str, runs:str) -> tuple[Path, Path]:
@@ -917,6 +930,7 @@ def run_chain(
     report, run = _places(profile, data, reports, runs)
     stages = plan(profile, data, report, run, sets, start, only, force, Path(nbs) if nbs else None)
     todo = [s for s in stages if s.status == 'to run']
+    if start and only: raise GacError('--from and --only: expected one of them.')
     if jobs < 0: raise GacError(f'--jobs {jobs}: expected 1 or more, or nothing.')
     known = [s.seconds for s in todo if s.seconds]
     about = f', about {_clock(sum(known))} for {len(known)} of them last time' if known else ''
@@ -933,7 +947,8 @@ def run_chain(
             write_report(stages, run, draft, profile, layout)
             _publish(draft, report)
     summary = pd.DataFrame([dict(notebook=s.name, status=s.status, seconds=s.seconds) for s in stages])
-    print(summary.assign(seconds=[_clock(s.seconds) if s.seconds else '' for s in stages]).to_markdown(index=False))
+    shown = summary.assign(seconds=[_clock(s.seconds) if s.seconds else '' for s in stages])
+    print(shown.rename(columns=dict(seconds='time, shared' if jobs != 1 else 'time')).to_markdown(index=False))
     if not dry_run: print(f'Done in {_clock(time.perf_counter() - began)}. Open {_shown(report/"index.html")}')
     return summary
 
@@ -972,7 +987,7 @@ def _run_stages(stages:list[Stage], run:Path, report:Path, verbose:bool, jobs:in
     number = {s.name: f'[{i}/{len(stages)}] {s.name}' for i, s in enumerate(stages, 1)}
     for s in stages:
         if s.status != 'to run': print(f'{number[s.name]}: {s.status}', flush=True)
-    todo, loops, running, before = [s for s in stages if s.status == 'to run'], set(), {}, time.perf_counter()
+    todo, loops, running, before, kernel = [s for s in stages if s.status == 'to run'], set(), {}, time.perf_counter(), {}
     if not todo: return
     share, began = dict.fromkeys(number, 0.), {}
 
@@ -995,7 +1010,13 @@ def _run_stages(stages:list[Stage], run:Path, report:Path, verbose:bool, jobs:in
                                                                 **code_state())}
         _write(run/'chain.json', json.dumps(done, indent=1) + '\n')
 
-    with ThreadPoolExecutor(jobs) as pool, warnings.catch_warnings():
+    def end_kernels():
+        "Of a lane that was stopped while its kernel started, nobody else ends it."
+        for k in getattr(kernel.get('kernel_manager_class'), 'forked', []):
+            if k.poll() is None: k.kill()
+
+    with ExitStack() as last, ThreadPoolExecutor(jobs) as pool, warnings.catch_warnings():
+        last.callback(end_kernels)
         warnings.simplefilter('ignore')
         try:
             kernel, failed = kernels(todo), None
@@ -1064,8 +1085,8 @@ def _html_figure(name:str, caption:str, id:str) -> str:
 def _title(notebook:Path) -> tuple[str, str]: # title, one line about it
     "What a notebook of the report calls itself."
     cells = (_read_json(notebook).get('cells') or [{}])
-    found = re.match(r'# (.+)\s+> (.+)', ''.join(cells[0].get('source', '')))
-    return (found[1].strip(), found[2].strip()) if found else (notebook.stem, '')
+    found = re.match(r'# (.+)\s+> (.+(?:\n.+)*)', ''.join(cells[0].get('source', '')))
+    return (found[1].strip(), re.sub(r'\s*\n>?\s*', ' ', found[2]).strip()) if found else (notebook.stem, '')
 
 def _html_stage(name:str, entry:dict, report:Path) -> str:
     "The section of one notebook."
@@ -1073,7 +1094,7 @@ def _html_stage(name:str, entry:dict, report:Path) -> str:
     ran = report/'notebooks'/f'{name}.ipynb'
     title, about = _title(ran)
     link = f' <a href="notebooks/{name}.ipynb">{name}, the notebook as it ran</a>' if ran.exists() else ''
-    part = [f'<h2 id="{name}">{escape(title)}</h2><p>{escape(about)}{link}</p>']
+    part = [f'<h2 id="{name}">{escape(title)}</h2><p>{escape(about)}{"." if about else ""}{link}</p>']
     part += [_html_table(report/'tables'/f'{t}.csv', c) for t, c in entry['tables'].items()
              if (report/'tables'/f'{t}.csv').exists()]
     part += [_html_figure(f, c, f) for f, c in entry['figures'].items()]
@@ -1109,7 +1130,7 @@ def _html_run(about:dict) -> str:
     return (f'<h2 id="run">This run</h2><p>{about["platform"]}, {about["cores"]} cores, {escape(about["device"])}; Python {about["python"]}, '
             f'torch {about["packages"]["torch"]}; written at commit {about["commit"][:10]}; {about["time"]}. '
             '<a href="provenance.json">Everything else</a></p>'
-            f'<table><caption>What ran, how long, and at which commit</caption><tr><th>notebook</th><th>time</th><th>commit</th></tr>{rows}</table>')
+            f'<table><caption>What ran, how long, and at which commit. Where two ran side by side the time is shared between them</caption><tr><th>notebook</th><th>time</th><th>commit</th></tr>{rows}</table>')
 
 def write_page(
     report:Path, # folder of a report, with its provenance.json
@@ -1137,7 +1158,7 @@ def write_report(
     entries = {}
     for s in stages:
         record, ran = (_read_json(p) for p in (run/'records'/f'{s.name}.json', run/'chain.json'))
-        if record and s.status in ('ran', 'unchanged', 'left alone'):
+        if record and s.name in ran and s.status in ('ran', 'unchanged', 'left alone'):  # what never ended is not told
             entries[s.name] = record | dict(parameters=s.values, seconds=s.seconds) | {k: v for k, v in ran.get(s.name, {}).items() if k != 'key'}
     for entry in entries.values():
         entry['parameters'] = {k: v for k, v in entry['parameters'].items() if k not in ('run_dir', 'reports_dir')}

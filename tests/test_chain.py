@@ -121,7 +121,7 @@ def test_dead_kernel_is_told(chain, make_notebook):
     ('mini!', {}, 'No profile'), ('bad_name', {}, 'Did you mean k?'), ('bad_type', {}, 'bad_type.yaml, 00_first: n is .many.'),
     ('bad_range', {}, 'expected 1 to 9'), ('bad_stage', {}, 'Did you mean 02_third?'),
     ('toy', dict(sets={'n': 12}), 'expected 1 to 9'),
-    ('toy', dict(start='7'), '--from 7'), ('toy', dict(only='first'), '--only first'),
+    ('toy', dict(start='1', only='2'), '--from and --only'), ('toy', dict(start='7'), '--from 7'), ('toy', dict(only='first'), '--only first'),
     ('toy', dict(data='/nowhere/at/all'), 'no such file'),
     ('bad_runner', {}, "'data'")])
 def test_refused_before_anything_runs(chain, profile, kw, message):
@@ -210,12 +210,49 @@ def test_nothing_brief_stands_in_for_what_a_chain_should_have_made(forked, tmp_p
     assert capsys.readouterr().out.startswith('opt_v1 of this run is not there')
 
 @pytest.mark.parametrize('line, message', [('#| reads: 00_frist', "reads '00_frist'.*Did you mean 00_first"), ('#| reads: 04_last', "reads '04_last': expected notebooks that come before"),
-                                           ('#| reads: nothing\\n#| reads: 00_first', '2 lines say what it reads')])
+                                           ('#| reads: nothing\\n#| reads: 00_first', '2 lines say what it reads'), ('#|reads: 00_first', 'written so')])
 def test_a_wrong_place_in_the_chain_is_refused(forked, line, message):
     path = forked/'02_right.ipynb'
     path.write_text(path.read_text().replace('#| reads: 00_first', line))
     with pytest.raises(study.GacError, match=message): go(forked)
     assert not (forked/'run').exists()
+
+def test_a_number_that_several_notebooks_have_is_refused_for_one(chain, make_notebook):
+    make_notebook(chain/'02_other.ipynb', '')
+    with pytest.raises(study.GacError, match='--only 2: which of 02_other, 02_third'): go(chain, only='2', dry_run=True)
+    assert go(chain, start='2', dry_run=True)[1:] == ['left alone', 'to run', 'to run']
+
+def test_the_page_tells_nothing_of_a_notebook_that_was_stopped(chain):
+    (chain/'break').touch()
+    with pytest.raises(study.GacError): go(chain)
+    assert go(chain, only='02_third') == ['left alone', 'left alone', 'ran']
+    assert list(json.loads((chain/'report/provenance.json').read_text())['notebooks']) == ['00_first', '02_third']
+    assert '01_second' not in (chain/'report/index.html').read_text() and not list((chain/'report').rglob('*.failed.ipynb'))
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='kernels are forked on Linux only')
+@pytest.mark.parametrize('wait', [.3, 1., 2., 3., 4., 6.])
+def test_ctrl_c_at_any_moment_of_a_start_ends_at_once(forked, wait):
+    "While the server of the kernels imports, while two kernels start, while they run: one line, no traceback, no process left."
+    import psutil
+    for p in forked.glob('0?_*.ipynb'): p.write_text(p.read_text().replace('#| alone', '').replace('time.sleep(2)', 'time.sleep(300)'))
+    code = ("import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nfrom gac import study\n"
+            f"try: study.run_chain('toy', nbs={str(forked)!r}, reports={str(forked/'report')!r}, runs={str(forked/'run')!r}, jobs=2)\n"
+            "except KeyboardInterrupt: print('stopped')")
+    process = subprocess.Popen([sys.executable, '-u', '-c', code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    below = []
+    try:
+        while 'runs …' not in (line := process.stdout.readline()): assert line
+        time.sleep(wait)
+        below = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.communicate(timeout=30)[0]
+        assert said.splitlines()[-1] == 'stopped' and 'Traceback' not in said, said
+        assert not psutil.wait_procs(below, 15)[1]
+    finally:
+        for p in [process, *below]:
+            try: p.kill()
+            except psutil.NoSuchProcess: pass
+        process.wait()
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='kernels are forked on Linux only')
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGHUP', 'SIGKILL'])

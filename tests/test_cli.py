@@ -113,10 +113,10 @@ def test_run_hands_everything_over(capsys, monkeypatch):
     monkeypatch.setattr(efficiency, 'preflight', lambda *given: looked.append(given))
     code, *_ = call(capsys, 'run', '--profile', 'paper', '--data', 'd', '--reports', 'r', '--from', '07', '--only', '10', '--set',
                     'seed=3',
-                    '--set', '07_stage1.steps=[1, 4]', '--force', '--dry-run')
+                    '--set', '07_stage1.steps=[1, 4]', '--force', '--jobs', '3', '--dry-run')
     assert code == 0
     assert seen == dict(profile='paper', data='d', reports='r', start='07', only='10',
-                        sets={'seed': 3, '07_stage1.steps': [1, 4]}, force=True, dry_run=True)
+                        sets={'seed': 3, '07_stage1.steps': [1, 4]}, force=True, dry_run=True, jobs=3)
     assert looked == [('paper', 'd', 'r', {'seed': 3, '07_stage1.steps': [1, 4]})]
 
 def test_version(capsys):
