@@ -114,7 +114,7 @@ def _pairs(words:list) -> dict:
     opt('--reports', default='', metavar='DIR',
         help='where tables and figures go; nothing: reports/<profile>, for real tiles reports/real/<name>'),
     opt('--from', dest='start', default='', metavar='NN', help='first notebook to run, e.g. 07'),
-    opt('--only', default='', metavar='NN', help='the one notebook to run, e.g. 10'),
+    opt('--only', default='', metavar='NN', help='the one notebook to run, e.g. 07, or 10_trust where several share a number'),
     opt('--set', dest='sets', action='append', default=[], metavar='KEY=VALUE',
         help='a parameter, over the profile, e.g. 07_stage1.batch_size=16; may be repeated'),
     opt('--force', action='store_true', help='run notebooks even if nothing has changed'),

@@ -621,7 +621,7 @@ class Stage:
     path:Path # the source notebook
     values:dict # every parameter's value
     key:str = '' # hash of all it depends on
-    status:str = 'to run' # then runs, ran, failed; or unchanged, left alone
+    status:str = 'to run' # then runs, ran, failed; or unchanged, left alone, never ran
     seconds:float|None = None # of the clock, shared with those that ran beside it
     reads:tuple = () # names of the notebooks it builds on
     alone:bool = False # it measures times: nothing may run beside it
@@ -870,7 +870,7 @@ def plan(
         stage.seconds = old.get('seconds')
         unchanged = old.get('key') == stage.key and all(p.exists() for p in outputs(path.stem, run, there))
         chosen = i == alone if only else i >= first
-        if not chosen: stage.status = 'left alone'
+        if not chosen: stage.status = 'left alone' if old else 'never ran'
         elif unchanged and not (force or only or start): stage.status = 'unchanged'
         keys[stage.name] = stage.key if chosen else old.get('key', 'never ran')  # what really lies there
         stages.append(stage)
@@ -935,6 +935,8 @@ def run_chain(
     known = [s.seconds for s in todo if s.seconds]
     about = f', about {_clock(sum(known))} for {len(known)} of them last time' if known else ''
     print(f'Profile {profile}: {len(todo)} of {len(stages)} notebooks to run{about}. Report: {_shown(report)}', flush=True)
+    absent = {s.name for s in stages if s.status == 'never ran'} & {n for s in todo for n in s.reads}
+    if absent: print(f'Never ran, though others build on it: {", ".join(sorted(absent))}. Leave --from and --only out, or expect a refusal.', flush=True)
     # for the kernels: sums in another order round otherwise, and training carries that on; two for each of two notebooks on two cores cost
     # 7 % where both compute, and are half as fast again where one waits for the other
     os.environ.setdefault('OMP_NUM_THREADS', '2')

@@ -220,7 +220,13 @@ def test_a_wrong_place_in_the_chain_is_refused(forked, line, message):
 def test_a_number_that_several_notebooks_have_is_refused_for_one(chain, make_notebook):
     make_notebook(chain/'02_other.ipynb', '')
     with pytest.raises(study.GacError, match='--only 2: which of 02_other, 02_third'): go(chain, only='2', dry_run=True)
-    assert go(chain, start='2', dry_run=True)[1:] == ['left alone', 'to run', 'to run']
+    assert go(chain, start='2', dry_run=True) == ['never ran', 'never ran', 'to run', 'to run']
+
+def test_a_notebook_without_what_it_builds_on_is_announced(chain, capsys):
+    assert go(chain, only='02_third', dry_run=True) == ['never ran', 'never ran', 'to run']
+    assert 'Never ran, though others build on it: 00_first, 01_second' in capsys.readouterr().out
+    assert go(chain)[0] == 'ran' and go(chain, only='02_third', dry_run=True)[:2] == ['left alone', 'left alone']
+    assert 'Never ran, though' not in capsys.readouterr().out
 
 def test_the_page_tells_nothing_of_a_notebook_that_was_stopped(chain):
     (chain/'break').touch()
@@ -230,12 +236,14 @@ def test_the_page_tells_nothing_of_a_notebook_that_was_stopped(chain):
     assert '01_second' not in (chain/'report/index.html').read_text() and not list((chain/'report').rglob('*.failed.ipynb'))
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='kernels are forked on Linux only')
-@pytest.mark.parametrize('wait', [.3, 1., 2., 3., 4., 6.])
-def test_ctrl_c_at_any_moment_of_a_start_ends_at_once(forked, wait):
-    "While the server of the kernels imports, while two kernels start, while they run: one line, no traceback, no process left."
+@pytest.mark.parametrize('wait, slow', [(.3, 0), (1., 0), (3., 0), (6., 0), (2., 4)], ids=str)
+def test_ctrl_c_at_any_moment_of_a_start_ends_at_once(forked, wait, slow):
+    "While the server of the kernels imports, while two kernels start (slow: seconds that takes), while they run: one line, no traceback, no process left."
     import psutil
     for p in forked.glob('0?_*.ipynb'): p.write_text(p.read_text().replace('#| alone', '').replace('time.sleep(2)', 'time.sleep(300)'))
-    code = ("import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nfrom gac import study\n"
+    code = ("import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler)\nfrom gac import study\n"
+            "from multiprocessing.context import ForkServerProcess as P\nstart = P.start\n"
+            f"P.start = lambda self: (time.sleep({slow}), start(self))\n"
             f"try: study.run_chain('toy', nbs={str(forked)!r}, reports={str(forked/'report')!r}, runs={str(forked/'run')!r}, jobs=2)\n"
             "except KeyboardInterrupt: print('stopped')")
     process = subprocess.Popen([sys.executable, '-u', '-c', code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
