@@ -785,7 +785,9 @@ def kernels(
                                     *(f'gac.{m}' for m, n in used.items() if n > 1)])
     ours = threading.current_thread() is threading.main_thread()  # nowhere else may a handler be set
     before = signal.signal(signal.SIGINT, signal.SIG_IGN) if ours else None
-    try: importlib.import_module('multiprocessing.forkserver').ensure_running()  # Ctrl-C is for the runner alone
+    try:
+        with suppress(ChildProcessError):  # this process was itself forked, from one that has such a server
+            importlib.import_module('multiprocessing.forkserver').ensure_running()  # Ctrl-C is for the runner alone
     finally:
         if ours: signal.signal(signal.SIGINT, before or signal.SIG_DFL)
 

@@ -231,7 +231,7 @@ def test_a_notebook_without_what_it_builds_on_is_announced(chain, capsys):
 def test_the_page_tells_nothing_of_a_notebook_that_was_stopped(chain):
     (chain/'break').touch()
     with pytest.raises(study.GacError): go(chain)
-    assert go(chain, only='02_third') == ['left alone', 'left alone', 'ran']
+    assert go(chain, only='02_third') == ['left alone', 'never ran', 'ran']
     assert list(json.loads((chain/'report/provenance.json').read_text())['notebooks']) == ['00_first', '02_third']
     assert '01_second' not in (chain/'report/index.html').read_text() and not list((chain/'report').rglob('*.failed.ipynb'))
 
