@@ -10,7 +10,7 @@ __all__ = ['SAY', 'STEPS_TRIED', 'RANKS', 'PAIRS', 'BLIND', 'GRID', 'WHERE', 'LA
 
 # %% ../nbs/11_ablations.ipynb #ab0imp
 import ast, hashlib, inspect, json, time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -415,6 +415,13 @@ def forecast(
 # %% ../nbs/11_ablations.ipynb #ab4tablec
 METRICS = ('psnr', 'ssim', 'sam_deg', 'sar_edge', 'sar_edge_gap', 'hallucination')
 
+def _gains(new, old, scene, columns, seed:int) -> Iterator[dict]: # tables of the same tiles, index: ids; id -> scene
+    "What one table has over another: a part of a row for each measure."
+    scenes = scene.loc[new.index]
+    for m in columns:
+        gain, lo, hi = metrics.paired_gain(new[m], old[m].reindex(new.index), m, scenes=scenes, seed=seed)
+        yield dict(metric=m, gain=gain, lo=lo, hi=hi, n_scenes=scenes.nunique())
+
 def ablation_table(
     measured:pd.DataFrame, # from answers
     grid, # Rows
@@ -430,14 +437,10 @@ def ablation_table(
         size = r.change.get('size', 0)
         for output in r.outputs:
             new = mean.loc[(r.question, r.row, output)]
-            old = mean.loc[('default', f'middle {size} px' if size else 'default', output)].reindex(new.index)
-            for m in columns:
-                gain, lo, hi = metrics.paired_gain(new[m], old[m], m, scenes=scene.loc[new.index], seed=seed)
-                rows.append(dict(question=r.question, row=r.row, stage=stage_of(r), output=output, metric=m, gain=gain, lo=lo,
-                                 hi=hi,
-                    n_scenes=scene.loc[new.index].nunique(),
-                                 seeds=int(counted[(r.question, r.row, output)]),
-                                 steps=budget(changed(default, r.change), output)))
+            old = mean.loc[('default', f'middle {size} px' if size else 'default', output)]
+            about = dict(question=r.question, row=r.row, stage=stage_of(r), output=output, seeds=int(counted[(r.question, r.row, output)]),
+                         steps=budget(changed(default, r.change), output))
+            rows += [about | gain for gain in _gains(new, old, scene, columns, seed)]
     return pd.DataFrame(rows, columns=['question', 'row', 'stage', 'output', 'metric', 'gain', 'lo', 'hi', 'n_scenes', 'seeds',
                                        'steps'])
 
@@ -456,13 +459,9 @@ def seen_gains(
         name = r.row.removesuffix(BLIND)
         at = ('default', 'default') if name == default.recipe.grounding['route'] else (r.question, name)
         if at not in there: continue
-        blind, sees = mean.loc[(r.question, r.row)], mean.loc[at]
-        for m in columns:
-            gain, lo, hi = metrics.paired_gain(sees[m].reindex(blind.index), blind[m], m, scenes=scene.loc[blind.index], seed=seed)
-            rows.append(dict(head='the default' if at[0] == 'default' else name, metric=m, gain=gain, lo=lo, hi=hi,
-                             n_scenes=scene.loc[blind.index].nunique(),
-                             seeds=measured[(measured.question == r.question) & (measured.row == r.row)].seed.nunique(),
-                             steps=budget(changed(default, r.change), 'opt_v3')))
+        about = dict(head='the default' if at[0] == 'default' else name, steps=budget(changed(default, r.change), 'opt_v3'),
+                     seeds=measured[(measured.question == r.question) & (measured.row == r.row)].seed.nunique())
+        rows += [about | gain for gain in _gains(mean.loc[at], mean.loc[(r.question, r.row)], scene, columns, seed)]
     return pd.DataFrame(rows, columns=['head', 'metric', 'gain', 'lo', 'hi', 'n_scenes', 'seeds', 'steps'])
 
 def verdict(

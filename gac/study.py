@@ -1098,7 +1098,7 @@ def _html_stage(name:str, entry:dict, report:Path) -> str:
     ran = report/'notebooks'/f'{name}.ipynb'
     title, about = _title(ran)
     link = f' <a href="notebooks/{name}.ipynb">{name}, the notebook as it ran</a>' if ran.exists() else ''
-    part = [f'<h2 id="{name}">{escape(title)}</h2><p>{escape(about)}{"." if about else ""}{link}</p>']
+    part = [f'<h2 id="{name}">{escape(title)}</h2><p>{escape(about)}{"." if about and about[-1] not in ".?!" else ""}{link}</p>']
     part += [_html_table(report/'tables'/f'{t}.csv', c) for t, c in entry['tables'].items()
              if (report/'tables'/f'{t}.csv').exists()]
     part += [_html_figure(f, c, f) for f, c in entry['figures'].items()]
