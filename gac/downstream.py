@@ -764,17 +764,18 @@ def map_figure(
     images['labels'] = [coloured(c, classes) for c in codes]
     images |= {arm(a).what.replace(': ', ':\n', 1).replace(', ', ',\n', 1): [coloured(m, classes) for m in found[a, seed].maps[list(shown.values())]] for a in arms}
     fig, axes = plt.subplots(len(shown), len(images), figsize=(1.25*len(images) + .6, 1.35*len(shown) + .8), squeeze=False)
+    size = max(8, len(images))  # 8 points where the figure fills a page
     for i, row in enumerate(axes):
         for ax, (title, pictures) in zip(row, images.items()):
             ax.imshow(pictures[i])
             ax.set(xticks=[], yticks=[])
             for side in ax.spines.values(): side.set_visible(False)
-            if not i: ax.set_title(title, fontsize=7)
-        row[0].set_ylabel(list(shown)[i], fontsize=7)
+            if not i: ax.set_title(title, fontsize=size)
+        row[0].set_ylabel(list(shown)[i], fontsize=size)
     held = [c for k, c in enumerate(classes) if (codes == k).any()
             or any((found[a, seed].maps[list(shown.values())] == k).any() for a in arms)]
     fig.legend(handles=[Patch(facecolor=PALETTE[study.LULC_CLASSES[c]], edgecolor='.5', lw=.5, label=study.LULC_CLASSES[c])
-                        for c in held], loc='outside lower center', ncols=len(held), fontsize=7)
+                        for c in held], loc='outside lower center', ncols=len(held), fontsize=size)
     return fig
 
 # %% ../nbs/12_downstream.ipynb #daded4ed
