@@ -416,7 +416,7 @@ def level_that_finds(
 ) -> float: # level of edge_balance, between 0.01 and 100
     "From which level on an image finds this share of the truth's edges."
     low, high = -2., 2.  # powers of ten
-    for _ in range(24):
+    for _ in range(14):
         middle = (low + high)/2
         low, high = (middle, high) if edge_balance(image, truth, radar, 10**middle).found.mean() > share else (low, middle)
     return 10**low
