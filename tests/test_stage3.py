@@ -48,6 +48,17 @@ def test_every_route_changes_adapters_and_head_and_nothing_else(store, tmp_path,
     again = stage3.load_stage3(tmp_path/'out')
     for k, v in model.state_dict().items(): assert torch.equal(v, again.state_dict()[k]), k
 
+@pytest.mark.parametrize('route, what', [('tokens', 'tokens'), ('features', 'features')])
+def test_what_is_kept_with_the_tiles_is_of_the_model_that_trains(store, tmp_path, route, what):
+    "A comparison trains one model after the other on the same tiles."
+    some, other = (stage3.build_stage3_model(1, route=route, seed=1, pretrained=p, **SMALL) for p in (True, False))
+    train, val = sets(store)
+    for k, model in enumerate((other, some)):
+        stage3.train_stage3(model, train, val, QUICK, tmp_path/str(k), frozen=1., crop=24, strength=False, every=0)
+    own, _ = sets(store)
+    assert torch.equal(train.more[what], stage3.remember(own, some, what).more[what])
+    assert not torch.equal(train.more[what], stage3.remember(own, other, what).more[what])
+
 @pytest.mark.parametrize('reach, parts', [('cross', {'decoder.cross_attn'}),
                                           ('attention', {'decoder.cross_attn', 'decoder.self_attn', 'encoder.attn'}),
     ('linear', {'decoder.cross_attn', 'decoder.self_attn', 'decoder.mlp', 'encoder.attn', 'encoder.mlp'})])
