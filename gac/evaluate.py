@@ -494,7 +494,7 @@ def panel_of(
     shown = by_rule(measured.loc[last].psnr)
     ids = list(store.table.id)
     batch = stage1.read_tiles(store, [ids.index(i) for i in shown.values()])
-    text = [f'{k}: {measured.loc[(last, i)].psnr:.1f} dB\nmonth {m}' for (k, i), m in zip(shown.items(), batch['month'])]
+    text = [f'{k}\n{measured.loc[(last, i)].psnr:.1f} dB\nmonth {m}' for (k, i), m in zip(shown.items(), batch['month'])]
     return stage1.panels(batch, {STAGES.get(k, k): f(batch) for k, f in methods.items()}, text, nir), shown
 
 def save_panels(store, measured, methods, path) -> Path:

@@ -436,6 +436,7 @@ def panels(
     titles = [*['radar']*radar, *images, 'truth', *['false colour:\nB08, B04, B03', 'its truth']*nir, *(f'error {k}' for k in images)]
     fig, axes = plt.subplots(len(truth), len(titles), figsize=(1.25*len(titles) + .8, 1.3*len(truth) + .3), squeeze=False,
                              dpi=66 if len(titles) < 8 else 56)
+    size = max(8, len(titles))  # legible where the figure fills a page
     for i, line in enumerate(axes):
         white, red = white_of(truth[i]), max(.2, float(np.quantile(truth[i][3], .99)))
         shown = [*([s1_composite(batch['s1'][i])] if radar else []), *(picture(x[i], white) for x in (*images.values(), truth)),
@@ -443,12 +444,14 @@ def panels(
         for ax, pixels in zip(line, shown): ax.imshow(pixels)
         for ax, x in zip(line[len(shown):], images.values()):
             drawn = ax.imshow(np.abs(x[i] - truth[i]).mean(0), cmap='magma', vmin=0, vmax=ERROR_TOP)
-        line[0].set_ylabel(labels[i], fontsize=8)
-    for ax, title in zip(axes[0], titles): ax.set_title(title, fontsize=8)
+        line[0].set_ylabel(labels[i], fontsize=size)
+    for ax, title in zip(axes[0], titles): ax.set_title(title, fontsize=size)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
-    fig.colorbar(drawn, ax=axes[:, -1], label='mean absolute error, reflectance', extend='max', shrink=.8)
+    bar = fig.colorbar(drawn, ax=axes[:, -1], extend='max', shrink=.8)
+    bar.set_label('mean absolute error, reflectance', fontsize=size)
+    bar.ax.tick_params(labelsize=size)
     return fig
 
 # %% ../nbs/07_stage1.ipynb #5e1ea2c4
