@@ -285,6 +285,9 @@ def _card(table:str, query:str, column:str, expression:str) -> tuple:
     "As `_of`, of what gac bench measured on a GPU."
     return _of(f'gpu/{table}', query, column, expression)
 
+def _takes(stage:str, checkpointed:bool) -> tuple: # GB, peak of a training on a card held to 6 GB
+    return _card('efficiency_memory', f"stage == '{stage}' and checkpointed == {checkpointed} and fits", 'peak_mb', 'x/1000')
+
 COST = [
     Claim('cost', 'The large generator has parameters', '1.01', 1.005, 1.015, 'billion', _model(_LARGE, 'params_m', 'x/1000')),
     Claim('cost', '8 bits save of the weights', '75', 74., 76., '%', (_saved(_PRITHVI),),
@@ -295,13 +298,13 @@ COST = [
         only_if='the weights are in float32 and activations are not counted',
         otherwise=_model(_LARGE, 'float16_mb', 'x/1000')[0]),
     Claim('cost', 'Stage 2 trains in', '~1.4', None, 1.1*1.4, 'GB', _trains('Stage 2', 'Prithvi 600M, int8'),
-        only_if='the frozen weights are in 8 bits', otherwise=_trains('Stage 2', 'Prithvi 600M, float32')[0]),
+        only_if='the frozen weights are in 8 bits', otherwise=_trains('Stage 2', 'Prithvi 600M, float32')[0], card=_takes('Stage 2', False)),
     Claim('cost', 'Stage 2 trains in less than', '3', None, 3., 'GB', _trains('Stage 2', 'Prithvi 600M, int8'),
-        only_if='the frozen weights are in 8 bits', otherwise=_trains('Stage 2', 'Prithvi 600M, float32')[0]),
+        only_if='the frozen weights are in 8 bits', otherwise=_trains('Stage 2', 'Prithvi 600M, float32')[0], card=_takes('Stage 2', False)),
     Claim('cost', 'Stage 3 trains in', '~3.8', None, 1.1*3.8, 'GB', _trains('Stage 3', 'TerraMind large, painter not loaded'),
-        only_if='the painter is not loaded', otherwise=_trains('Stage 3', 'TerraMind large')[0]),
+        only_if='activations are computed twice, or the painter is not loaded', otherwise=_trains('Stage 3', 'TerraMind large')[0], card=_takes('Stage 3', True)),
     Claim('cost', 'A card suffices that has', '6', None, 6., 'GB', _trains('Stage 3', 'TerraMind large, painter not loaded'),
-        only_if='the painter is not loaded', otherwise=_trains('Stage 3', 'TerraMind large')[0]),
+        card=(('(a + b)/1000', {k: ('gpu/efficiency_memory', "stage == 'Stage 3' and not checkpointed and fits", c) for k, c in (('a', 'reserved_mb'), ('b', 'context_mb'))}),)),
     Claim('cost', 'Stage 3: parameters take', '~500', 400., 600., 'MB', _model(_LARGE, 'float16_mb')),
     Claim('cost', 'Stage 3: each diffusion step adds', '~200', 150., 250., 'MB',
         (('(b - a)/3', {k: ('efficiency_gradients', f"method == 'expected code' and steps == {t}", 'peak_memory_mb') for k,
@@ -319,7 +322,7 @@ COST = [
           _of('efficiency', "method == 'this project' and steps == 10",
           'ms_per_tile', f'x/1000*{TILES}/3600'), ('weights', 'gpu'),
         only_if='tiles are drawn in batches', otherwise=_card('efficiency', "method == 'TerraTorch, one tile at a time'", *_HOURS)[0],
-        card=_card('efficiency', "method == 'this project' and steps == 10 and precision == '32-true'", *_HOURS)),
+        card=_card('efficiency_chain', "stage == 'Stage 1, 10 steps'", 'tiles_per_s', f'{TILES}/x/3600')),
     Claim('cost', 'opt_v1 of 199,762 tiles takes', '40–50', 40., 50., 'GB', _fact('opt_v1 of all tiles, float32'),
         only_if='it is stored as float32; 16-bit integers take half', otherwise=_fact('opt_v1 of all tiles, int16')[0]),
     Claim('cost', 'Stage 2 trains on one consumer GPU in', '2–3', 2., 3., 'days', (), (*_REAL, 'gpu')),

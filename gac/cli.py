@@ -343,7 +343,8 @@ Faster than the painter, and somewhat worse: reports/mini/tables/efficiency_deco
     print(f'{output_dir}/{efficiency.DIRECT_FILE}: give the folder to gac precompute --direct')
 
 # %% ../nbs/cli.ipynb #f1110004
-LATER = (opt('--data-dir', required=True, metavar='DIR', help='tile store with radar'), BATCH, MAX_TILES, *SHARE, WEIGHTS)
+LATER = (opt('--data-dir', required=True, metavar='DIR', help='tile store with radar'), BATCH, MAX_TILES, *SHARE, WEIGHTS,
+         opt('--precision', choices=('32-true', 'bf16-mixed', '16-mixed'), default='32-true', help='arithmetic; 16-mixed needs a GPU'))
 
 @command(opt('--stage2-checkpoint', required=True, metavar='DIR',
              help='output of gac train-stage2, or its repository on the Hugging Face Hub'),

@@ -36,10 +36,13 @@ def build_terramind_generator(
     name:str='terramind_mini_generate', # as TerraTorch names it; foundations.available() lists them
     weights:str='', # folder of weight files, 'hub', or empty: the committed miniatures or the Hugging Face cache
     tokenizer_encoder:bool=False, # keep the tokenizer's encoder, which drawing never uses: for the round trip of a true image
+    precision:str='32-true', # what the weights are held in, see foundations.Generator.hasten
+    compiled:bool=False, # the painter through torch.compile
 ): # foundations.Generator, in evaluation mode
     "The pretrained generator that Stage 1 runs and Stage 3 grounds."
-    return foundations.place(foundations.build_generator(name, input_modalities, output_modalities, timesteps, pretrained,
-                                                         weights, tokenizer_encoder))
+    model = foundations.place(foundations.build_generator(name, input_modalities, output_modalities, timesteps, pretrained,
+                                                          weights, tokenizer_encoder))
+    return model.hasten(precision, compiled) if compiled or precision != '32-true' else model
 
 # %% ../nbs/07_stage1.ipynb #0a68cdce
 @torch.no_grad()
@@ -155,6 +158,7 @@ def settings(
     "What determines an array of Stage 1, kept as its attributes."
     weights = {name: digest[:16] for name, digest in foundations.weights_checksums(model.core).items()}
     more = {} if model.precision == '32-true' else dict(precision=model.precision)
+    if model.compiled: more |= dict(compiled=True)
     if model.direct is not None: more |= dict(decoder='direct', decoder_weights=training.digest(model.direct.state_dict()))
     return dict(bands=list(study.OPT_BANDS), units='reflectance x 10000', model=model.core.gac['name'], inputs=list(model.inputs),
                 weights=weights or 'random',
@@ -164,15 +168,16 @@ def settings(
 def in_order(
     work:Callable, # item -> result
     items, # in any number
-    threads:int, # items worked on at a time; 1: none beside the caller's own
+    ahead:int, # items begun before the result of one is taken; 1: none, the caller's own thread does the work
+    threads:int=0, # that work on them; 0: one for each
 ) -> Iterator: # results in the order of the items
-    "Begin the next items before the result of one is taken: while a GPU paints a batch, the next one is read and its noise drawn."
-    if threads < 2:
+    "Begin the next items before the result of one is taken: while a GPU paints a batch, the next one is read and the last one written."
+    if ahead < 2:
         yield from map(work, items)
         return
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads or ahead) as pool:
         begun, items = deque(), iter(items)
-        for item in islice(items, threads): begun.append(pool.submit(work, item))
+        for item in islice(items, ahead): begun.append(pool.submit(work, item))
         while begun:
             done = begun.popleft().result()
             for item in islice(items, 1): begun.append(pool.submit(work, item))
@@ -192,7 +197,8 @@ def fill(
     overwrite:bool=False, # replace an array that was made otherwise
     source:str='', # array of `into` that a tile must have; empty: none
     said:str='', # how it is made, for the first line
-    ahead:int=1, # batches begun before the result of one is taken; `make` must bear as many threads
+    ahead:int=1, # batches begun before the result of one is taken
+    threads:int=0, # that `make` bears; 0: as many
 ) -> dict: # processed, errors, output; skipped: there already; failed: DataFrame of id and error
     "Make an array of a stage, batch by batch. Stopped at any moment and called again, it goes on and leaves the same bytes."
     n = min(len(into), max_tiles or len(into))
@@ -217,7 +223,7 @@ def fill(
             raise GacError(f'Out of memory with {len(rows)} tiles at a time: take fewer (--batch-size). What is drawn is safe.') from e
     steps = study.progress(todo, len(left), output, 'tiles', size=lambda b: len(left & set(b))) if todo else ()
     try:
-        for _, (rows, images, bad) in zip(steps, in_order(work, todo, ahead)):
+        for _, (rows, images, bad) in zip(steps, in_order(work, todo, ahead, threads)):
             errors |= bad
             if not len(rows): continue
             sound = np.isfinite(images).all((1, 2, 3))

@@ -667,18 +667,20 @@ def precompute_stage2(
     rank:int=0, # this worker
     world_size:int=1, # of so many
     overwrite:bool=False, # replace an array that was made otherwise
+    precision:str='32-true', # of training.MIXED
 ) -> dict: # of stage1.fill; tiles without opt_v1 are errors
     "Refine a whole tile set."
     into, table = into or store, store.table
     if source not in into.arrays: raise GacError(f'{into.path} has no {source}: run Stage 1 first (gac precompute).')
     made = dict(bands=list(OPT_BANDS), units='reflectance x 10000', refiner=refiner.config, weights=identity(refiner),
                 trained=fingerprint(refiner),
-                source=dict(into.arrays[source].attrs))
-    told = lambda rows: {k: table[k].to_numpy()[rows] for k in TOLD if k in table}
+                source=dict(into.arrays[source].attrs), **(dict(precision=precision) if precision != '32-true' else {}))
+    told, device = lambda rows: {k: table[k].to_numpy()[rows] for k in TOLD if k in table}, next(refiner.head.parameters()).device.type
+    def make(images, rows):
+        with training.mixed(device, precision): return refine(refiner, images, told(rows), batch_size)
     return stage1.fill(into, output, into.arrays[source].shape[1:], made,
                        lambda rows: (tiles.to_reflectance(into.read(source, rows)), np.asarray(rows), {}),
-                       lambda images, rows: refine(refiner, images, told(rows), batch_size),
-                       batch_size, max_tiles, rank, world_size, overwrite, source)
+                       make, batch_size, max_tiles, rank, world_size, overwrite, source, ahead=2 if device == 'cuda' else 1, threads=1)
 
 def fingerprint(
     refiner:PrithviRefiner,

@@ -872,17 +872,19 @@ def precompute_stage3(
     rank:int=0, # this worker
     world_size:int=1, # of so many
     overwrite:bool=False, # replace an array that was made otherwise
+    precision:str='32-true', # of training.MIXED
 ) -> dict: # of stage1.fill; tiles without opt_v2 or usable radar are errors
     "Ground a whole tile set."
     into = into or store
     if source not in into.arrays: raise GacError(f'{into.path} has no {source}: run Stage 2 first (gac precompute-stage2).')
     made = dict(bands=list(OPT_BANDS), units='reflectance x 10000', model=model.config, weights=identity(model),
                 trained=fingerprint(model),
-                timesteps=timesteps or model.timesteps, source=dict(into.arrays[source].attrs))
+                timesteps=timesteps or model.timesteps, source=dict(into.arrays[source].attrs),
+                **(dict(precision=precision) if precision != '32-true' else {}))
     def make(s1, rows):
-        return stage3_inference(model, s1, tiles.to_reflectance(into.read(source, rows)), timesteps, batch_size).numpy()
+        with training.mixed(model.device.type, precision): return stage3_inference(model, s1, tiles.to_reflectance(into.read(source, rows)), timesteps, batch_size).numpy()
     return stage1.fill(into, output, into.arrays[source].shape[1:], made, lambda rows: stage1.read_radar(store, rows), make,
-                       batch_size, max_tiles, rank, world_size, overwrite, source)
+                       batch_size, max_tiles, rank, world_size, overwrite, source, ahead=2 if model.device.type == 'cuda' else 1, threads=1)
 
 def images_of(
     run, # study.Run

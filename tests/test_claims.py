@@ -120,10 +120,11 @@ def test_a_cost_measured_on_a_card_asks_for_no_weights(tmp_path, monkeypatch):
     row = claims.judge(claim, claims.Tables(tmp_path, efficiency=mini))
     assert row['verdict'].startswith('cannot be tested here') and row['measured'] == pytest.approx(.1*199762/3600)
     (tmp_path/'gpu/tables').mkdir(parents=True)
-    rows = [('TerraTorch, one tile at a time', 700.), ('this project', 10.)]
+    rows = [('TerraTorch, one tile at a time', 700.)]
     pd.DataFrame([dict(method=m, steps=10, precision='32-true', ms_per_tile=t) for m, t in rows]).to_csv(tmp_path/'gpu/tables/efficiency.csv')
+    pd.DataFrame([dict(stage='Stage 1, 10 steps', tiles_per_s=100.)]).to_csv(tmp_path/'gpu/tables/efficiency_chain.csv')
     (tmp_path/'gpu/provenance.json').write_text('{"device": "a card"}')
     monkeypatch.setattr(claims, 'CARD', tmp_path/'gpu')
     row = claims.judge(claim, claims.Tables(tmp_path, efficiency=mini))
     assert row['verdict'] == 'holds only if tiles are drawn in batches' and row['measured'] == pytest.approx(.01*199762/3600)
-    assert 'efficiency.csv of gac bench on a card' in row['how']
+    assert 'efficiency_chain.csv of gac bench on a card' in row['how']
