@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SAY', 'STEPS_TRIED', 'RANKS', 'PAIRS', 'BLIND', 'GRID', 'WHERE', 'LATER', 'OUTPUTS', 'METRICS', 'Setup', 'flat',
            'changed', 'differences', 'complete', 'with_steps', 'setup_of', 'Row', 'stage_of', 'rows_of', 'View',
-           'middle', 'held', 'replacing', 'digest', 'code_digest', 'Maker', 'with_default', 'answers', 'budget',
-           'forecast', 'ablation_table', 'seen_gains', 'verdict', 'findings', 'forest']
+           'middle', 'held', 'replacing', 'digest', 'reached', 'code_digest', 'Maker', 'with_default', 'answers',
+           'budget', 'forecast', 'ablation_table', 'seen_gains', 'verdict', 'findings', 'forest']
 
 # %% ../nbs/11_ablations.ipynb #ab0imp
 import ast, hashlib, inspect, json, time
@@ -259,12 +259,31 @@ LATER = (*WHERE['3'], 'stages')  # what Stage 2 does not depend on
 def digest(made:dict) -> str: # 12 digits
     return hashlib.sha256(json.dumps(made, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
+def reached(
+    names, # of functions and classes
+    modules, # where they and what they use may stand
+) -> dict: # module.name -> syntax tree, without documentation
+    "Every definition that is named by those, or by one of them, and so on; alike names of several modules all count."
+    defined = {}
+    for module in modules:
+        for node in ast.parse(Path(module.__file__).read_text(encoding='utf-8')).body:
+            for target in getattr(node, 'targets', [node]):
+                if name := getattr(target, 'name', getattr(target, 'id', '')): defined.setdefault(name, {})[module.__name__] = node
+    seen, open_ = {}, set(names)
+    while open_:
+        name = open_.pop()
+        for module, node in defined.pop(name, {}).items():
+            for n in ast.walk(node):
+                if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(n, False): n.body = n.body[1:] or [ast.Pass()]
+            open_ |= {getattr(n, 'id', getattr(n, 'attr', '')) for n in ast.walk(node) if isinstance(n, (ast.Name, ast.Attribute))}
+            seen[f'{module}.{name}'] = ast.dump(node)
+    return seen
+
 @lru_cache
 def code_digest() -> str: # 12 digits
-    "Changes with the code that trains and measures; comments and layout do not count."
-    sources = [Path(m.__file__).read_text(encoding='utf-8') for m in (stage1, stage2, stage3, training, foundations, metrics)]
-    sources += [inspect.getsource(f) for f in (evaluate.fit_stage2, evaluate.fit_stage3, middle, held, replacing)]
-    return digest({str(i): ast.dump(ast.parse(s)) for i, s in enumerate(sources)})
+    "Changes with the code that trains and measures; pictures, comments and layout do not count."
+    from gac import ablations  # as exported: the same in a notebook
+    return digest(reached(('fit_stage2', 'fit_stage3', 'tile_metrics', 'Maker'), (stage1, stage2, stage3, training, foundations, metrics, evaluate, ablations)))
 
 class Maker:
     "Makes the images of setups with one seed."

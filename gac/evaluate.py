@@ -6,8 +6,8 @@
 __all__ = ['STAGES', 'STEPS', 'BRIEF', 'CHIPS', 'results', 'gains', 'ranking', 'band_table', 'spread', 'remembered', 'grounder',
            'stage_methods', 'unet_methods', 'with_product', 'training_tiles', 'fitted_floors', 'measure_all',
            'pairs_of', 'Recipe', 'brief_recipe', 'recipe_of', 'unet_recipe', 'fit_stage2', 'fit_stage3', 'fit_chain',
-           'mean_of_seeds', 'trained_before', 'further', 'known_weights', 'rivals', 'vetoed', 'edge_balance',
-           'level_that_finds', 'by_rule', 'real_sets', 'run_evaluate', 'panel_of', 'save_panels']
+           'mean_of_seeds', 'trained_before', 'further', 'known_weights', 'rivals', 'vetoed', 'by_rule', 'real_sets',
+           'run_evaluate', 'panel_of', 'save_panels']
 
 # %% ../nbs/10_evaluate.ipynb #4d50d011
 import json
@@ -395,31 +395,6 @@ def vetoed(
     even = (1 - F.max_pool2d(shown, 3, 1, 1)/reach).clamp_min(0)
     rows, columns = (metrics._banded(metrics._gaussian(sigma, round(3*sigma), x)[0], n, mirror=True) for n in x.shape[-2:])
     return (x + even*(rows @ x @ columns.T - x)).exp() - metrics.DARK
-
-# %% ../nbs/10_evaluate.ipynb #eb100003
-def edge_balance(
-    image, # (B, h, w) edges of the image, as of metrics.image_edges
-    truth, # the same of the truth
-    radar, # (B, h, w) edges of the radar
-    level:float=1., # from which on an edge counts, in those of the truth's weakest strong edge
-) -> pd.DataFrame: # a row per tile; drawn: share of pixels; found: share of the truth's edges; false, hallucination: shares of the drawn ones
-    "What an image draws of the truth's edges, and what else."
-    own = metrics.edge_level(truth, metrics.EDGE_FLOOR)
-    drawn, there, shown = image > level*own, truth > own, radar > metrics.edge_level(radar)
-    shares = dict(drawn=drawn.float().mean((1, 2)), found=metrics._share(metrics._near(drawn), there), false=metrics._share(~metrics._near(there), drawn),
-                  hallucination=metrics._share(~metrics._near(there | shown), drawn))
-    return pd.DataFrame({k: v.double().numpy() for k, v in shares.items()})
-
-def level_that_finds(
-    share:float, # of the truth's edges, mean over tiles
-    image, truth, radar, # as in edge_balance
-) -> float: # level of edge_balance, between 0.01 and 100
-    "From which level on an image finds this share of the truth's edges."
-    low, high = -2., 2.  # powers of ten
-    for _ in range(14):
-        middle = (low + high)/2
-        low, high = (middle, high) if edge_balance(image, truth, radar, 10**middle).found.mean() > share else (low, middle)
-    return 10**low
 
 # %% ../nbs/10_evaluate.ipynb #0b97f3ef
 def by_rule(

@@ -7,7 +7,7 @@ __all__ = ['PSNR_MAX', 'SSIM_WINDOW', 'RGB_TOP', 'ALEXNET_FILE', 'EDGE_SCALE', '
            'EDGE_TOLERANCE', 'SAR_MEASURES', 'MEASURES', 'HIGHER_IS_BETTER', 'check_pair', 'mse', 'rmse', 'mae', 'psnr',
            'ssim', 'sam_deg', 'standardised', 'tile_range', 'rgb', 'alexnet_path', 'read_torch', 'read_alexnet',
            'LPIPS', 'edge_map', 'radar_edges', 'image_edges', 'edge_agreement', 'sar_edge', 'edge_level',
-           'sar_edge_gap', 'edge_recall', 'hallucination', 'edge_metrics', 'check_radar', 'tile_metrics',
+           'sar_edge_gap', 'edge_recall', 'hallucination', 'edge_metrics', 'EdgeBalance', 'check_radar', 'tile_metrics',
            'bootstrap_ci', 'paired_gain', 'summary']
 
 # %% ../nbs/03_metrics.ipynb #43ef43f9
@@ -351,6 +351,38 @@ def edge_metrics(pred, truth, s1) -> dict[str, Tensor]: # name → (B,)
     image, truth, radar = image_edges(pred), image_edges(truth), radar_edges(s1)
     own, drawn = _agreement(truth, radar), _agreement(image, radar)
     return dict(zip(SAR_MEASURES, (drawn, (drawn - own).abs(), _recall(image, radar), _invented(image, truth, radar))))
+
+# %% ../nbs/03_metrics.ipynb #eb030002
+class EdgeBalance:
+    "What images draw of a truth's edges, and what else, at any level."
+    def __init__(self,
+        truth:Tensor, # (B, h, w) edges of the truth, as of image_edges
+        radar:Tensor, # (B, h, w) edges of the radar
+    ):
+        self.own = edge_level(truth, EDGE_FLOOR)
+        self.there = truth > self.own
+        self.near, self.supported = _near(self.there), _near(self.there | (radar > edge_level(radar)))
+
+    def __call__(self,
+        image:Tensor, # (B, h, w) edges of an image
+        level:float=1., # from which on an edge counts, in those of the truth's weakest strong edge
+    ) -> pd.DataFrame: # a row per tile; drawn: share of pixels; found: share of the truth's edges; false, hallucination: shares of the drawn ones
+        "The shares of every tile."
+        drawn = image > level*self.own
+        shares = dict(drawn=drawn.float().mean((1, 2)), found=_share(_near(drawn), self.there), false=_share(~self.near, drawn),
+                      hallucination=_share(~self.supported, drawn))
+        return pd.DataFrame({k: v.double().numpy() for k, v in shares.items()})
+
+    def level_that_finds(self,
+        share:float, # of the truth's edges, mean over tiles
+        image:Tensor, # (B, h, w) edges of an image
+    ) -> float: # between 0.01 and 100
+        "The level from which on an image finds this share of the truth's edges."
+        low, high = -2., 2.  # powers of ten
+        for _ in range(14):
+            middle = (low + high)/2
+            low, high = (middle, high) if _share(_near(image > 10**middle*self.own), self.there).double().mean() > share else (low, middle)
+        return 10**low
 
 # %% ../nbs/03_metrics.ipynb #08aa5430
 MEASURES = {'psnr': psnr, 'ssim': ssim, 'sam_deg': sam_deg, 'mse': mse, 'rmse': rmse, 'mae': mae}  # name → function(pred, truth)
