@@ -282,8 +282,8 @@ def reached(
 @lru_cache
 def code_digest() -> str: # 12 digits
     "Changes with the code that trains and measures; pictures, comments and layout do not count."
-    from gac import ablations  # as exported: the same in a notebook
-    return digest(reached(('fit_stage2', 'fit_stage3', 'tile_metrics', 'Maker'), (stage1, stage2, stage3, training, foundations, metrics, evaluate, ablations)))
+    own = SimpleNamespace(__name__='gac.ablations', __file__=Path(study.__file__).with_name('ablations.py'))  # as exported: the same in a notebook
+    return digest(reached(('fit_stage2', 'fit_stage3', 'tile_metrics', 'Maker'), (stage1, stage2, stage3, training, foundations, metrics, evaluate, own)))
 
 class Maker:
     "Makes the images of setups with one seed."
