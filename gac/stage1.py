@@ -157,8 +157,7 @@ def settings(
 ) -> dict:
     "What determines an array of Stage 1, kept as its attributes."
     weights = {name: digest[:16] for name, digest in foundations.weights_checksums(model.core).items()}
-    more = {} if model.precision == '32-true' else dict(precision=model.precision)
-    if model.compiled: more |= dict(compiled=True)
+    more = dict(precision=model.precision + ', compiled'*model.compiled)
     if model.direct is not None: more |= dict(decoder='direct', decoder_weights=training.digest(model.direct.state_dict()))
     return dict(bands=list(study.OPT_BANDS), units='reflectance x 10000', model=model.core.gac['name'], inputs=list(model.inputs),
                 weights=weights or 'random',

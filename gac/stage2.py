@@ -674,7 +674,7 @@ def precompute_stage2(
     if source not in into.arrays: raise GacError(f'{into.path} has no {source}: run Stage 1 first (gac precompute).')
     made = dict(bands=list(OPT_BANDS), units='reflectance x 10000', refiner=refiner.config, weights=identity(refiner),
                 trained=fingerprint(refiner),
-                source=dict(into.arrays[source].attrs), **(dict(precision=precision) if precision != '32-true' else {}))
+                source=dict(into.arrays[source].attrs), precision=precision)
     told, device = lambda rows: {k: table[k].to_numpy()[rows] for k in TOLD if k in table}, next(refiner.head.parameters()).device.type
     def make(images, rows):
         with training.mixed(device, precision): return refine(refiner, images, told(rows), batch_size)

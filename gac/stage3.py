@@ -879,8 +879,7 @@ def precompute_stage3(
     if source not in into.arrays: raise GacError(f'{into.path} has no {source}: run Stage 2 first (gac precompute-stage2).')
     made = dict(bands=list(OPT_BANDS), units='reflectance x 10000', model=model.config, weights=identity(model),
                 trained=fingerprint(model),
-                timesteps=timesteps or model.timesteps, source=dict(into.arrays[source].attrs),
-                **(dict(precision=precision) if precision != '32-true' else {}))
+                timesteps=timesteps or model.timesteps, source=dict(into.arrays[source].attrs), precision=precision)
     def make(s1, rows):
         with training.mixed(model.device.type, precision): return stage3_inference(model, s1, tiles.to_reflectance(into.read(source, rows)), timesteps, batch_size).numpy()
     return stage1.fill(into, output, into.arrays[source].shape[1:], made, lambda rows: stage1.read_radar(store, rows), make,

@@ -216,6 +216,15 @@ def test_other_settings_do_not_mix(copy, model):
 def test_nonsense_is_refused(copy, model, wrong, said):
     with pytest.raises(study.GacError, match=said): stage1.precompute(copy('nonsense'), model, **QUICK | wrong)
 
+def test_half_precision_does_not_mix_with_float32(copy, shelf, model):
+    store, half = copy('tiles'), stage1.build_terramind_generator(weights=str(shelf), precision='bf16-true')
+    stage1.precompute(store, half, max_tiles=3, **QUICK)
+    assert store.arrays['opt_v1'].attrs['precision'] == 'bf16-true'
+    with pytest.raises(study.GacError, match='opt_v1 was begun with'): stage1.precompute(store, model, **QUICK)
+    before = store.read('opt_v1', slice(0, 3)).astype(int)
+    stage1.precompute(store, model, max_tiles=3, overwrite=True, **QUICK)
+    assert 0 < np.abs(store.read('opt_v1', slice(0, 3)) - before).max()
+
 def test_two_writers_of_one_array_are_refused(copy, model):
     store, other = copy('two'), None
     other = tiles.Store(store.path)

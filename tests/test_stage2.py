@@ -131,6 +131,27 @@ def test_ranks_and_batch_sizes_agree(copy, trained):
     assert (tiles.Store(three.path).read('opt_v2', slice(None)) == values[0]).all()
     assert np.abs(values[0] - values[1]).max() <= 1 and np.abs(values[0] - one.read('opt_v1', slice(None))).max() > 5
 
+def test_half_precision_is_told_by_the_array_and_changes_it_by_its_rounding(copy, trained):
+    refiner, exact, half = stage2.load_stage2(trained[1]), copy('exact'), copy('half')
+    stage2.precompute_stage2(exact, refiner, batch_size=4)
+    stage2.precompute_stage2(half, refiner, batch_size=4, precision='bf16-mixed')
+    a, b = (s.read('opt_v2', slice(None)).astype(int) for s in (exact, half))
+    assert 0 < np.abs(a - b).max() < 100 and np.abs(a - b).mean() < 5
+    assert [s.arrays['opt_v2'].attrs['precision'] for s in (exact, half)] == ['32-true', 'bf16-mixed']
+    with pytest.raises(GacError, match='opt_v2 was begun with'): stage2.precompute_stage2(half, refiner)
+    with pytest.raises(GacError, match='32-true, bf16-mixed, 16-mixed'): stage2.precompute_stage2(exact, refiner, overwrite=True, precision='16-true')
+
+@pytest.mark.parametrize('ahead, threads', [(2, 1), (3, 0)])
+def test_batches_begun_ahead_leave_the_same_bytes(copy, trained, ahead, threads):
+    "On a GPU the next batch is read and computed while the last one is written."
+    refiner, plain, hurried = stage2.load_stage2(trained[1]), copy('plain'), copy('hurried')
+    def fill(store, **how):
+        v1 = lambda rows: (tiles.to_reflectance(store.read('opt_v1', rows)), np.asarray(rows), {})
+        return stage1.fill(store, 'opt_v2', (4, 40, 40), {}, v1, lambda x, rows: stage2.refine(refiner, x, batch_size=2), 2, source='opt_v1', **how)
+    fill(plain), fill(hurried, ahead=ahead, threads=threads)
+    files = [{p.relative_to(s.path): p.read_bytes() for p in (s.path/'arrays'/'opt_v2').rglob('*') if p.is_file()} for s in (plain, hurried)]
+    assert files[0] == files[1] and len(files[0]) > 1
+
 def test_opt_v2_depends_on_what_was_trained(copy, trained):
     store = copy('tiles')
     stage2.precompute_stage2(store, stage2.load_stage2(trained[1]))
