@@ -807,7 +807,7 @@ class Generator(nn.Module):
     ):
         super().__init__()
         self.core, self.timesteps, self.gac = core.eval(), timesteps, getattr(core, 'gac', {})
-        self.precision, self.compiled, self.recorded = '32-true', False, None
+        self.precision, self.compiled, self.hastened, self.recorded = '32-true', False, False, None
         self.register_module('direct', None)  # codes -> standardised S2L2A without diffusion, see efficiency.distill
         self.inputs = {m: core.mod_name_mapping[m] for m in core.modalities}  # modality -> key
         self.outputs = {m: k for k, m in core.output_mod_name_mapping.items()}
@@ -820,6 +820,7 @@ class Generator(nn.Module):
         super()._apply(fn, recurse)
         for m in self.modules():
             if isinstance(m, nn.GroupNorm): m.float()
+        if self.hastened: self._renew()
         return self
 
     def hasten(self,
@@ -833,9 +834,17 @@ class Generator(nn.Module):
         for tok in self.core.tokenizer.values():
             if compiled or self.device.type != 'cuda': tok.decoder.to(memory_format=torch.channels_last)  # a GPU's own group norm wants them first
             if compiled: tok.decoder.compile(dynamic=False)
-            if self.device.type == 'cuda' and isinstance(tok, DiVAE): tok.recorded = Recorded(tok.decoder)
-        if self.device.type == 'cuda': self.recorded = {}
+        self.hastened = True
+        self._renew()
         return self
+
+    def _renew(self) -> None:
+        "Records hold places in memory: begin them anew where the weights have moved, and only on a GPU."
+        on = self.device.type == 'cuda'
+        self.recorded = {} if on else None
+        for tok in self.core.tokenizer.values():
+            vars(tok).pop('recorded', None)
+            if on and isinstance(tok, DiVAE): tok.recorded = Recorded(tok.decoder)
 
     @property
     def net(self) -> TerraMind: return self.core.sampler.model
