@@ -73,17 +73,20 @@ class _Bound(ast.NodeVisitor):
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_keeps_the_names_it_exports(path):
-    "A cell that binds the name of an exported function takes it from the cells below."
+    "A cell that binds the name of an exported function or of a parameter takes it from the cells below."
     exported = set()
     for c in study.read_notebook(path)['cells']:
         if c['cell_type'] != 'code': continue
         source = re.sub(r'(?m)^\s*[%!].*$', '', ''.join(c['source']))
         bound = _Bound()
         bound.visit(ast.parse(source))
+        if 'parameters' in c['metadata'].get('tags', []):
+            exported |= set(study.notebook_parameters(path))
+            continue
         if source.startswith('#| export'):
             exported |= {n.name for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
         else:
-            assert not bound.names & exported, f'{path.name}, cell {c["id"]} binds {bound.names & exported}, which the notebook exports'
+            assert not bound.names & exported, f'{path.name}, cell {c["id"]} binds {bound.names & exported}, which the notebook exports or takes as a parameter'
 
 @pytest.mark.parametrize('path', STAGES, ids=lambda p: p.stem)
 def test_stage_parameters(path):
