@@ -199,6 +199,7 @@ def measure_all(
     model, # generator that reads this radar
     batch_size:int=8, # tiles at a time
     lpips=None, # metrics.LPIPS; None: looked for
+    as_published:bool=True, # Stage 1 decoded as TerraMind does it as well
 ) -> tuple: # measured table, training pairs of each method that has some
     "The stages of a run between floors and ceiling, on one data set."
     decoding = stage1.chosen(run)[2]
@@ -209,7 +210,7 @@ def measure_all(
         run.missing(f'U-Nets on {store.path.name}',
                     'none was trained in this run, or the tiles have another radar product than the pairs')
     methods = {'truth': lambda batch: batch['truth']}
-    if decoding != stage1.SPEC: methods[f'Stage 1 as TerraMind: {stage1.SPEC}'] = stage1.drawn(model, stage1.SPEC, run.seed)
+    if as_published and decoding != stage1.SPEC: methods[f'Stage 1 as TerraMind: {stage1.SPEC}'] = stage1.drawn(model, stage1.SPEC, run.seed)
     if store.arrays['s2'].shape[1] == len(study.S2_BANDS): methods['tokenizer round trip'] = round_trip(model, decoding, run.seed)
     else:
         run.missing('tokenizer round trip', f'{store.path.name} holds {store.arrays["s2"].shape[1]} Sentinel-2 bands, the tokenizer reads all 12')
