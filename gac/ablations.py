@@ -11,7 +11,7 @@ __all__ = ['SAY', 'STEPS_TRIED', 'RANKS', 'PAIRS', 'BLIND', 'GRID', 'WHERE', 'LA
 # %% ../nbs/11_ablations.ipynb #ab0imp
 import ast, hashlib, inspect, json, time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from types import SimpleNamespace

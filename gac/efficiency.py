@@ -8,7 +8,7 @@ __all__ = ['TOLERANCE', 'DIGITS', 'SOLVERS', 'DIRECT_FILE', 'ROLE_OF', 'RAW', 'm
            'levers', 'solve', 'DirectDecoder', 'lessons', 'distill_step', 'distill', 'load_direct', 'kept_for_backward',
            'stage2_memory', 'stage3_memory', 'Finding', 'needs_of', 'models_named', 'check_models', 'check_weights',
            'places_of', 'check_leakage', 'check_data', 'check_chips', 'bytes_per_tile', 'training_flops', 'forecast',
-           'check_disk', 'check_machine', 'check_versions', 'reached', 'preflight', 'reading_rate']
+           'check_disk', 'check_machine', 'check_versions', 'share_reached', 'preflight', 'reading_rate']
 
 # %% ../nbs/14_efficiency.ipynb #ef000002
 import copy, functools, random, shutil, subprocess, time
@@ -699,7 +699,7 @@ def check_versions() -> list[Finding]:
     return [Finding('versions', 'ok', f'torch {torch.__version__} and all others as settings.ini asks')]
 
 # %% ../nbs/14_efficiency.ipynb #ef000055
-def reached(
+def share_reached(
     rate:float, # FLOP/s of a matrix product here
     n:int=2, # tiles
 ) -> float: # 0 to 1
@@ -724,7 +724,7 @@ def preflight(
     stages, needs = study.plan(profile, data, report, run, sets), needs_of(profile, folder)
     found, n = check_data(data, needs)
     rate = matrix_rate('cuda' if torch.cuda.is_available() else 'cpu')
-    share = reached(rate)
+    share = share_reached(rate)
     size = {s.name: s.values for s in stages}.get('02_tiles', {})
     n = n or sum(size.get(k, 0) for k in ('n_train', 'n_val', 'n_test'))
     try: ahead = forecast(stages, n, rate, share)

@@ -23,7 +23,7 @@ def test_dry_run_passes_where_nothing_is_missing_and_lists_what_is(capsys, monke
     assert 'Nothing is missing.' in out and '07_stage1' in out and f'Forecast for {n} tiles' in out
     # it counts large models
     monkeypatch.setattr(efficiency, 'forecast', lambda *args: (_ for _ in ()).throw(study.GacError('left out')))
-    monkeypatch.setattr(efficiency, 'reached', lambda rate: 1.)
+    monkeypatch.setattr(efficiency, 'share_reached', lambda rate: 1.)
     monkeypatch.setenv('HF_HUB_CACHE', '/nowhere')
     assert cli.main(['run', '--profile', 'lowvr', '--dry-run', '--set', '08_stage2.backbone=prithvi_huge', '--set',
                      '09_stage3.name=terramind_v1_large', '--set', '13_nyc_tim.chips=data/no_such']) == 1
