@@ -20,6 +20,13 @@ def opt(*names, **kwargs) -> tuple: # as for argparse's add_argument
     "One option or argument of a command."
     return names, kwargs
 
+def _at_least(least:int): # type of an option
+    "A whole number that is not too small."
+    def number(text):
+        if (n := int(text)) < least: raise argparse.ArgumentTypeError(f'{n}: expected {least} or more')
+        return n
+    return number
+
 def command(*options, name=''): # name: of the subcommand, where the function's does not say it
     "Make a function a subcommand; `data_convert` becomes `gac data convert`."
     def register(f):
@@ -211,10 +218,10 @@ def pretrain_params(name:str): # cpu, gpu or a file
 
 # %% ../nbs/cli.ipynb #064601ed
 @command(opt('--output-dir', required=True, metavar='DIR', help='folder of the new tile store'),
-    opt('--train', type=int, default=192, metavar='N', help='tiles to train on'),
-    opt('--val', type=int, default=48, metavar='N', help='tiles to validate on'),
-    opt('--test', type=int, default=48, metavar='N', help='tiles to test on'),
-    opt('--tile-size', type=int, default=120, metavar='PX', help='side of a tile in pixels of 10 m'),
+    opt('--train', type=_at_least(0), default=192, metavar='N', help='tiles to train on'),
+    opt('--val', type=_at_least(0), default=48, metavar='N', help='tiles to validate on'),
+    opt('--test', type=_at_least(0), default=48, metavar='N', help='tiles to test on'),
+    opt('--tile-size', type=_at_least(1), default=120, metavar='PX', help='side of a tile in pixels of 10 m'),
     SEED)
 def world(output_dir, train, val, test, tile_size, seed):
     "Make a tile store of procedural scenes; stopped and called again, it goes on."
@@ -292,10 +299,10 @@ def _filled(report:dict, path, name:str, rank:int, world_size:int) -> int: # exi
              help='tile store, or real tiles in a known layout (converted into the output folder first)'),
     opt('--output-dir', default='', metavar='DIR', help='where new arrays go; nothing: into the store at --data-dir'),
     BATCH, MAX_TILES,
-    opt('--timesteps', type=int, default=10, metavar='N', help='diffusion steps'),
+    opt('--timesteps', type=_at_least(1), default=10, metavar='N', help='diffusion steps'),
     opt('--tokens', choices=('sample', 'argmax', 'expected'), default='sample', help='how a code is chosen'),
     opt('--clamp', choices=('pretraining', 'off'), default='pretraining', help="range of each step's estimate"),
-    opt('--n-samples', type=int, default=1, metavar='N', help='images drawn and averaged'),
+    opt('--n-samples', type=_at_least(1), default=1, metavar='N', help='images drawn and averaged'),
     SEED,
     WEIGHTS,
     opt('--name', default='terramind_mini_generate', help='generator, see gac info'),
@@ -619,7 +626,7 @@ Minutes on a data-centre GPU; every table is written as soon as it is there."""
     return int(bench.bench(**options) > 0)
 
 # %% ../nbs/cli.ipynb #e7a0c3d1
-DECODING = (opt('--timesteps', type=int, default=1, metavar='N', help='diffusion steps'),
+DECODING = (opt('--timesteps', type=_at_least(1), default=1, metavar='N', help='diffusion steps; draw as the tiles were drawn that Stage 2 was trained on'),
     opt('--tokens', choices=('sample', 'argmax', 'expected'), default='expected', help='how a code is chosen'),
     opt('--clamp', choices=('pretraining', 'off'), default='pretraining', help="range of each step's estimate"))
 

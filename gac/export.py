@@ -351,8 +351,7 @@ def polarisations(
     asked=(), # order of the bands, where somebody says so
 ) -> tuple: # a name for each band, whether they are certain
     "Which band is VV and which is VH."
-    names = [re.search(r'(?<![A-Z])(VV|VH|HH|HV)(?![A-Z])', str(n or '').upper()) for n in names]
-    found = [m[1] if m else '' for m in names]
+    found = [m[1] if (m := re.search(r'(?<![A-Z])(VV|VH|HH|HV)(?![A-Z])', str(n or '').upper())) else '' for n in names]
     if asked:
         if len(asked) != len(found) or not set(S1_BANDS) <= set(asked):
             raise GacError(f's1_bands={",".join(asked)} for a file of {len(found)} bands: expected a name for each band, VV and VH among them.')
@@ -361,7 +360,8 @@ def polarisations(
     said = ', '.join(f or 'without a name' for f in found)
     if any(found): raise GacError(f'bands {said}: expected VV once and VH once. Say which is which with --s1-bands, e.g. VV,VH.')
     if len(found) == 2: return S1_BANDS, False
-    raise GacError(f'{len(found)} band{"s" if len(found) > 1 else ""} without names: expected VV and VH in one file (gdal_merge.py -separate joins '
+    called = f'with the names {", ".join(str(n) for n in names)}' if all(names) else 'without names'
+    raise GacError(f'{len(found)} band{"s" if len(found) > 1 else ""} {called}: expected VV and VH in one file (gdal_merge.py -separate joins '
                    'two), or say which is which with --s1-bands.')
 
 @contextmanager
@@ -722,6 +722,8 @@ def infer_scene(
     if spread == 1: raise GacError('spread 1: a spread needs at least 2 generations (--uncertainty).')
     scene = open_scene(source, s1_units, s1_bands)
     month, biome = _months(scene, month, biome)
+    if not scene.crs: print(f'{scene.path.name}: without a coordinate system, so its pixels are taken as 10 m and the biome as unknown (--biome)', flush=True)
+    if not month: print(f'{scene.path.name}: without a date, so the season is unknown to Stage 2 (--month)', flush=True)
     made = dict(scene=scene.mark, unit=scene.unit, bands=list(scene.bands), steps=chain.steps, tiling=asdict(tiling), month=month,
                 biome=biome,
                 spread=spread)
@@ -744,7 +746,7 @@ def infer_scene(
         for b in study.progress(todo, len(todo), output.name, 'blocks') if todo else (): _store_block(folder, b, draw(b))
         _assemble(folder, scene, blocks, layer, tags, draw, output)
     shutil.rmtree(folder)
-    if visualise: quicklook(scene, output, output.with_suffix('.png'))
+    if visualise: told |= dict(picture=str(quicklook(scene, output, output.with_suffix('.png'))))
     return dict(blocks=len(blocks), drawn=len(todo), skipped=len(blocks) - len(todo), **told)
 
 def _store_block(folder:Path, block:tuple, x:np.ndarray) -> np.ndarray:

@@ -554,6 +554,8 @@ def check_parameters(
         for name, value in given.items() if stage != 'common' else (): put(stage, name, value, where)
     for key, value in (sets or {}).items():
         stage, dot, name = key.rpartition('.')
+        short = [s for s in stages if stage and s[:2] == stage.zfill(2)]  # 07 for 07_stage1, where that is one
+        if len(short) == 1: stage = short[0]
         put(stage, name, value, '--set') if dot else everywhere(key, value, '--set')
     return values
 
@@ -1106,7 +1108,7 @@ def _html_stage(name:str, entry:dict, report:Path) -> str:
     return '\n'.join(part)
 
 MAIN = {'psnr': 'PSNR, dB', 'ssim': 'SSIM', 'sam_deg': 'spectral angle, °',
-        'sar_edge_gap': 'distance to the truth\'s agreement with the radar'}  # measure of results.csv -> heading
+        'sar_edge_gap': 'distance to the truth\'s agreement with the radar', 'hallucination': 'share of edges without support'}  # measure of results.csv -> heading
 MAIN_FIGURES = ('panels', 'stage_gains')
 
 def _html_summary(entries:dict, report:Path) -> str:
@@ -1118,7 +1120,7 @@ def _html_summary(entries:dict, report:Path) -> str:
     if 'results' in captions and csv.exists():
         df = pd.read_csv(csv, dtype=str, keep_default_na=False)
         within = lambda c: ' [' + df[f'{c}_lo'] + ', ' + df[f'{c}_hi'] + ']' if f'{c}_lo' in df else ''
-        short = df[[c for c in ('data', 'method', 'n_tiles') if c in df]].rename(columns={'n_tiles': 'test tiles'})
+        short = df[[c for c in ('data', 'method', 'pairs', 'n_tiles') if c in df]].rename(columns={'pairs': 'training pairs', 'n_tiles': 'test tiles'})
         short = short.assign(**{text: df[c] + within(c) for c, text in MAIN.items() if c in df})
         title, rest = _sentence(captions['results'], 'results')
         parts += [f'<h3>{escape(title)}</h3><div class="wide">{_html(short)}</div><p class="note">{escape(rest)} '
