@@ -25,6 +25,7 @@ def _at_least(least:int): # type of an option
     def number(text):
         if (n := int(text)) < least: raise argparse.ArgumentTypeError(f'{n}: expected {least} or more')
         return n
+    number.__name__ = 'int'  # what argparse calls it
     return number
 
 def command(*options, name=''): # name: of the subcommand, where the function's does not say it
@@ -105,7 +106,7 @@ GROUPS = {'data': 'real and procedural tiles: convert, fetch examples, look insi
 
 PROFILE = opt('--profile', default='mini', help='profile in nbs/params: smoke, mini, paper, …')
 
-SEED = opt('--seed', type=int, default=0, metavar='N', help='seed of everything random')
+SEED = opt('--seed', type=_at_least(0), default=0, metavar='N', help='seed of everything random')
 
 def _pairs(words:list) -> dict:
     "KEY=VALUE words as names and values; values are read as YAML: 10, 1e-4, true, [1, 2]."
@@ -125,7 +126,7 @@ def _pairs(words:list) -> dict:
     opt('--set', dest='sets', action='append', default=[], metavar='KEY=VALUE',
         help='a parameter, over the profile, e.g. 07_stage1.batch_size=16; may be repeated'),
     opt('--force', action='store_true', help='run notebooks even if nothing has changed'),
-    opt('--jobs', type=int, default=0, metavar='N', help='notebooks side by side; nothing: 2, or 1 where there is a GPU or a single core'),
+    opt('--jobs', type=_at_least(0), default=0, metavar='N', help='notebooks side by side; nothing: 2, or 1 where there is a GPU or a single core'),
     opt('--dry-run', action='store_true',
         help='run nothing: say what would run, what it needs, costs and lacks (exit code 1 if anything)'))
 def run(profile, data, reports, start, only, sets, force, jobs, dry_run):
@@ -199,7 +200,7 @@ def info(name, **modalities):
         help='checkpoints and logs; a run that was stopped goes on from there'),
     opt('--weights-dir', default='', metavar='DIR', help='where finished weights go; nothing: data/weights/mini'),
     opt('--device', default='cpu', help='cpu or cuda'),
-    opt('--threads', type=int, default=1, metavar='N', help='CPU threads'))
+    opt('--threads', type=_at_least(1), default=1, metavar='N', help='CPU threads'))
 def pretrain(params, only, output_dir, weights_dir, device, threads):
     "Pretrain the miniature models on procedural scenes (hours on a CPU)."
     from gac import pretrain, study
@@ -230,7 +231,7 @@ def world(output_dir, train, val, test, tile_size, seed):
 
 STRICT = opt('--strict', action='store_true', help='stop at the first tile that cannot be taken')
 LAYOUT = opt('--layout', metavar='NAME', help='bigearthnet_v2, geotiff or npz; nothing: recognised')
-READING = (opt('--tile-size', dest='size', type=int, metavar='PX',
+READING = (opt('--tile-size', dest='size', type=_at_least(1), metavar='PX',
                help='side of a tile in pixels; larger sources are cut (default: 120)'),
     opt('--split', choices=('train', 'val', 'test'), help='split of tiles whose layout has none (default: test)'),
     opt('--s1-units', choices=('auto', 'dB', 'linear', 'amplitude'),
@@ -279,10 +280,10 @@ def data_info(path):
     for name in store.arrays: print(f'{name}: {store.written(name).sum()} of {len(store)} tiles')
 
 # %% ../nbs/cli.ipynb #5a4072b2
-BATCH = opt('--batch-size', type=int, default=8, metavar='N', help='tiles at a time')
-MAX_TILES = opt('--max-tiles', type=int, default=0, metavar='N', help='only the first N tiles; 0 for all')
-SHARE = (opt('--rank', type=int, default=0, metavar='R', help='this worker, counting from 0'),
-    opt('--world-size', type=int, default=1, metavar='N',
+BATCH = opt('--batch-size', type=_at_least(1), default=8, metavar='N', help='tiles at a time')
+MAX_TILES = opt('--max-tiles', type=_at_least(0), default=0, metavar='N', help='only the first N tiles; 0 for all')
+SHARE = (opt('--rank', type=_at_least(0), default=0, metavar='R', help='this worker, counting from 0'),
+    opt('--world-size', type=_at_least(1), default=1, metavar='N',
         help='workers that share the tiles; each is started with its own --rank'),
     opt('--overwrite', action='store_true', help='replace an array that was made with other settings'),
     opt('--device', default='', help='cpu or cuda; nothing: a GPU if there is one'))
@@ -332,9 +333,9 @@ code is then 1."""
 # %% ../nbs/cli.ipynb #d15711c1
 @command(opt('--data-dir', required=True, metavar='DIR', help='tile store with radar'),
     opt('--output-dir', required=True, metavar='DIR', help='of the training; gac precompute --direct reads it'),
-    opt('--max-tiles', type=int, default=0, metavar='N', help='training tiles; 0 for all'),
-    opt('--max-steps', type=int, default=1200, metavar='N', help='optimizer steps'),
-    opt('--batch-size', type=int, default=8, metavar='N', help='tiles at a time'),
+    opt('--max-tiles', type=_at_least(0), default=0, metavar='N', help='training tiles; 0 for all'),
+    opt('--max-steps', type=_at_least(0), default=1200, metavar='N', help='optimizer steps'),
+    opt('--batch-size', type=_at_least(1), default=8, metavar='N', help='tiles at a time'),
     opt('--lr', type=float, default=1e-3, help='peak learning rate'),
     SEED, WEIGHTS,
     opt('--name', default='terramind_mini_generate', help='generator, see gac info'))
@@ -374,7 +375,7 @@ are listed and left out; the exit code is then 1."""
     opt('--stage2-dir', default='', metavar='DIR', help='store with opt_v2, opt_v3 goes beside it; nothing: the one at --data-dir'),
     opt('--stage2-checkpoint', default='', metavar='DIR',
         help='output of gac train-stage2 that made opt_v2; refused where it is of another kind than Stage 3 was trained on'),
-    opt('--timesteps', type=int, metavar='N', help='diffusion steps of the token routes; nothing: as trained'),
+    opt('--timesteps', type=_at_least(1), metavar='N', help='diffusion steps of the token routes; nothing: as trained'),
     *LATER, name='precompute-stage3')
 def precompute_stage3(data_dir, stage2_dir, stage2_checkpoint, stage3_checkpoint, device, weights, **options):
     """Stage 3: ground opt_v2 of every tile in its radar.
@@ -393,28 +394,28 @@ def _training(epochs:int, lr:float) -> tuple: # defaults of a stage
     return (opt('--output-dir', required=True, metavar='DIR',
                 help='adapters, head, card and curve; called again after a stop, the training goes on from there'),
         opt('--epochs', type=float, default=epochs, metavar='N', help='passes over the training pairs'),
-        opt('--max-steps', type=int, default=0, metavar='N', help='optimizer steps; 0: as many as the epochs need'),
-        opt('--batch-size', type=int, default=1, metavar='N', help='tiles per backward pass'),
-        opt('--grad-accum-steps', type=int, default=8, metavar='N', help='backward passes to an optimizer step'),
+        opt('--max-steps', type=_at_least(0), default=0, metavar='N', help='optimizer steps; 0: as many as the epochs need'),
+        opt('--batch-size', type=_at_least(1), default=1, metavar='N', help='tiles per backward pass'),
+        opt('--grad-accum-steps', type=_at_least(1), default=8, metavar='N', help='backward passes to an optimizer step'),
         opt('--lr', type=float, default=lr, metavar='RATE', help='peak learning rate'),
         opt('--precision', choices=('32-true', 'bf16-mixed', '16-mixed'), default='32-true',
             help='arithmetic; 16-mixed needs a GPU'),
         opt('--checkpointing', action='store_true',
             help='compute the activations of the frozen blocks twice: less memory, a third more time'),
-        opt('--lora-rank', type=int, default=8, metavar='R', help='rank of the adapters'),
-        opt('--lora-alpha', type=int, default=16, metavar='A', help='their scale is alpha/rank'),
+        opt('--lora-rank', type=_at_least(0), default=8, metavar='R', help='rank of the adapters'),
+        opt('--lora-alpha', type=_at_least(1), default=16, metavar='A', help='their scale is alpha/rank'),
         opt('--freeze-backbone', action='store_true', help='no adapters: only the head trains'),
-        opt('--max-tiles', type=int, default=0, metavar='N', help='training pairs; 0: all'),
-        opt('--val-every', type=int, default=500, metavar='N', help='optimizer steps between validations'),
-        opt('--save-every', type=int, default=2500, metavar='N',
+        opt('--max-tiles', type=_at_least(0), default=0, metavar='N', help='training pairs; 0: all'),
+        opt('--val-every', type=_at_least(1), default=500, metavar='N', help='optimizer steps between validations'),
+        opt('--save-every', type=_at_least(1), default=2500, metavar='N',
             help='optimizer steps between checkpoints, a multiple of --val-every'),
         opt('--early-stopping', action=argparse.BooleanOptionalAction, default=True,
             help='stop when validation no longer improves'),
-        opt('--early-stopping-patience', type=int, default=10, metavar='N', help='validations without improvement'),
+        opt('--early-stopping-patience', type=_at_least(0), default=10, metavar='N', help='validations without improvement'),
         opt('--save-visualizations', action='store_true', help='panels.png in the output folder'),
-        opt('--num-workers', type=int, default=0, metavar='N', help='processes that load tiles; none on Windows'),
+        opt('--num-workers', type=_at_least(0), default=0, metavar='N', help='processes that load tiles; none on Windows'),
         opt('--devices', type=int, default=1, metavar='N', help='GPUs per node'),
-        opt('--num-nodes', type=int, default=1, metavar='N', help='machines'),
+        opt('--num-nodes', type=_at_least(1), default=1, metavar='N', help='machines'),
         opt('--strategy', default='auto', help="how devices train together; auto: DDP, and see gac.training.STRATEGIES"),
         opt('--overwrite', action='store_true', help='replace a training that was made with other settings'), SEED, WEIGHTS)
 
@@ -430,10 +431,10 @@ def _trained(report:dict) -> None:
         help='store with opt_v1 (gac precompute --output-dir); nothing: the one at --data-dir'),
     opt('--backbone', default='prithvi_mini', help='Prithvi by the name of gac info, e.g. prithvi_eo_v2_600_tl'),
     opt('--load-in-8bit', action='store_true', help='frozen linear layers in 8 bits (bitsandbytes)'),
-    opt('--unfreeze-last-n-blocks', type=int, default=0, metavar='N', help='blocks of the encoder that train in full'),
+    opt('--unfreeze-last-n-blocks', type=_at_least(0), default=0, metavar='N', help='blocks of the encoder that train in full'),
     opt('--metadata', type=_words, default=['month', 'biome'], metavar='A,B',
         help='what the refiner is told: month,biome, one of them, or none'),
-    opt('--tile-size', type=int, default=0, metavar='PX',
+    opt('--tile-size', type=_at_least(0), default=0, metavar='PX',
         help='side of the random window of a tile that a step sees; 0: the whole tile'),
     *_training(30, 1e-4), name='train-stage2')
 def train_stage2(metadata, **options):
@@ -453,10 +454,10 @@ Needs opt_v1 (gac precompute). Writes the best checkpoint as adapters in peft's 
         help='how the generator is trained, see 06_gradient_flow'),
     opt('--lora-cross-attention-only', action=argparse.BooleanOptionalAction, default=True,
         help='adapters on cross-attention alone; without: on all linear layers'),
-    opt('--timesteps', type=int, default=10, metavar='N', help='diffusion steps of the token routes'),
+    opt('--timesteps', type=_at_least(1), default=10, metavar='N', help='diffusion steps of the token routes'),
     opt('--select', choices=('gap', 'raw', 'psnr'), default='gap',
         help='best checkpoint by distance of SAR-edge agreement to the truth, by its raw value, or by PSNR'),
-    opt('--tile-size', type=int, default=60, metavar='PX', help='side of the window the head trains on; 0: the whole tile'),
+    opt('--tile-size', type=_at_least(0), default=60, metavar='PX', help='side of the window the head trains on; 0: the whole tile'),
     *_training(50, 5e-5), name='train-stage3')
 def train_stage3(stage1_dir, stage2_dir, **options):
     """Stage 3: train adapters on TerraMind's cross-attention and the head to ground opt_v2 in the radar.
@@ -487,7 +488,7 @@ def _opt_v2(data_dir:str, stage1_dir:str, checkpoint:str) -> None:
 @command(opt('--stage3-checkpoint', default='', metavar='DIR',
              help='output of gac train-stage3, or its repository on the Hugging Face Hub; nothing: an untrained model of --name'),
     opt('--name', default='terramind_mini_generate', help='generator, see gac info'),
-    opt('--lora-rank', dest='lora_r', type=int, default=8, metavar='R', help='rank of the adapters'))
+    opt('--lora-rank', dest='lora_r', type=_at_least(0), default=8, metavar='R', help='rank of the adapters'))
 def stage3_info(**options):
     "Say what a grounding model is: parts, parameters, trainable share, adapted layers, how it was trained."
     from gac import stage3
@@ -501,8 +502,8 @@ def stage3_info(**options):
         help='output of gac train-stage3, or its repository on the Hugging Face Hub'),
     opt('--stage2-checkpoint', default='', metavar='DIR',
         help='output of gac train-stage2 that made opt_v2; refused where it is of another kind than Stage 3 was trained on'),
-    opt('--timesteps', type=int, default=8, metavar='N', help='diffusion steps of the token routes'),
-    opt('--batch-size', type=int, default=8, metavar='N', help='tiles at a time'), WEIGHTS)
+    opt('--timesteps', type=_at_least(1), default=8, metavar='N', help='diffusion steps of the token routes'),
+    opt('--batch-size', type=_at_least(1), default=8, metavar='N', help='tiles at a time'), WEIGHTS)
 def stage3_infer(**options):
     "Ground saved images in their radar; where the truth is given, say how much it helped."
     from gac import stage3
@@ -518,12 +519,12 @@ GROUPS['nyc'] = 'New York: build the data set, publish the winning model'
     opt('--dates', type=_words, default=[], metavar='A,B,C,D', help='with --catalog: days or spans, e.g. 2021-01-01/2021-02-15'),
     opt('--collections', type=_words, default=['sentinel-2-l2a', 'sentinel-1-rtc', 'cop-dem-glo-30'], metavar='A,B,C',
         help='optical, radar, terrain'),
-    opt('--s1-days', type=int, default=6, metavar='N', help='days a radar pass may be away from the optical image'),
+    opt('--s1-days', type=_at_least(0), default=6, metavar='N', help='days a radar pass may be away from the optical image'),
     opt('--output-dir', required=True, metavar='DIR', help='folder of the new data set; called again after a stop, it goes on'),
-    opt('--tile-size', dest='size', type=int, default=224, metavar='PX', help='side of a chip in pixels of 10 m'),
-    opt('--guard', type=int, default=32, metavar='PX', help='strip without chips between parent blocks'),
-    opt('--timestamps', type=int, default=4, metavar='N', help='dates the data set has; more or fewer are refused'),
-    opt('--test', type=int, default=64, metavar='N', help='test chips, where the area allows'),
+    opt('--tile-size', dest='size', type=_at_least(1), default=224, metavar='PX', help='side of a chip in pixels of 10 m'),
+    opt('--guard', type=_at_least(0), default=32, metavar='PX', help='strip without chips between parent blocks'),
+    opt('--timestamps', type=_at_least(1), default=4, metavar='N', help='dates the data set has; more or fewer are refused'),
+    opt('--test', type=_at_least(1), default=64, metavar='N', help='test chips, where the area allows'),
     opt('--s2-offset', type=int, metavar='DN', help='digital numbers to take off; nothing: by the pixels and the baseline'),
     opt('--s1-units', choices=('auto', 'dB', 'linear', 'amplitude'), default='auto', help='unit of Sentinel-1'),
     SEED)
@@ -554,14 +555,14 @@ def nyc_publish(run_dir, output_dir):
         help='what the encoder is given, see 12_downstream'),
     opt('--seeds', type=lambda text: [int(w) for w in _words(text)], default=[0], metavar='N,M', help='trainings of every arm'),
     opt('--name', default='terramind_mini', help='encoder, as TerraTorch names it, e.g. terramind_v1_base'),
-    opt('--tile-size', dest='size', type=int, default=60, metavar='PX',
+    opt('--tile-size', dest='size', type=_at_least(1), default=60, metavar='PX',
         help='side of a window, a divisor of the side of the tiles; 0: whole tiles'),
-    opt('--batch-size', type=int, default=16, metavar='N', help='windows'),
-    opt('--max-steps', dest='steps', type=int, default=60, metavar='N', help='optimizer steps of every arm'),
+    opt('--batch-size', type=_at_least(1), default=16, metavar='N', help='windows'),
+    opt('--max-steps', dest='steps', type=_at_least(0), default=60, metavar='N', help='optimizer steps of every arm'),
     opt('--lr', type=float, default=2e-3, metavar='RATE', help='peak learning rate'),
-    opt('--lora-rank', type=int, default=8, metavar='R', help='rank of the adapters; 0: the encoder is frozen'),
+    opt('--lora-rank', type=_at_least(0), default=8, metavar='R', help='rank of the adapters; 0: the encoder is frozen'),
     opt('--precision', choices=('32-true', 'bf16-mixed', '16-mixed'), default='32-true', help='arithmetic; 16-mixed needs a GPU'),
-    opt('--max-tiles', dest='train_tiles', type=int, default=0, metavar='N', help='labelled training tiles; 0: all'),
+    opt('--max-tiles', dest='train_tiles', type=_at_least(0), default=0, metavar='N', help='labelled training tiles; 0: all'),
     opt('--configs-only', action='store_true', help='write the files for terratorch fit, train nothing'), WEIGHTS)
 def downstream(configs_only, **options):
     """Land cover from the radar alone, with true, thought-of and drawn images: what the images are good for.
@@ -580,12 +581,12 @@ Writes downstream.csv and downstream_gains.csv, and one file per training that `
         help='output of gac train-stage2, or its repository on the Hugging Face Hub; nothing: without Stage 2'),
     opt('--stage3-checkpoint', default='', metavar='DIR',
         help='output of gac train-stage3, or its repository on the Hugging Face Hub; nothing: without Stage 3'),
-    opt('--samples', type=int, default=8, metavar='N', help='generations of every tile, 2 or more'),
-    opt('--timesteps', type=int, default=1, metavar='N', help='diffusion steps'),
+    opt('--samples', type=_at_least(2), default=8, metavar='N', help='generations of every tile, 2 or more'),
+    opt('--timesteps', type=_at_least(1), default=1, metavar='N', help='diffusion steps'),
     opt('--clamp', choices=('pretraining', 'off'), default='pretraining', help="range of each step's estimate"),
     opt('--split', choices=('train', 'val', 'test'), default='', help='tiles that are generated; nothing: all'),
-    opt('--max-tiles', type=int, default=0, metavar='N', help='spread evenly over them; 0: all'),
-    opt('--batch-size', type=int, default=4, metavar='N', help='tiles at a time'),
+    opt('--max-tiles', type=_at_least(0), default=0, metavar='N', help='spread evenly over them; 0: all'),
+    opt('--batch-size', type=_at_least(1), default=4, metavar='N', help='tiles at a time'),
     opt('--name', default='terramind_mini_generate', help='generator, see gac info'), SEED, WEIGHTS)
 def uncertainty(**options):
     """Several generations of every tile through the stages: their mean, and their spread band by band.
@@ -611,11 +612,11 @@ The questions of nbs/11_ablations.ipynb are asked by gac run --only 11 --set 11_
     opt('--name', default='terramind_v1_large_generate', help='generator, see gac info'),
     opt('--backbone', default='prithvi_eo_v2_600_tl', help='Prithvi of Stage 2, see gac info'),
     WEIGHTS,
-    opt('--batch-size', dest='batch', type=int, default=64, metavar='N', help='tiles at a time'),
-    opt('--tile-size', dest='side', type=int, default=120, metavar='PX', help='side of a tile'),
-    opt('--timesteps', dest='steps', type=int, nargs='+', default=[1, 10], metavar='N', help='diffusion steps compared'),
-    opt('--repeats', type=int, default=3, metavar='N', help='rounds timed'),
-    opt('--tiles', dest='drawn', type=int, default=1024, metavar='N', help='that go from store to store'),
+    opt('--batch-size', dest='batch', type=_at_least(1), default=64, metavar='N', help='tiles at a time'),
+    opt('--tile-size', dest='side', type=_at_least(1), default=120, metavar='PX', help='side of a tile'),
+    opt('--timesteps', dest='steps', type=_at_least(1), nargs='+', default=[1, 10], metavar='N', help='diffusion steps compared'),
+    opt('--repeats', type=_at_least(1), default=3, metavar='N', help='rounds timed'),
+    opt('--tiles', dest='drawn', type=_at_least(1), default=1024, metavar='N', help='that go from store to store'),
     opt('--no-compile', dest='compiled', action='store_false', help='leave torch.compile out'),
     opt('--only', nargs='+', default=[], metavar='PART', help='of generation, modes, chain, compiled, levers, quality, training; nothing: all'),
     SEED)
@@ -626,9 +627,12 @@ Minutes on a data-centre GPU; every table is written as soon as it is there."""
     return int(bench.bench(**options) > 0)
 
 # %% ../nbs/cli.ipynb #e7a0c3d1
-DECODING = (opt('--timesteps', type=_at_least(1), default=1, metavar='N', help='diffusion steps; draw as the tiles were drawn that Stage 2 was trained on'),
-    opt('--tokens', choices=('sample', 'argmax', 'expected'), default='expected', help='how a code is chosen'),
-    opt('--clamp', choices=('pretraining', 'off'), default='pretraining', help="range of each step's estimate"))
+DECODING = (opt('--timesteps', type=_at_least(0), default=0, metavar='N',
+        help='diffusion steps; 0: as the tiles were drawn that Stage 2 was trained on, else 1'),
+    opt('--tokens', choices=('', 'sample', 'argmax', 'expected'), default='',
+        help='how a code is chosen; nothing: as for Stage 2, else expected'),
+    opt('--clamp', choices=('', 'pretraining', 'off'), default='',
+        help="range of each step's estimate; nothing: as for Stage 2, else pretraining"))
 
 @command(opt('source', help='Sentinel-1 GeoTIFF of any size (VV and VH, 10 m), tile store, or real tiles in a known layout'),
     opt('output', help='GeoTIFF that is written; for tiles a folder'),
@@ -636,11 +640,11 @@ DECODING = (opt('--timesteps', type=_at_least(1), default=1, metavar='N', help='
         help='output of gac train-stage2, or its repository on the Hugging Face Hub; nothing: without Stage 2'),
     opt('--stage3-checkpoint', default='', metavar='DIR',
         help='output of gac train-stage3, or its repository on the Hugging Face Hub; nothing: without Stage 3'),
-    opt('--uncertainty', type=int, default=0, metavar='N', help='generations whose spread becomes a fifth band; 0: none'),
+    opt('--uncertainty', type=_at_least(0), default=0, metavar='N', help='generations whose spread becomes a fifth band; 0: none'),
     opt('--visualise', '--save-visualizations', action='store_true', help='a picture as well'),
-    opt('--tile-size', type=int, default=120, metavar='PX', help='side of the tiles a scene is cut into'),
-    opt('--overlap', type=int, default=40, metavar='PX', help='what neighbouring tiles share'),
-    opt('--block', type=int, default=960, metavar='PX', help='side of what is drawn and stored at a time'),
+    opt('--tile-size', type=_at_least(1), default=120, metavar='PX', help='side of the tiles a scene is cut into'),
+    opt('--overlap', type=_at_least(0), default=40, metavar='PX', help='what neighbouring tiles share'),
+    opt('--block', type=_at_least(1), default=960, metavar='PX', help='side of what is drawn and stored at a time'),
     opt('--month', type=int, default=0, choices=range(13), metavar='M', help="1 to 12; 0: of the file's date"),
     opt('--biome', type=int, default=0, choices=range(15), metavar='B', help='1 to 14; 0: of the place'),
     opt('--s1-units', choices=('auto', 'dB', 'linear', 'amplitude'), default='auto',
@@ -649,8 +653,8 @@ DECODING = (opt('--timesteps', type=_at_least(1), default=1, metavar='N', help='
         help='order of bands without names, e.g. VV,VH'),
     opt('--s1-product', choices=('', 'S1GRD', 'S1RTC'), default='', help='what the radar is; nothing: S1GRD'),
     opt('--split', choices=('', 'train', 'val', 'test'), default='', help='of a tile store; nothing: all'),
-    opt('--max-tiles', type=int, default=0, metavar='N', help='of a tile store, spread evenly; 0 for all'),
-    opt('--batch-size', type=int, default=8, metavar='N', help='tiles at a time'), *DECODING,
+    opt('--max-tiles', type=_at_least(0), default=0, metavar='N', help='of a tile store, spread evenly; 0 for all'),
+    opt('--batch-size', type=_at_least(1), default=8, metavar='N', help='tiles at a time'), *DECODING,
     opt('--name', default='terramind_mini_generate', help='generator, see gac info'),
     opt('--device', default='', help='cpu or cuda; nothing: a GPU if there is one'),
     opt('--overwrite', action='store_true', help='replace an output that was made otherwise'), WEIGHTS, SEED)
@@ -670,7 +674,7 @@ A scene is drawn in overlapping tiles that fade into each other, block by block;
         help='of s1, opt_v1, opt_v2, opt_v3, truth, error; nothing: all that are there'),
     opt('--ids', type=_words, default=[], metavar='A,B', help='tiles; nothing: all'),
     opt('--split', choices=('', 'train', 'val', 'test'), default='', help='tiles of this split; nothing: all'),
-    opt('--max-tiles', type=int, default=0, metavar='N', help='spread evenly; 0 for all'),
+    opt('--max-tiles', type=_at_least(0), default=0, metavar='N', help='spread evenly; 0 for all'),
     opt('--overwrite', action='store_true', help='replace files that were made otherwise'))
 def export(**options):
     """Write products of a tile store as Cloud-Optimised GeoTIFFs, each in its place, with names, units, provenance and colours for QGIS.

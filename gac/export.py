@@ -7,7 +7,7 @@ __all__ = ['NODATA', 'COLOUR', 'CACHE', 'OPTICAL', 'RADAR', 'ERROR', 'PRODUCTS',
            'Layer', 'style', 'write_cog', 'cog_faults', 'lineage', 'provenance_tags', 'tile_tags', 'state_of', 'Shelf',
            'export_tiles', 'run_export', 'polarisations', 'Scene', 'open_scene', 'Tiling', 'Chain', 'spread_of',
            'filled', 'draw_block', 'seam_lines', 'seam_excess', 'infer_scene', 'quicklook', 'scene_figure',
-           'infer_tiles', 'infer']
+           'infer_tiles', 'decoding_for', 'infer']
 
 # %% ../nbs/10_export.ipynb #f5d52bd6
 import hashlib, json, os, re, shutil, socket, warnings
@@ -886,6 +886,18 @@ def _panels(store, rows, folders:dict, path:Path, most:int=3) -> Path|None:
     plt.close(fig)
     return path
 
+def decoding_for(
+    stage2_checkpoint='', # folder; empty: without Stage 2
+    timesteps:int=0, tokens:str='', clamp:str='', # asked for; 0, empty: not
+) -> stage1.Decoding:
+    "How Stage 1 decodes: as asked, else as the images were drawn that Stage 2 was trained on, else one step and the expected code."
+    asked = {k: v for k, v in dict(timesteps=timesteps, tokens=tokens, clamp=clamp).items() if v}
+    trained = stage2.read_decoding(stage2_checkpoint) if stage2_checkpoint else None
+    decoding = replace(trained or stage1.Decoding(1, 'expected'), **asked)
+    if trained and decoding != trained:
+        print(f'Stage 1 draws here: {decoding}. Stage 2 was trained on images drawn otherwise ({trained}) and may do worse on these.', flush=True)
+    return decoding
+
 def infer(
     source, # Sentinel-1 GeoTIFF, tile store, or tiles in a known layout
     output, # the COG; for tiles a folder
@@ -897,7 +909,7 @@ def infer(
     tile_size:int=120, overlap:int=40, block:int=960, # of a scene, px
     s1_units:str='auto', s1_bands=(), month:int=0, biome:int=0, # of a scene, see infer_scene
     split:str='', max_tiles:int=0, # of tiles, see infer_tiles
-    timesteps:int=1, tokens:str='expected', clamp:str='pretraining', # how Stage 1 decodes
+    timesteps:int=0, tokens:str='', clamp:str='', # how Stage 1 decodes, see decoding_for
     name:str='terramind_mini_generate', weights:str='', seed:int=0, batch_size:int=8, device:str='',
     overwrite:bool=False, # see Chain
 ) -> dict:
@@ -905,7 +917,7 @@ def infer(
     source = Path(source)
     if not source.exists():
         raise GacError(f'{source}: there is nothing here. Give a Sentinel-1 GeoTIFF, a tile store, or tiles in a known layout.')
-    decoding = stage1.Decoding(timesteps, tokens, clamp)
+    decoding = decoding_for(stage2_checkpoint, timesteps, tokens, clamp)
     chain = lambda product: Chain(stage2_checkpoint, stage3_checkpoint, product, name, weights, decoding, seed, device)
     common = dict(spread=uncertainty, batch_size=batch_size, overwrite=overwrite, visualise=visualise)
     if source.is_file() and source.suffix.lower() in ('.tif', '.tiff'):

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['KNOWN', 'FIELDS', 'YEAR', 'AROUND', 'REACH', 'SHORT', 'SCALE', 'STEP', 'FLOOR', 'BETAS', 'FLIPS', 'HEAD_FILE', 'TOLD',
-           'SETTINGS', 'codes', 'check_fields', 'season', 'Condition', 'ConvNeXtBlock', 'steered', 'Pointwise',
-           'Colour', 'ConvNeXtHead', 'PrithviRefiner', 'build_prithvi_refiner', 'forecast', 'scales', 'ms_ssim',
-           'spectral_angle', 'Stage2Loss', 'Pairs', 'save_stage2', 'read_stage2', 'checkpoint_file', 'load_stage2',
-           'stage2_step', 'layout', 'data_name', 'identity', 'calibrate', 'train_stage2', 'train_as', 'refine',
-           'refined', 'precompute_stage2', 'fingerprint', 'images_of', 'run_stage2', 'save_panels']
+           'SETTINGS', 'DECODING_FILE', 'codes', 'check_fields', 'season', 'Condition', 'ConvNeXtBlock', 'steered',
+           'Pointwise', 'Colour', 'ConvNeXtHead', 'PrithviRefiner', 'build_prithvi_refiner', 'forecast', 'scales',
+           'ms_ssim', 'spectral_angle', 'Stage2Loss', 'Pairs', 'save_stage2', 'read_stage2', 'checkpoint_file',
+           'load_stage2', 'stage2_step', 'layout', 'data_name', 'identity', 'calibrate', 'train_stage2', 'train_as',
+           'refine', 'refined', 'precompute_stage2', 'fingerprint', 'images_of', 'keep_decoding', 'read_decoding',
+           'run_stage2', 'save_panels']
 
 # %% ../nbs/08_stage2.ipynb #42d310c9
 import hashlib, json, math, re
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -700,6 +701,30 @@ def images_of(
     return refined(load_stage2(run.dir/'stage2'), v1), rows
 
 # %% ../nbs/08_stage2.ipynb #0587339c
+DECODING_FILE = 'stage1.json'  # beside a checkpoint: how the images were drawn that it was trained on
+
+def keep_decoding(
+    folder:str|Path, # of a checkpoint
+    drawn:dict, # settings of the images, of which those of stage1.Decoding are kept
+) -> Path:
+    "Write down how the images were drawn that a refiner learnt from, so that `gac infer` draws them so."
+    study._write(Path(folder)/DECODING_FILE, json.dumps({f.name: drawn[f.name] for f in fields(stage1.Decoding)}) + '\n')
+    return Path(folder)/DECODING_FILE
+
+def read_decoding(
+    path:str|Path, # folder of a checkpoint, the file in it, or a repository of the Hugging Face Hub
+) -> stage1.Decoding|None: # None: nobody wrote it down
+    "How the images were drawn that a refiner learnt from."
+    folder = Path(path).parent if Path(path).suffix == '.safetensors' else foundations.find_folder(path, (HEAD_FILE,), (DECODING_FILE,))
+    file, kinds = folder/DECODING_FILE, {f.name: f.type for f in fields(stage1.Decoding)}
+    if not file.exists(): return None
+    try: made = json.loads(file.read_text(encoding='utf-8'))
+    except ValueError: made = None
+    if not isinstance(made, dict) or {k: type(v) for k, v in made.items()} != kinds:
+        told = ', '.join(f'{k} ({t.__name__})' for k, t in kinds.items())
+        raise GacError(f'{file} does not say how Stage 1 drew: expected JSON with {told}. Delete it to draw in the default way.')
+    return stage1.Decoding(**made)
+
 def run_stage2(
     data_dir, # tile store with radar and truth
     output_dir, # of the training: adapters, head, card, curve
@@ -748,6 +773,7 @@ def run_stage2(
                                     metadata, weights=weights, seed=seed)
     train, val = Pairs(store, rows['train'][:max_tiles or None], images, tile_size), Pairs(store, rows['val'], images)
     fit = train_stage2(refiner, train, val, settings, output_dir, Stage2Loss(**loss or {}), overwrite=overwrite)
+    keep_decoding(output_dir, place.arrays['opt_v1'].attrs)
     if save_visualizations and len(val): save_panels(refiner, val, Path(output_dir)/'panels.png')
     return dict(steps=fit.steps, resumed_at=fit.resumed_at, metrics=read_stage2(output_dir)[1]['metrics'], output=str(output_dir))
 

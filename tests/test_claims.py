@@ -102,6 +102,15 @@ def test_findings_read_their_numbers(report):
             and '-0.010 [-0.020, +0.010] (not told apart from nothing)' in said)
     assert f'Of {len(claims.CLAIMS)} claims' in said and 'Pretraining' not in said  # knowledge_gains.csv is not there
 
+def test_what_the_foundation_models_bring_is_said_win_or_lose(report):
+    known = dict(zip(('question', 'row'), zip(*claims.KNOWN_BY)))
+    rows = {k: [*v, 'clamp'] for k, v in known.items()} | dict(metric='psnr', gain=-.02, lo=-.06, hi=.03)
+    said = claims.found_ablations(report(ablations=rows), 'world')
+    assert f'Of {len(claims.KNOWN_BY) + 1} ablations none is told apart' in said
+    rows |= dict(lo=[*[-.06]*len(claims.KNOWN_BY), -.03], hi=[*[.03]*len(claims.KNOWN_BY), -.01])
+    said = claims.found_ablations(report(ablations=rows), 'world').split('each taken away: ')[1]
+    assert all(f'{q}: {r} -0.02' in said for q, r in claims.KNOWN_BY) and 'clamp' not in said
+
 def test_committed_report_answers_what_needs_no_inputs():
     folder = study.root()/'reports'/'mini'/'tables'
     tables = claims.Tables(folder, claims_facts=pd.DataFrame(dict(fact=[], value=[])))

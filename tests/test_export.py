@@ -1,12 +1,13 @@
 "Files a GIS opens, and scenes of any size: what comes out, what a stop leaves, what is refused."
 import json, os, signal, socket, subprocess, sys, time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 import rasterio
-from gac import cli, export, stage1, study, tiles
+from gac import cli, export, stage1, stage2, study, tiles
 from gac.export import NODATA, Tiling, cog_faults, export_tiles, infer_scene, open_scene
 from gac.study import GacError, OPT_BANDS
 
@@ -36,11 +37,11 @@ def store(tmp_path_factory):
         s.close()
     return s
 
-def scene(path:Path, h=130, w=170, change=lambda x: x, names=('VV', 'VH'), crs='EPSG:32633', pixel=10., **more) -> Path:
+def scene(path:Path, h=130, w=170, change=lambda x: x, names=('VV', 'VH'), crs='EPSG:32633', pixel=10., dated='2021-07-14T05:12:00', **more) -> Path:
     "A Sentinel-1 GeoTIFF in small blocks."
     r = np.random.default_rng(3)
     x = change(np.stack([r.normal(-11, 2, (h, w)), r.normal(-17.5, 2, (h, w))]).astype('float32'))
-    return layouts.write_tif(path, x, crs, pixel, names=[n or '' for n in names], tags=dict(datetime='2021-07-14T05:12:00'),
+    return layouts.write_tif(path, x, crs, pixel, names=[n or '' for n in names], tags=dict(datetime=dated) if dated else {},
                              tiled=True, blockxsize=64, blockysize=64, **more)
 
 # ---- gac export -------------------------------------------------------------------------------------------------------
@@ -244,8 +245,34 @@ def test_units_and_bands_are_told_apart(tmp_path, capsys):
         made[name] = rasterio.open(tmp_path/f'{name}.o.tif').read().astype(int)
     assert all(np.abs(x - made['dB']).max() <= 1 for x in made.values())
 
+def test_what_a_scene_does_not_tell_is_said(tmp_path, capsys):
+    without = ('without a coordinate system, so its pixels are taken as 10 m and the biome as unknown (--biome)',
+               'without a date, so the season is unknown to Stage 2 (--month)')
+    told = {}
+    for name, known in dict(all=dict(), none=dict(crs=None, dated='')).items():
+        infer_scene(scene(tmp_path/f'{name}.tif', **known), tmp_path/f'{name}.o.tif', chains.Grey(), SMALL)
+        told[name] = capsys.readouterr().out
+    assert [[s in told[k] for s in without] for k in ('all', 'none')] == [[False]*2, [True]*2]
+    infer_scene(tmp_path/'none.tif', tmp_path/'said.o.tif', chains.Grey(), SMALL, month=7)
+    assert '--month' not in capsys.readouterr().out
+
+def test_stage1_draws_as_stage2_was_trained(tmp_path, capsys):
+    "The decoding a training wrote down, unless another is asked for, and then with a word."
+    for none in ('', tmp_path): assert export.decoding_for(none) == stage1.Decoding(1, 'expected')
+    assert str(export.decoding_for('', 3, 'argmax', 'off')) == 'argmax, 3 steps, no clamp'
+    drawn = stage1.Decoding(4, 'sample', 'off', 2)
+    file = stage2.keep_decoding(tmp_path, dict(asdict(drawn), model='another fact of the array'))
+    assert export.decoding_for(tmp_path) == export.decoding_for(tmp_path/'refiner.safetensors') == drawn
+    assert export.decoding_for(tmp_path, 4, 'sample') == drawn and capsys.readouterr().out == ''
+    assert export.decoding_for(tmp_path, 1) == replace(drawn, timesteps=1)
+    assert 'Stage 1 draws here: sampled, mean of 2, 1 step, no clamp. Stage 2 was trained on images drawn otherwise' in capsys.readouterr().out
+    for bad in ('{', '[]', '{"timesteps": 1}', json.dumps(asdict(drawn) | dict(timesteps='4'))):
+        file.write_text(bad)
+        with pytest.raises(GacError, match='stage1.json does not say how Stage 1 drew'): export.decoding_for(tmp_path)
+
 WRONG = {'one band': (dict(change=lambda x: x[:1], names=()), 'gdal_merge.py -separate'),
          'three bands': (dict(change=lambda x: np.concatenate([x, x[:1]]), names=()), '3 bands without names'),
+    'three with other names': (dict(change=lambda x: np.concatenate([x, x[:1]]), names=('red', 'green', 'blue')), '3 bands with the names red, green, blue'),
     'HH and HV': (dict(names=('HH', 'HV')), 'bands HH, HV: expected VV once and VH once'),
     'swapped': (dict(change=lambda x: x[::-1], names=()), '--s1-bands VH,VV'),
     'degrees': (dict(crs='EPSG:4326', pixel=1e-4), 'counts in degrees.*gdalwarp'),
