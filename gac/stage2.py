@@ -705,11 +705,13 @@ DECODING_FILE = 'stage1.json'  # beside a checkpoint: how the images were drawn 
 
 def keep_decoding(
     folder:str|Path, # of a checkpoint
-    drawn:dict, # settings of the images, of which those of stage1.Decoding are kept
-) -> Path:
+    drawn:dict, # settings of the images; those of stage1.Decoding are kept
+) -> Path|None: # None: they do not say, as images do that another program drew
     "Write down how the images were drawn that a refiner learnt from, so that `gac infer` draws them so."
-    study._write(Path(folder)/DECODING_FILE, json.dumps({f.name: drawn[f.name] for f in fields(stage1.Decoding)}) + '\n')
-    return Path(folder)/DECODING_FILE
+    file, names = Path(folder)/DECODING_FILE, [f.name for f in fields(stage1.Decoding)]
+    if not set(names) <= set(drawn): return file.unlink(missing_ok=True)
+    study._write(file, json.dumps({k: drawn[k] for k in names}) + '\n')
+    return file
 
 def read_decoding(
     path:str|Path, # folder of a checkpoint, the file in it, or a repository of the Hugging Face Hub
@@ -773,7 +775,7 @@ def run_stage2(
                                     metadata, weights=weights, seed=seed)
     train, val = Pairs(store, rows['train'][:max_tiles or None], images, tile_size), Pairs(store, rows['val'], images)
     fit = train_stage2(refiner, train, val, settings, output_dir, Stage2Loss(**loss or {}), overwrite=overwrite)
-    keep_decoding(output_dir, place.arrays['opt_v1'].attrs)
+    keep_decoding(output_dir, dict(place.arrays['opt_v1'].attrs))
     if save_visualizations and len(val): save_panels(refiner, val, Path(output_dir)/'panels.png')
     return dict(steps=fit.steps, resumed_at=fit.resumed_at, metrics=read_stage2(output_dir)[1]['metrics'], output=str(output_dir))
 

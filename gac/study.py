@@ -866,12 +866,13 @@ def plan(
     fixed = dict(profile=profile, run_dir=_relative(run), reports_dir=_relative(run/'report'), data=data)
     there = run/'report' if (run/'report').is_dir() else report  # what a stopped run left is the newer
     done, stages, keys = _read_json(run/'chain.json'), [], {}
+    told = _read_json(report/'provenance.json').get('notebooks', {})  # a first run expects what the report took
     for i, path in enumerate(paths):
         values = {n: p.default for n, p in declarations[path.stem].items()} | given[path.stem] | fixed
         reads, apart = reads_of(read_notebook(path), names[:i], path.stem)
         stage = Stage(path.stem, path, values, _key(path, values, {n: keys[n] for n in reads}, root()/'gac'), reads=reads, alone=apart)
         old = done.get(path.stem, {})
-        stage.seconds = old.get('seconds')
+        stage.seconds = old.get('seconds') or told.get(path.stem, {}).get('seconds')
         unchanged = old.get('key') == stage.key and all(p.exists() for p in outputs(path.stem, run, there))
         chosen = i == alone if only else i >= first
         if not chosen: stage.status = 'left alone' if old else 'never ran'
@@ -937,7 +938,7 @@ def run_chain(
     if start and only: raise GacError('--from and --only: expected one of them.')
     if jobs < 0: raise GacError(f'--jobs {jobs}: expected 1 or more, or nothing.')
     known = [s.seconds for s in todo if s.seconds]
-    about = f', about {_clock(sum(known))} for {len(known)} of them last time' if known else ''
+    about = f', about {_clock(sum(known))} for {len(known)} of them by the last run or the report' if known else ''
     print(f'Profile {profile}: {len(todo)} of {len(stages)} notebooks to run{about}. Report: {_shown(report)}', flush=True)
     absent = {s.name for s in stages if s.status == 'never ran'} & {n for s in todo for n in s.reads}
     if absent: print(f'Never ran, though others build on it: {", ".join(sorted(absent))}. Leave --from and --only out, or expect a refusal.', flush=True)
@@ -1002,7 +1003,7 @@ def _run_stages(stages:list[Stage], run:Path, report:Path, verbose:bool, jobs:in
         _execute(stage, run, report, verbose, kernel)
 
     def start(stage):
-        expected = f' (last time {_clock(stage.seconds)})' if stage.seconds else ''
+        expected = f' (expected {_clock(stage.seconds)})' if stage.seconds else ''
         print(f'{number[stage.name]} runs{expected} …', flush=True)
         began[stage.name], stage.status = time.perf_counter(), 'runs'
         running[pool.submit(lane, stage)] = stage

@@ -1,5 +1,5 @@
 "The chain runner: skipping, resuming, refusing, reporting."
-import json, os, signal, subprocess, sys, time
+import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pandas as pd
@@ -46,6 +46,14 @@ def test_chain_skips_resumes_and_reports(chain, capsys):
     assert about['notebooks']['02_third']['notes'] == {'seed': 1} and about['notebooks']['00_first']['parameters']['n'] == 4
     for text in (page, json.dumps(about), *(p.read_text() for p in (chain/'report/notebooks').glob('*.ipynb'))):
         assert str(study.root()) not in text and str(Path.home()) not in text
+
+def test_a_first_run_expects_what_the_report_took(chain, capsys):
+    go(chain, dry_run=True)
+    assert 'about' not in capsys.readouterr().out  # nobody knows
+    go(chain)
+    shutil.rmtree(chain/'run')
+    capsys.readouterr()
+    assert go(chain, dry_run=True) == ['to run']*3 and 'for 3 of them by the last run or the report' in capsys.readouterr().out
 
 def test_a_report_stays_as_it_was_until_a_run_has_ended(chain):
     "A run that fails after its first notebook has made another table: not a byte of the report changes, and nobody's own file is touched."

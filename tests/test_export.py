@@ -269,6 +269,7 @@ def test_stage1_draws_as_stage2_was_trained(tmp_path, capsys):
     for bad in ('{', '[]', '{"timesteps": 1}', json.dumps(asdict(drawn) | dict(timesteps='4'))):
         file.write_text(bad)
         with pytest.raises(GacError, match='stage1.json does not say how Stage 1 drew'): export.decoding_for(tmp_path)
+    assert stage2.keep_decoding(tmp_path, dict(model='another program')) is None and export.decoding_for(tmp_path) == stage1.Decoding(1, 'expected')
 
 WRONG = {'one band': (dict(change=lambda x: x[:1], names=()), 'gdal_merge.py -separate'),
          'three bands': (dict(change=lambda x: np.concatenate([x, x[:1]]), names=()), '3 bands without names'),
