@@ -917,6 +917,8 @@ def infer(
     source = Path(source)
     if not source.exists():
         raise GacError(f'{source}: there is nothing here. Give a Sentinel-1 GeoTIFF, a tile store, or tiles in a known layout.')
+    for folder, file, maker in ((stage2_checkpoint, stage2.HEAD_FILE, 'gac train-stage2'), (stage3_checkpoint, stage3.HEAD_FILE, 'gac train-stage3')):
+        if folder and not (wanted := stage2.checkpoint_file(folder, file)).exists(): raise GacError(f'{wanted} is missing: expected the output of {maker}.')
     decoding = decoding_for(stage2_checkpoint, timesteps, tokens, clamp)
     chain = lambda product: Chain(stage2_checkpoint, stage3_checkpoint, product, name, weights, decoding, seed, device)
     common = dict(spread=uncertainty, batch_size=batch_size, overwrite=overwrite, visualise=visualise)

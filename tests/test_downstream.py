@@ -1,7 +1,9 @@
 "Arms that differ in their inputs alone, images that come from where they should, and configurations that TerraTorch's own command runs."
+import json
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -217,3 +219,12 @@ def test_full_scale_models_are_built_from_the_file(arm):
     trained = [k for k, p in model.named_parameters() if p.requires_grad and k.startswith('encoder.')]
     assert trained and all('.lora_' in k and '.sampler.' not in k for k in trained)
     assert len(trained) == 12*2*2  # blocks, layers, factors
+
+@pytest.mark.parametrize('profile', ['mini', 'paper'])
+def test_the_report_names_the_classes_that_nobody_learnt(profile):
+    "mIoU over classes of which several stay at nothing says less than it seems."
+    folder = study.root()/'reports'/profile
+    best = pd.read_csv(folder/'tables'/'downstream.csv').filter(regex='^iou_(?!.*_(lo|hi)$)').max()
+    caption = json.loads((folder/'provenance.json').read_text())['notebooks']['12_downstream']['tables']['downstream']
+    told = caption.split('0.05 for ')[1].split(': mIoU')[0].split(', ') if '0.05 for ' in caption else []
+    assert told == [k.removeprefix('iou_').replace('_', ' ') for k in best.index if best[k] < .05]

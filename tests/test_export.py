@@ -256,6 +256,12 @@ def test_what_a_scene_does_not_tell_is_said(tmp_path, capsys):
     infer_scene(tmp_path/'none.tif', tmp_path/'said.o.tif', chains.Grey(), SMALL, month=7)
     assert '--month' not in capsys.readouterr().out
 
+@pytest.mark.parametrize('option, said', [('stage2', 'refiner.safetensors is missing: expected the output of gac train-stage2'),
+                                          ('stage3', 'grounding.safetensors is missing: expected the output of gac train-stage3')])
+def test_a_folder_without_a_checkpoint_says_what_makes_one(tmp_path, capsys, option, said):
+    assert cli.main(['infer', str(scene(tmp_path/'s1.tif')), str(tmp_path/'o.tif'), f'--{option}-checkpoint', str(tmp_path)]) == 2
+    assert said in capsys.readouterr().err
+
 def test_stage1_draws_as_stage2_was_trained(tmp_path, capsys):
     "The decoding a training wrote down, unless another is asked for, and then with a word."
     for none in ('', tmp_path): assert export.decoding_for(none) == stage1.Decoding(1, 'expected')
