@@ -413,7 +413,7 @@ def best_share(
     rows, # positions in the store, of tiles that nothing is reported for
     first:Callable, second:Callable, # methods
     batch_size:int=16, # tiles at a time
-) -> float: # one of SHARES; 0: every share costs PSNR
+) -> float: # one of SHARES; 0: every share costs PSNR or invents as many edges
     "The share of the second method with the fewest edges without support, among those that cost the first no PSNR."
     found = {s: [] for s in (0, *SHARES)}
     for i in range(0, len(rows), batch_size):

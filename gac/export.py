@@ -894,6 +894,8 @@ def decoding_for(
     asked = {k: v for k, v in dict(timesteps=timesteps, tokens=tokens, clamp=clamp).items() if v}
     trained = stage2.read_decoding(stage2_checkpoint) if stage2_checkpoint else None
     decoding = replace(trained or stage1.Decoding(1, 'expected'), **asked)
+    if stage2_checkpoint and not trained:
+        print(f'Nothing says how the images were drawn that Stage 2 was trained on ({stage2.DECODING_FILE} is not beside it); Stage 1 draws here: {decoding}.', flush=True)
     if trained and decoding != trained:
         print(f'Stage 1 draws here: {decoding}. Stage 2 was trained on images drawn otherwise ({trained}) and may do worse on these.', flush=True)
     return decoding

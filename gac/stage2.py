@@ -725,7 +725,8 @@ def read_decoding(
     if not isinstance(made, dict) or {k: type(v) for k, v in made.items()} != kinds:
         told = ', '.join(f'{k} ({t.__name__})' for k, t in kinds.items())
         raise GacError(f'{file} does not say how Stage 1 drew: expected JSON with {told}. Delete it to draw in the default way.')
-    return stage1.Decoding(**made)
+    try: return stage1.Decoding(**made)
+    except GacError as e: raise GacError(f'{file}: {e}') from None
 
 def run_stage2(
     data_dir, # tile store with radar and truth
