@@ -264,10 +264,13 @@ def test_a_folder_without_a_checkpoint_says_what_makes_one(tmp_path, capsys, opt
 
 def test_stage1_draws_as_stage2_was_trained(tmp_path, capsys):
     "The decoding a training wrote down, unless another is asked for, and then with a word."
-    for none in ('', tmp_path): assert export.decoding_for(none) == stage1.Decoding(1, 'expected')
+    for none, said in (('', False), (tmp_path, True)):
+        assert export.decoding_for(none) == stage1.Decoding(1, 'expected')
+        assert ('stage1.json is not beside it' in capsys.readouterr().out) == said
     assert str(export.decoding_for('', 3, 'argmax', 'off')) == 'argmax, 3 steps, no clamp'
     drawn = stage1.Decoding(4, 'sample', 'off', 2)
     file = stage2.keep_decoding(tmp_path, dict(asdict(drawn), model='another fact of the array'))
+    capsys.readouterr()
     assert export.decoding_for(tmp_path) == export.decoding_for(tmp_path/'refiner.safetensors') == drawn
     assert export.decoding_for(tmp_path, 4, 'sample') == drawn and capsys.readouterr().out == ''
     assert export.decoding_for(tmp_path, 1) == replace(drawn, timesteps=1)
@@ -275,6 +278,8 @@ def test_stage1_draws_as_stage2_was_trained(tmp_path, capsys):
     for bad in ('{', '[]', '{"timesteps": 1}', json.dumps(asdict(drawn) | dict(timesteps='4'))):
         file.write_text(bad)
         with pytest.raises(GacError, match='stage1.json does not say how Stage 1 drew'): export.decoding_for(tmp_path)
+    file.write_text(json.dumps(asdict(drawn) | dict(tokens='best')))
+    with pytest.raises(GacError, match="stage1.json: tokens is 'best'"): export.decoding_for(tmp_path)
     assert stage2.keep_decoding(tmp_path, dict(model='another program')) is None and export.decoding_for(tmp_path) == stage1.Decoding(1, 'expected')
 
 WRONG = {'one band': (dict(change=lambda x: x[:1], names=()), 'gdal_merge.py -separate'),
