@@ -717,7 +717,11 @@ def read_decoding(
     path:str|Path, # folder of a checkpoint, the file in it, or a repository of the Hugging Face Hub
 ) -> stage1.Decoding|None: # None: nobody wrote it down
     "How the images were drawn that a refiner learnt from."
-    folder = Path(path).parent if Path(path).suffix == '.safetensors' else foundations.find_folder(path, (HEAD_FILE,), (DECODING_FILE,))
+    if Path(path).suffix == '.safetensors': folder = Path(path).parent
+    else:
+        more = (Path(HEAD_FILE).with_suffix('.json').name, *training.ADAPTER_FILES, training.CARD)  # a cache never holds half a checkpoint
+        try: folder = foundations.find_folder(path, (HEAD_FILE, DECODING_FILE), more)
+        except GacError: return None  # a repository without the file, or none to be asked
     file, kinds = folder/DECODING_FILE, {f.name: f.type for f in fields(stage1.Decoding)}
     if not file.exists(): return None
     try: made = json.loads(file.read_text(encoding='utf-8'))

@@ -142,3 +142,15 @@ def test_adapters_of_earlier_versions_lie_one_below(folders, tmp_path):
     assert stage2.fingerprint(stage2.load_stage2(old)) == stage2.fingerprint(stage2.load_stage2(folders['stage2']))
     shutil.rmtree(old/'adapters')
     with pytest.raises(GacError, match='old/adapter_config.json is missing'): stage2.load_stage2(old)
+
+def test_how_stage1_drew_comes_with_the_repository(hub, folders, tmp_path, monkeypatch):
+    "From the cache where it is there; one without it is no error; and what is fetched is a whole checkpoint."
+    assert stage2.read_decoding('someone/gac-stage2.v1') is None
+    told = shutil.copytree(folders['stage2'], tmp_path/'told')
+    stage2.keep_decoding(told, dict(timesteps=3, tokens='argmax', clamp='off', n_samples=1))
+    hub('someone/told', told)
+    assert str(stage2.read_decoding('someone/told')) == 'argmax, 3 steps, no clamp'
+    asked = []
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda **k: asked.append(set(k['allow_patterns'])) or str(told))
+    stage2.read_decoding('someone/other')
+    assert asked == [{p.name for p in told.iterdir()}]
