@@ -194,19 +194,23 @@ def info(name, **modalities):
     from gac import foundations
     print(foundations.describe(name, **modalities))
 
-@command(opt('--params', default='cpu', metavar='NAME', help='plan: cpu, gpu (nbs/params/pretrain_NAME.yaml) or a YAML file'),
-    opt('--only', default='', metavar='STAGE', help='one stage: s2l2a, lulc, ndvi, prithvi or core'),
+@command(opt('--params', default='cpu', metavar='NAME', help='plan: cpu, long, gpu (nbs/params/pretrain_NAME.yaml) or a YAML file'),
+    opt('--only', default='', metavar='STAGE', help='one stage: s2l2a, lulc, ndvi, prithvi, core or unet'),
     opt('--output-dir', default='runs/pretrain', metavar='DIR',
         help='checkpoints and logs; a run that was stopped goes on from there'),
     opt('--weights-dir', default='', metavar='DIR', help='where finished weights go; nothing: data/weights/mini'),
+    opt('--export', action='store_true', help='write the weights of the checkpoints as they stand, and stop'),
     opt('--device', default='cpu', help='cpu or cuda'),
     opt('--threads', type=_at_least(1), default=1, metavar='N', help='CPU threads'))
-def pretrain(params, only, output_dir, weights_dir, device, threads):
+def pretrain(params, only, output_dir, weights_dir, export, device, threads):
     "Pretrain the miniature models on procedural scenes (hours on a CPU)."
     from gac import pretrain, study
     path = pretrain_params(params)
-    pretrain.pretrain_all(pretrain.load_plans(path), study.root()/output_dir, device, threads, only,
-                          study.root()/weights_dir if weights_dir else None)
+    plans, out, dest = pretrain.load_plans(path), study.root()/output_dir, study.root()/weights_dir if weights_dir else None
+    if not export: return pretrain.pretrain_all(plans, out, device, threads, only, dest) and None
+    for p in plans:
+        if only in ('', p.stage) and (out/f'{p.stage}.ckpt').exists():
+            print('{name}: {scenes_seen:,} scenes, {hours} h'.format(**pretrain.export_weights(out, p.stage, dest)))
 
 def pretrain_params(name:str): # cpu, gpu or a file
     "The file of a pretraining plan."

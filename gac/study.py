@@ -1332,9 +1332,9 @@ def render_readme() -> str:
     return re.sub(r'\n{3,}', '\n\n', text.replace('](../', '](').replace('src="../', 'src="')).strip() + '\n'
 
 # %% ../nbs/00_study.ipynb #c7d1d3de
-ROOMS = ('study', 'explore', 'world', 'tiles', 'metrics', 'foundations', 'training', 'pretrain', 'gradients', 'stage1', 'stage2',
+ROOMS = ('study', 'explore', 'world', 'stream', 'tiles', 'metrics', 'foundations', 'training', 'gradients', 'stage1', 'stage2',
          'stage3',
-         'baselines', 'evaluate', 'pairs', 'export', 'trust', 'ablations', 'downstream', 'nyc', 'efficiency', 'bench', 'claims', 'cli')
+         'baselines', 'pretrain', 'evaluate', 'pairs', 'export', 'trust', 'ablations', 'downstream', 'nyc', 'efficiency', 'bench', 'claims', 'cli')
 
 def uphill(
     package:str|Path='', # folder of the modules; empty: gac

@@ -234,11 +234,13 @@ def cells(rng, size:int, u, v, width:float, stretch:float) -> np.ndarray:
 def parcels(
     rng:np.random.Generator,
     size:int, # height and width, px
+    scale:float=1., # of the fields: 2 doubles their sides
 ) -> np.ndarray: # (H, W) int, 0 … K−1
     "A mosaic of fields."
     warp = noise(rng, size, 20, 2., 1)[0] * rng.uniform(0, 3)
-    u, v = rotated(size, rng.uniform(0, np.pi), warp)
-    ids = strips(rng, size, u, v) if rng.random() < .35 else cells(rng, size, u, v, rng.uniform(12, 40), rng.uniform(1, 2))
+    u, v = (np.float32(1/scale) * x for x in rotated(size, rng.uniform(0, np.pi), warp))
+    reach = int(np.ceil(size / scale))
+    ids = strips(rng, reach, u, v) if rng.random() < .35 else cells(rng, reach, u, v, rng.uniform(12, 40), rng.uniform(1, 2))
     return np.unique(ids, return_inverse=True)[1].reshape(size, size)
 
 def borders(ids:np.ndarray) -> np.ndarray:
@@ -388,11 +390,11 @@ def growth(r, g:Ground, rough:float, wet:float) -> None:
     g.tilth = np.clip(rough * .6 + .2 + .28 * by_field() * ~g.wild + .12 * g.mid[3], 0, 1)
     g.moist = np.clip(wet * .8 + .1 + .12 * g.low[0] * -1 + .1 * by_field() + .05 * g.mid[0], 0, 1)
 
-def terrain(r, g:Ground, high:float) -> None:
+def terrain(r, g:Ground, high:float, steep:float=1.) -> None:
     "Elevation in metres: smooth hills, a valley along the river, flat lakes, land above the sea."
     valley = .35 * np.exp(-np.square(g.course / .25)) if g.river.any() else 0
     flat = g.kind in ('farms', 'town', 'desert', 'wetland', 'ice', 'range')
-    rise = g.climate.relief * np.exp(r.normal(-.7, .8)) * (.4 if flat else 1.)
+    rise = steep * g.climate.relief * np.exp(r.normal(-.7, .8)) * (.4 if flat else 1.)
     dem = g.climate.base * (.3 + 1.4 * high) + rise * gaussian_filter(g.low[0] + .06 * g.mid[2] - valley, 3.)
     if g.lake.any(): dem = np.where(g.lake, min(dem[g.lake].min(), dem.min() + 2), dem)
     if g.kind in ('sea', 'coast'): dem = np.maximum(dem - dem[g.lake].max(), 0) * .3
@@ -403,20 +405,23 @@ def ground(
     size:int, # height and width, px
     kind:str, # of landscape
     biome:int, # WWF number
+    climate:Climate|None=None, # None: that of the biome
+    scale:float=1., # of the fields: 2 doubles their sides
+    steep:float=1., # factor of height differences
 ) -> Ground:
     "What is there, whatever the month."
     r, land = _rng(seed, 'ground'), LANDSCAPES[kind]
     water, trees, built = (r.uniform(*share) for share in (land.water, land.trees, land.built))
     high, rough, wet = r.random(3).tolist()
     low, mid, fine = (noise(r, size, length, slope, 4) for length, slope in ((45, 2.1), (12, 1.5), (2.5, 1.1)))
-    g = Ground(kind, CLIMATES[biome], low, mid, fine, parcels(r, size), r.uniform(0, 2 * np.pi))
+    g = Ground(kind, climate or CLIMATES[biome], low, mid, fine, parcels(r, size, scale), r.uniform(0, 2 * np.pi))
     open_land(r, g)
     woods(r, g, trees)
     settlement(r, g, built)
     waters(r, g, water)
     land_cover(g)
     growth(r, g, rough, wet)
-    terrain(r, g, high)
+    terrain(r, g, high, steep)
     return g
 
 # %% ../nbs/01_world.ipynb #debbd90a
@@ -551,7 +556,7 @@ def _paint(
 def paint_woods(r, g:Ground, mix, month:int) -> None:
     "Conifers, broadleaved trees in and out of leaf; the tropics stay broadleaved and green."
     c = g.climate
-    tropical = c is CLIMATES[1]
+    tropical = c.floor > .6  # green all year
     evergreen = np.clip(c.evergreen + .25 * g.mid[2] + .15 * g.low[1] + r.normal(0, .12) > .5, .1, .9)
     conifer = evergreen * (0 if tropical else 1)
     leaf = (1 - conifer) * (1 if tropical else np.clip(.1 + green(month, c.peak + .4, c.width + .8), 0, 1))
