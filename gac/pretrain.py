@@ -9,7 +9,8 @@ __all__ = ['STAGES', 'FILES', 'HELD_OUT', 'N', 'RECIPES', 'LOSS_WEIGHTS', 'SAME'
            'look_alike', 'order_codes', 'build_stage', 'stage_loss', 'native_bf16', 'start_from', 'unet_loss',
            'freeze_encoder', 'follow', 'save_state', 'begin', 'pretrain', 'export_weights', 'load_stage', 'a_tokenizer',
            'load_plans', 'pretrain_all', 'held_out', 'optical', 'pixel_features', 'pixel_regression', 'token_accuracy',
-           'patch_majority', 'probe', 'probe_encoder', 'judge']
+           'patch_majority', 'probe', 'probe_encoder', 'judge', 'season_error', 'hidden_dates', 'image_features',
+           'judge_prithvi']
 
 # %% ../nbs/pretrain_mini.ipynb #facc1d0f
 import copy, json, random, re, time
@@ -567,3 +568,64 @@ def judge(n:int=96, # held-out scenes; half as many others fit the probes, four 
             float('nan'), float('nan'), float('nan') if modalities == ('S1GRD',) else 15.)
         row(f'land-cover probe, {name} on {"+".join(modalities)}', 'mIoU', known, float('nan'), float('nan'), float('nan'))
     return pd.DataFrame(rows)
+
+# %% ../nbs/pretrain_mini.ipynb #b897f93e
+def season_error(
+    features, # (n, D) one row per image
+    month, # (n,) 1–12
+    lat, # (n,) degrees; south of the equator the season is half a year off
+    train:int, # rows for fitting
+) -> float: # mean absolute error, months
+    "How well a ridge regression of the season's sine and cosine tells the month."
+    from sklearn.linear_model import RidgeCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    turn = 2*np.pi*(np.asarray(month)+6*(np.asarray(lat) < 0)-.5)/12
+    y = np.stack([np.sin(turn), np.cos(turn)], 1)
+    fit = make_pipeline(StandardScaler(), RidgeCV(np.logspace(0, 5, 11))).fit(features[:train], y[:train])
+    off = np.arctan2(*fit.predict(features[train:]).T)-turn[train:]
+    return float(np.abs((off+np.pi) % (2*np.pi)-np.pi).mean()*6/np.pi)
+
+@torch.no_grad()
+def hidden_dates(
+    mae, # PrithviMAE of three dates
+    d:dict, # batch of inputs_of, three dates
+): # (n,) dB of the prediction, (n,) dB of a copy of the nearest date; standardised units, range 1
+    "Each date hidden in turn, the two others shown."
+    x, B, T = d['prithvi'], len(d['prithvi']), d['prithvi'].shape[2]
+    patches = mae.patchify(x).unflatten(1, (T, -1))
+    months = ((d['temporal'][..., 1]/30.4).floor()).long()
+    apart = ((months[:, :, None]-months[:, None]+6) % 12-6).abs()+99*torch.eye(T, dtype=torch.long)
+    error = torch.zeros(2, B)
+    for t in range(T):
+        pred, _ = reconstruct(mae, x, (d['temporal'], d['location']), [[t]]*B, 1/T+1e-6)
+        near = patches[torch.arange(B), apart[:, t].argmin(1)]
+        error += torch.stack([(p-patches[:, t]).square().mean((1, 2)) for p in (pred.unflatten(1, (T, -1))[:, t], near)])/T
+    return -10*error[0].log10(), -10*error[1].log10()
+
+@torch.no_grad()
+def image_features(mae, scene:dict, batch:int=16): # PrithviMAE; scenes; (n, 2D) mean and deviation over patches
+    "What an encoder says of single images, without date and place."
+    x, rows = inputs_of(scene)['prithvi'][:, :, :1], []
+    with seen_dates(mae, 1):
+        for part in x.split(batch):
+            f = mae.encoder.forward_features(part)[-1][:, 1:]
+            rows.append(torch.cat([f.mean(1), f.std(1)], 1))
+    return torch.cat(rows).numpy()
+
+def judge_prithvi(
+    n:int=160, # held-out images that fit the season; half as many test it, a third as many places have a date hidden
+    seed:int=0, # of the random weights
+    weights:str='', # folder of the weights; empty: the committed ones
+):
+    "The autoencoder's marks, one row each: what, value, 95 % interval over places, that of random weights or of copying, and what is wanted."
+    import pandas as pd
+    images, places = held_out(n+n//2, 30_000), inputs_of(held_out(max(n//3, 2), 40_000, dates=3))
+    torch.manual_seed(seed)
+    plain = build_stage('prithvi', dates=3).eval()
+    mae = start_from(build_stage('prithvi', dates=3), 'prithvi', weights or 'data/weights/mini').eval()
+    error = [season_error(image_features(m, images), images['month'], images['lat'], n) for m in (mae, plain)]
+    drawn, copied = hidden_dates(mae, places)
+    gain, lo, hi = metrics.bootstrap_ci(drawn-copied, seed=seed)
+    return pd.DataFrame([dict(mark='month told from an image', unit='months of error', value=error[0], other=error[1], of='random weights'),
+                         dict(mark='hidden date over a copy of the nearest', unit='dB', value=gain, lo=lo, hi=hi, other=float(copied.mean()), of='the copy, as such', wanted=0.)])
