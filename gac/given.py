@@ -105,5 +105,5 @@ def as_text(
 ) -> str:
     "For a terminal."
     import pandas as pd
-    rows = [pd.DataFrame(found['uses']).to_markdown(index=False)] if found.get('uses') else []
+    rows = [pd.DataFrame(found['uses']).to_markdown(index=False, disable_numparse=True)] if found.get('uses') else []
     return '\n'.join([*found.get('says', []), *rows])
