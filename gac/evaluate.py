@@ -59,7 +59,7 @@ def gains(
         for m in columns:
             gain, lo, hi = metrics.paired_gain(new[m], old[m], m, scenes=old.scene, seed=seed)
             rows.append(dict(data=data, step=name, metric=m, gain=gain, lo=lo, hi=hi, n_scenes=old.scene.nunique(), seeds=seeds))
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=['data', 'step', 'metric', 'gain', 'lo', 'hi', 'n_scenes', 'seeds'])
 
 def ranking(
     measured:pd.DataFrame, # from stage1.measure, with the truth as a method

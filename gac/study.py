@@ -321,8 +321,9 @@ class Run:
 
     def _titled(self, name:str, caption:str, about:str) -> str:
         "The caption; in a run on somebody's tiles it says at its beginning what is about the procedural world instead."
-        if not self.data or about != 'world': return caption
-        self.record.setdefault('procedural', []).append(name)
+        if not self.data or not about: return caption
+        self.record.setdefault('procedural' if about == 'world' else 'given', []).append(name)
+        if about != 'world': return caption
         return caption if re.match(r'(?i)[^.]{0,60}procedural', caption) else f'Procedural world: {caption}'
 
     def artefact(self, path:str|Path) -> Path:
@@ -1240,8 +1241,7 @@ def _html_run(about:dict) -> str:
 
 def _in_order(entries:dict) -> tuple[dict, dict]:
     "The notebooks with something about somebody's tiles, and those that are about the procedural world alone."
-    made = lambda e: {*e['tables'], *e['figures']} - set(e.get('procedural', []))
-    about_world = lambda e: bool(e.get('procedural')) and not made(e)
+    about_world = lambda e: bool(e.get('procedural')) and not e.get('given')
     return {n: e for n, e in entries.items() if not about_world(e)}, {n: e for n, e in entries.items() if about_world(e)}
 
 def write_page(
