@@ -1251,7 +1251,7 @@ def write_page(
     from html import escape
     about = _read_json(report/'provenance.json')
     entries, layout = about['notebooks'], about['layout']
-    title = f'GAC study: {about["data"] if layout else about["profile"]}'
+    title = f'GAC study: {Path(about["data"]).name if layout else about["profile"]}'
     head = f'<p>Profile {escape(about["profile"])}{", " + escape(layout) if layout else ""}. <a href="#run">When, where and how long</a></p>'
     names = {n: _title(report/'notebooks'/f'{n}.ipynb') for n in entries}
     contents = ''.join(f'<li><a href="#{n}">{escape(t)}</a>{": " + escape(a) if a else ""}</li>' for n, (t, a) in names.items())
