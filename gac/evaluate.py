@@ -411,7 +411,7 @@ def rivals(
     if not len(table): return table, 'No U-Net stands beside the chain.'
     psnr = table[table.metric == 'psnr']
     verdict = ['beats' if lo > 0 else 'loses to' if hi < 0 else 'is as good as' for lo, hi in zip(psnr.lo, psnr.hi)]
-    said = [f'{v} the {s.split(" → ")[0]} ({g:+.2f} dB [{lo:+.2f}, {hi:+.2f}])'
+    said = [f'{v} the {s.split(" → ")[0]} ({g:+.2f} dB [{lo:+.2f}, {hi:+.2f}])' if np.isfinite(lo) else f'has {g:+.2f} dB on the {s.split(" → ")[0]} (one scene)'
             for v, s, g, lo, hi in zip(verdict, psnr.step, psnr.gain, psnr.lo, psnr.hi)]
     return table, f'On {"the procedural world" if data == "world" else data} in PSNR the chain {", ".join(said)}.'
 
@@ -464,7 +464,7 @@ def by_rule(
 ) -> dict: # best, median, worst -> id
     "The tiles a panel shows."
     order = psnr.sort_values(kind='stable').index
-    return dict(best=order[-1], median=order[len(order)//2], worst=order[0])
+    return stage1.in_one_line(dict(best=order[-1], median=order[len(order)//2], worst=order[0]))
 
 # %% ../nbs/10_evaluate.ipynb #88c10f2c
 CHIPS = ('terramesh_tiles', 'bigearthnet_v2')  # folders of real chips that are measured where they are at hand
