@@ -914,7 +914,7 @@ def _places(
     if runs: return report, Path(runs).resolve()
     apart = f'-{hashlib.sha256(str(report).encode()).hexdigest()[:8]}' if reports else ''
     if not data: return report, root()/'runs'/f'{home}{apart}'
-    base = root()/'runs'/home/f'{profile}{apart}'
+    base = root()/'runs'/f'{home}/{profile}{apart}'
     own = base.with_name(f'{base.name}-{_digits(sets, 6)}') if sets else base
     return report, base if goes_on and not own.exists() else own
 
