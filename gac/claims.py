@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NEEDS', 'CARD', 'CLASSES', 'TILES', 'SIDE', 'QUALITY', 'STAGE_GAINS', 'TRAINED', 'GRADIENTS', 'COST', 'TIM', 'PAPER',
-           'CLAIMS', 'KNOWN_BY', 'LOOK', 'Claim', 'Absent', 'Tables', 'computed', 'within', 'judge', 'described',
-           'class_of', 'lora_share', 'unfrozen_share', 'facts', 'inputs_of', 'tables_of', 'home', 'claims_table',
-           'told', 'report', 'report_of', 'found_ladder', 'found_gains', 'found_knowledge', 'found_ablations',
-           'found_tim', 'found_downstream', 'findings', 'claims_figure']
+           'CLAIMS', 'KNOWN_BY', 'LOOK', 'Claim', 'Absent', 'Tables', 'of_data', 'computed', 'within', 'judge',
+           'described', 'class_of', 'lora_share', 'unfrozen_share', 'facts', 'inputs_of', 'tables_of', 'home',
+           'claims_table', 'told', 'report', 'report_of', 'found_ladder', 'found_gains', 'found_knowledge',
+           'found_ablations', 'found_tim', 'found_downstream', 'findings', 'claims_figure']
 
 # %% ../nbs/15_claims.ipynb #cl0imp
 import textwrap
@@ -82,6 +82,13 @@ class Tables:
         if not np.isfinite(value): raise Absent(f'{column} in {name}.csv, which reads n/a')
         return value, low, high
 
+def of_data(
+    query:str, # of pandas, with {data} for the label
+    data:str, # world, or 'real: …'
+) -> str:
+    "A query about one data set, whatever its folder is called."
+    return query.format(data=data.replace('\\', '\\\\').replace("'", "\\'"))
+
 def computed(
     reads:tuple, # (expression, cells)
     tables:Tables,
@@ -89,7 +96,7 @@ def computed(
 ) -> tuple: # value, lower and upper bound
     "The value of an expression over cells."
     expression, cells = reads
-    found = {k: tables.cell(t, q.format(data=data), c) for k, (t, q, c) in cells.items()}
+    found = {k: tables.cell(t, of_data(q, data), c) for k, (t, q, c) in cells.items()}
     at = lambda i: float(pd.eval(expression, engine='python',
                                  local_dict={k: (v[i] if k == 'x' else v[0]) for k, v in found.items()}))
     bounds = sorted((at(1), at(2))) if 'x' in found and np.isfinite(found['x'][1:]).all() else (np.nan, np.nan)
@@ -150,7 +157,7 @@ def described(
     expression, cells = reads
     card = lambda: f' of gac bench on {study._read_json(CARD/"provenance.json").get("device", "a GPU")}, random weights'
     place = lambda t: f'{t.rpartition("/")[2]}.csv' + (card() if t.startswith('gpu/') else f' of {tables.made_by[t]}' if t in tables.made_by else '')
-    found = [f'{k} = {c} in {place(t)}' + (f' where {q.format(data=data)}' if q else '') for k, (t, q, c) in cells.items()]
+    found = [f'{k} = {c} in {place(t)}' + (f' where {of_data(q, data)}' if q else '') for k, (t, q, c) in cells.items()]
     return found[0].removeprefix('x = ') if expression == 'x' else f'{expression} with {", ".join(found)}'
 
 def class_of(
@@ -397,8 +404,8 @@ def _known_makers(report:Path) -> dict: # table -> notebook
             dict) else ())}
 
 def home(tables:Tables) -> str:
-    "The label of the tiles the stages were trained on: the first of results.csv."
-    try: return str(tables['results'].data.iloc[0])
+    "The label of the tiles the stages were trained on: the first of results.csv that were not tested on alone."
+    try: return next((d for d in tables['results'].data.astype(str) if not d.endswith('(trained on world)')), 'world')
     except Absent: return 'world'
 
 def claims_table(

@@ -9,7 +9,8 @@ __all__ = ['ARMS', 'STEPS', 'CODES', 'IGNORED', 'SOURCES', 'DEPTH', 'LORA', 'TER
            'SameStart', 'hushed', 'at_root', 'open_config', 'terratorch', 'fit_config', 'confusion', 'class_scores',
            'measures', 'resampled', 'interval', 'columns_of', 'predicted', 'truth_of', 'part_of', 'gradient_check',
            'mark_of', 'Outcome', 'run_arm', 'run_arms', 'by_arm', 'table_of', 'gains_of', 'verdict_of', 'conclusion',
-           'land_cover_seen', 'labelled_store', 'fill_shelf', 'image_table', 'coloured', 'map_figure', 'run_downstream']
+           'land_cover_seen', 'divisor_of', 'labelled_store', 'fill_shelf', 'image_table', 'coloured', 'map_figure',
+           'run_downstream']
 
 # %% ../nbs/12_downstream.ipynb #08dc7203
 from . import study  # first: it mends a torchvision built for another torch
@@ -679,13 +680,21 @@ def land_cover_seen(
                 tokenizer_scenes=tokenizer.get('scenes_seen'))
 
 # %% ../nbs/12_downstream.ipynb #ce91e22a
+def divisor_of(
+    side:int, # px of a tile
+    size:int, # px of a window asked for; 0: the whole tile
+) -> int: # px
+    "A window that fills the tiles: as asked, else the largest divisor below it that is no smaller than half, else the whole tile."
+    if not size or size >= side: return side if size else 0
+    return next((n for n in range(size, size//2, -1) if side % n == 0), side)
+
 def labelled_store(
     run, # study.Run
 ) -> tuple: # tiles.Store; why it is not the real one that was given, or empty
     "The real tiles of a run where they have land cover to learn from and to test on, else the procedural world."
     real = tiles.real_store(run)
     if real is None: return tiles.study_store(run), ''
-    few = [s for s in ('train', 'test') if not len(real.rows(s))]
+    few = [s for s in tiles.SPLITS if not len(real.rows(s))]
     why = 'the tiles have no land cover' if 'lulc' not in real.arrays else f'there is no {" and no ".join(few)} tile' if few else ''
     return (tiles.study_store(run), why) if why else (real, '')
 

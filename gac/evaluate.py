@@ -6,8 +6,9 @@
 __all__ = ['STAGES', 'STEPS', 'BRIEF', 'SHARES', 'CHIPS', 'results', 'gains', 'ranking', 'band_table', 'spread', 'remembered',
            'grounder', 'stage_methods', 'unet_methods', 'with_product', 'training_tiles', 'fitted_floors',
            'measure_all', 'pairs_of', 'Recipe', 'brief_recipe', 'recipe_of', 'unet_recipe', 'fit_stage2', 'fit_stage3',
-           'fit_chain', 'mean_of_seeds', 'trained_before', 'further', 'known_weights', 'rivals', 'vetoed', 'averaged',
-           'best_share', 'by_rule', 'real_sets', 'run_evaluate', 'panel_of', 'save_panels']
+           'fit_chain', 'mean_of_seeds', 'trained_before', 'further', 'known_weights', 'own_spectrum', 'said_of',
+           'rivals', 'vetoed', 'averaged', 'best_share', 'by_rule', 'real_sets', 'run_evaluate', 'panel_of',
+           'save_panels']
 
 # %% ../nbs/10_evaluate.ipynb #4d50d011
 import json
@@ -58,7 +59,7 @@ def gains(
         for m in columns:
             gain, lo, hi = metrics.paired_gain(new[m], old[m], m, scenes=old.scene, seed=seed)
             rows.append(dict(data=data, step=name, metric=m, gain=gain, lo=lo, hi=hi, n_scenes=old.scene.nunique(), seeds=seeds))
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=['data', 'step', 'metric', 'gain', 'lo', 'hi', 'n_scenes', 'seeds'])
 
 def ranking(
     measured:pd.DataFrame, # from stage1.measure, with the truth as a method
@@ -365,6 +366,38 @@ def known_weights(
     unet = {k: v[:16] for k, v in study.weights().items() if k.startswith(baselines.PRETRAINED)}
     return stage2.read_stage2(run.dir/'stage2')[1].get('weights', {}) | study._read_json(run.dir/'stage3'/'made.json').get('weights', {}) | unet
 
+def own_spectrum(
+    store, # tiles.Store with the truth
+    rows, # positions in it
+) -> pd.DataFrame: # index: id; psnr (dB) and scene
+    "How good the mean spectrum of a data set's other scenes is, tile by tile; of a single scene, its own."
+    truth, scene = tiles.to_reflectance(store.read('s2', rows, OPT_BANDS)), store.table.scene.to_numpy()[rows]
+    means = truth.mean((2, 3))
+    others = lambda s: means[scene != s] if (scene != s).any() else means
+    flat = np.stack([np.broadcast_to(others(s).mean(0)[:, None, None], truth.shape[1:]) for s in scene])
+    return pd.DataFrame(dict(psnr=np.asarray(metrics.psnr(flat, truth)), scene=scene), index=store.table.id.to_numpy()[rows])
+
+def said_of(
+    measured:pd.DataFrame, # from stage1.measure
+    data:str, # world, or 'real: …'
+    store, # tiles.Store of these tiles
+    home:bool, # whether the stages are trained on tiles of this data set
+    seed:int=0, # of the bootstrap
+) -> str: # one sentence
+    "What the stages reach on one data set, against its own mean spectrum, and who leads."
+    there = [m for m in STAGES if m in measured.index.unique('method')]
+    last, ids = there[-1], list(measured.loc[there[-1]].index)
+    place = {i: k for k, i in enumerate(store.table.id)}
+    own = measured.loc['band mean'] if home and 'band mean' in measured.index else own_spectrum(store, np.array([place[i] for i in ids]))
+    gain, lo, hi = metrics.paired_gain(measured.loc[last].psnr, own.psnr.reindex(ids), scenes=measured.loc[last].scene, seed=seed)
+    psnr = measured.psnr.groupby(level='method', sort=False).mean()
+    which = 'the mean spectrum of its training tiles' if home else 'the mean spectrum of its other scenes' if own.scene.nunique() > 1 else 'its own mean spectrum'
+    range_ = f' [{lo:+.2f}, {hi:+.2f}]' if np.isfinite(lo) else ''
+    nets = psnr[[m for m in UNETS if m in psnr]]
+    leader = f' {nets.idxmax()} reaches {nets.max():.2f}{": it leads" if nets.max() > psnr[last] else ""}.' if len(nets) else ''
+    name = 'the procedural world' if data == 'world' else data
+    return (f'On {name} ({len(ids)} tiles) {last} reaches {psnr[last]:.2f} dB, {gain:+.2f}{range_} against {which} ({own.psnr.mean():.2f}).{leader}')
+
 def rivals(
     measured:pd.DataFrame, # from stage1.measure
     data:str, # world, or 'real: …'
@@ -378,9 +411,9 @@ def rivals(
     if not len(table): return table, 'No U-Net stands beside the chain.'
     psnr = table[table.metric == 'psnr']
     verdict = ['beats' if lo > 0 else 'loses to' if hi < 0 else 'is as good as' for lo, hi in zip(psnr.lo, psnr.hi)]
-    said = [f'{v} the {s.split(" → ")[0]} ({g:+.2f} dB [{lo:+.2f}, {hi:+.2f}])'
+    said = [f'{v} the {s.split(" → ")[0]} ({g:+.2f} dB [{lo:+.2f}, {hi:+.2f}])' if np.isfinite(lo) else f'has {g:+.2f} dB on the {s.split(" → ")[0]} (one scene)'
             for v, s, g, lo, hi in zip(verdict, psnr.step, psnr.gain, psnr.lo, psnr.hi)]
-    return table, f'In PSNR the chain {", ".join(said)}.'
+    return table, f'On {"the procedural world" if data == "world" else data} in PSNR the chain {", ".join(said)}.'
 
 # %% ../nbs/10_evaluate.ipynb #rvd59b2e
 def vetoed(
@@ -431,7 +464,7 @@ def by_rule(
 ) -> dict: # best, median, worst -> id
     "The tiles a panel shows."
     order = psnr.sort_values(kind='stable').index
-    return dict(best=order[-1], median=order[len(order)//2], worst=order[0])
+    return stage1.in_one_line(dict(best=order[-1], median=order[len(order)//2], worst=order[0]))
 
 # %% ../nbs/10_evaluate.ipynb #88c10f2c
 CHIPS = ('terramesh_tiles', 'bigearthnet_v2')  # folders of real chips that are measured where they are at hand

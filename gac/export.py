@@ -7,7 +7,7 @@ __all__ = ['NODATA', 'COLOUR', 'CACHE', 'OPTICAL', 'RADAR', 'ERROR', 'PRODUCTS',
            'Layer', 'style', 'write_cog', 'cog_faults', 'lineage', 'provenance_tags', 'tile_tags', 'state_of', 'Shelf',
            'export_tiles', 'run_export', 'polarisations', 'Scene', 'open_scene', 'Tiling', 'Chain', 'spread_of',
            'filled', 'draw_block', 'seam_lines', 'seam_excess', 'infer_scene', 'quicklook', 'scene_figure',
-           'infer_tiles', 'decoding_for', 'infer']
+           'infer_tiles', 'decoding_for', 'infer', 'offsets', 'together', 'write_radar']
 
 # %% ../nbs/10_export.ipynb #f5d52bd6
 import hashlib, json, os, re, shutil, socket, warnings
@@ -930,3 +930,49 @@ def infer(
         return infer_scene(source, output, chain(s1_product or 'S1GRD'), tiling, s1_units, s1_bands, month, biome, **common)
     more = dict(s1_units=s1_units, s1_bands=tuple(s1_bands), s1_product=s1_product) if not (source/'table.parquet').exists() else {}
     return infer_tiles(source, output, chain, split, max_tiles, **common, **more)
+
+# %% ../nbs/10_export.ipynb #ex240011
+def offsets(
+    transforms, # (n, 6): a, b, x, d, e, y of each tile
+) -> np.ndarray: # (n, 2): row and column of each tile's corner, px; those of the first alone where some have no place
+    "Where tiles of one grid lie to each other."
+    t = np.asarray(transforms, float)
+    if not np.isfinite(t).all() or np.ptp(t[:, [0, 1, 3, 4]], axis=0).max() > 1e-6: return np.zeros((1, 2), int)
+    inverse = ~rasterio.Affine(*t[0])
+    at = np.array([(inverse*(x, y))[::-1] for x, y in t[:, [2, 5]]])
+    return np.rint(at - at.min(0)).astype(int)
+
+def together(
+    store, # tiles.Store
+    rows, # positions in it
+    most:int=1024, # px of a side; tiles further away are left out
+) -> dict: # name, s1 (2, H, W) dB with NaN where there is no tile, crs, transform, month, biome
+    "The source with the most tiles among these, put together again."
+    scene = store.table.scene.iloc[rows]
+    name = scene.groupby(scene, sort=False).size().idxmax()
+    at, size = np.asarray(rows)[(scene == name).to_numpy()], store.arrays['s1'].shape[-1]
+    part = store.table.iloc[at]
+    place = offsets(part['transform'].tolist())
+    keep = [k for k, p in enumerate(place) if (p + size <= max(most, size)).all()] or [0]
+    top, left = place[keep].min(0)
+    height, width = place[keep].max(0) - (top, left) + size
+    s1 = np.full((2, height, width), np.nan, np.float32)
+    for k, x in zip(keep, store.read('s1', at[keep])):
+        r, c = place[k] - (top, left)
+        s1[:, r:r + size, c:c + size] = x
+    t = np.array(part['transform'].iloc[keep[0]], float)
+    r, c = place[keep[0]] - (top, left)
+    corner = rasterio.Affine(*t)*rasterio.Affine.translation(-c, -r) if np.isfinite(t).all() else rasterio.Affine.identity()
+    first = part.iloc[keep[0]]
+    return dict(name=str(name), s1=s1, crs=str(first.crs or ''), transform=corner, month=int(first.month), biome=int(first.biome))
+
+def write_radar(
+    path:str|Path, # GeoTIFF
+    whole:dict, # of together
+) -> Path:
+    "Radar in dB as a GeoTIFF with named bands; −9999 where there is none."
+    with _quiet(), rasterio.open(path, 'w', driver='GTiff', height=whole['s1'].shape[1], width=whole['s1'].shape[2], count=2, dtype='float32',
+                                 crs=whole['crs'] or None, transform=whole['transform'], nodata=-9999) as f:
+        f.write(np.where(np.isfinite(whole['s1']), whole['s1'], np.float32(-9999)))
+        f.descriptions = S1_BANDS
+    return Path(path)

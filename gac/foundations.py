@@ -1143,8 +1143,14 @@ def clip_error(
 def true_tiles(
     n:int=5, # at most
     seed:int=0, # of the procedural world
+    given=None, # tiles.Store of somebody's own; empty: none
 ) -> tuple[str, dict[str, np.ndarray]]: # what they are; name -> (12,H,W) DN
-    "Sentinel-2 tiles to measure the clamp on: the real TerraMesh tiles, else procedural ones."
+    "Sentinel-2 tiles to measure the clamp on: those given, else the real TerraMesh tiles, else procedural ones."
+    if given is not None:
+        rows = np.unique(np.linspace(0, len(given) - 1, min(n, len(given))).round().astype(int))
+        s2 = np.zeros((len(rows), len(study.S2_BANDS), *given.arrays['s2'].shape[2:]), np.float32)  # bands nobody measured stay 0
+        s2[:, list(study.OPT_INDEX)] = given.read('s2', rows, study.OPT_BANDS)
+        return 'real: given', dict(zip(given.table.id.iloc[rows], s2))
     folder = (study.real_data() or Path())/'terramesh_tiles'/'S2L2A'
     files = sorted(folder.glob('*.tif'))[:n]
     if not files:

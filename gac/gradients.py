@@ -310,7 +310,7 @@ class Route(nn.Module):
 
     def features(self, batch:dict) -> Tensor: # (B,N,D)
         "What the head reads."
-        return (foundations.features(self.model, {'S1GRD': batch['s1']}) if self.name == 'encoder'
+        return (foundations.features(self.model, {next(iter(self.model.modalities)): batch['s1']}) if self.name == 'encoder'
                 else self.model.decoder_features(batch['s1']))
 
     def forward(self, batch:dict) -> Tensor: # scalar: nats for tokens, else squared standardised units

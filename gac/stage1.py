@@ -6,8 +6,8 @@
 __all__ = ['SPEC', 'COLUMNS', 'build_terramind_generator', 'tm_sar2opt', 'Decoding', 'tile_number', 'draw', 'batches', 'unusable',
            'read_radar', 'disk_forecast', 'settings', 'in_order', 'fill', 'drop_other', 'precompute', 'companion',
            'open_tiles', 'read_tiles', 'drawn', 'Stored', 'stored', 'noted', 'opened', 'measure', 'summarise',
-           's1_composite', 'white_of', 'picture', 'false_colour', 'by_gain', 'panels', 'decoding_grid', 'cheapest',
-           'chosen', 'shelf', 'images_of', 'drawn_before', 'browser']
+           's1_composite', 'white_of', 'picture', 'false_colour', 'in_one_line', 'by_gain', 'panels', 'decoding_grid',
+           'cheapest', 'chosen', 'shelf', 'images_of', 'drawn_before', 'browser']
 
 # %% ../nbs/07_stage1.ipynb #95379e58
 import hashlib, json, shutil
@@ -420,13 +420,19 @@ def false_colour(
     order = [study.OPT_BANDS.index(b) for b in ('B08', 'B04', 'B03')]
     return np.clip(np.asarray(x)[order]/white, 0, 1).transpose(1, 2, 0)
 
+def in_one_line(
+    chosen:dict, # what a tile is chosen for -> tile
+) -> dict: # likewise, every tile once
+    "Of few tiles one may be chosen for several reasons: it is shown once, with all of them."
+    return {', '.join(k for k, v in chosen.items() if v == tile): tile for tile in dict.fromkeys(chosen.values())}
+
 def by_gain(
     before, # (n,) PSNR, dB
     after, # (n,) PSNR of the same tiles later, dB
 ) -> dict: # largest, median and smallest gain -> position
     "The tiles a picture of a change shows, chosen by rule."
     order = np.argsort(np.asarray(after) - np.asarray(before), kind='stable')
-    return {'largest gain': order[-1], 'median gain': order[len(order)//2], 'smallest gain': order[0]}
+    return in_one_line({'largest gain': order[-1], 'median gain': order[len(order)//2], 'smallest gain': order[0]})
 
 def panels(
     batch:dict, # truth (n, 4, H, W) reflectance, s1 (n, 2, H, W) dB if it is to be seen, id: tiles as of read_tiles

@@ -11,7 +11,7 @@ __all__ = ['BIOME_BOXES', 'BIGEARTHNET', 'EARTH', 'FORMAT', 'SHARD', 'ABSENT', '
            'check_id', 'tile_arrays', 'from_world', 'drop_older', 'study_store', 's1_unit', 's2_unit', 'has_baseline',
            's2_offset', 'Options', 'Source', 'Job', 'windows', 'check_whole', 'read_bigearthnet', 'read_geotiff',
            'read_npz', 'read_benv2', 'recognise', 'Units', 'find_units', 'records_of', 'convert', 'real_store',
-           'run_stores', 'training_store']
+           'run_stores', 'enough', 'training_store', 'shown_store', 'window_of']
 
 # %% ../nbs/02_tiles.ipynb #1e22762c
 import hashlib, io, json, os, re, shutil, socket, weakref
@@ -1673,7 +1673,7 @@ def real_store(
     return Store(dst)
 
 # %% ../nbs/02_tiles.ipynb #d80b6e13
-MIN_PAIRS = 64 # real training tiles below which a run trains on the procedural world
+MIN_PAIRS = 8 # real training tiles below which a run trains on the procedural world
 
 def run_stores(
     run:study.Run, # of this notebook
@@ -1682,6 +1682,12 @@ def run_stores(
     real = real_store(run)
     return {'world': study_store(run), **({f'real: {Path(run.data).name}': real} if real is not None else {})}
 
+def enough(
+    there:dict, # split -> tiles
+) -> bool:
+    "Whether a run trains on tiles: there have to be some to choose by and to report on as well."
+    return there['train'] >= MIN_PAIRS and bool(there['val'] and there['test'])
+
 def training_store(
     run:study.Run, # of this notebook
 ) -> tuple[str, Store]: # its name among run_stores, and the store
@@ -1689,7 +1695,24 @@ def training_store(
     stores = run_stores(run)
     label, store = list(stores.items())[-1]
     there = {s: len(store.rows(s)) for s in SPLITS}
-    if label == 'world' or there['train'] >= MIN_PAIRS and there['val'] and there['test']: return label, store
+    if label == 'world' or enough(there): return label, store
     run.missing(f'training on {label}', f'it has {", ".join(f"{n} {s}" for s, n in there.items())} tiles; {MIN_PAIRS} to train on and some of the others are needed, so '
-                'the stages are trained on the procedural world')
+                'the stages are trained on the procedural world. `gac data split` deals tiles into splits')
     return 'world', stores['world']
+
+def shown_store(
+    run:study.Run, # of this notebook
+    split:str='test', # of the tiles trained on, that may be looked at
+) -> tuple[str, Store, np.ndarray]: # its name among run_stores, the store, positions in it
+    "The tiles a run is about: those somebody gave, else its own. Where the stages are trained on others, all of them."
+    label, store = training_store(run)
+    if label != 'world' or not run.data: return label, store, store.rows(split)
+    label, store = list(run_stores(run).items())[-1]
+    return label, store, store.rows()
+
+def window_of(
+    store:Store, # of the tiles
+    size:int, # px asked for; 0: whole tiles
+) -> int: # px
+    "A training window, no larger than the tiles."
+    return min(size, store.arrays['s2'].shape[-1])

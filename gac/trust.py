@@ -7,9 +7,9 @@ __all__ = ['REMOVED', 'CENTRAL', 'METHODS', 'FEW', 'SECTORS', 'HELD_OUT', 'UNTOL
            'DISTANCE_NAMES', 'sample_seed', 'generations', 'Chain', 'chain_of', 'sample_arrays', 'keep_generations',
            'spread_of', 'over_bands', 'calibration_curve', 'calibration_error', 'sparsification', 'ause',
            'range_coverage', 'band_coverage', 'pixel_coverage', 'inside', 'seasons', 'scored', 'doubt', 'reliability',
-           'coverage_table', 'sector', 'groups_of', 'place_gains', 'held_out', 'exchanged', 'Selection', 'selections',
-           'fit_fold', 'tested', 'transfer', 'fold_steps', 'transfer_table', 'cross_attention', 'attended',
-           'token_places', 'attention_of', 'received', 'correlation', 'attention_rows', 'attention_table',
+           'coverage_table', 'sector', 'groups_of', 'place_gains', 'held_out', 'exchanged', 'Selection', 'fold_sizes',
+           'selections', 'fit_fold', 'tested', 'transfer', 'fold_steps', 'transfer_table', 'cross_attention',
+           'attended', 'token_places', 'attention_of', 'received', 'correlation', 'attention_rows', 'attention_table',
            'other_radar', 'grounded_by', 'swap_rows', 'swap_table', 'edge_distance', 'distance_class', 'inner',
            'class_sums', 'ratio_ci', 'error_table', 'errors_by_class', 'run_uncertainty', 'mean_and_spread']
 
@@ -374,6 +374,21 @@ class Selection:
     def rows(self, split:str|None=None) -> np.ndarray: return self._store.rows() if split is None else self._splits[split]
     def __getattr__(self, name:str): return getattr(self._store, name)
     def __len__(self) -> int: return len(self._store)
+
+def fold_sizes(
+    store, # tiles.Store
+    fold:str, # of held_out
+    pairs:int, # training pairs asked for
+    val_tiles:int, # validation tiles asked for
+) -> tuple: # both, no more than lie outside the held-out places
+    "What a fold can be trained on; an error where the held-out places have no part in it."
+    held = held_out(store.table, fold)
+    train, val = store.rows('train'), store.rows('val')
+    n, n_val = (min(asked, int((~held[rows]).sum())) for asked, rows in ((pairs, train), (val_tiles, val)))
+    if not (n and n_val and round(n*held[train].mean())):
+        raise GacError(f'{int((~held[train]).sum())} training and {int((~held[val]).sum())} validation tiles outside the held-out places of {fold!r}, '
+                       f'{int(held[train].sum())} training tiles in them: some of each are needed.')
+    return n, n_val
 
 def selections(
     store, # tiles.Store

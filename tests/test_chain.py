@@ -149,7 +149,7 @@ def test_real_data_gets_its_own_report(chain, monkeypatch, tmp_path):
     folder.mkdir()
     monkeypatch.setitem(sys.modules, 'gac.tiles', types.SimpleNamespace(recognise=lambda path: 'npz'))
     report, run = study._places('mini', study._recognise(str(folder))[0], '', '')
-    assert (report, run) == (study.root()/'reports/real/some_tiles', study.root()/'runs/real/some_tiles')
+    assert (report, run) == (study.root()/'reports/real/some_tiles', study.root()/'runs/real/some_tiles/mini')
     assert study._recognise(str(folder))[1] == 'npz'
 
 def test_one_chain_at_a_time(chain):
