@@ -204,7 +204,7 @@ class Raster:
     def shape(self) -> tuple: return self.height, self.width
 
     def named(self, kind:Kind, asked:tuple=()) -> tuple: # a name for each band, whether they are certain
-        "Which band is which; an option may name an alpha band, too."
+        "Which band is which."
         try: return name_bands(self.names, kind, asked, self.colours)
         except GacError as e: raise GacError(f'{self.path}: {e}') from None
 
@@ -261,13 +261,14 @@ def open_raster(
     path:str|Path, # a GeoTIFF; with `blob` its name, for messages
     blob:bytes|None=None, # its content, where it is not a file of its own
     grid:bool=True, # refuse pixels that are not 10 m on the ground
+    count:int=0, # bands somebody names; where these are all, none is taken for alpha
 ) -> Raster:
     "Look at a GeoTIFF."
     if blob is None and not Path(path).is_file(): raise GacError(f'{path}: missing file.')
     with reading(path, blob) as f:
         flags, colours = f.mask_flag_enums, f.colorinterp
         # GDAL takes the last of four unnamed 8-bit bands for alpha; one that has a name is what it says
-        alpha = next((i for i, c in enumerate(colours, 1) if c == ColorInterp.alpha and not f.descriptions[i - 1] and f.count > 1), 0)
+        alpha = next((i for i, c in enumerate(colours, 1) if c == ColorInterp.alpha and not f.descriptions[i - 1] and f.count not in (1, count)), 0)
         bands = tuple(i for i in range(1, f.count + 1) if i != alpha)
         of = lambda m: MaskFlags.alpha not in m and MaskFlags.all_valid not in m and m != [MaskFlags.nodata]
         placed = f.transform != rasterio.Affine.identity()

@@ -12,7 +12,7 @@ import re
 
 import numpy as np
 
-from ..study import GacError
+from ..study import GacError, REFLECTANCE
 
 # %% ../../nbs/lib/data/units.ipynb #61759f1e
 S2_OFFSET = 1000  # DN that processing baselines from 04.00 add
@@ -127,9 +127,9 @@ WRAPPED = 60_000  # DN; above it lie numbers below zero that were stored without
 def bright_share(
     samples:list, # (C, H, W) DN
 ) -> float: # of the brightest band
-    "The share of pixels above a reflectance of 1.6."
-    shares = [(s > TOO_BRIGHT/1e-4).sum((1, 2))/np.maximum(np.isfinite(s).sum((1, 2)), 1) for s in samples]
-    return float(max(np.mean([s[i] for s in shares if i < len(s)]) for i in range(max(map(len, shares)))))
+    "The share of pixels above a reflectance of 1.6, in the median of the sources."
+    shares = [((s > TOO_BRIGHT/REFLECTANCE).sum((1, 2))/np.maximum(np.isfinite(s).sum((1, 2)), 1)).max() for s in samples]
+    return float(np.median(shares))
 
 def check_dn(
     samples:list, # (C, H, W) as they came
