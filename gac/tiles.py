@@ -34,7 +34,7 @@ from safetensors.numpy import save as save_tensors
 from . import study
 from .data.dates import date_of, month_of, parse_date
 from .data.raster import BY_ORDER, OPTICAL, RADAR, Raster, check_grid, check_order, name_bands, open_raster, pick, reading, to_degrees
-from .data.units import (KNOWN_OFFSETS, S1_UNITS, S2_OFFSET, S2_UNITS, TOO_BRIGHT, TOO_MANY, bright_share, check_db, check_wrapped, floor_of,
+from .data.units import (KNOWN_OFFSETS, S1_UNITS, S2_OFFSET, S2_UNITS, TOO_BRIGHT, TOO_MANY, bright_share, check_db, check_radar, check_wrapped, floor_of,
                             has_baseline, range_of, s1_unit, s2_offset, s2_unit, to_db, why_missing)
 from .study import GacError, OPT_BANDS, S1_BANDS, S2_BANDS
 from .world import scene
@@ -1385,12 +1385,8 @@ def find_units(
 
 def _clean_s1(x:np.ndarray, unit:str, told:bool=False) -> np.ndarray: # told: the unit was said, not found by the rules
     "One tile's Sentinel-1 in dB, or what is wrong with it."
-    if np.isfinite(x).all() and (x.min((1, 2)) == x.max((1, 2))).any():
-        raise GacError(f'Sentinel-1: VV or VH is one value everywhere (the tile goes from {range_of([x])}), so it shows nothing.')
+    check_radar([x], unit, told)
     if why := why_missing(x, unit): raise GacError(f'Sentinel-1: {why}.')
-    if unit == 'dB' and x.min() >= 0:
-        way = 'It was said with --s1-units; convert this tile apart' if told else 'Say --s1-units, or convert this tile apart'
-        raise GacError(f'Sentinel-1 from {range_of([x])}: no negative value in a data set of dB. {way}.')
     db = to_db(x, unit)
     try: check_db(db, told)
     except GacError as e: raise GacError(f'Sentinel-1 from {e}') from None

@@ -285,10 +285,10 @@ def test_stage1_draws_as_stage2_was_trained(tmp_path, capsys):
 WRONG = {'one band': (dict(change=lambda x: x[:1], names=()), 'gdal_merge.py -separate'),
          'three bands': (dict(change=lambda x: np.concatenate([x, x[:1]]), names=()), '3 bands without names'),
     'three with other names': (dict(change=lambda x: np.concatenate([x, x[:1]]), names=('red', 'green', 'blue')), '3 bands with the names red, green, blue'),
-    'HH and HV': (dict(names=('HH', 'HV')), 'bands HH, HV: expected VV once and VH once'),
+    'HH and HV': (dict(names=('HH', 'HV')), 'bands HH, HV: expected VV and VH once each'),
     'swapped': (dict(change=lambda x: x[::-1], names=()), '--s1-bands VH,VV'),
     'degrees': (dict(crs='EPSG:4326', pixel=1e-4), 'counts in degrees.*gdalwarp'),
-    '20 m': (dict(pixel=20.), '20 × 20 m.*gdalwarp'), 'counts': (dict(change=lambda x: (x + 500).astype('u2')), 's1_units'),
+    '20 m': (dict(pixel=20.), '20 × 20 m.*gdalwarp'), 'counts': (dict(change=lambda x: (x + 500).astype('u2')), '--s1-units'),
     'nothing': (dict(change=lambda x: x*0), 'no pixel with data'),
     'unmarked': (dict(change=lambda x: np.where(np.arange(170) < 9, -9999, x).astype('f4')), 'gdal_edit.py -a_nodata'),
     'complex': (dict(change=lambda x: x.astype('complex64')), 'complex')}

@@ -163,7 +163,7 @@ def check_grid(
     else: across, down = abs(a), abs(e)
     if all(PIXEL[0] <= v <= PIXEL[1] for v in (across, down)): return
     ground = ' on the ground' if crs and abs(across - abs(a)) > .01*across else ''
-    raise GacError(f'{where}: pixels of {across:.4g} × {down:.4g} m{ground}; the models know 10 m. '
+    raise GacError(f'{where}: pixels of {across:.3g} × {down:.3g} m{ground}; the models know 10 m. '
                    f'{WARP if crs else "It has no coordinate system: gdal_edit.py -a_srs says which, then gdalwarp to 10 m"}.')
 
 # %% ../../nbs/lib/data/raster.ipynb #db09aefc

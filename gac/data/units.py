@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['S2_OFFSET', 'LEVELS', 'APART', 'KNOWN_OFFSETS', 'S1_UNITS', 'S2_UNITS', 'OUTSIDE', 'BRIGHT', 'TOO_BRIGHT', 'TOO_MANY',
-           'WRAPPED', 'range_of', 'median_of', 'to_db', 'check_db', 'why_missing', 's1_unit', 'bright_share',
-           'check_dn', 'check_wrapped', 's2_unit', 'floor_of', 'has_baseline', 's2_offset']
+           'WRAPPED', 'range_of', 'median_of', 'to_db', 'check_db', 'check_radar', 'why_missing', 's1_unit',
+           'bright_share', 'check_dn', 'check_wrapped', 's2_unit', 'floor_of', 'has_baseline', 's2_offset']
 
 # %% ../../nbs/lib/data/units.ipynb #d4877388
 import re
@@ -53,6 +53,19 @@ def check_db(
         more = '' if told else ', or another unit (--s1-units), or another scale (--s1-scale)'
         raise GacError(f'{range_of([db])} dB, outside −100 to 60 dB. Is that a no-data value the file does not mark '
                        f'(gdal_edit.py -a_nodata marks it){more}?')
+
+def check_radar(
+    samples:list, # (2, H, W) as they came
+    unit:str, # of S1_UNITS
+    told:bool=False, # somebody said it
+) -> None:
+    "Refuse radar that shows nothing, and dB that are none."
+    seen = [np.concatenate([s[i][np.isfinite(s[i])].ravel() for s in samples]) for i in (0, 1)]
+    if any(v.size and v.min() == v.max() for v in seen):
+        raise GacError(f'Sentinel-1: VV or VH is one value everywhere (all goes from {range_of(samples)}), so it shows nothing.')
+    if unit == 'dB' and all(v.size and v.min() >= 0 for v in seen):
+        way = 'It was said with --s1-units; convert it apart' if told else 'Say --s1-units, or convert it apart'
+        raise GacError(f'Sentinel-1 from {range_of(samples)}: no negative value in a data set of dB. {way}.')
 
 def why_missing(
     x:np.ndarray, # (2, H, W) as they came
