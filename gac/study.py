@@ -560,31 +560,42 @@ def check_parameters(
     return values
 
 # %% ../nbs/00_study.ipynb #1926f0bb
-@lru_cache(256)
-def _imports(source:str) -> frozenset[str]:
-    "The modules of gac that a piece of Python imports, at any depth."
-    found = set()
+@lru_cache(512)
+def _imports(
+    source:str, # Python
+    inside:str='', # package of gac it belongs to: '', or data
+) -> frozenset[str]:
+    "What a piece of Python imports of gac, at any depth: modules such as tiles and data.raster, and names that may be modules."
+    found, place = set(), ['gac', *filter(None, inside.split('.'))]
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import): found |= {a.name[4:] for a in node.names if a.name.startswith('gac.')}
+        if isinstance(node, ast.Import): found |= {a.name for a in node.names}
         if isinstance(node, ast.ImportFrom):
-            module = node.module or ''
-            if node.level: module = f'gac.{module}'.rstrip('.')
-            if module == 'gac': found |= {a.name for a in node.names}
-            elif module.startswith('gac.'): found.add(module[4:])
-    return frozenset(name.split('.')[0] for name in found)
+            module = '.'.join([*place[:len(place) + 1 - node.level], *filter(None, [node.module])]) if node.level else node.module or ''
+            found |= {module, *(f'{module}.{a.name}' for a in node.names)}
+    return frozenset(name[4:] for name in found if name.startswith('gac.'))
+
+def _module_file(package:Path, name:str) -> Path|None: # None: there is no such module
+    "The file of a module or of a package."
+    path = package.joinpath(*name.split('.'))
+    return next((p for p in (path.with_name(f'{path.name}.py'), path/'__init__.py') if p.exists()), None)
+
+def _inside(package:Path, name:str) -> str: # package of gac
+    "What a module's relative imports start from."
+    return name if _module_file(package, name).name == '__init__.py' else name.rpartition('.')[0]
 
 def modules_used(
     source:str, # Python
     package:str|Path='', # folder of the modules; empty: gac
-) -> set[str]: # module names
+) -> set[str]: # module names, e.g. tiles, data.raster
     "The modules of gac that `source` imports, and those they import."
     folder, seen, todo = Path(package or root()/'gac'), set(), set(_imports(source))
     while todo:
         name = todo.pop()
-        path = folder/f'{name}.py'
-        if name in seen or not path.exists(): continue
+        path = _module_file(folder, name)
+        if name in seen or path is None: continue
         seen.add(name)
-        todo |= _imports(path.read_text(encoding='utf-8'))
+        todo |= _imports(path.read_text(encoding='utf-8'), _inside(folder, name))
+        if '.' in name: todo.add(name.rpartition('.')[0])  # a package runs before what is in it
     return seen
 
 def reads_of(
@@ -610,11 +621,25 @@ def code_of(notebook:dict) -> list[str]:
     return [re.sub(r'(?m)^\s*[%!].*$', '', c) for c in cells]
 
 # %% ../nbs/00_study.ipynb #94624f54
-def _fingerprint(path:str) -> list:
-    "Names, sizes and times of what lies at `path`, one level deep: enough to see that data were exchanged."
-    p = root()/path
-    if not path or not p.exists(): return []
-    return sorted((q.name, q.stat().st_size, int(q.stat().st_mtime)) for q in (p.iterdir() if p.is_dir() else [p]))
+def _files_below(path:Path, known:frozenset=frozenset()) -> Iterator[tuple]: # (name seen from path, size, ns of the last change)
+    "Every file of a folder at any depth, in order; hidden ones and locks are passed over."
+    with os.scandir(path) as inside: entries = sorted(inside, key=lambda e: e.name)
+    for e in entries:
+        if e.name.startswith('.') or e.name.endswith('.lock'): continue
+        with suppress(FileNotFoundError):  # gone meanwhile
+            stat = e.stat()
+            if not e.is_dir(): yield e.name, stat.st_size, stat.st_mtime_ns
+            elif (node := (stat.st_dev, stat.st_ino)) not in known:  # a link may lead back
+                for name, *more in _files_below(e.path, known | {node}): yield f'{e.name}/{name}', *more
+
+def _fingerprint(path:str|Path) -> list: # digest and number of files; empty: nothing is there
+    "Names, sizes and times of every file at `path`: enough to see that data were exchanged or written anew."
+    p, digest, n = root()/path, hashlib.sha256(), 0
+    if not str(path) or not p.exists(): return []
+    stat = p.stat()
+    for n, told in enumerate(_files_below(p) if p.is_dir() else [(p.name, stat.st_size, stat.st_mtime_ns)], 1):
+        digest.update('\0'.join(map(str, told)).encode('utf-8', 'surrogateescape') + b'\n')
+    return [digest.hexdigest()[:16], n]
 
 @dataclass
 class Stage:
@@ -628,14 +653,15 @@ class Stage:
     reads:tuple = () # names of the notebooks it builds on
     alone:bool = False # it measures times: nothing may run beside it
 
-def _key(path:Path, values:dict, upstream:dict, package:Path) -> str:
+def _key(path:Path, values:dict, upstream:dict, package:Path, marks:dict) -> str: # marks: path -> its fingerprint, taken once for a plan
     "Hash of everything a notebook depends on."
+    for p in {values['data'], values.get('chips', '')} - marks.keys(): marks[p] = _fingerprint(p)
     code = code_of(read_notebook(path))
     modules = modules_used('\n'.join(code), package)
     depends = dict(code=code, values={k: v for k, v in values.items() if k not in ('run_dir', 'reports_dir')},
-                   modules={m: sha256(package/f'{m}.py') for m in sorted(modules)},
+                   modules={m: sha256(_module_file(package, m)) for m in sorted(modules)},
                    weights=weights() if 'foundations' in modules else {}, upstream=upstream,
-                   data=_fingerprint(values['data']) + _fingerprint(values.get('chips', '')))
+                   data=marks[values['data']] + marks[values.get('chips', '')])
     return hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()
 
 def _relative(path:str|Path) -> str:
@@ -865,12 +891,12 @@ def plan(
     alone = _pick(names, only, '--only') if only else None
     fixed = dict(profile=profile, run_dir=_relative(run), reports_dir=_relative(run/'report'), data=data)
     there = run/'report' if (run/'report').is_dir() else report  # what a stopped run left is the newer
-    done, stages, keys = _read_json(run/'chain.json'), [], {}
+    done, stages, keys, marks = _read_json(run/'chain.json'), [], {}, {}
     told = _read_json(report/'provenance.json').get('notebooks', {})  # a first run expects what the report took
     for i, path in enumerate(paths):
         values = {n: p.default for n, p in declarations[path.stem].items()} | given[path.stem] | fixed
         reads, apart = reads_of(read_notebook(path), names[:i], path.stem)
-        stage = Stage(path.stem, path, values, _key(path, values, {n: keys[n] for n in reads}, root()/'gac'), reads=reads, alone=apart)
+        stage = Stage(path.stem, path, values, _key(path, values, {n: keys[n] for n in reads}, root()/'gac', marks), reads=reads, alone=apart)
         old = done.get(path.stem, {})
         stage.seconds = old.get('seconds') or told.get(path.stem, {}).get('seconds')
         unchanged = old.get('key') == stage.key and all(p.exists() for p in outputs(path.stem, run, there))
@@ -1332,7 +1358,7 @@ def render_readme() -> str:
     return re.sub(r'\n{3,}', '\n\n', text.replace('](../', '](').replace('src="../', 'src="')).strip() + '\n'
 
 # %% ../nbs/00_study.ipynb #c7d1d3de
-ROOMS = ('study', 'explore', 'world', 'tiles', 'metrics', 'foundations', 'training', 'pretrain', 'gradients', 'stage1', 'stage2',
+ROOMS = ('study', 'data.dates', 'data.units', 'data.raster', 'explore', 'world', 'tiles', 'metrics', 'foundations', 'training', 'pretrain', 'gradients', 'stage1', 'stage2',
          'stage3',
          'baselines', 'evaluate', 'pairs', 'export', 'trust', 'ablations', 'downstream', 'nyc', 'efficiency', 'bench', 'claims', 'cli')
 
@@ -1340,8 +1366,10 @@ def uphill(
     package:str|Path='', # folder of the modules; empty: gac
 ) -> dict[str, set[str]]: # module -> what it imports from its own level or below
     "Imports that run the wrong way: there are none."
-    found = {}
-    for path in Path(package or root()/'gac').glob('[!_]*.py'):
-        above = set(ROOMS[:ROOMS.index(path.stem)])
-        if wrong := _imports(path.read_text(encoding='utf-8')) - above: found[path.stem] = wrong
+    folder, found = Path(package or root()/'gac'), {}
+    for path in folder.rglob('[!_]*.py'):
+        name = '.'.join(path.relative_to(folder).with_suffix('').parts)
+        named = _imports(path.read_text(encoding='utf-8'), _inside(folder, name))
+        used = {m for m in named if m in ROOMS or (f := _module_file(folder, m)) and f.name != '__init__.py'}
+        if wrong := used - {*ROOMS[:ROOMS.index(name)]}: found[name] = wrong
     return found

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BIOME_BOXES', 'BIGEARTHNET', 'EARTH', 'FORMAT', 'SHARD', 'ABSENT', 'CODEC', 'COLUMNS', 'SPLITS', 'SPLIT_STARTS',
-           'BEN_PIXELS', 'FLAGS', 'EXTRA', 'NPZ_META', 'NPZ_KEYS', 'BENV2_S1', 'MAGIC', 'LAYOUTS', 'READERS',
+           'BEN_PIXELS', 'FLAGS', 'EXTRA', 'NPZ_META', 'NPZ_KEYS', 'BENV2_S1', 'MAGIC', 'LAYOUTS', 'READERS', 'STALE',
            'MIN_PAIRS', 'pad_to_multiple', 'crop_back', 'to_reflectance', 'to_dn', 'biome_of', 'read_ecoregions',
            'split_by_block', 'split_distance', 'pack', 'unpack', 'shard_index', 'write_shard', 'Entry', 'Store',
            'check_id', 'tile_arrays', 'from_world', 'drop_older', 'study_store', 'Options', 'Source', 'Job', 'windows',
@@ -1482,6 +1482,8 @@ def convert(
 ) -> pd.DataFrame: # the report: id, file, status (ok, error, excluded), reason
     "Read real tiles into a store."
     src, dst = Path(src), Path(dst)
+    if dst.exists() and src.exists() and dst.samefile(src): raise GacError(f'{dst} is the input itself ({src}). Give another folder for the store.')
+    if dst.exists() and not dst.is_dir(): raise GacError(f'{dst} is a file, and a tile store is a folder. Give another name for it.')
     wrong = set(options) - {f.name for f in fields(Options)}
     if wrong:
         raise GacError(f'convert has no option {", ".join(sorted(wrong))}; there are {", ".join(f.name for f in fields(Options))}.')
@@ -1504,7 +1506,8 @@ def convert(
                 raise GacError(f'{src}: Sentinel-2 bands {", ".join(sorted(every))}; the study needs at least {", ".join(OPT_BANDS)}.')
             extra = tuple(k for k in ('dem', 'lulc', 'ndvi') if all(k in s.extra for s in samples))
             product = samples[0].product or opt.s1_product or 'S1GRD'
-            store = Store.create(dst, tile_arrays(opt.size, s2_bands, extra), dict(made, units=asdict(units), s1_product=product))
+            store = Store.create(dst, tile_arrays(opt.size, s2_bands, extra),
+                                 dict(made, units=asdict(units), s1_product=product, sources=study._fingerprint(src)))
         if unnamed := next((s.by_order for s in samples if s.by_order), ''): print(BY_ORDER.format(unnamed), flush=True)
     if store is None:
         reasons = [f'{j.name}: {j.excluded}' if j.excluded else f'{j.name}: {_why(j)}' for j in jobs[:3]]
@@ -1514,10 +1517,12 @@ def convert(
           flush=True)
     arrays = {n: (z.shape[1:], z.dtype, dict(z.attrs)) for n, z in store.arrays.items() if n in store.attrs['tiles']}
     held, done, waiting = set(store.table['id']), store.table.groupby('scene')['id'].apply(list).to_dict(), []
-    report, names = [], set()
+    marks = dict(zip(store.table['scene'], store.table['mark'])) if 'mark' in store.table else {}
+    report, names, before, stale, notes = [], set(), 0, 0, []
     def taken(name, job):
         known = opt.s2_offset == 'auto' and job.name in KNOWN_OFFSETS
         report.append((name, job.file, 'ok', f'{KNOWN_OFFSETS[job.name]} DN taken off: see KNOWN_OFFSETS' if known else ''))
+    cut = lambda job, source: records_of(source, units, opt, arrays, ecoregions)
     def failed(name, job, e):
         if strict: raise GacError(f'{name} ({job.file}): {e}') from e
         report.append((name, job.file, 'error', str(e)))
@@ -1526,15 +1531,24 @@ def convert(
             if job.excluded: report.append((job.name, job.file, 'excluded', job.excluded))
             elif job.name in names: failed(job.name, job, GacError(f'duplicate id {job.name}.'))
             elif job.name in done:  # by the run before
+                if marks.get(job.name) and _mark(job) != marks[job.name] and _changed(job, cut, store, done[job.name]):
+                    stale += 1
+                    failed(job.name, job, GacError(STALE))
+                    continue
+                before += len(done[job.name])
                 for name in done[job.name]: taken(name, job)
             else:
-                try: tiles = list(records_of(_loaded(job), units, opt, arrays, ecoregions))
+                mark, note = _mark(job), ''
+                try:
+                    source = _loaded(job)
+                    note, tiles = source.note, list(cut(job, source))
                 except GacError as e: tiles = [(job.name, e)]
+                if note: notes.append(f'{job.file}: {note}')
                 for name, tile in tiles:
                     if isinstance(tile, GacError): failed(name, job, tile)
                     elif name in held: failed(name, job, GacError(f'duplicate id {name}.'))
                     else:
-                        waiting.append(tile)
+                        waiting.append(tile | dict(mark=mark))
                         held.add(name)
                         taken(name, job)
                 if len(waiting) >= batch: waiting = store.append(waiting) or []
@@ -1542,12 +1556,33 @@ def convert(
         store.append(waiting)
     report = pd.DataFrame(report, columns=['id', 'file', 'status', 'reason'])
     _write_whole(dst/'report.csv', report.to_csv(index=False).encode())
-    print(f'{src.name}: ' + ', '.join(f'{n} {s}' for s, n in report['status'].value_counts().items()), flush=True)
+    if notes: print(f'{notes[0]}{f" (and {len(notes) - 1} more like it)" if notes[1:] else ""}', flush=True)
+    told = report['status'].value_counts().to_dict()
+    told = dict(told, ok=told.get('ok', 0) - before) | ({'there before': before} if before else {})
+    print(f'{src.name}: ' + (', '.join(f'{n} {s}' for s, n in told.items() if n) or 'nothing'), flush=True)
+    if stale: print(f'{stale} of the errors: {STALE}', flush=True)
     return report
 
+STALE = ('the source has changed since it was converted, and the store still holds what it was. Convert into a new folder, or delete this store '
+         'and what was made of it.')
+
+def _mark(job:Job) -> str: # 12 digits
+    "Names, sizes and times of the files of a source."
+    files = [p for f in job.files for p in (sorted(f.iterdir()) if f.is_dir() else [f]) if _shown(p) and p.is_file()]
+    told = [(p.name, s.st_size, s.st_mtime_ns) for p in files for s in [p.stat()]]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12] if told else ''
+
+def _changed(job:Job, cut:Callable, store:Store, names:list) -> bool:
+    "Whether a source gives other tiles than the store has of it; one that was only touched does not."
+    try: again = {name: tile for name, tile in cut(job, _loaded(job)) if not isinstance(tile, GacError)}
+    except GacError: return True
+    if set(again) != set(names): return True
+    rows = [store.table.index[store.table['id'] == name][0] for name in names]
+    return any(not np.array_equal(store.read(a, [row])[0], again[name][a]) for name, row in zip(names, rows) for a in store.attrs['tiles'])
+
 def _as_json(opt:Options) -> dict:
-    "Options as a store keeps them."
-    return json.loads(json.dumps(asdict(opt)))
+    "Options as a store keeps them; a factor only where one was given, as stores had none before."
+    return json.loads(json.dumps({k: v for k, v in asdict(opt).items() if v or k not in ('s1_scale', 's2_scale')}))
 
 def _place(src:Path) -> str:
     "A mark of where data lie, which does not spell the path out."
@@ -1593,7 +1628,9 @@ def real_store(
     drop_older(dst)
     if (dst/'table.parquet').exists():
         have = Store(dst).attrs
-        if have.get('place') != _place(src) or options and have.get('options') != _as_json(Options(**options)): shutil.rmtree(dst)
+        other = options and have.get('options') != _as_json(Options(**options))
+        changed = 'sources' in have and have['sources'] != study._fingerprint(src)
+        if other or changed or have.get('place') != _place(src): shutil.rmtree(dst)
     if not (dst/'report.csv').exists(): convert(src, dst, **options)
     return Store(dst)
 
