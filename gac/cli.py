@@ -73,10 +73,16 @@ def refuse(
         if dest in ('name', 'backbone') and 'gac info' in what and value not in (known := [m['name'] for m in models()]):
             raise study.GacError(f'Unknown model {value!r}. {study._nearest(value, known, "gac info")}')
 
+def _any_console() -> None:
+    "What a console cannot show (cp1252, cp437, ASCII) is replaced there, and never ends a command."
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')
+
 def main(
     argv:list|None=None, # words after `gac`; None: those of the process
 ) -> int: # exit code: 0 done, 1 done in part, 2 refused, 130 interrupted, 141 nobody reads what it says
     "Run one command; a mistake of the user is a message on stderr without traceback."
+    _any_console()
     try:
         try: return _call(argv)
         finally: sys.stdout.flush()
