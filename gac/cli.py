@@ -12,6 +12,8 @@ __all__ = ['COMMANDS', 'PLACES', 'GROUPS', 'PROFILE', 'SEED', 'WEIGHTS', 'STRICT
 
 # %% ../nbs/cli.ipynb #1e205714
 import argparse, os, sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # %% ../nbs/cli.ipynb #f33065f8
 COMMANDS = {}  # 'data convert' -> (function, options)
@@ -73,6 +75,16 @@ def refuse(
         if dest in ('name', 'backbone') and 'gac info' in what and value not in (known := [m['name'] for m in models()]):
             raise study.GacError(f'Unknown model {value!r}. {study._nearest(value, known, "gac info")}')
 
+@contextmanager
+def _weights(folder:str) -> Iterator[None]:
+    "What --weights says holds for every model a command builds, also in the processes it starts."
+    before = os.environ.get('GAC_WEIGHTS')
+    if folder: os.environ['GAC_WEIGHTS'] = str(folder)
+    try: yield
+    finally:
+        if before is None: os.environ.pop('GAC_WEIGHTS', None)
+        else: os.environ['GAC_WEIGHTS'] = before
+
 def _any_console() -> None:
     "What a console cannot show (cp1252, cp437, ASCII) is replaced there, and never ends a command."
     for stream in (sys.stdout, sys.stderr):
@@ -99,7 +111,7 @@ def _call(argv:list|None) -> int:
     try:
         call = args.pop('function')
         refuse(args.pop('options'), args)
-        with writing('a file'): return call(**args) or 0
+        with writing('a file'), _weights(args.get('weights')): return call(**args) or 0
     except GacError as e: print(f'gac: {e}', file=sys.stderr)
     except KeyboardInterrupt:
         print('gac: interrupted; the same command goes on from here', file=sys.stderr)
@@ -502,7 +514,7 @@ def stage3_info(**options):
     from gac import stage3
     print(stage3.stage3_info(**options))
 
-@command(opt('--s1', required=True, metavar='FILE', help='.pt or .npz with s1_vv and s1_vh, or s1, in dB'),
+@command(opt('--s1', required=True, metavar='FILE', help='.pt or .npz with s1_vv and s1_vh, or s1'),
     opt('--opt_v2', '--opt-v2', default='', metavar='FILE',
         help='.pt or .npz with opt_v2 in reflectance, and s2_real if there is a truth; nothing: in the file of --s1'),
     opt('--output', required=True, metavar='FILE', help='.pt or .npz that is written: opt_v3, s1_vv, s1_vh'),
@@ -511,6 +523,8 @@ def stage3_info(**options):
     opt('--stage2-checkpoint', default='', metavar='DIR',
         help='output of gac train-stage2 that made opt_v2; refused where it is of another kind than Stage 3 was trained on'),
     opt('--timesteps', type=_at_least(1), default=8, metavar='N', help='diffusion steps of the token routes'),
+    opt('--s1-units', choices=('auto', 'dB', 'linear', 'amplitude'), default='auto', help='unit of the radar; auto: by documented rules'),
+    opt('--s1-scale', type=float, default=0, metavar='F', help='factor of the stored radar, e.g. 0.01; 0: none'),
     opt('--batch-size', type=_at_least(1), default=8, metavar='N', help='tiles at a time'), WEIGHTS)
 def stage3_infer(**options):
     "Ground saved images in their radar; where the truth is given, say how much it helped."
@@ -636,11 +650,11 @@ Minutes on a data-centre GPU; every table is written as soon as it is there."""
 
 # %% ../nbs/cli.ipynb #e7a0c3d1
 DECODING = (opt('--timesteps', type=_at_least(0), default=0, metavar='N',
-        help='diffusion steps; 0: as the tiles were drawn that Stage 2 was trained on, else 1'),
+        help='diffusion steps; 0: as the images were drawn that the checkpoints were trained on, else 1'),
     opt('--tokens', choices=('', 'sample', 'argmax', 'expected'), default='',
-        help='how a code is chosen; nothing: as for Stage 2, else expected'),
+        help='how a code is chosen; nothing: likewise, else expected'),
     opt('--clamp', choices=('', 'pretraining', 'off'), default='',
-        help="range of each step's estimate; nothing: as for Stage 2, else pretraining"))
+        help="range of each step's estimate; nothing: likewise, else pretraining"))
 
 @command(opt('source', help='Sentinel-1 GeoTIFF of any size (VV and VH, 10 m), tile store, or real tiles in a known layout'),
     opt('output', help='GeoTIFF that is written; for tiles a folder'),
@@ -664,7 +678,7 @@ DECODING = (opt('--timesteps', type=_at_least(0), default=0, metavar='N',
     opt('--split', choices=('', 'train', 'val', 'test'), default='', help='of a tile store; nothing: all'),
     opt('--max-tiles', type=_at_least(0), default=0, metavar='N', help='of a tile store, spread evenly; 0 for all'),
     opt('--batch-size', type=_at_least(1), default=8, metavar='N', help='tiles at a time'), *DECODING,
-    opt('--name', default='terramind_mini_generate', help='generator, see gac info'),
+    opt('--name', default='', help='generator, see gac info; nothing: the one the checkpoints were trained on, else terramind_mini_generate'),
     opt('--device', default='', help='cpu or cuda; nothing: a GPU if there is one'),
     opt('--overwrite', action='store_true', help='replace an output that was made otherwise'), WEIGHTS, SEED)
 def infer(**options):

@@ -796,6 +796,7 @@ def run_downstream(
     if missing:
         raise GacError(f'{shelf.path} has no {", ".join(missing)}: run the stages first, or leave these arms out (--arms).')
     recipe = Recipe(product=store.attrs.get('s1_product', 'S1GRD'), require=tuple(drawn), **options)
+    if not configs_only: training.check_precision(recipe.precision, training.Settings(accelerator=recipe.accelerator).device)
     if configs_only:
         place = lambda p: study._relative(Path(p).resolve())
         return [write_config(output_dir/f'{a}-{s}.yaml', config_of(arm(a), replace(recipe, seed=s), place(store.path), place(shelf.path), place(output_dir/f'{a}-{s}')), arm(a).what)

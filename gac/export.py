@@ -7,7 +7,7 @@ __all__ = ['NODATA', 'COLOUR', 'CACHE', 'OPTICAL', 'RADAR', 'ERROR', 'PRODUCTS',
            'style', 'write_cog', 'cog_faults', 'lineage', 'provenance_tags', 'tile_tags', 'state_of', 'Shelf',
            'export_tiles', 'run_export', 'Scene', 'open_scene', 'Tiling', 'Chain', 'spread_of', 'filled', 'draw_block',
            'seam_lines', 'seam_excess', 'check_output', 'infer_scene', 'quicklook', 'scene_figure', 'infer_tiles',
-           'decoding_for', 'infer']
+           'decoding_for', 'generator_for', 'infer']
 
 # %% ../nbs/10_export.ipynb #f5d52bd6
 import hashlib, json, os, re, shutil, socket, warnings
@@ -482,13 +482,25 @@ class Chain:
         decoding:stage1.Decoding=stage1.Decoding(1, 'expected'),
         seed:int=0, # of tokens and noise
         device:str='', # empty: a GPU if there is one
+        drawn:dict=None, # who drew the images the checkpoints learnt from, see stage2.read_generator
     ):
         import torch
         device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
         self.product, self.decoding, self.seed = product, decoding, seed
         self.generator = stage1.build_terramind_generator((product,), timesteps=decoding.timesteps, name=name, weights=weights).to(device)
+        if drawn: self._as_drawn(drawn, weights)
         self.refiner = stage2.load_stage2(stage2_checkpoint, weights=weights).to(device) if stage2_checkpoint else None
         self.grounding = _grounding(stage3_checkpoint, stage2_checkpoint, product, weights).to(device) if stage3_checkpoint else None
+
+    def _as_drawn(self, drawn:dict, weights:str) -> None:
+        "Draw with the weights and in the precision the checkpoints learnt from, or refuse."
+        have = stage1.settings(self.generator, self.decoding, self.seed)['weights']
+        if 'weights' in drawn and have != drawn['weights']:
+            names = lambda w: ', '.join(f'{k} ({v})' for k, v in w.items()) if isinstance(w, dict) else w
+            raise GacError(f'{self.generator.core.gac["name"]} has the weights {names(have)}; the checkpoints were trained on images drawn with '
+                           f'{names(drawn["weights"])}. Name the folder of those (--weights).')
+        half = drawn.get('precision', '32-true').split(',')[0]  # what torch.compile does is no other arithmetic
+        if half != '32-true': self.generator.hasten(half)
 
     @property
     def output(self) -> str: return 'opt_v3' if self.grounding else 'opt_v2' if self.refiner else 'opt_v1'
@@ -859,16 +871,34 @@ def _panels(store, rows, folders:dict, path:Path, most:int=3) -> Path|None:
 def decoding_for(
     stage2_checkpoint='', # folder; empty: without Stage 2
     timesteps:int=0, tokens:str='', clamp:str='', # asked for; 0, empty: not
+    stage3_checkpoint='', # folder; empty: without Stage 3
 ) -> stage1.Decoding:
-    "How Stage 1 decodes: as asked, else as the images were drawn that Stage 2 was trained on, else one step and the expected code."
+    "How Stage 1 decodes: as the images were drawn that the checkpoints were trained on, else as asked, else one step and the expected code."
     asked = {k: v for k, v in dict(timesteps=timesteps, tokens=tokens, clamp=clamp).items() if v}
-    trained = stage2.read_decoding(stage2_checkpoint) if stage2_checkpoint else None
+    places = [(p, h) for p, h in ((stage2_checkpoint, stage2.HEAD_FILE), (stage3_checkpoint, stage3.HEAD_FILE)) if p]
+    trained = next(filter(None, (stage2.read_decoding(p, h) for p, h in places)), None)
     decoding = replace(trained or stage1.Decoding(1, 'expected'), **asked)
-    if stage2_checkpoint and not trained:
-        print(f'Nothing says how the images were drawn that Stage 2 was trained on ({stage2.DECODING_FILE} is not beside it); Stage 1 draws here: {decoding}.', flush=True)
+    if places and not trained:
+        print(f'Nothing says how the images were drawn that the checkpoints were trained on ({stage2.DECODING_FILE} is not beside them); Stage 1 draws here: {decoding}.', flush=True)
     if trained and decoding != trained:
-        print(f'Stage 1 draws here: {decoding}. Stage 2 was trained on images drawn otherwise ({trained}) and may do worse on these.', flush=True)
+        raise GacError(f'The checkpoints were trained on images drawn otherwise ({trained}) than is asked for ({decoding}): leave '
+                       f'{", ".join(f"--{k}" for k in asked)} out.')
     return decoding
+
+def generator_for(
+    stage2_checkpoint='', # folder; empty: without Stage 2
+    stage3_checkpoint='', # folder; empty: without Stage 3
+    name:str='', # asked for; empty: not
+) -> tuple[str, dict]: # name of the generator; what else is known of it, see stage2.read_generator
+    "Who draws for Stage 1: the generator the checkpoints were trained on, else the one asked for, else the miniature."
+    found = [(p, stage2.read_generator(p, h)) for p, h in ((stage2_checkpoint, stage2.HEAD_FILE), (stage3_checkpoint, stage3.HEAD_FILE)) if p]
+    found = [(p, g) for p, g in found if g.get('model')]
+    for place, g in found:
+        if name and g['model'] != name: raise GacError(f'--name {name}: {place} was trained on images drawn by {g["model"]}. Leave --name out.')
+        if g.get('decoder') == 'direct':
+            raise GacError(f'{place} was trained on images of a decoder without diffusion (gac precompute --direct), which gac infer does not draw with.')
+        if g['model'] != found[0][1]['model']: raise GacError(f'{found[0][0]} was trained on images drawn by {found[0][1]["model"]}, {place} by {g["model"]}.')
+    return (found[0][1]['model'], found[0][1]) if found else (name or 'terramind_mini_generate', {})
 
 def infer(
     source, # Sentinel-1 GeoTIFF, tile store, or tiles in a known layout
@@ -882,7 +912,8 @@ def infer(
     s1_units:str='auto', s1_bands=(), s1_scale:float=0, month:int=0, biome:int=0, # of a scene, see infer_scene
     split:str='', max_tiles:int=0, # of tiles, see infer_tiles
     timesteps:int=0, tokens:str='', clamp:str='', # how Stage 1 decodes, see decoding_for
-    name:str='terramind_mini_generate', weights:str='', seed:int=0, batch_size:int=8, device:str='',
+    name:str='', # generator of Stage 1, see generator_for
+    weights:str='', seed:int=0, batch_size:int=8, device:str='',
     overwrite:bool=False, # see Chain
 ) -> dict:
     "What `gac infer` does."
@@ -893,8 +924,9 @@ def infer(
     check_output(source, output, folder=not scene)
     for folder, file, maker in ((stage2_checkpoint, stage2.HEAD_FILE, 'gac train-stage2'), (stage3_checkpoint, stage3.HEAD_FILE, 'gac train-stage3')):
         if folder and not (wanted := stage2.checkpoint_file(folder, file)).exists(): raise GacError(f'{wanted} is missing: expected the output of {maker}.')
-    decoding = decoding_for(stage2_checkpoint, timesteps, tokens, clamp)
-    chain = lambda product: Chain(stage2_checkpoint, stage3_checkpoint, product, name, weights, decoding, seed, device)
+    decoding = decoding_for(stage2_checkpoint, timesteps, tokens, clamp, stage3_checkpoint)
+    name, drawn = generator_for(stage2_checkpoint, stage3_checkpoint, name)
+    chain = lambda product: Chain(stage2_checkpoint, stage3_checkpoint, product, name, weights, decoding, seed, device, drawn)
     common = dict(spread=uncertainty, batch_size=batch_size, overwrite=overwrite, visualise=visualise)
     if scene:
         tiling = Tiling(tile_size, overlap, max(block, tile_size))

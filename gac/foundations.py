@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['MODALITIES', 'BAND_NAMES', 'HLS_NAMES', 'LULC_LABELS', 'SIZE', 'PATCH', 'LEVELS', 'KEYS', 'INPUTS', 'OUTPUTS', 'CORE',
            'PRITHVI', 'PRITHVI_BANDS', 'TERRAMIND_KEY_STATS', 'PRITHVI_STATS', 'MINI_STATS', 'ROLES', 'MODELS',
-           'terramind_mini', 'terramind_mini_tim', 'terramind_mini_generate', 'DEFAULTS', 'INTO', 'REPOSITORY', 'Part',
-           'CLAMPS', 'TOKENS', 'PRECISIONS', 'modality_key', 'band_names', 'vocab', 'mini_modalities', 'vit_mini_enc',
-           'vit_nano_enc', 'vit_nano_dec', 'unet_mini', 'unet_nano', 'mini_tokenizer', 'mini_core', 'mini_prithvi',
-           'Entry', 'available', 'entry', 'prithvi_mini', 'without_memory', 'blank', 'select_bands', 'info', 'describe',
-           'WeightFile', 'needed_files', 'offline', 'find_file', 'locate', 'find_folder', 'spare_keys', 'read_weights',
-           'match_keys', 'load_checked', 'build', 'checksum', 'weights_checksums', 'save_weights', 'Units',
-           'tile_identity', 'tile_generator', 'draw', 'own_randomness', 'top_p_tokens', 'steps_run', 'scheduler_for',
-           'diffuse', 'computing', 'Recorded', 'Generator', 'place', 'spare', 'build_generator', 'features', 'reach',
-           'clip_error', 'true_tiles']
+           'terramind_mini', 'terramind_mini_tim', 'terramind_mini_generate', 'DEFAULTS', 'INTO', 'WEIGHTS',
+           'REPOSITORY', 'Part', 'CLAMPS', 'TOKENS', 'PRECISIONS', 'modality_key', 'band_names', 'vocab',
+           'mini_modalities', 'vit_mini_enc', 'vit_nano_enc', 'vit_nano_dec', 'unet_mini', 'unet_nano',
+           'mini_tokenizer', 'mini_core', 'mini_prithvi', 'Entry', 'available', 'entry', 'prithvi_mini',
+           'without_memory', 'blank', 'select_bands', 'info', 'describe', 'WeightFile', 'needed_files', 'offline',
+           'find_file', 'locate', 'find_folder', 'spare_keys', 'read_weights', 'match_keys', 'load_checked', 'build',
+           'checksum', 'weights_checksums', 'save_weights', 'Units', 'tile_identity', 'tile_generator', 'draw',
+           'own_randomness', 'top_p_tokens', 'steps_run', 'scheduler_for', 'diffuse', 'computing', 'Recorded',
+           'Generator', 'place', 'spare', 'build_generator', 'features', 'reach', 'clip_error', 'true_tiles']
 
 # %% ../nbs/04_foundations.ipynb #1d817898
 from . import study  # first: it mends a torchvision built for another torch
@@ -381,10 +381,18 @@ def _in_cache(folder:Path, w:WeightFile) -> Path|None:
     path = base/'snapshots'/ref.read_text(encoding='utf-8').strip()/w.file
     return path if path.is_file() else None
 
+WEIGHTS = 'GAC_WEIGHTS'  # variable of the environment: the folder of weights of a whole command, for every model it builds
+
 def _places(w:WeightFile, weights:str) -> list[Path|None]:
     "Where a file may lie on this machine, best first."
+    if not weights and (given := os.environ.get(WEIGHTS, '')):  # of a whole command
+        return _places(w, given) if w.repo else [*_places(w, given), *_own(w)]
     if weights == 'hub': return [_in_cache(_cache(), w)]
     if weights: return [(folder := Path(weights).expanduser())/w.file, _in_cache(folder, w), _in_cache(folder/'hub', w)]
+    return _own(w)
+
+def _own(w:WeightFile) -> list[Path|None]:
+    "Where a file lies if nobody says so."
     own = study.root()/'data'/'weights'
     return [own/w.file, _in_cache(_cache(), w)] if w.repo else [own/'mini'/w.file]
 
@@ -409,6 +417,7 @@ def locate(
     **kw, # as for `build`
 ) -> dict[WeightFile, Path]:
     "Every file a model needs; if any is missing, all of them are named, with where to put them."
+    if not weights and not entry(name).mini: weights = os.environ.get(WEIGHTS, '')
     given = str(weights) not in ('', 'hub')
     found = {w: find_file(w, weights) or ('' if given else _download(w)) for w in needed_files(name, **kw)}
     missing = {w: why for w, why in found.items() if not isinstance(why, Path)}
@@ -418,7 +427,7 @@ def locate(
     for w, why in missing.items():
         hub = f'; it is published as {w.repo} on the Hugging Face Hub' if w.repo else ''
         lines.append(f'  {w.file}{f" ({why})" if why else ""}: put it at {place/w.file}{hub}')
-    raise study.GacError('\n'.join([*lines, 'Or name the folder that holds them: weights=FOLDER.']))
+    raise study.GacError('\n'.join([*lines, 'Or name the folder that holds them: --weights FOLDER (weights= in a notebook).']))
 
 # %% ../nbs/04_foundations.ipynb #7be2d05f
 REPOSITORY = r'([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?'  # org/name@revision

@@ -343,7 +343,9 @@ def start(
     "Seed everything, set the figure style and open the folders of this notebook's run."
     seed_everything(seed)
     style()
-    return Run.open(notebook, profile, seed, run_dir, reports_dir, data)
+    run = Run.open(notebook, profile, seed, run_dir, reports_dir, data)
+    if folder := _read_json(run.dir/'stage1.json').get('weights'): os.environ['GAC_WEIGHTS'] = folder  # for every model of the run
+    return run
 
 # %% ../nbs/00_study.ipynb #0a64e815
 def requirements() -> list[str]:

@@ -263,7 +263,7 @@ def test_a_folder_without_a_checkpoint_says_what_makes_one(tmp_path, capsys, opt
     assert said in capsys.readouterr().err
 
 def test_stage1_draws_as_stage2_was_trained(tmp_path, capsys):
-    "The decoding a training wrote down, unless another is asked for, and then with a word."
+    "The decoding a training wrote down; another one is refused."
     for none, said in (('', False), (tmp_path, True)):
         assert export.decoding_for(none) == stage1.Decoding(1, 'expected')
         assert ('stage1.json is not beside it' in capsys.readouterr().out) == said
@@ -273,8 +273,8 @@ def test_stage1_draws_as_stage2_was_trained(tmp_path, capsys):
     capsys.readouterr()
     assert export.decoding_for(tmp_path) == export.decoding_for(tmp_path/'refiner.safetensors') == drawn
     assert export.decoding_for(tmp_path, 4, 'sample') == drawn and capsys.readouterr().out == ''
-    assert export.decoding_for(tmp_path, 1) == replace(drawn, timesteps=1)
-    assert 'Stage 1 draws here: sampled, mean of 2, 1 step, no clamp. Stage 2 was trained on images drawn otherwise' in capsys.readouterr().out
+    for asked in (dict(timesteps=1), dict(tokens='argmax'), dict(clamp='pretraining')):
+        with pytest.raises(GacError, match='trained on images drawn otherwise .*leave --' + next(iter(asked))): export.decoding_for(tmp_path, **asked)
     for bad in ('{', '[]', '{"timesteps": 1}', json.dumps(asdict(drawn) | dict(timesteps='4'))):
         file.write_text(bad)
         with pytest.raises(GacError, match='stage1.json does not say how Stage 1 drew'): export.decoding_for(tmp_path)
