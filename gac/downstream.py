@@ -397,7 +397,7 @@ def open_config(
         except SystemExit as e: why, cause = ' '.join(told.getvalue().split('error:')[-1].split()), e
     raise GacError(f'{study._shown(path)}: TerraTorch refuses this configuration: {why[:600]}') from cause
 
-TERRATORCH = "import sys; from gac import study; from terratorch.__main__ import main; sys.argv[0] = 'terratorch'; sys.exit(main())"
+TERRATORCH = "import sys; from gac import study, foundations; from terratorch.__main__ import main; sys.argv[0] = 'terratorch'; sys.exit(main())"
 
 def terratorch(*words) -> subprocess.CompletedProcess: # fit, --config, FILE
     "TerraTorch's own command in a process of its own, torchvision mended where it does not fit torch."

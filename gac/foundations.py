@@ -10,10 +10,11 @@ __all__ = ['MODALITIES', 'BAND_NAMES', 'HLS_NAMES', 'LULC_LABELS', 'SIZE', 'PATC
            'mini_modalities', 'vit_mini_enc', 'vit_nano_enc', 'vit_nano_dec', 'unet_mini', 'unet_nano',
            'mini_tokenizer', 'mini_core', 'mini_prithvi', 'Entry', 'available', 'entry', 'prithvi_mini',
            'without_memory', 'blank', 'select_bands', 'info', 'describe', 'WeightFile', 'needed_files', 'offline',
-           'find_file', 'locate', 'find_folder', 'spare_keys', 'read_weights', 'match_keys', 'load_checked', 'build',
-           'checksum', 'weights_checksums', 'save_weights', 'Units', 'tile_identity', 'tile_generator', 'draw',
-           'own_randomness', 'top_p_tokens', 'steps_run', 'scheduler_for', 'diffuse', 'computing', 'Recorded',
-           'Generator', 'place', 'spare', 'build_generator', 'features', 'reach', 'clip_error', 'true_tiles']
+           'find_file', 'locate', 'find_folder', 'spare_keys', 'read_weights', 'match_keys', 'load_checked',
+           'strict_filter', 'build', 'checksum', 'weights_checksums', 'save_weights', 'Units', 'tile_identity',
+           'tile_generator', 'draw', 'own_randomness', 'top_p_tokens', 'steps_run', 'scheduler_for', 'diffuse',
+           'computing', 'Recorded', 'Generator', 'place', 'spare', 'build_generator', 'features', 'reach', 'clip_error',
+           'true_tiles']
 
 # %% ../nbs/04_foundations.ipynb #1d817898
 from . import study  # first: it mends a torchvision built for another torch
@@ -558,6 +559,33 @@ def load_checked(
     model.load_state_dict(state, strict=True, assign=True)
     for names in ties: _tie(model, names)
     return model
+
+# %% ../nbs/04_foundations.ipynb #c0ffee02
+def strict_filter(
+    role:str, # encoder, tim or generate
+) -> Callable: # (state, model) -> state, as TerraTorch's checkpoint_filter_fn
+    "A filter of TerraMind's checkpoints under which every tensor has its place; the tokenizers have files of their own."
+    def strictly(state:dict, model:nn.Module) -> dict:
+        w = WeightFile('the checkpoint', '', role, INTO.get(role, ('',)))
+        found, bad = match_keys(model, [(w.file, state, w)], fixed=r'tokenizer\..*')
+        if any(bad.values()):
+            what = '; '.join(f'{len(v)} {kind}: {_first(v)}' for kind, v in bad.items() if v)
+            raise study.GacError(f'The checkpoint that TerraTorch loads does not fit {type(model).__name__}. Tensors {what}. '
+                                 'Was the file made for another model or size?')
+        return model.state_dict() | found
+    return strictly
+
+def _from_folder(fetch:Callable) -> Callable: # hf_hub_download
+    "A download that looks into the folder of --weights first."
+    def fetched(repo_id:str, filename:str, **kw):
+        folder = os.environ.get(WEIGHTS, '')
+        here = find_file(WeightFile(filename, repo_id, ''), folder) if folder else None
+        return str(here) if here else fetch(repo_id=repo_id, filename=filename, **kw)
+    return fetched
+
+for end, role in (('', 'encoder'), ('_tim', 'tim'), ('_generate', 'generate')):
+    setattr(terramind_register, f'checkpoint_filter_fn{end}', strict_filter(role))
+for module in (terramind_register, tokenizer_register): module.hf_hub_download = _from_folder(module.hf_hub_download)
 
 # %% ../nbs/04_foundations.ipynb #eb7ee36b
 def build(

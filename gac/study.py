@@ -344,7 +344,9 @@ def start(
     seed_everything(seed)
     style()
     run = Run.open(notebook, profile, seed, run_dir, reports_dir, data)
-    if folder := _read_json(run.dir/'stage1.json').get('weights'): os.environ['GAC_WEIGHTS'] = folder  # for every model of the run
+    drawn = run.dir/'stage1.json'
+    folder = json.loads(drawn.read_text(encoding='utf-8')).get('weights') if drawn.exists() else ''
+    if folder: os.environ['GAC_WEIGHTS'] = folder  # for every model of the run
     return run
 
 # %% ../nbs/00_study.ipynb #0a64e815
