@@ -484,7 +484,7 @@ def train_stage3(stage1_dir, stage2_dir, **options):
 Needs opt_v2, or a Stage 2 checkpoint to make it with from opt_v1, beside which it is stored."""
     from gac import stage3
     place = stage2_dir or stage1_dir
-    if options['stage2_checkpoint'] and not stage2_dir: _opt_v2(options['data_dir'], place, options['stage2_checkpoint'])
+    if options['stage2_checkpoint'] and not stage2_dir: _opt_v2(options['data_dir'], place, options['stage2_checkpoint'], options['weights'])
     _trained(stage3.run_stage3(stage2_dir=place, **options))
 
 @command(opt('file', metavar='FILE', help='training.json, in the folder of a training that a notebook was to make on several devices'), name='train-as')
@@ -497,11 +497,11 @@ Started as torchrun or srun start it, a process for each device; the notebook th
     plan = study._read_json(Path(file))
     (stage2 if plan['stage'] == 2 else stage3).train_as(plan)
 
-def _opt_v2(data_dir:str, stage1_dir:str, checkpoint:str) -> None:
+def _opt_v2(data_dir:str, stage1_dir:str, checkpoint:str, weights:str) -> None:
     "opt_v2 of every tile that has opt_v1; processes that train together do not draw."
     from gac import stage1, stage2, study, training
     store, into = stage1.open_tiles(data_dir, stage1_dir)
-    if training.launched() == 1: return stage2.precompute_stage2(store, stage2.load_stage2(checkpoint), into=into)
+    if training.launched() == 1: return stage2.precompute_stage2(store, stage2.load_stage2(checkpoint, weights=weights), into=into)
     lacks = 'opt_v2' not in into.arrays or 'opt_v1' in into.arrays and (into.written('opt_v1') & ~into.written('opt_v2')).any()
     if lacks: raise study.GacError(f'{into.path} lacks tiles of opt_v2, and processes that train together do not draw: gac precompute-stage2 first.')
 
@@ -609,7 +609,7 @@ Writes downstream.csv and downstream_gains.csv, and one file per training that `
     opt('--split', choices=('train', 'val', 'test'), default='', help='tiles that are generated; nothing: all'),
     opt('--max-tiles', type=_at_least(0), default=0, metavar='N', help='spread evenly over them; 0: all'),
     opt('--batch-size', type=_at_least(1), default=4, metavar='N', help='tiles at a time'),
-    opt('--name', default='terramind_mini_generate', help='generator, see gac info'), SEED, WEIGHTS)
+    opt('--name', default='', help='generator, see gac info; nothing: the one the checkpoints were trained on, else terramind_mini_generate'), SEED, WEIGHTS)
 def uncertainty(**options):
     """Several generations of every tile through the stages: their mean, and their spread band by band.
 Where the tiles have a truth, it says how well the spread predicts the error of the mean."""
