@@ -33,7 +33,7 @@ from safetensors.numpy import save as save_tensors
 
 from . import study
 from .data.dates import date_of, month_of, parse_date
-from .data.raster import BY_ORDER, OPTICAL, RADAR, Raster, check_grid, check_order, name_bands, open_raster, pick, reading, to_degrees
+from .data.raster import BY_ORDER, OPTICAL, RADAR, Raster, check_grid, check_order, is_generic, name_bands, open_raster, pick, reading, to_degrees
 from .data.units import (KNOWN_OFFSETS, S1_UNITS, S2_OFFSET, S2_UNITS, TOO_BRIGHT, TOO_MANY, bright_share, check_db, check_radar, check_wrapped, floor_of,
                             has_baseline, range_of, s1_unit, s2_offset, s2_unit, to_db, why_missing)
 from .study import GacError, OPT_BANDS, S1_BANDS, S2_BANDS
@@ -1012,6 +1012,7 @@ def _bigearthnet_band(path:Path, band:str, opt:Options) -> tuple: # values (H, W
     side, kind = BEN_PIXELS.get(band, 120), OPTICAL if band in S2_BANDS else RADAR
     r = _opened(path, replace(opt, s1_bands=(), s2_bands=()), kind, grid=side == 120)
     if len(r.bands) != 1: raise GacError(f'{path}: {len(r.bands)} bands, expected 1.')
+    if (own := kind.name(r.names[0])) and own != band: raise GacError(f'{path}: its band is named {r.names[0]}, the file {band}. One of them is wrong.')
     if r.shape != (side, side): raise GacError(f'{path}: {r.height}×{r.width} px, expected {side}×{side}.')
     return r.read(empty='all')[0], r
 
@@ -1287,7 +1288,7 @@ def _benv2_source(path:Path, row:dict, opt:Options) -> Source:
     r1, r2 = rasters['s1'], rasters['s2']
     r2 = replace(r2, transform=_as_radar(r1, r2))
     _same_place(r1, r2, f'{name}, s2')
-    named = all(r1.names) or bool(opt.s1_bands)
+    named = bool(opt.s1_bands) or not all(map(is_generic, r1.names))
     s1, _ = _radar(r1, opt.s1_bands if named else BENV2_S1)
     s2, bands = _optical(r2, opt.s2_bands)
     meta = {k: row[k] for k in ('date', 'country', 'split', 'labels')}

@@ -259,6 +259,25 @@ def test_flags_are_read_as_what_they_say(tmp_path, values):
     layouts.bigearthnet(tmp_path/'ben', contains_cloud_or_shadow=list(values))
     assert convert(tmp_path/'ben', tmp_path/'out')['status'].tolist() == ['ok', 'excluded', 'ok']
 
+def test_a_band_of_bigearthnet_that_is_named_otherwise_costs_its_patch(tmp_path):
+    layouts.bigearthnet(tmp_path/'ben')
+    file = sorted((tmp_path/'ben').rglob('*_VV.tif'))[1]
+    with rasterio.open(file, 'r+') as f: f.set_band_description(1, 'Sigma0_VH')
+    report = convert(tmp_path/'ben', tmp_path/'out')
+    assert sorted(report['status']) == ['error', 'ok', 'ok'] and 'is named Sigma0_VH, the file VV' in ' '.join(report['reason'])
+
+def test_generic_names_do_not_turn_the_order_of_benv2(tmp_path, monkeypatch):
+    "Its radar is VH, VV; `Band 1` names nothing."
+    whole = layouts.tif_bytes
+    def named(x, *args, **kw):
+        with rasterio.MemoryFile(whole(x, *args, **kw)) as m:
+            with rasterio.open(m.name, 'r+') as f:
+                for i in f.indexes: f.set_band_description(i, f'Band {i}')
+            return m.read()
+    monkeypatch.setattr(layouts, 'tif_bytes', named)
+    convert(layouts.benv2(tmp_path/'b.tortilla', 1), tmp_path/'out')
+    np.testing.assert_array_equal(Store(tmp_path/'out').read('s1', [0])[0], layouts.radar(0))
+
 def test_missing_facts_of_a_table_are_empty_and_labels_as_text_are_labels(tmp_path):
     layouts.bigearthnet(tmp_path/'ben', country=[None, 'Ireland', 'Ireland'], labels=["['Pastures' 'Arable land']", 'Pastures', "['Pastures', 'Arable land']"])
     assert convert(tmp_path/'ben', tmp_path/'out')['status'].tolist() == ['ok']*3

@@ -177,8 +177,9 @@ def reading(
         with warnings.catch_warnings(), rasterio.Env(GDAL_CACHEMAX=64), nullcontext() if blob is None else rasterio.MemoryFile(blob) as held:
             warnings.simplefilter('ignore', NotGeoreferencedWarning)
             with rasterio.open(path, driver='GTiff') if blob is None else held.open(driver='GTiff') as f: yield f
-    except RasterioError as e:
-        raise GacError(f'{path}: cannot be read ({str(e).splitlines()[0]}). Is it a GeoTIFF, and whole? Fetch or write it again.') from e
+    except GacError: raise
+    except (RasterioError, ValueError, OverflowError) as e:  # tags and coordinate systems that make no sense
+        raise GacError(f'{path}: cannot be read ({str(e).splitlines()[0] if str(e) else type(e).__name__}). Is it a GeoTIFF, and whole? Fetch or write it again.') from e
 
 @dataclass(frozen=True)
 class Raster:
