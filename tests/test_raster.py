@@ -243,12 +243,12 @@ def test_a_sentinel_name_goes_before_a_tag_and_the_difference_is_said(tmp_path, 
 
 # ---- tables, hidden files, sources that change --------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('column, value', [('patch_id', None), ('s1_name', None), ('patch_id', 7), ('split', None), ('split', 'somewhere'),
+@pytest.mark.parametrize('column, value', [('patch_id', None), ('s1_name', None), ('split', None), ('split', 'somewhere'),
                                            ('contains_cloud_or_shadow', None), ('contains_seasonal_snow', 'perhaps')])
 def test_an_odd_value_of_a_table_costs_its_row(tmp_path, column, value):
     table = layouts.bigearthnet(tmp_path/'ben')
     table[column] = pd.Series([table[column][0], value, table[column][2]], dtype=object)
-    if value in (7, 'perhaps'): table[column] = table[column].astype(str)  # a column of a Parquet table has one type
+    if value == 'perhaps': table[column] = table[column].astype(str)  # a column of a Parquet table has one type
     table.to_parquet(tmp_path/'ben'/'metadata.parquet')
     report = convert(tmp_path/'ben', tmp_path/'out')
     assert sorted(report['status']) == ['error', 'ok', 'ok'] and len(Store(tmp_path/'out')) == 2
@@ -270,10 +270,10 @@ def test_generic_names_do_not_turn_the_order_of_benv2(tmp_path, monkeypatch):
     "Its radar is VH, VV; `Band 1` names nothing."
     whole = layouts.tif_bytes
     def named(x, *args, **kw):
-        with rasterio.MemoryFile(whole(x, *args, **kw)) as m:
-            with rasterio.open(m.name, 'r+') as f:
-                for i in f.indexes: f.set_band_description(i, f'Band {i}')
-            return m.read()
+        (tmp_path/'x.tif').write_bytes(whole(x, *args, **kw))
+        with rasterio.open(tmp_path/'x.tif', 'r+') as f:
+            for i in f.indexes: f.set_band_description(i, f'Band {i}')
+        return (tmp_path/'x.tif').read_bytes()
     monkeypatch.setattr(layouts, 'tif_bytes', named)
     convert(layouts.benv2(tmp_path/'b.tortilla', 1), tmp_path/'out')
     np.testing.assert_array_equal(Store(tmp_path/'out').read('s1', [0])[0], layouts.radar(0))
