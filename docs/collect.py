@@ -23,6 +23,10 @@ def copy_notebook(path:Path, to:Path) -> None:
     to.parent.mkdir(parents=True, exist_ok=True)
     to.write_text(json.dumps(clean(json.loads(path.read_text(encoding='utf-8')))), encoding='utf-8')
 
+def notebooks() -> list[Path]:
+    "The study and the library."
+    return sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+
 # ---- modules
 
 def plain(text:str) -> str:
@@ -33,10 +37,12 @@ def plain(text:str) -> str:
 
 def code(text:str) -> str: return f'`{text}`'.replace('|', r'\|') if text else ''
 
+def module_file(name:str) -> Path: return ROOT/'gac'/f'{name.replace(".", "/")}.py' # name: e.g. tiles, data.raster
+
 class Module:
     "The source of a module: definitions, comments by line."
     def __init__(self, name:str):
-        self.name, self.source = name, (ROOT/'gac'/f'{name}.py').read_text(encoding='utf-8')
+        self.name, self.source = name, module_file(name).read_text(encoding='utf-8')
         self.tree = ast.parse(self.source)
         found = [t for t in tokenize.generate_tokens(io.StringIO(self.source).readline) if t.type == tokenize.COMMENT]
         self.comments = {t.start[0]: t.string.lstrip('# ') for t in found}
@@ -101,7 +107,7 @@ def constant(m:Module, n:ast.Assign, names:list[str]) -> str:
 
 def notebook_of(name:str) -> str:
     "The notebook a module is exported from."
-    line = re.search(r'File to edit: \.\./nbs/(\w+)\.ipynb', (ROOT/'gac'/f'{name}.py').read_text(encoding='utf-8'))
+    line = re.search(r'File to edit: (?:\.\./)+nbs/([\w/]+)\.ipynb', module_file(name).read_text(encoding='utf-8'))
     return line[1]
 
 def api_page(name:str) -> str: # Markdown
@@ -191,7 +197,7 @@ def collect(dest:Path) -> None:
     for name in ('LICENSE', 'CITATION.cff'): shutil.copy(ROOT/name, dest/name)
     (dest/'data').mkdir()
     shutil.copy(ROOT/'data'/'README.md', dest/'data'/'README.md')
-    for p in (ROOT/'nbs').glob('*.ipynb'): copy_notebook(p, dest/'nbs'/p.name)
+    for p in notebooks(): copy_notebook(p, dest/p.relative_to(ROOT))
     for p in reports(): report_pages(p, dest)
     (dest/'api').mkdir()
     for name in study.ROOMS: (dest/'api'/f'{name}.md').write_text(api_page(name), encoding='utf-8')

@@ -12,6 +12,8 @@ __all__ = ['COMMANDS', 'PLACES', 'GROUPS', 'PROFILE', 'SEED', 'WEIGHTS', 'STRICT
 
 # %% ../nbs/cli.ipynb #1e205714
 import argparse, os, sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # %% ../nbs/cli.ipynb #f33065f8
 COMMANDS = {}  # 'data convert' -> (function, options)
@@ -73,10 +75,26 @@ def refuse(
         if dest in ('name', 'backbone') and 'gac info' in what and value not in (known := [m['name'] for m in models()]):
             raise study.GacError(f'Unknown model {value!r}. {study._nearest(value, known, "gac info")}')
 
+@contextmanager
+def _weights(folder:str) -> Iterator[None]:
+    "What --weights says holds for every model a command builds, also in the processes it starts."
+    before = os.environ.get('GAC_WEIGHTS')
+    if folder: os.environ['GAC_WEIGHTS'] = str(folder)
+    try: yield
+    finally:
+        if before is None: os.environ.pop('GAC_WEIGHTS', None)
+        else: os.environ['GAC_WEIGHTS'] = before
+
+def _any_console() -> None:
+    "What a console cannot show (cp1252, cp437, ASCII) is replaced there, and never ends a command."
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')
+
 def main(
     argv:list|None=None, # words after `gac`; None: those of the process
 ) -> int: # exit code: 0 done, 1 done in part, 2 refused, 130 interrupted, 141 nobody reads what it says
     "Run one command; a mistake of the user is a message on stderr without traceback."
+    _any_console()
     try:
         try: return _call(argv)
         finally: sys.stdout.flush()
@@ -93,7 +111,7 @@ def _call(argv:list|None) -> int:
     try:
         call = args.pop('function')
         refuse(args.pop('options'), args)
-        with writing('a file'): return call(**args) or 0
+        with writing('a file'), _weights(args.get('weights')): return call(**args) or 0
     except GacError as e: print(f'gac: {e}', file=sys.stderr)
     except KeyboardInterrupt:
         print('gac: interrupted; the same command goes on from here', file=sys.stderr)
@@ -241,6 +259,8 @@ READING = (opt('--tile-size', dest='size', type=_at_least(1), metavar='PX',
     opt('--s1-units', choices=('auto', 'dB', 'linear', 'amplitude'),
         help='unit of Sentinel-1 (default: auto, by documented rules)'),
     opt('--s2-units', choices=('auto', 'dn', 'reflectance'), help='unit of Sentinel-2 (default: auto)'),
+    opt('--s1-scale', type=float, metavar='F', help='factor of stored Sentinel-1 values where a file has no scale tag, e.g. 0.01'),
+    opt('--s2-scale', type=float, metavar='F', help='factor of stored Sentinel-2 values to reflectance, where a file has no scale tag'),
     opt('--s2-offset', type=lambda v: v if v == 'auto' else int(v), metavar='DN',
         help='digital numbers to take off, 0 or 1000 for baseline 04.00 and later (default: auto)'),
     opt('--s1-bands', type=lambda v: tuple(_words(v)), metavar='A,B', help='order of unnamed Sentinel-1 bands, e.g. VV,VH'),
@@ -468,7 +488,7 @@ def train_stage3(stage1_dir, stage2_dir, **options):
 Needs opt_v2, or a Stage 2 checkpoint to make it with from opt_v1, beside which it is stored."""
     from gac import stage3
     place = stage2_dir or stage1_dir
-    if options['stage2_checkpoint'] and not stage2_dir: _opt_v2(options['data_dir'], place, options['stage2_checkpoint'])
+    if options['stage2_checkpoint'] and not stage2_dir: _opt_v2(options['data_dir'], place, options['stage2_checkpoint'], options['weights'])
     _trained(stage3.run_stage3(stage2_dir=place, **options))
 
 @command(opt('file', metavar='FILE', help='training.json, in the folder of a training that a notebook was to make on several devices'), name='train-as')
@@ -481,11 +501,11 @@ Started as torchrun or srun start it, a process for each device; the notebook th
     plan = study._read_json(Path(file))
     (stage2 if plan['stage'] == 2 else stage3).train_as(plan)
 
-def _opt_v2(data_dir:str, stage1_dir:str, checkpoint:str) -> None:
+def _opt_v2(data_dir:str, stage1_dir:str, checkpoint:str, weights:str) -> None:
     "opt_v2 of every tile that has opt_v1; processes that train together do not draw."
     from gac import stage1, stage2, study, training
     store, into = stage1.open_tiles(data_dir, stage1_dir)
-    if training.launched() == 1: return stage2.precompute_stage2(store, stage2.load_stage2(checkpoint), into=into)
+    if training.launched() == 1: return stage2.precompute_stage2(store, stage2.load_stage2(checkpoint, weights=weights), into=into)
     lacks = 'opt_v2' not in into.arrays or 'opt_v1' in into.arrays and (into.written('opt_v1') & ~into.written('opt_v2')).any()
     if lacks: raise study.GacError(f'{into.path} lacks tiles of opt_v2, and processes that train together do not draw: gac precompute-stage2 first.')
 
@@ -498,7 +518,7 @@ def stage3_info(**options):
     from gac import stage3
     print(stage3.stage3_info(**options))
 
-@command(opt('--s1', required=True, metavar='FILE', help='.pt or .npz with s1_vv and s1_vh, or s1, in dB'),
+@command(opt('--s1', required=True, metavar='FILE', help='.pt or .npz with s1_vv and s1_vh, or s1'),
     opt('--opt_v2', '--opt-v2', default='', metavar='FILE',
         help='.pt or .npz with opt_v2 in reflectance, and s2_real if there is a truth; nothing: in the file of --s1'),
     opt('--output', required=True, metavar='FILE', help='.pt or .npz that is written: opt_v3, s1_vv, s1_vh'),
@@ -507,6 +527,8 @@ def stage3_info(**options):
     opt('--stage2-checkpoint', default='', metavar='DIR',
         help='output of gac train-stage2 that made opt_v2; refused where it is of another kind than Stage 3 was trained on'),
     opt('--timesteps', type=_at_least(1), default=8, metavar='N', help='diffusion steps of the token routes'),
+    opt('--s1-units', choices=('auto', 'dB', 'linear', 'amplitude'), default='auto', help='unit of the radar; auto: by documented rules'),
+    opt('--s1-scale', type=float, default=0, metavar='F', help='factor of the stored radar, e.g. 0.01; 0: none'),
     opt('--batch-size', type=_at_least(1), default=8, metavar='N', help='tiles at a time'), WEIGHTS)
 def stage3_infer(**options):
     "Ground saved images in their radar; where the truth is given, say how much it helped."
@@ -591,7 +613,7 @@ Writes downstream.csv and downstream_gains.csv, and one file per training that `
     opt('--split', choices=('train', 'val', 'test'), default='', help='tiles that are generated; nothing: all'),
     opt('--max-tiles', type=_at_least(0), default=0, metavar='N', help='spread evenly over them; 0: all'),
     opt('--batch-size', type=_at_least(1), default=4, metavar='N', help='tiles at a time'),
-    opt('--name', default='terramind_mini_generate', help='generator, see gac info'), SEED, WEIGHTS)
+    opt('--name', default='', help='generator, see gac info; nothing: the one the checkpoints were trained on, else terramind_mini_generate'), SEED, WEIGHTS)
 def uncertainty(**options):
     """Several generations of every tile through the stages: their mean, and their spread band by band.
 Where the tiles have a truth, it says how well the spread predicts the error of the mean."""
@@ -632,11 +654,11 @@ Minutes on a data-centre GPU; every table is written as soon as it is there."""
 
 # %% ../nbs/cli.ipynb #e7a0c3d1
 DECODING = (opt('--timesteps', type=_at_least(0), default=0, metavar='N',
-        help='diffusion steps; 0: as the tiles were drawn that Stage 2 was trained on, else 1'),
+        help='diffusion steps; 0: as the images were drawn that the checkpoints were trained on, else 1'),
     opt('--tokens', choices=('', 'sample', 'argmax', 'expected'), default='',
-        help='how a code is chosen; nothing: as for Stage 2, else expected'),
+        help='how a code is chosen; nothing: likewise, else expected'),
     opt('--clamp', choices=('', 'pretraining', 'off'), default='',
-        help="range of each step's estimate; nothing: as for Stage 2, else pretraining"))
+        help="range of each step's estimate; nothing: likewise, else pretraining"))
 
 @command(opt('source', help='Sentinel-1 GeoTIFF of any size (VV and VH, 10 m), tile store, or real tiles in a known layout'),
     opt('output', help='GeoTIFF that is written; for tiles a folder'),
@@ -653,13 +675,14 @@ DECODING = (opt('--timesteps', type=_at_least(0), default=0, metavar='N',
     opt('--biome', type=int, default=0, choices=range(15), metavar='B', help='1 to 14; 0: of the place'),
     opt('--s1-units', choices=('auto', 'dB', 'linear', 'amplitude'), default='auto',
         help='unit of the radar; auto: by documented rules'),
+    opt('--s1-scale', type=float, default=0, metavar='F', help='factor of the stored radar where the file has no scale tag, e.g. 0.01; 0: none'),
     opt('--s1-bands', type=lambda v: tuple(_words(v)), default=(), metavar='A,B',
         help='order of bands without names, e.g. VV,VH'),
     opt('--s1-product', choices=('', 'S1GRD', 'S1RTC'), default='', help='what the radar is; nothing: S1GRD'),
     opt('--split', choices=('', 'train', 'val', 'test'), default='', help='of a tile store; nothing: all'),
     opt('--max-tiles', type=_at_least(0), default=0, metavar='N', help='of a tile store, spread evenly; 0 for all'),
     opt('--batch-size', type=_at_least(1), default=8, metavar='N', help='tiles at a time'), *DECODING,
-    opt('--name', default='terramind_mini_generate', help='generator, see gac info'),
+    opt('--name', default='', help='generator, see gac info; nothing: the one the checkpoints were trained on, else terramind_mini_generate'),
     opt('--device', default='', help='cpu or cuda; nothing: a GPU if there is one'),
     opt('--overwrite', action='store_true', help='replace an output that was made otherwise'), WEIGHTS, SEED)
 def infer(**options):

@@ -398,7 +398,7 @@ def open_config(
         except SystemExit as e: why, cause = ' '.join(told.getvalue().split('error:')[-1].split()), e
     raise GacError(f'{study._shown(path)}: TerraTorch refuses this configuration: {why[:600]}') from cause
 
-TERRATORCH = "import sys; from gac import study; from terratorch.__main__ import main; sys.argv[0] = 'terratorch'; sys.exit(main())"
+TERRATORCH = "import sys; from gac import study, foundations; from terratorch.__main__ import main; sys.argv[0] = 'terratorch'; sys.exit(main())"
 
 def terratorch(*words) -> subprocess.CompletedProcess: # fit, --config, FILE
     "TerraTorch's own command in a process of its own, torchvision mended where it does not fit torch."
@@ -805,6 +805,7 @@ def run_downstream(
     if missing:
         raise GacError(f'{shelf.path} has no {", ".join(missing)}: run the stages first, or leave these arms out (--arms).')
     recipe = Recipe(product=store.attrs.get('s1_product', 'S1GRD'), require=tuple(drawn), **options)
+    if not configs_only: training.check_precision(recipe.precision, training.Settings(accelerator=recipe.accelerator).device)
     if configs_only:
         place = lambda p: study._relative(Path(p).resolve())
         return [write_config(output_dir/f'{a}-{s}.yaml', config_of(arm(a), replace(recipe, seed=s), place(store.path), place(shelf.path), place(output_dir/f'{a}-{s}')), arm(a).what)

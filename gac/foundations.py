@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['MODALITIES', 'BAND_NAMES', 'HLS_NAMES', 'LULC_LABELS', 'SIZE', 'PATCH', 'LEVELS', 'KEYS', 'INPUTS', 'OUTPUTS', 'CORE',
-           'PRITHVI', 'PRITHVI_BANDS', 'SPAN', 'DECODERS', 'TERRAMIND_KEY_STATS', 'PRITHVI_STATS', 'MINI_STATS',
-           'ROLES', 'MODELS', 'terramind_mini', 'terramind_mini_tim', 'terramind_mini_generate', 'DEFAULTS', 'INTO',
+           'PRITHVI', 'PRITHVI_BANDS', 'TERRAMIND_KEY_STATS', 'PRITHVI_STATS', 'MINI_STATS', 'ROLES', 'MODELS',
+           'terramind_mini', 'terramind_mini_tim', 'terramind_mini_generate', 'DEFAULTS', 'INTO', 'WEIGHTS',
            'REPOSITORY', 'Part', 'CLAMPS', 'TOKENS', 'PRECISIONS', 'modality_key', 'band_names', 'vocab',
-           'mini_modalities', 'vit_mini_enc', 'vit_nano_enc', 'vit_nano_dec', 'unet_mini', 'unet_nano', 'SeamlessUNet',
-           'unet_seamless', 'mini_tokenizer', 'family', 'carded', 'mini_core', 'mini_prithvi', 'Entry', 'available',
-           'entry', 'prithvi_mini', 'without_memory', 'blank', 'select_bands', 'info', 'describe', 'WeightFile',
-           'needed_files', 'offline', 'find_file', 'locate', 'find_folder', 'spare_keys', 'read_weights', 'match_keys',
-           'load_checked', 'build', 'checksum', 'weights_checksums', 'save_weights', 'Units', 'tile_identity',
+           'mini_modalities', 'vit_mini_enc', 'vit_nano_enc', 'vit_nano_dec', 'unet_mini', 'unet_nano',
+           'mini_tokenizer', 'mini_core', 'mini_prithvi', 'Entry', 'available', 'entry', 'prithvi_mini',
+           'without_memory', 'blank', 'select_bands', 'info', 'describe', 'WeightFile', 'needed_files', 'offline',
+           'find_file', 'locate', 'find_folder', 'spare_keys', 'read_weights', 'match_keys', 'load_checked',
+           'strict_filter', 'build', 'checksum', 'weights_checksums', 'save_weights', 'Units', 'tile_identity',
            'tile_generator', 'draw', 'own_randomness', 'top_p_tokens', 'steps_run', 'scheduler_for', 'diffuse',
            'computing', 'Recorded', 'Generator', 'place', 'spare', 'build_generator', 'features', 'reach', 'clip_error',
            'true_tiles']
@@ -122,66 +122,21 @@ _unet = partial(unet.PatchedUNetCondCat, patch_size=PATCH, attention_resolutions
 def unet_mini(**kw) -> nn.Module: return _unet(model_channels=96, num_res_blocks=2, num_heads=2, **kw)
 def unet_nano(**kw) -> nn.Module: return _unet(model_channels=64, num_res_blocks=1, num_heads=1, **kw)
 
-class SeamlessUNet(unet.PatchedUNetCondCat):
-    "A decoder that sees over the borders of tokens: after the UNet, whose unit is the token, convolutions of pixels correct the image."
-    def __init__(self, in_channels:int, out_channels:int, cond_channels:int, width:int=24, **kw):
-        super().__init__(in_channels, out_channels, cond_channels, PATCH, **kw)
-        self.seams = nn.Sequential(nn.Conv2d(out_channels, width, 5, padding=2), nn.GELU(), nn.Conv2d(width, width, 3, padding=1), nn.GELU(),
-                                   nn.Conv2d(width, out_channels, 3, padding=1))
-        nn.init.zeros_(self.seams[-1].weight), nn.init.zeros_(self.seams[-1].bias)
-
-    def forward(self, *args, **kw) -> Tensor: # (B, C, H, W)
-        image = super().forward(*args, **kw)
-        return image + self.seams(SPAN*image)/SPAN
-
-SPAN = 6.  # the optical tokenizer's unit over the standard deviation of reflectance: the convolutions compute near one
-
-def unet_seamless(**kw) -> nn.Module:
-    return SeamlessUNet(model_channels=96, num_res_blocks=2, num_heads=2, attention_resolutions=[], channel_mult=(1, 1), **kw)
-
 for f in (vit_mini_enc, vit_nano_enc, vit_nano_dec): setattr(vit_models, f.__name__, f)
-for f in (unet_mini, unet_nano, unet_seamless): setattr(unet, f.__name__, f)
+for f in (unet_mini, unet_nano): setattr(unet, f.__name__, f)
 
 # %% ../nbs/04_foundations.ipynb #81d7930c
-DECODERS = dict(s2l2a='unet_mini', ndvi='unet_nano', lulc='vit_nano_dec') # tokenizer -> its decoder, where its card names none
-
 def mini_tokenizer(
     mod:str, # s2l2a, lulc or ndvi
-    decoder:str='', # of DECODERS, or unet_seamless; empty: the one in DECODERS
     **kw, # for the class
 ) -> nn.Module: # DiVAE (diffusion decoder), for lulc VQVAE
     "An untrained miniature tokenizer."
     levels = kw.pop('levels', LEVELS[mod])
     common = dict(image_size=SIZE, patch_size=PATCH, post_mlp=True, quant_type='fsq', codebook_size=levels,
                   latent_dim=len(levels.split('-'))) | kw
-    dec = decoder or DECODERS[mod]
-    if mod == 'lulc': return VQVAE(n_channels=LULC_LABELS, enc_type='vit_nano_enc', dec_type=dec, **common)
-    enc, n = ('vit_mini_enc', 12) if mod == 's2l2a' else ('vit_nano_enc', 1)
+    if mod == 'lulc': return VQVAE(n_channels=LULC_LABELS, enc_type='vit_nano_enc', dec_type='vit_nano_dec', **common)
+    enc, dec, n = ('vit_mini_enc', 'unet_mini', 12) if mod == 's2l2a' else ('vit_nano_enc', 'unet_nano', 1)
     return DiVAE(n_channels=n, enc_type=enc, dec_type=dec, prediction_type='sample', clip_sample=True, **common)
-
-@contextmanager
-def family(
-    levels:dict|None=None, # tokenizer -> levels of its quantiser, where they are not those of LEVELS
-    decoders:dict|None=None, # tokenizer -> decoder, where it is not that of DECODERS
-) -> Iterator[None]:
-    "Build miniatures with other quantisers and decoders."
-    old = dict(LEVELS), dict(DECODERS)
-    for table, given in ((LEVELS, levels), (DECODERS, decoders)): table.update({k: v for k, v in (given or {}).items() if v})
-    try: yield
-    finally: LEVELS.update(old[0]), DECODERS.update(old[1])
-
-def carded(
-    files:Iterable[Path], # of weights; the card beside a tokenizer's may name its levels and its decoder
-) -> dict: # for `family`
-    "What the cards beside some weights say of quantisers and decoders."
-    found = dict(levels={}, decoders={})
-    for path in files:
-        if of := re.fullmatch(r'terramind_mini_tokenizer_(\w+)\.safetensors', path.name):
-            card = study._read_json(path.with_suffix('.json'))
-            found['levels'][of[1]], found['decoders'][of[1]] = card.get('levels'), card.get('decoder')
-            if (d := card.get('decoder')) and not (hasattr(unet, d) or hasattr(vit_models, d)):
-                raise study.GacError(f'{path.with_suffix(".json")}: decoder {d!r} is none of {", ".join(sorted({*DECODERS.values(), "unet_seamless"}))}.')
-    return found
 
 def mini_core(
     inputs:Iterable[str]=INPUTS, # modality keys the encoder reads
@@ -193,11 +148,9 @@ def mini_core(
         dec, _ = build_output_modality_embeddings(info, list(outputs), img_size=SIZE, dim=CORE['dim'], patch_size=PATCH)
         return TerraMind(encoder_embeddings=enc, decoder_embeddings=dec, modality_info=MODALITY_INFO, **CORE)
 
-def mini_prithvi(
-    frames:int=1, # dates of a place
-) -> PrithviMAE:
+def mini_prithvi() -> PrithviMAE:
     "The untrained miniature masked autoencoder, six bands, with place and date."
-    return PrithviMAE(**PRITHVI | dict(num_frames=frames))
+    return PrithviMAE(**PRITHVI)
 
 # %% ../nbs/04_foundations.ipynb #8ac56e3c
 TERRAMIND_KEY_STATS = {  # modality key -> mean and standard deviation per band, in DN, dB, m
@@ -429,10 +382,18 @@ def _in_cache(folder:Path, w:WeightFile) -> Path|None:
     path = base/'snapshots'/ref.read_text(encoding='utf-8').strip()/w.file
     return path if path.is_file() else None
 
+WEIGHTS = 'GAC_WEIGHTS'  # variable of the environment: the folder of weights of a whole command, for every model it builds
+
 def _places(w:WeightFile, weights:str) -> list[Path|None]:
     "Where a file may lie on this machine, best first."
+    if not weights and (given := os.environ.get(WEIGHTS, '')):  # of a whole command
+        return _places(w, given) if w.repo else [*_places(w, given), *_own(w)]
     if weights == 'hub': return [_in_cache(_cache(), w)]
     if weights: return [(folder := Path(weights).expanduser())/w.file, _in_cache(folder, w), _in_cache(folder/'hub', w)]
+    return _own(w)
+
+def _own(w:WeightFile) -> list[Path|None]:
+    "Where a file lies if nobody says so."
     own = study.root()/'data'/'weights'
     return [own/w.file, _in_cache(_cache(), w)] if w.repo else [own/'mini'/w.file]
 
@@ -457,6 +418,7 @@ def locate(
     **kw, # as for `build`
 ) -> dict[WeightFile, Path]:
     "Every file a model needs; if any is missing, all of them are named, with where to put them."
+    if not weights and not entry(name).mini: weights = os.environ.get(WEIGHTS, '')
     given = str(weights) not in ('', 'hub')
     found = {w: find_file(w, weights) or ('' if given else _download(w)) for w in needed_files(name, **kw)}
     missing = {w: why for w, why in found.items() if not isinstance(why, Path)}
@@ -466,7 +428,7 @@ def locate(
     for w, why in missing.items():
         hub = f'; it is published as {w.repo} on the Hugging Face Hub' if w.repo else ''
         lines.append(f'  {w.file}{f" ({why})" if why else ""}: put it at {place/w.file}{hub}')
-    raise study.GacError('\n'.join([*lines, 'Or name the folder that holds them: weights=FOLDER.']))
+    raise study.GacError('\n'.join([*lines, 'Or name the folder that holds them: --weights FOLDER (weights= in a notebook).']))
 
 # %% ../nbs/04_foundations.ipynb #7be2d05f
 REPOSITORY = r'([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?'  # org/name@revision
@@ -598,6 +560,33 @@ def load_checked(
     for names in ties: _tie(model, names)
     return model
 
+# %% ../nbs/04_foundations.ipynb #c0ffee02
+def strict_filter(
+    role:str, # encoder, tim or generate
+) -> Callable: # (state, model) -> state, as TerraTorch's checkpoint_filter_fn
+    "A filter of TerraMind's checkpoints under which every tensor has its place; the tokenizers have files of their own."
+    def strictly(state:dict, model:nn.Module) -> dict:
+        w = WeightFile('the checkpoint', '', role, INTO.get(role, ('',)))
+        found, bad = match_keys(model, [(w.file, state, w)], fixed=r'tokenizer\..*')
+        if any(bad.values()):
+            what = '; '.join(f'{len(v)} {kind}: {_first(v)}' for kind, v in bad.items() if v)
+            raise study.GacError(f'The checkpoint that TerraTorch loads does not fit {type(model).__name__}. Tensors {what}. '
+                                 'Was the file made for another model or size?')
+        return model.state_dict() | found
+    return strictly
+
+def _from_folder(fetch:Callable) -> Callable: # hf_hub_download
+    "A download that looks into the folder of --weights first."
+    def fetched(repo_id:str, filename:str, **kw):
+        folder = os.environ.get(WEIGHTS, '')
+        here = find_file(WeightFile(filename, repo_id, ''), folder) if folder else None
+        return str(here) if here else fetch(repo_id=repo_id, filename=filename, **kw)
+    return fetched
+
+for end, role in (('', 'encoder'), ('_tim', 'tim'), ('_generate', 'generate')):
+    setattr(terramind_register, f'checkpoint_filter_fn{end}', strict_filter(role))
+for module in (terramind_register, tokenizer_register): module.hf_hub_download = _from_folder(module.hf_hub_download)
+
 # %% ../nbs/04_foundations.ipynb #eb7ee36b
 def build(
     name:str, # a name of `available()`
@@ -608,7 +597,7 @@ def build(
     "A model by TerraTorch's name, its weights loaded strictly."
     e = entry(name)
     files = locate(name, weights, **kw) if pretrained else {}
-    with family(**carded(files.values())) if e.mini else nullcontext(): model = blank(name, memory=not pretrained, **kw)
+    model = blank(name, memory=not pretrained, **kw)
     if pretrained:
         parts = [(str(path), read_weights(path), w) for w, path in files.items()]
         if e.role == 'prithvi': _take_bands(parts[0][1], _options(e, kw)['bands'])
@@ -1143,14 +1132,8 @@ def clip_error(
 def true_tiles(
     n:int=5, # at most
     seed:int=0, # of the procedural world
-    given=None, # tiles.Store of somebody's own; empty: none
 ) -> tuple[str, dict[str, np.ndarray]]: # what they are; name -> (12,H,W) DN
-    "Sentinel-2 tiles to measure the clamp on: those given, else the real TerraMesh tiles, else procedural ones."
-    if given is not None:
-        rows = np.unique(np.linspace(0, len(given) - 1, min(n, len(given))).round().astype(int))
-        s2 = np.zeros((len(rows), len(study.S2_BANDS), *given.arrays['s2'].shape[2:]), np.float32)  # bands nobody measured stay 0
-        s2[:, list(study.OPT_INDEX)] = given.read('s2', rows, study.OPT_BANDS)
-        return 'real: given', dict(zip(given.table.id.iloc[rows], s2))
+    "Sentinel-2 tiles to measure the clamp on: the real TerraMesh tiles, else procedural ones."
     folder = (study.real_data() or Path())/'terramesh_tiles'/'S2L2A'
     files = sorted(folder.glob('*.tif'))[:n]
     if not files:

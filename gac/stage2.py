@@ -9,7 +9,7 @@ __all__ = ['KNOWN', 'FIELDS', 'YEAR', 'AROUND', 'REACH', 'SHORT', 'SCALE', 'STEP
            'ms_ssim', 'spectral_angle', 'Stage2Loss', 'Pairs', 'save_stage2', 'read_stage2', 'checkpoint_file',
            'load_stage2', 'stage2_step', 'layout', 'data_name', 'identity', 'calibrate', 'train_stage2', 'train_as',
            'refine', 'refined', 'precompute_stage2', 'fingerprint', 'images_of', 'keep_decoding', 'read_decoding',
-           'run_stage2', 'save_panels']
+           'read_generator', 'run_stage2', 'save_panels']
 
 # %% ../nbs/08_stage2.ipynb #42d310c9
 import hashlib, json, math, re
@@ -677,6 +677,7 @@ def precompute_stage2(
                 trained=fingerprint(refiner),
                 source=dict(into.arrays[source].attrs), precision=precision)
     told, device = lambda rows: {k: table[k].to_numpy()[rows] for k in TOLD if k in table}, next(refiner.head.parameters()).device.type
+    training.check_precision(precision, device)
     def make(images, rows):
         with training.mixed(device, precision): return refine(refiner, images, told(rows), batch_size)
     return stage1.fill(into, output, into.arrays[source].shape[1:], made,
@@ -702,35 +703,53 @@ def images_of(
 
 # %% ../nbs/08_stage2.ipynb #0587339c
 DECODING_FILE = 'stage1.json'  # beside a checkpoint: how the images were drawn that it was trained on
+_DRAWN = dict(model=str, weights=(dict, str), precision=str, decoder=str)  # who drew them, where that is known
 
 def keep_decoding(
     folder:str|Path, # of a checkpoint
-    drawn:dict, # settings of the images; those of stage1.Decoding are kept
+    drawn:dict, # settings of the images; those of stage1.Decoding are kept, and who drew
 ) -> Path|None: # None: they do not say, as images do that another program drew
-    "Write down how the images were drawn that a refiner learnt from, so that `gac infer` draws them so."
+    "Write down how the images were drawn that a checkpoint learnt from, so that `gac infer` draws them so."
     file, names = Path(folder)/DECODING_FILE, [f.name for f in fields(stage1.Decoding)]
     if not set(names) <= set(drawn): return file.unlink(missing_ok=True)
-    study._write(file, json.dumps({k: drawn[k] for k in names}) + '\n')
+    study._write(file, json.dumps({k: drawn[k] for k in (*names, *_DRAWN) if k in drawn}) + '\n')
     return file
 
-def read_decoding(
+def _read_drawn(
     path:str|Path, # folder of a checkpoint, the file in it, or a repository of the Hugging Face Hub
-) -> stage1.Decoding|None: # None: nobody wrote it down
-    "How the images were drawn that a refiner learnt from."
+    head:str=HEAD_FILE, # the file that makes a folder a checkpoint
+) -> dict: # empty: nobody wrote it down
+    "What is written beside a checkpoint."
     if Path(path).suffix == '.safetensors': folder = Path(path).parent
     else:
-        more = (Path(HEAD_FILE).with_suffix('.json').name, *training.ADAPTER_FILES, training.CARD)  # a cache never holds half a checkpoint
-        try: folder = foundations.find_folder(path, (HEAD_FILE, DECODING_FILE), more)
-        except GacError: return None  # a repository without the file, or none to be asked
+        more = (Path(head).with_suffix('.json').name, *training.ADAPTER_FILES, training.CARD)  # a cache never holds half a checkpoint
+        try: folder = foundations.find_folder(path, (head, DECODING_FILE), more)
+        except GacError: return {}  # a repository without the file, or none to be asked
     file, kinds = folder/DECODING_FILE, {f.name: f.type for f in fields(stage1.Decoding)}
-    if not file.exists(): return None
+    if not file.exists(): return {}
     try: made = json.loads(file.read_text(encoding='utf-8'))
     except ValueError: made = None
-    if not isinstance(made, dict) or {k: type(v) for k, v in made.items()} != kinds:
+    fits = lambda k: type(made[k]) is kinds[k] if k in kinds else isinstance(made[k], _DRAWN.get(k, ()))
+    if not isinstance(made, dict) or not made.keys() >= kinds.keys() or not all(map(fits, made)):
         told = ', '.join(f'{k} ({t.__name__})' for k, t in kinds.items())
         raise GacError(f'{file} does not say how Stage 1 drew: expected JSON with {told}. Delete it to draw in the default way.')
-    try: return stage1.Decoding(**made)
-    except GacError as e: raise GacError(f'{file}: {e}') from None
+    return made
+
+def read_decoding(
+    path:str|Path, # as for _read_drawn
+    head:str=HEAD_FILE, # likewise
+) -> stage1.Decoding|None: # None: nobody wrote it down
+    "How the images were drawn that a checkpoint learnt from."
+    made = _read_drawn(path, head)
+    try: return stage1.Decoding(**{k: v for k, v in made.items() if k not in _DRAWN}) if made else None
+    except GacError as e: raise GacError(f'{path}/{DECODING_FILE}: {e}') from None
+
+def read_generator(
+    path:str|Path, # as for _read_drawn
+    head:str=HEAD_FILE, # likewise
+) -> dict: # model, weights (file -> digest, or random), precision, decoder, as far as they are known
+    "Who drew the images that a checkpoint learnt from."
+    return {k: v for k, v in _read_drawn(path, head).items() if k in _DRAWN}
 
 def run_stage2(
     data_dir, # tile store with radar and truth
@@ -775,6 +794,7 @@ def run_stage2(
         val_every=val_every, save_every=save_every, early_stopping=early_stopping,
         early_stopping_patience=early_stopping_patience, monitor='val_psnr', mode='max',
         seed=seed, **more)
+    training.check_precision(precision, settings.device)
     refiner = build_prithvi_refiner(backbone, 0 if freeze_backbone else lora_rank, lora_alpha, load_in_8bit,
                                     0 if freeze_backbone else unfreeze_last_n_blocks,
                                     metadata, weights=weights, seed=seed)

@@ -10,8 +10,8 @@ __all__ = ['REACH', 'WINDOWS', 'GAIN', 'ROUTES', 'CODES', 'KINDS', 'PAINT', 'REM
            'padded', 'watch', 'window', 'whole', 'stage3_step', 'calibrate', 'train_stage3', 'train_as', 'both_trained',
            'save_stage3', 'read_stage3', 'check_stage2', 'load_stage3', 'stage3_inference', 'stage3_batch_inference',
            'compute_stage3_metrics', 'grounded', 'model_info', 'fingerprint', 'precompute_stage3', 'images_of',
-           'read_images', 'radar_in', 'image_in', 'infer_files', 'stage3_info', 'run_stage3', 'save_panels', 'lie_test',
-           'lie_table']
+           'read_images', 'radar_in', 'image_in', 'in_db', 'in_reflectance', 'infer_files', 'stage3_info', 'run_stage3',
+           'save_panels', 'lie_test', 'lie_table']
 
 # %% ../nbs/09_stage3.ipynb #da204487
 import json, math
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from . import study, tiles, metrics, foundations, training, stage1, stage2
+from .data import raster, units
 from .study import GacError, OPT_BANDS
 
 # %% ../nbs/09_stage3.ipynb #2782a083
@@ -880,6 +881,7 @@ def precompute_stage3(
     made = dict(bands=list(OPT_BANDS), units='reflectance x 10000', model=model.config, weights=identity(model),
                 trained=fingerprint(model),
                 timesteps=timesteps or model.timesteps, source=dict(into.arrays[source].attrs), precision=precision)
+    training.check_precision(precision, model.device.type)
     def make(s1, rows):
         with training.mixed(model.device.type, precision): return stage3_inference(model, s1, tiles.to_reflectance(into.read(source, rows)), timesteps, batch_size).numpy()
     return stage1.fill(into, output, into.arrays[source].shape[1:], made, lambda rows: stage1.read_radar(store, rows), make,
@@ -940,8 +942,34 @@ def image_in(found:dict, where, names=('opt_v2', 'tensor')) -> Tensor: # (B, 4, 
         if k in found: return _batched(found[k], len(OPT_BANDS), f'{where}, {k}')
     raise GacError(f'{where}: no {names[0]}. It holds {", ".join(found)}.')
 
+def in_db(
+    radar:Tensor, # (B, 2, H, W) as it came
+    where, # file, for messages
+    asked:str='auto', # dB, linear, amplitude; auto: by the rules of units
+    scale:float=0, # factor of the stored values; 0: none
+    named:bool=False, # VV and VH have names, not an order
+) -> Tensor: # dB
+    "The radar of a file by the rules all readers go by."
+    samples = [x*(scale or 1) for x in radar.numpy()]
+    unit = units.s1_unit(samples, asked, str(where))
+    try:
+        if not named: raster.check_order(samples)
+        units.check_radar(samples, unit, asked != 'auto')
+        for i, x in enumerate(samples):
+            if why := units.why_missing(x, unit): raise GacError(f'tile {i}: {why}.')
+            units.check_db(units.to_db(x, unit), asked != 'auto')
+    except GacError as e: raise GacError(f'{where}: {e}') from None
+    if unit != 'dB': print(f'{where}: the radar is taken as {unit}', flush=True)
+    return torch.from_numpy(np.stack([units.to_db(x, unit) for x in samples]))
+
+def in_reflectance(x:Tensor, where) -> Tensor: # (B, 4, H, W)
+    "The image of a file, or an error where it is no reflectance."
+    if not torch.isfinite(x).all(): raise GacError(f'{where}: opt_v2 has values that are not finite.')
+    if x.numel() and x.abs().median() > 2: raise GacError(f'{where}: opt_v2 goes up to {x.max():.4g}, expected reflectance, not digital numbers.')
+    return x
+
 def infer_files(
-    s1:str|Path, # .pt or .npz with the radar, dB
+    s1:str|Path, # .pt or .npz with the radar
     output:str|Path, # .pt or .npz that is written
     stage3_checkpoint:str|Path, # folder of a trained Stage 3
     opt_v2:str|Path='', # .pt or .npz with the refined image; empty: it is in the file of the radar
@@ -949,13 +977,19 @@ def infer_files(
     stage2_checkpoint:str|Path='', # checked to be of the kind Stage 3 was trained on; empty: not checked
     weights:str='', # of the generator
     batch_size:int=8, # tiles at a time
+    s1_units:str='auto', # dB, linear, amplitude; auto: by the rules of units
+    s1_scale:float=0, # factor of the stored radar; 0: none
 ) -> dict: # tiles, output, and what compute_stage3_metrics says where s2_real is given
     "What `gac stage3 infer` does."
     output, image = Path(output), Path(opt_v2 or s1)
     if output.suffix not in ('.pt', '.npz'): raise GacError(f'{output}: the output is a .pt or .npz file.')
+    for given in (Path(s1), image):
+        if output.exists() and given.exists() and output.samefile(given): raise GacError(f'{output} is the input itself ({given}). Give another --output.')
+    if output.is_dir(): raise GacError(f'{output} is a folder, and the output is one file (--output).')
+    study.writable(output.parent)
     found = read_images(s1)
     there = found if image == Path(s1) else read_images(image)
-    radar, v2 = radar_in(found, s1), image_in(there, image)
+    radar, v2 = in_db(radar_in(found, s1), s1, s1_units, s1_scale, named='s1_vv' in found), in_reflectance(image_in(there, image), image)
     model = load_stage3(stage3_checkpoint, stage2_checkpoint, weights)
     v3 = stage3_inference(model, radar, v2, timesteps, batch_size)
     out = dict(opt_v3=v3, s1_vv=radar[:, 0], s1_vh=radar[:, 1])
@@ -1016,6 +1050,7 @@ def run_stage3(
                                  grad_accum_steps=grad_accum_steps,
                                  precision=precision, val_every=val_every, save_every=save_every, early_stopping=early_stopping,
                                  early_stopping_patience=early_stopping_patience, seed=seed, **more)
+    training.check_precision(precision, settings.device)
     model = build_stage3_model(timesteps, name=name, weights=weights, radar=store.attrs.get('s1_product', 'S1GRD'), route=route,
                                lora_r=0 if freeze_backbone else lora_rank, lora_alpha=lora_alpha,
                                reach='cross' if lora_cross_attention_only else 'linear', seed=seed)
@@ -1023,6 +1058,7 @@ def run_stage3(
     loss = Stage3Loss(relative, l1, sar, identity_weight, spectral, lpips)
     fit = train_stage3(model, train, val if len(val) else None, settings, output_dir, loss, frozen, tile_size, select=select,
                        stage2_card=card, overwrite=overwrite)
+    stage2.keep_decoding(output_dir, dict(place.arrays['opt_v2'].attrs.get('source', {})))
     if save_visualizations and len(val): save_panels(model, val, Path(output_dir)/'panels.png')
     return dict(steps=fit.steps, resumed_at=fit.resumed_at, metrics=read_stage3(output_dir)[1]['metrics'], output=str(output_dir))
 

@@ -4,21 +4,17 @@
 
 # %% auto #0
 __all__ = ['BIOME_BOXES', 'BIGEARTHNET', 'EARTH', 'FORMAT', 'SHARD', 'ABSENT', 'CODEC', 'COLUMNS', 'SPLITS', 'SPLIT_STARTS',
-           'S2_OFFSET', 'LEVELS', 'APART', 'KNOWN_OFFSETS', 'S1_UNITS', 'S2_UNITS', 'BEN_PIXELS', 'EXTRA', 'NPZ_META',
-           'NPZ_KEYS', 'BENV2_S1', 'MAGIC', 'LAYOUTS', 'READERS', 'BY_ORDER', 'MIN_PAIRS', 'pad_to_multiple',
-           'crop_back', 'to_reflectance', 'to_dn', 'parse_date', 'month_of', 'biome_of', 'read_ecoregions',
+           'BEN_PIXELS', 'FLAGS', 'EXTRA', 'NPZ_META', 'NPZ_KEYS', 'BENV2_S1', 'MAGIC', 'LAYOUTS', 'READERS', 'STALE',
+           'MIN_PAIRS', 'pad_to_multiple', 'crop_back', 'to_reflectance', 'to_dn', 'biome_of', 'read_ecoregions',
            'split_by_block', 'split_distance', 'pack', 'unpack', 'shard_index', 'write_shard', 'Entry', 'Store',
-           'check_id', 'tile_arrays', 'from_world', 'drop_older', 'study_store', 's1_unit', 's2_unit', 'has_baseline',
-           's2_offset', 'Options', 'Source', 'Job', 'windows', 'check_whole', 'read_bigearthnet', 'read_geotiff',
-           'read_npz', 'read_benv2', 'recognise', 'Units', 'find_units', 'records_of', 'convert', 'real_store',
-           'run_stores', 'enough', 'training_store', 'shown_store', 'window_of']
+           'check_id', 'tile_arrays', 'from_world', 'drop_older', 'study_store', 'Options', 'Source', 'Job', 'windows',
+           'check_whole', 'read_bigearthnet', 'read_geotiff', 'read_npz', 'read_benv2', 'recognise', 'Units',
+           'find_units', 'records_of', 'convert', 'real_store', 'run_stores', 'training_store']
 
 # %% ../nbs/02_tiles.ipynb #1e22762c
 import hashlib, io, json, os, re, shutil, socket, weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
-from datetime import datetime
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +32,10 @@ from safetensors import safe_open
 from safetensors.numpy import save as save_tensors
 
 from . import study
+from .data.dates import date_of, month_of, parse_date
+from .data.raster import BY_ORDER, OPTICAL, RADAR, Raster, check_grid, check_order, is_generic, name_bands, open_raster, pick, reading, to_degrees
+from .data.units import (KNOWN_OFFSETS, S1_UNITS, S2_OFFSET, S2_UNITS, TOO_BRIGHT, TOO_MANY, bright_share, check_db, check_radar, check_wrapped, floor_of,
+                            has_baseline, range_of, s1_unit, s2_offset, s2_unit, to_db, why_missing)
 from .study import GacError, OPT_BANDS, S1_BANDS, S2_BANDS
 from .world import scene
 
@@ -81,25 +81,6 @@ def to_dn(
     "Reflectance to digital numbers, rounded, clipped to what `dtype` holds."
     info = np.iinfo(dtype)
     return np.clip(np.rint(np.asarray(reflectance, np.float64)/study.REFLECTANCE), info.min, info.max).astype(dtype)
-
-# %% ../nbs/02_tiles.ipynb #a147f1ee
-def parse_date(
-    text:str, # an ISO date, or any Sentinel name such as S2A_MSIL2A_20170617T113321_…
-) -> str: # ISO date and time, '' where there is none
-    "The first date in a text."
-    found = re.search(r'((?:19|20)\d\d)-?(0[1-9]|1[0-2])-?(0[1-9]|[12]\d|3[01])(?:[T ](\d\d):?(\d\d):?(\d\d))?', str(text))
-    if not found: return ''
-    y, m, d, *clock = found.groups()
-    try: datetime(int(y), int(m), int(d))
-    except ValueError: return ''
-    return f'{y}-{m}-{d}' + ('T' + ':'.join(clock) if clock[0] else '')
-
-def month_of(
-    date:str, # as parse_date takes it
-) -> int: # 1–12, 0 where unknown
-    "Month of a date or of a Sentinel name."
-    found = parse_date(date)
-    return int(found[5:7]) if found else 0
 
 # %% ../nbs/02_tiles.ipynb #4346a318
 BIOME_BOXES = (  # west, east, south, north in degrees, biome: the first box that holds the place decides
@@ -928,87 +909,6 @@ def study_store(
         elif any(begun[k] != v for k, v in asked.items()): shutil.rmtree(path)
     return from_world(path, **asked)
 
-# %% ../nbs/02_tiles.ipynb #78b2c824
-S2_OFFSET = 1000  # DN that processing baselines from 04.00 add
-LEVELS = dict(VV=(-28, 2), VH=(-38, -4))  # medians over a few tiles, dB
-APART = (4, 10)  # median of VV less median of VH over land, dB
-KNOWN_OFFSETS = {'433D_629L_3_1': S2_OFFSET}  # public chips looked at by hand
-S1_UNITS = dict(dB=lambda x: x, linear=lambda x: 10*np.log10(x), amplitude=lambda x: 20*np.log10(x))
-S2_UNITS = ('dn', 'reflectance')
-
-def _range(values:list) -> str:
-    "The range of some arrays, for messages."
-    finite = [v[np.isfinite(v)] for v in values]
-    finite = [v for v in finite if v.size]
-    return f'{min(v.min() for v in finite):.4g} to {max(v.max() for v in finite):.4g}' if finite else 'no finite values'
-
-def _median(x:np.ndarray) -> float:
-    "Median of what is finite."
-    x = x[np.isfinite(x)]
-    return float(np.median(x)) if x.size else np.nan
-
-def s1_unit(
-    samples:list, # arrays (2, H, W), VV and VH as they came
-    asked:str='auto', # dB, linear, amplitude; auto: by the rules above
-    where:str='', # files, for the message
-) -> str: # dB, linear or amplitude
-    "The unit of a data set's Sentinel-1."
-    if asked != 'auto':
-        if asked not in S1_UNITS: raise GacError(f's1_units={asked!r}: it is one of auto, {", ".join(S1_UNITS)}.')
-        return asked
-    low = min((s[np.isfinite(s)].min() for s in samples if np.isfinite(s).any()), default=np.nan)
-    vv, vh = (_median(np.concatenate([s[i].ravel() for s in samples])) for i in (0, 1))
-    fits = []
-    for unit, db in S1_UNITS.items():
-        if (unit == 'dB') != (low < 0): continue
-        with np.errstate(all='ignore'): level = dict(VV=db(vv), VH=db(vh))
-        apart = abs(level['VV'] - level['VH'])
-        if all(a <= level[p] <= b for p, (a, b) in LEVELS.items()) and (unit == 'dB' or APART[0] <= apart <= APART[1]):
-            fits.append(unit)
-    if len(fits) == 1: return fits[0]
-    raise GacError(f'{where}: Sentinel-1 values from {_range(samples)} (medians {vv:.4g} VV, {vh:.4g} VH) '
-                   f'fit {" and ".join(fits) or "no unit"}. Say s1_units=dB, linear (power) or amplitude.')
-
-def s2_unit(
-    samples:list, # arrays (C, H, W) as they came
-    asked:str='auto', # dn or reflectance; auto: by the rules above
-    where:str='', # files, for the message
-) -> str: # dn or reflectance
-    "The unit of a data set's Sentinel-2."
-    if asked != 'auto':
-        if asked not in S2_UNITS: raise GacError(f's2_units={asked!r}: it is one of auto, {", ".join(S2_UNITS)}.')
-        return asked
-    high = max((np.percentile(s[np.isfinite(s)], 99.9) for s in samples if np.isfinite(s).any()), default=0)
-    if high > 50: return 'dn'
-    if 0 < high <= 2 and all(s.dtype.kind == 'f' for s in samples): return 'reflectance'
-    raise GacError(f'{where}: Sentinel-2 values from {_range(samples)} ({samples[0].dtype}) are neither DN nor reflectance for sure. Say '
-                   's2_units=dn or reflectance.')
-
-def _floor(dn:np.ndarray) -> float:
-    "The darkest tenth of a percent of an image, DN; no-data pixels left out."
-    seen = dn[np.isfinite(dn) & (dn != 0)]
-    return float(np.percentile(seen, .1)) if seen.size else 0.
-
-def has_baseline(
-    name:str, # of a product or tile
-) -> bool: # True from 04.00 on
-    "Whether a name carries a processing baseline that adds the offset."
-    found = re.search(r'_N(\d{4})_', name)
-    return bool(found) and 400 <= int(found[1]) < 9999
-
-def s2_offset(
-    samples:list, # arrays (C, H, W), DN
-    names:list, # of their products
-    where:str='', # files, for the message
-) -> int: # DN to take off
-    "The offset of a data set's Sentinel-2, where no option says it."
-    floors = [_floor(s) for s in samples]
-    if min(floors) < S2_OFFSET: return 0
-    if all(map(has_baseline, names)): return S2_OFFSET
-    raise GacError(f'{where}: Sentinel-2 has hardly a value under {S2_OFFSET} DN (it goes from {_range(samples)}): '
-                   f'bright scenes, or the {S2_OFFSET} DN that processing baseline 04.00 adds. '
-                   f'Say s2_offset={S2_OFFSET} to take them off, or s2_offset=0.')
-
 # %% ../nbs/02_tiles.ipynb #a0150c16
 @dataclass
 class Options:
@@ -1017,6 +917,8 @@ class Options:
     split:str = 'test'  # of tiles whose layout has no official split
     s1_units:str = 'auto'  # dB, linear, amplitude
     s2_units:str = 'auto'  # dn, reflectance
+    s1_scale:float = 0  # factor of stored Sentinel-1 values where a file has no scale tag, e.g. 0.01; 0: as the tags say
+    s2_scale:float = 0  # factor of stored Sentinel-2 values to reflectance, or to DN; 0: as the tags say
     s2_offset:object = 'auto'  # DN to take off: 0, 1000, or a dict of them by source name
     s1_bands:tuple = ()  # order of unnamed Sentinel-1 bands; empty: VV, VH
     s2_bands:tuple = ()  # order of unnamed Sentinel-2 bands; empty: 12 in the order of S2L2A, or 4 as B02, B03, B04, B08
@@ -1038,6 +940,8 @@ class Source:
     crs:str = ''
     transform:tuple = (np.nan,)*6 # of the whole source
     by_order:str = '' # file whose radar bands have neither names nor a documented order
+    eight:str = '' # file whose optical values are stored in 8 bits without a factor
+    note:str = '' # what is to be said of it
 
 @dataclass
 class Job:
@@ -1046,6 +950,7 @@ class Job:
     file:str # or folder, for messages
     load:Callable # () -> Source
     excluded:str = '' # why it is left out
+    files:tuple = () # files and folders it is made of
 
 def windows(
     h:int, # rows
@@ -1057,118 +962,130 @@ def windows(
     starts = lambda n: [min(i*size, n - size) for i in range(-(-n//size))]
     return [(r, c) for r in starts(h) for c in starts(w)]
 
-def _in_order(names:Iterable, count:int, asked:tuple, known:tuple, option:str) -> tuple:
-    "Names of bands, from a file's own descriptions, from an option, or by their number."
-    names = tuple(str(n or '').upper().strip() for n in names)
-    if set(known) <= set(names) or (len(set(names)) == count and set(names) <= set(known) and all(names)): return names
-    if asked:
-        if len(asked) != count: raise GacError(f'{count} bands, but {option} names {len(asked)}.')
-        return tuple(asked)
-    if count == len(known): return known
-    if known is S2_BANDS and count == 4: return OPT_BANDS
-    raise GacError(f'{count} bands without names; expected {len(known)}{" or 4" if known is S2_BANDS else ""}. Say {option}= with the '
-                   'name of every band in order.')
-
-def _pick(x:np.ndarray, names:tuple, wanted:tuple) -> np.ndarray:
-    "Bands in the order wanted."
-    missing = [b for b in wanted if b not in names]
-    if missing: raise GacError(f'missing band {", ".join(missing)} (there are {", ".join(names)}).')
-    return x if tuple(names) == tuple(wanted) else x[[names.index(b) for b in wanted]]
+def _as_said(x:np.ndarray, factor:float) -> np.ndarray:
+    "An array without tags, times the factor somebody gave."
+    return x.astype('float64')*factor if factor else x
 
 # %% ../nbs/02_tiles.ipynb #11b1ef0e
-def _raster(
-    path:Path, # a GeoTIFF; with `blob` its name, for messages
-    blob:bytes=None, # its content, where it is not a file of its own
-) -> tuple: # values, crs, transform, band names, tags
-    "All bands of a GeoTIFF; no-data pixels of a float become NaN, of an integer an error."
-    import rasterio
-    from rasterio.errors import NotGeoreferencedWarning
-    import warnings
-    if blob is None and not path.is_file(): raise GacError(f'{path}: missing file.')
-    try:
-        with warnings.catch_warnings(), nullcontext() if blob is None else rasterio.MemoryFile(blob) as held:
-            warnings.simplefilter('ignore', NotGeoreferencedWarning)
-            with rasterio.open(path) if blob is None else held.open(driver='GTiff') as f:
-                x, crs, t, tags, nodata = f.read(), f.crs.to_string() if f.crs else '', tuple(f.transform)[:6], f.tags(), f.nodata
-                names = f.descriptions
-    except rasterio.errors.RasterioError as e: raise GacError(f'{path}: cannot be read as a raster ({str(e).splitlines()[0]}).')
-    if nodata is not None and not np.isnan(nodata) and x.dtype.kind == 'f': x = np.where(x == x.dtype.type(nodata), np.nan, x)
-    elif nodata is not None and x.dtype.kind != 'f' and (x == nodata).any():
-        raise GacError(f'{path}: {int((x == nodata).any(0).sum())} px without data (nodata {nodata:g}).')
-    return x, crs, t if crs else (np.nan,)*6, names, tags
+def _opened(path, opt:Options, kind=None, blob:bytes=None, grid:bool=True) -> Raster: # kind: RADAR, OPTICAL, or None for another modality
+    "A file of a data set, with the factor somebody gave."
+    asked, factor = {RADAR: (opt.s1_bands, opt.s1_scale), OPTICAL: (opt.s2_bands, opt.s2_scale)}.get(kind, ((), 0))
+    return open_raster(path, blob, grid, len(asked)).scaled(factor, '--s1-scale' if kind is RADAR else '--s2-scale')
+
+def _radar(r:Raster, asked:tuple) -> tuple: # (2, H, W) VV and VH, whether they are certain
+    "The radar of a file."
+    names, certain = r.named(RADAR, asked)
+    return r.read([r.bands[names.index(p)] for p in S1_BANDS], empty='any'), certain
+
+def _optical(r:Raster, asked:tuple) -> tuple: # (C, H, W), names of the bands
+    "The bands of a file that are Sentinel-2's."
+    names, _ = r.named(OPTICAL, asked)
+    at = [i for i, b in enumerate(names) if b in S2_BANDS]
+    return r.read([r.bands[i] for i in at], empty='all'), tuple(names[i] for i in at)
+
+def _eight_bits(r:Raster) -> str:
+    "The file, if its values are stored in 8 bits and nothing says on which scale."
+    return str(r.path) if r.dtype in ('uint8', 'int8') and set(r.scales) == {1.} else ''
 
 def check_whole(
     path:Path, # a GeoTIFF that was just written
 ) -> Path:
     "Read every pixel: GDAL says nothing where the disk runs full while it closes a file."
-    import rasterio, warnings
-    from rasterio.errors import NotGeoreferencedWarning
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', NotGeoreferencedWarning)
-        with rasterio.open(path, driver='GTiff') as f:
-            for _, window in f.block_windows(1): f.read(window=window)
+    with reading(path) as f:
+        for _, window in f.block_windows(1): f.read(window=window)
     return path
 
-def _same_place(a:tuple, b:tuple, what:str) -> None:
-    "Two rasters (values, crs, transform, …) must cover the same pixels of 10 m, or multiples of them."
-    if a[1] != b[1]: raise GacError(f'{what}: CRS {b[1] or "none"}, expected {a[1] or "none"}.')
-    ratio = a[0].shape[-1]/b[0].shape[-1]
-    if a[0].shape[-2] != b[0].shape[-2]*ratio:
-        raise GacError(f'{what}: {b[0].shape[-2]}×{b[0].shape[-1]} px do not fit {a[0].shape[-2]}×{a[0].shape[-1]} px.')
-    if a[1] and not np.allclose(np.array(a[2])*[ratio, ratio, 1, ratio, ratio, 1], b[2], rtol=0, atol=.1*abs(a[2][0])):
-        raise GacError(f'{what}: transform {tuple(b[2])}, expected the place of {tuple(a[2])}.')
+def _same_place(a:Raster, b:Raster, what:str) -> None:
+    "Two rasters must cover the same pixels of 10 m, or multiples of them."
+    if a.crs != b.crs: raise GacError(f'{what}: CRS {b.crs or "none"}, expected {a.crs or "none"}.')
+    ratio = a.width/b.width
+    if a.height != b.height*ratio: raise GacError(f'{what}: {b.height}×{b.width} px do not fit {a.height}×{a.width} px.')
+    if not a.crs and not np.isfinite([*a.transform, *b.transform]).all(): return
+    if not np.allclose(np.array(a.transform)*[ratio, ratio, 1, ratio, ratio, 1], b.transform, rtol=0, atol=.1*abs(a.transform[0])):
+        raise GacError(f'{what}: transform {b.transform}, expected the place of {a.transform}.')
 
 BEN_PIXELS = {**{b: 120 for b in OPT_BANDS}, **{b: 60 for b in ('B05', 'B06', 'B07', 'B8A', 'B11', 'B12')}, 'B01': 20, 'B09': 20}
 
-def _bigearthnet_patch(row:dict, s2_dir:Path, s1_dir:Path) -> Source:
+def _bigearthnet_band(path:Path, band:str, opt:Options) -> tuple: # values (H, W) at their own size, Raster
+    "One band of a patch."
+    if not path.is_file(): raise GacError(f'{path}: missing band {band}.' if band in S2_BANDS else f'{path}: missing file.')
+    side, kind = BEN_PIXELS.get(band, 120), OPTICAL if band in S2_BANDS else RADAR
+    r = _opened(path, replace(opt, s1_bands=(), s2_bands=()), kind, grid=side == 120)
+    if len(r.bands) != 1: raise GacError(f'{path}: {len(r.bands)} bands, expected 1.')
+    if (own := kind.name(r.names[0])) and own != band: raise GacError(f'{path}: its band is named {r.names[0]}, the file {band}. One of them is wrong.')
+    if r.shape != (side, side): raise GacError(f'{path}: {r.height}×{r.width} px, expected {side}×{side}.')
+    return r.read(empty='all')[0], r
+
+def _bigearthnet_patch(row:dict, s2_dir:Path, s1_dir:Path, opt:Options) -> Source:
     "Load one patch of BigEarthNet v2."
-    s2 = []
-    for band in S2_BANDS:
-        path = s2_dir/f'{row["patch_id"]}_{band}.tif'
-        if not path.is_file(): raise GacError(f'{path}: missing band {band}.')
-        x = _raster(path)
-        if x[0].shape != (1, BEN_PIXELS[band], BEN_PIXELS[band]):
-            raise GacError(f'{path}: {x[0].shape[1]}×{x[0].shape[2]} px, expected {BEN_PIXELS[band]}×{BEN_PIXELS[band]}.')
-        step = 120//BEN_PIXELS[band]
-        s2.append((x, path, x[0][0].repeat(step, 0).repeat(step, 1)))
-    first = s2[S2_BANDS.index('B02')][0]
-    s1 = [(_raster(path), path) for path in (s1_dir/f'{row["s1_name"]}_{p}.tif' for p in S1_BANDS)]
-    for x, path, *_ in [*s2, *s1]: _same_place(first, x, str(path))
-    for x, path in s1:
-        if x[0].shape != (1, 120, 120): raise GacError(f'{path}: {x[0].shape[1]}×{x[0].shape[2]} px, expected 120×120.')
-    meta = dict(date=parse_date(row['patch_id']), country=row['country'],
-                split=dict(validation='val').get(row['split'], row['split']),
-                labels='|'.join(row['labels']), source=f'BigEarthNet v2, {row["s1_name"]}')
-    return Source(row['patch_id'], np.concatenate([x[0] for x, _ in s1]), np.stack([x for *_, x in s2]), S2_BANDS, 'S1GRD',
-                  meta=meta,
-                  crs=first[1], transform=first[2])
+    s2 = [_bigearthnet_band(s2_dir/f'{row["patch_id"]}_{b}.tif', b, opt) for b in S2_BANDS]
+    s1 = [_bigearthnet_band(s1_dir/f'{row["s1_name"]}_{p}.tif', p, opt) for p in S1_BANDS]
+    first = s2[S2_BANDS.index('B02')][1]
+    for _, r in [*s2, *s1]: _same_place(first, r, str(r.path))
+    grown = [x.repeat(120//len(x), 0).repeat(120//len(x), 1) for x, _ in s2]
+    meta = dict(date=parse_date(row['patch_id']), country=_said(row['country']), split=_split(row['split']), labels=_labels(row['labels']),
+                source=f'BigEarthNet v2, {row["s1_name"]}')
+    return Source(row['patch_id'], np.stack([x for x, _ in s1]), np.stack(grown), S2_BANDS, 'S1GRD', meta=meta, crs=first.crs,
+                  transform=first.transform, eight=next(filter(None, (_eight_bits(r) for _, r in s2)), ''))
+
+def _said(value) -> str: # of a cell of a table
+    "A text, empty where there is none."
+    return '' if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)) else str(value)
+
+def _flag(value, column:str) -> bool:
+    "A yes or no of a table; text is read as what it says."
+    text = _said(value).strip().lower()
+    if text in ('true', 't', 'yes', 'y', '1', '1.0'): return True
+    if text in ('false', 'f', 'no', 'n', '0', '0.0'): return False
+    raise GacError(f'{column} is {value!r}, expected true or false.')
+
+def _labels(value) -> str: # joined by |
+    "Labels of a table, as a list or as the text of one."
+    if isinstance(value, str): value = [a or b for a, b in re.findall(r"'([^']*)'|\"([^\"]*)\"", value)] or [value]
+    return '|'.join(map(_said, value)) if isinstance(value, (list, tuple, np.ndarray)) else ''
+
+def _split(value) -> str:
+    "The split of a table in the words of the house; what is none is refused when the tile is cut."
+    return dict(validation='val').get(_said(value), _said(value))
+
+FLAGS = dict(contains_seasonal_snow='seasonal snow', contains_cloud_or_shadow='cloud or shadow')
+
+def _flags(row:dict) -> str: # empty: none
+    "What a table says against a patch."
+    return ' and '.join(what for column, what in FLAGS.items() if column in row and _flag(row[column], column))
+
+def _bigearthnet_job(i:int, row:dict, src:Path, known:tuple, opt:Options) -> Job|None: # None: both its folders are absent
+    "One row of BigEarthNet's table."
+    name = row['patch_id'] if isinstance(row['patch_id'], str) and row['patch_id'] else f'row-{i}'
+    job = Job(name, str(src/'metadata.parquet'), None)
+    try:
+        for column in ('patch_id', 's1_name'):
+            if not isinstance(row[column], str) or not row[column]: raise GacError(f'{column} is {row[column]!r}, expected a name.')
+            check_id(row[column])
+        at = (row['patch_id'].rsplit('_', 2)[0], row['patch_id']), (row['s1_name'].rsplit('_', 3)[0], row['s1_name'])
+        job.files = src.joinpath('BigEarthNet-S2', *at[0]), src.joinpath('BigEarthNet-S1', *at[1])
+        job.file = str(job.files[0])
+        if at[0] not in known[0] and at[1] not in known[1]: return None
+        why = _flags(row)
+    except GacError as e: job.load = _failing(GacError(f'row {i} of the table: {e}'))
+    else:
+        job.load = partial(_bigearthnet_patch, row, *job.files, opt)
+        if not opt.keep_snow_cloud: job.excluded = why
+    return job
 
 def read_bigearthnet(
     src:Path, # folder with BigEarthNet-S1, BigEarthNet-S2 and metadata.parquet
     opt:Options, # see there
 ) -> list: # of Job
-    "The patches of BigEarthNet v2."
-    need = ['patch_id', 's1_name', 'split', 'country', 'labels', 'contains_seasonal_snow', 'contains_cloud_or_shadow']
+    "The patches of BigEarthNet v2; a row of the table that makes no sense costs that row."
+    need = ['patch_id', 's1_name', 'split', 'country', 'labels', *FLAGS]
     names = ('metadata.parquet', 'metadata_for_patches_with_snow_cloud_or_shadow.parquet')
     tables = [_read_table(src/n, need) for n in names if (src/n).is_file()]
-    known2, known1 = _folders(src/'BigEarthNet-S2'), _folders(src/'BigEarthNet-S1')
-    jobs, absent = [], 0
-    for row in pd.concat(tables, ignore_index=True)[need].to_dict('records'):
-        s2_at = (row['patch_id'].rsplit('_', 2)[0], row['patch_id'])
-        s1_at = (row['s1_name'].rsplit('_', 3)[0], row['s1_name'])
-        folders = src.joinpath('BigEarthNet-S2', *s2_at), src.joinpath('BigEarthNet-S1', *s1_at)
-        job = Job(row['patch_id'], str(folders[0]), None)
-        why = [w for w, c in (('seasonal snow', 'contains_seasonal_snow'), ('cloud or shadow', 'contains_cloud_or_shadow'))
-               if row[c]]
-        try: check_id(row['patch_id']), check_id(row['s1_name'])
-        except GacError as e: job.load = _failing(e)
-        else:
-            if s2_at not in known2 and s1_at not in known1:
-                absent += 1
-                continue
-            job.load = partial(_bigearthnet_patch, row, *folders)
-            if why and not opt.keep_snow_cloud: job.excluded = ' and '.join(why)
-        jobs.append(job)
+    known = _folders(src/'BigEarthNet-S2'), _folders(src/'BigEarthNet-S1')
+    rows = pd.concat(tables, ignore_index=True)[need].to_dict('records')
+    every = [_bigearthnet_job(i, row, src, known, opt) for i, row in enumerate(rows)]
+    absent = sum(job is None for job in every)
+    jobs = [job for job in every if job is not None]
     if absent: jobs.append(Job('', str(src/'metadata.parquet'), None, f'{absent:,} rows of the table have no folder here'))
     return jobs
 
@@ -1189,24 +1106,20 @@ EXTRA = dict(DEM='dem', LULC='lulc', NDVI='ndvi')
 
 def _geotiff_source(name:str, files:dict, product:str, opt:Options) -> Source:
     "Load one source from the files of its modalities."
-    rasters = {kind: _raster(path) for kind, path in files.items()}
-    s2, s1 = rasters['S2L2A'], rasters[product]
-    for kind, x in rasters.items():
-        if x[0].shape[1:] != s2[0].shape[1:]:
-            raise GacError(f'{files[kind]}: {x[0].shape[1]}×{x[0].shape[2]} px, S2L2A has {s2[0].shape[1]}×{s2[0].shape[2]}.')
-        _same_place(s2, x, str(files[kind]))
-    try: bands1 = _in_order(s1[3], len(s1[0]), tuple(opt.s1_bands), S1_BANDS, 's1_bands')
-    except GacError as e: raise GacError(f'{files[product]}: {e}')
-    try: bands2 = _in_order(s2[3], len(s2[0]), tuple(opt.s2_bands), S2_BANDS, 's2_bands')
-    except GacError as e: raise GacError(f'{files["S2L2A"]}: {e}')
-    tags = [x[4] for kind, x in rasters.items() if kind != 'DEM']
-    dates = [parse_date(name), *(parse_date(t.get('datetime') or t.get('TIFFTAG_DATETIME', '').replace(':', '-', 2))
-                                 for t in tags)]
-    meta = dict(date=next(filter(None, dates), ''), split=opt.split, source=f'{product} and S2L2A, {name}')
-    extra = {EXTRA[kind]: x[0][0] for kind, x in rasters.items() if kind in EXTRA}
-    named = bool(opt.s1_bands) or set(S1_BANDS) <= {str(n or '').upper() for n in s1[3]}
-    return Source(name, _pick(s1[0], bands1, S1_BANDS), s2[0], bands2, product, named, extra, meta, s2[1], s2[2],
-                  '' if named else str(files[product]))
+    kinds = {'S2L2A': OPTICAL, product: RADAR}
+    rasters = {kind: _opened(path, opt, kinds.get(kind)) for kind, path in files.items()}
+    r2, r1 = rasters['S2L2A'], rasters[product]
+    for kind, r in rasters.items():
+        if r.shape != r2.shape: raise GacError(f'{files[kind]}: {r.height}×{r.width} px, S2L2A has {r2.height}×{r2.width}.')
+        _same_place(r2, r, str(files[kind]))
+    (s1, certain), (s2, bands) = _radar(r1, opt.s1_bands), _optical(r2, opt.s2_bands)
+    date, note = date_of(name, tuple(r.tags for kind, r in rasters.items() if kind != 'DEM'))
+    meta = dict(date=date, split=opt.split, source=f'{product} and S2L2A, {name}')
+    extra = {EXTRA[kind]: r.read(r.bands[:1])[0] for kind, r in rasters.items() if kind in EXTRA}
+    return Source(name, s1, s2, bands, product, certain, extra, meta, r2.crs, r2.transform, '' if certain else str(files[product]),
+                  _eight_bits(r2), note)
+
+def _shown(path:Path) -> bool: return not path.name.startswith('.')  # macOS leaves ._name beside a file
 
 def _optical_first(kind:str) -> tuple: return (kind != 'S2L2A', kind not in ('NDVI', 'LULC'), kind)  # whose date is the scene's
 
@@ -1219,7 +1132,7 @@ def read_geotiff(
     product = opt.s1_product or radar[0]
     if product not in radar: raise GacError(f'{src}: no folder {product} (there is {", ".join(radar)}).')
     kinds = sorted([product, 'S2L2A', *(k for k in EXTRA if (src/k).is_dir())], key=_optical_first)
-    found = {k: [p for p in sorted((src/k).iterdir()) if p.suffix.lower() in ('.tif', '.tiff')] for k in kinds}
+    found = {k: [p for p in sorted((src/k).iterdir()) if p.suffix.lower() in ('.tif', '.tiff') and _shown(p)] for k in kinds}
     jobs = []
     for name in sorted({p.stem for paths in found.values() for p in paths}):
         files = {k: [p for p in found[k] if p.stem == name] for k in kinds}
@@ -1230,7 +1143,9 @@ def read_geotiff(
                 if not paths: raise GacError(f'{src/k}: missing file {name}.tif.')
                 if len(paths) > 1: raise GacError(f'{src/k}: duplicate id {name} ({", ".join(p.name for p in paths)}).')
         except GacError as e: job.load = _failing(e)
-        else: job.load = partial(_geotiff_source, name, {k: p[0] for k, p in files.items()}, product, opt)
+        else:
+            job.files = tuple(p[0] for p in files.values())
+            job.load = partial(_geotiff_source, name, {k: p[0] for k, p in files.items()}, product, opt)
         jobs.append(job)
     return jobs
 
@@ -1272,24 +1187,31 @@ def _npz_source(path:Path, i:int, name:str, opt:Options, cache:dict) -> Source:
         cache.clear()
         cache[path] = _npz(path)
     have = cache[path]
-    s1, s2 = have['s1'][i], have['s2'][i]
+    s1, s2 = _as_said(have['s1'][i], opt.s1_scale), _as_said(have['s2'][i], opt.s2_scale)
     if s1.ndim != 3 or s2.ndim != 3 or s1.shape[1:] != s2.shape[1:]:
         raise GacError(f'{path}: s1 {s1.shape} and s2 {s2.shape} are not (2, H, W) and (C, H, W) of one size.')
     extra = {k: have[k][i] for k in EXTRA.values() if k in have}
     for k, v in extra.items():
         if v.squeeze().shape != s2.shape[1:]: raise GacError(f'{path}: {k} has shape {v.shape}, s2 {s2.shape}.')
     try:
-        bands1 = _in_order((), len(s1), tuple(opt.s1_bands), S1_BANDS, 's1_bands')
-        bands2 = _in_order((), len(s2), tuple(opt.s2_bands), S2_BANDS, 's2_bands')
+        bands1, _ = name_bands(('',)*len(s1), RADAR, opt.s1_bands)
+        bands2, _ = name_bands(('',)*len(s2), OPTICAL, opt.s2_bands)
     except GacError as e: raise GacError(f'{path}: {e}')
-    meta = {k: have[k][i].item() for k in NPZ_META[:-2] if k in have}
-    meta = dict(dict(split=opt.split, source=path.name), **meta)
-    meta['split'] = dict(validation='val').get(str(meta['split']), str(meta['split']))
+    meta = dict(dict(split=opt.split, source=path.name), **{k: _value(have[k][i]) for k in NPZ_META[:-2] if k in have})
+    meta['split'] = _split(meta['split'])
     placed = {'crs', 'transform'} <= set(have)
-    place = dict(crs=str(have['crs'][i]), transform=tuple(np.ravel(have['transform'][i])[:6].tolist())) if placed else {}
+    place = dict(crs=_said(_value(have['crs'][i])), transform=tuple(np.ravel(have['transform'][i])[:6].tolist())) if placed else {}
+    if placed and len(place['transform']) == 6: check_grid(str(path), place['crs'], place['transform'], *s2.shape[1:])
     extra = {k: v.squeeze() for k, v in extra.items()}
-    return Source(name, _pick(s1, bands1, S1_BANDS), s2, bands2, opt.s1_product, bool(opt.s1_bands), extra, meta, **place,
-                  by_order='' if opt.s1_bands or 's1_vv' in have else str(path))
+    at = [j for j, b in enumerate(bands2) if b in S2_BANDS]
+    return Source(name, pick(s1, bands1, S1_BANDS), s2[at], tuple(bands2[j] for j in at), opt.s1_product, bool(opt.s1_bands), extra, meta,
+                  **place, by_order='' if opt.s1_bands or 's1_vv' in have else str(path),
+                  eight=str(path) if have['s2'].dtype.itemsize == 1 and not opt.s2_scale else '')
+
+def _value(x:np.ndarray):
+    "A fact of a catalogue; bytes are text."
+    v = x.item()
+    return v.decode('utf-8', 'replace') if isinstance(v, bytes) else v
 
 def read_npz(
     src:Path, # an NPZ file or a folder of them
@@ -1297,7 +1219,7 @@ def read_npz(
 ) -> list: # of Job
     "Sources of NPZ catalogues."
     jobs, cache = [], {}
-    for path in [src] if src.is_file() else sorted(src.glob('*.npz')):
+    for path in [src] if src.is_file() else sorted(filter(_shown, src.glob('*.npz'))):
         try:
             have = _npz(path)
             n = len(have['s2'])
@@ -1307,7 +1229,7 @@ def read_npz(
         except GacError as e:
             jobs.append(Job(path.stem, str(path), _failing(e)))
             continue
-        jobs += [Job(name, str(path), partial(_npz_source, path, i, name, opt, cache)) for i, name in enumerate(names)]
+        jobs += [Job(name, str(path), partial(_npz_source, path, i, name, opt, cache), files=(path,)) for i, name in enumerate(names)]
     return jobs
 
 # %% ../nbs/02_tiles.ipynb #b2e7f0a2
@@ -1358,34 +1280,44 @@ def _benv2_source(path:Path, row:dict, opt:Options) -> Source:
         for part in _contents(f, *at, name).to_dict('records'):
             if part['tortilla:id'] not in ('s1', 's2'): continue
             what = f'{name}, {part["tortilla:id"]}'
-            rasters[part['tortilla:id']] = _raster(what, _bytes(f, *_part(f, *at, part['tortilla:offset'], part['tortilla:length'], what)))
+            kind = dict(s1=RADAR, s2=OPTICAL)[part['tortilla:id']]
+            blob = _bytes(f, *_part(f, *at, part['tortilla:offset'], part['tortilla:length'], what))
+            rasters[part['tortilla:id']] = _opened(what, opt, kind, blob, kind is RADAR)
     for k in ('s1', 's2'):
         if k not in rasters: raise GacError(f'{name}: no part {k}. A sample of benv2 has s1 and s2.')
-    s1, s2 = rasters['s1'], rasters['s2']
-    s2 = (s2[0], s2[1], _as_radar(s1, s2, name), *s2[3:])
-    _same_place(s1, s2, f'{name}, s2')
-    bands1 = _in_order(s1[3], len(s1[0]), tuple(opt.s1_bands) or BENV2_S1, S1_BANDS, 's1_bands')
-    bands2 = _in_order(s2[3], len(s2[0]), tuple(opt.s2_bands), S2_BANDS, 's2_bands')
-    meta = dict(date=row['date'], country=row['country'], split=dict(validation='val').get(row['split'], row['split']),
-                labels='|'.join(row['labels']),
-                source=f'GEO-Bench-2 benv2, {row["tortilla:id"]}')
-    return Source(row['name'], _pick(s1[0], bands1, S1_BANDS), s2[0], bands2, 'S1GRD', bool(opt.s1_bands), meta=meta, crs=s1[1],
-                  transform=s1[2])
+    r1, r2 = rasters['s1'], rasters['s2']
+    r2 = replace(r2, transform=_as_radar(r1, r2))
+    _same_place(r1, r2, f'{name}, s2')
+    named = bool(opt.s1_bands) or not all(map(is_generic, r1.names))
+    s1, _ = _radar(r1, opt.s1_bands if named else BENV2_S1)
+    s2, bands = _optical(r2, opt.s2_bands)
+    meta = {k: row[k] for k in ('date', 'country', 'split', 'labels')}
+    return Source(row['name'], s1, s2, bands, 'S1GRD', named, meta=dict(meta, source=f'GEO-Bench-2 benv2, {row["tortilla:id"]}'),
+                  crs=r1.crs, transform=r1.transform, eight=_eight_bits(r2))
 
-def _as_radar(s1:tuple, s2:tuple, where:str) -> tuple: # transform
+def _as_radar(s1:Raster, s2:Raster) -> tuple: # transform
     "The optical image's transform, 60 m a pixel put right where corner and size are the radar's."
-    a, b = s1[2], s2[2]
-    wrong = s1[0].shape[1:] == s2[0].shape[1:] and np.allclose(np.array(b), np.array(a)*[6, 6, 1, 6, 6, 1], rtol=0, atol=1e-3)
-    return a if wrong else b
+    wrong = s1.shape == s2.shape and np.allclose(s2.transform, np.array(s1.transform)*[6, 6, 1, 6, 6, 1], rtol=0, atol=1e-3)
+    return s1.transform if wrong else s2.transform
 
 def _benv2_row(row:dict) -> dict:
     "A row of the outer table in the words of the house."
-    patch, seconds = str(row.get('patch_id') or ''), row.get('stac:time_start')
+    patch, seconds = _said(row.get('patch_id')), row.get('stac:time_start')
     day = '' if seconds is None or pd.isna(seconds) else pd.Timestamp(float(seconds), unit='s').isoformat()
-    split = row.get('tortilla:data_split')
-    return row | dict(name=patch or str(row['tortilla:id']), date=parse_date(patch) or day, country=str(row.get('country') or ''),
-                      split=split if isinstance(split, str) else 'test', labels=[str(v) for v in row['labels']]
-                      if row.get('labels') is not None else [])
+    return row | dict(name=patch or str(row['tortilla:id']), date=parse_date(patch) or day, country=_said(row.get('country')),
+                      split=_split(row.get('tortilla:data_split')) or 'test', labels=_labels(row.get('labels')))
+
+def _benv2_job(i:int, path:Path, row:dict, opt:Options) -> Job:
+    "One row of the outer table."
+    job = Job(f'{path.stem}-row-{i}', str(path), None, files=(path,))
+    try:
+        row = _benv2_row(row)
+        job.name, job.file, why = row['name'], f'{path}, {row["tortilla:id"]}', _flags(row)
+    except (GacError, ValueError, TypeError, OverflowError) as e: job.load = _failing(GacError(f'row {i} of the table: {e}'))
+    else:
+        job.load = partial(_benv2_source, path, row, opt)
+        if not opt.keep_snow_cloud: job.excluded = why
+    return job
 
 def read_benv2(
     src:Path, # a .tortilla file, or a folder of them
@@ -1393,17 +1325,13 @@ def read_benv2(
 ) -> list: # of Job
     "The samples of GEO-Bench-2's benv2."
     jobs = []
-    for path in [src] if src.is_file() else sorted(src.glob('*.tortilla')):
+    for path in [src] if src.is_file() else sorted(filter(_shown, src.glob('*.tortilla'))):
         try:
             with open(path, 'rb') as f: table = _contents(f, 0, path.stat().st_size, str(path))
         except GacError as e:
             jobs.append(Job(path.stem, str(path), _failing(e)))
             continue
-        for row in map(_benv2_row, table.to_dict('records')):
-            why = [w for w, c in (('seasonal snow', 'contains_seasonal_snow'), ('cloud or shadow', 'contains_cloud_or_shadow'))
-                   if row.get(c) is True]
-            jobs.append(Job(row['name'], f'{path}, {row["tortilla:id"]}', partial(_benv2_source, path, row, opt),
-                            ' and '.join(why) if not opt.keep_snow_cloud else ''))
+        jobs += [_benv2_job(i, path, row, opt) for i, row in enumerate(table.to_dict('records'))]
     return jobs
 
 # %% ../nbs/02_tiles.ipynb #133e2f2a
@@ -1425,9 +1353,9 @@ def recognise(
     if has('table.parquet', 'arrays'): return 'store'
     if has('BigEarthNet-S1', 'BigEarthNet-S2', 'metadata.parquet'): return 'bigearthnet_v2'
     if has('S2L2A') and (has('S1GRD') or has('S1RTC')): return 'geotiff'
-    if path.suffix == '.npz' or (path.is_dir() and any(path.glob('*.npz'))): return 'npz'
-    if path.suffix == '.tortilla' or (path.is_dir() and any(path.glob('*.tortilla'))): return 'benv2'
-    inside = ', '.join(sorted(p.name for p in path.iterdir())[:8]) if path.is_dir() else 'a file'
+    if path.suffix == '.npz' or (path.is_dir() and any(map(_shown, path.glob('*.npz')))): return 'npz'
+    if path.suffix == '.tortilla' or (path.is_dir() and any(map(_shown, path.glob('*.tortilla')))): return 'benv2'
+    inside = ', '.join(sorted(p.name for p in path.iterdir() if _shown(p))[:8]) if path.is_dir() else 'a file'
     known = '\n'.join(f'  {k}: {v}' for k, v in LAYOUTS.items())
     raise GacError(f'{path}: no layout that is known here (it holds: {inside or "nothing"}). Known are:\n{known}')
 
@@ -1451,44 +1379,47 @@ def find_units(
     by_name = opt.s2_offset if isinstance(opt.s2_offset, dict) else KNOWN_OFFSETS if opt.s2_offset == 'auto' else {}
     if isinstance(opt.s2_offset, (int, float)): return Units(s1, s2, int(opt.s2_offset), True)
     if opt.s2_offset != 'auto' and not isinstance(opt.s2_offset, dict):
-        raise GacError(f's2_offset={opt.s2_offset!r}: a number of DN, or auto.')
+        raise GacError(f'--s2-offset {opt.s2_offset}: a number of DN, or auto.')
     free = [s for s in samples if s.name not in by_name]
     scale = 1e4 if s2 == 'reflectance' else 1
     return Units(s1, s2, s2_offset([s.s2*scale for s in free], [s.name for s in free], where) if free else 0, False)
 
-def _clean_s1(x:np.ndarray, unit:str) -> np.ndarray:
+def _clean_s1(x:np.ndarray, unit:str, told:bool=False) -> np.ndarray: # told: the unit was said, not found by the rules
     "One tile's Sentinel-1 in dB, or what is wrong with it."
-    if not np.isfinite(x).all(): raise GacError(f'Sentinel-1: {int((~np.isfinite(x)).any(0).sum())} px are NaN or without data.')
-    if (x.min((1, 2)) == x.max((1, 2))).any():
-        raise GacError(f'Sentinel-1: VV or VH is one value everywhere (the tile goes from {_range([x])}), so it shows nothing.')
-    if (x == 0).mean() > .01: raise GacError(f'Sentinel-1: {int((x == 0).any(0).sum())} px are exactly 0, which marks no data.')
-    if unit == 'dB' and x.min() >= 0:
-        raise GacError(f'Sentinel-1 from {_range([x])}: no negative value in a data set of dB. Say s1_units= or convert this tile apart.')
-    if unit != 'dB' and x.min() <= 0:
-        raise GacError(f'Sentinel-1 from {_range([x])}: not above zero in a data set of {unit} values. Say s1_units= or convert this tile '
-                       'apart.')
-    db = S1_UNITS[unit](x.astype('float64'))
-    if db.min() < -100 or db.max() > 60: raise GacError(f'Sentinel-1 from {_range([db])} dB: outside −100 to 60 dB.')
-    return db.astype('float32')
+    check_radar([x], unit, told)
+    if why := why_missing(x, unit): raise GacError(f'Sentinel-1: {why}.')
+    db = to_db(x, unit)
+    try: check_db(db, told)
+    except GacError as e: raise GacError(f'Sentinel-1 from {e}') from None
+    return db
 
-def _clean_s2(x:np.ndarray, offset:int, told:bool) -> np.ndarray: # told: the unit was said, not found by the rules
+def _clean_s2(x:np.ndarray, offset:int, told:bool, eight:str='') -> np.ndarray: # told: the unit was said; eight: file of 8 bits
     "One tile's Sentinel-2 (DN) as uint16 without offset, or what is wrong with it."
     if not np.isfinite(x).all(): raise GacError(f'Sentinel-2: {int((~np.isfinite(x)).any(0).sum())} px are NaN or without data.')
     empty = int((x == 0).all(0).sum())
     if empty: raise GacError(f'Sentinel-2: {empty} px are 0 in every band, which marks no data.')
     if x.min() == x.max(): raise GacError(f'Sentinel-2: {x.min():g} everywhere, in every band, so it shows nothing.')
     if not told and np.percentile(x, 99.9) <= 50:
-        raise GacError(f'Sentinel-2 from {_range([x])}: no DN but reflectance? Say s2_units= or convert this tile apart.')
+        raise GacError(f'Sentinel-2 from {range_of([x])}: no DN but reflectance? Say --s2-units, or convert this tile apart.')
     if x.min() < -2000 or x.max() > 65535:
-        raise GacError(f'Sentinel-2 from {_range([x])} DN: outside what a DN can be (no data value?).')
+        raise GacError(f'Sentinel-2 from {range_of([x])} DN: outside what a DN can be (no data value?).')
+    if not told: _check_bright(x, eight)
     return np.clip(np.rint(x.astype('float64') - offset), 0, 65535).astype('uint16')
+
+def _check_bright(x:np.ndarray, eight:str) -> None:
+    "Refuse a tile that counts on another scale than its data set."
+    if eight: raise GacError(f'Sentinel-2 from {range_of([x])}: stored in 8 bits without a scale tag. Say --s2-scale, or --s2-units dn if it is DN.')
+    check_wrapped(x)
+    if (share := bright_share([x])) > TOO_MANY:
+        raise GacError(f'Sentinel-2 from {range_of([x])}: {share:.1%} of a band lie above reflectance {TOO_BRIGHT}. Say --s2-scale (the factor '
+                       'to reflectance), or --s2-units dn if they are DN.')
 
 def _clean_extra(name:str, x:np.ndarray) -> np.ndarray:
     "One tile's DEM, land cover or NDVI, or what is wrong with it."
     if x.dtype.kind == 'f' and not np.isfinite(x).all():
         raise GacError(f'{name}: {int((~np.isfinite(x)).sum())} px are NaN or without data.')
     low, high = dict(dem=(-500, 9000), lulc=(0, 9), ndvi=(-1.01, 1.01))[name]
-    if x.min() < low or x.max() > high: raise GacError(f'{name} from {_range([x])}: outside {low} to {high}.')
+    if x.min() < low or x.max() > high: raise GacError(f'{name} from {range_of([x])}: outside {low} to {high}.')
     return x.astype(dict(dem='float32', lulc='uint8', ndvi='float32')[name])
 
 def _offset_of(source:Source, units:Units, opt:Options) -> int:
@@ -1496,11 +1427,11 @@ def _offset_of(source:Source, units:Units, opt:Options) -> int:
     by_name = opt.s2_offset if isinstance(opt.s2_offset, dict) else KNOWN_OFFSETS if opt.s2_offset == 'auto' else {}
     if source.name in by_name: return by_name[source.name]
     if units.settled: return units.offset
-    floor = _floor(source.s2*(1e4 if units.s2 == 'reflectance' else 1))
+    floor = floor_of(source.s2*(1e4 if units.s2 == 'reflectance' else 1))
     if (floor >= S2_OFFSET) != (units.offset == S2_OFFSET):
         here, there = ('hardly a value', 'some') if floor >= S2_OFFSET else ('values', 'none')
-        raise GacError(f'Sentinel-2 from {_range([source.s2])} has {here} under {S2_OFFSET} DN in a data set that has {there}: '
-                       f'a bright scene, or another offset. Say s2_offset={S2_OFFSET} or 0 for {source.name}.')
+        raise GacError(f'Sentinel-2 from {range_of([source.s2])} has {here} under {S2_OFFSET} DN in a data set that has {there}: '
+                       f'a bright scene, or another offset. Convert {source.name} apart with --s2-offset {S2_OFFSET} or 0.')
     return units.offset
 
 def records_of(
@@ -1511,16 +1442,13 @@ def records_of(
     ecoregions=None, # see biome_of
 ) -> Iterator: # (id, record or GacError) of every tile
     "Cut a source into tiles of the house."
-    from pyproj import Transformer
     h, w = source.s2.shape[1:]
     offset, size = _offset_of(source, units, opt), opt.size
     for k in arrays.keys() - {'s1', 's2', *source.extra}: raise GacError(f'{k} is missing, which the tiles before had.')
     if source.meta.get('split', 'test') not in SPLITS:
         raise GacError(f'split {source.meta["split"]!r}; it is one of {", ".join(SPLITS)}.')
-    if not source.s1_named and np.isfinite(source.s1).any() and _median(source.s1[0]) < _median(source.s1[1]):
-        raise GacError('Sentinel-1: the first band (VV) is darker than the second (VH), so they look swapped. '
-                       'Say s1_bands=VH,VV, or VV,VH to keep the order.')
-    s2 = _pick(source.s2, source.s2_bands, tuple(arrays['s2'][2]['bands']))
+    if not source.s1_named and np.isfinite(source.s1).any(): check_order([source.s1])
+    s2 = pick(source.s2, source.s2_bands, tuple(arrays['s2'][2]['bands']))
     for r, c in windows(h, w, size):
         name = source.name if (h, w) == (size, size) else f'{source.name}_{r}_{c}'
         cut = lambda x: x[..., r:r+size, c:c+size]
@@ -1530,13 +1458,14 @@ def records_of(
         try:
             if source.crs:
                 centre = place[2] + size/2*(a + b), place[5] + size/2*(d + e)
-                meta['lon'], meta['lat'] = Transformer.from_crs(source.crs, 'EPSG:4326', always_xy=True).transform(*centre)
+                meta['lon'], meta['lat'] = to_degrees(source.crs).transform(*centre)
             meta['month'] = int(meta.get('month') or month_of(meta['date']))
             meta['biome'] = int(meta.get('biome') or biome_of(meta['lon'], meta['lat'], meta['country'], ecoregions))
             if not 0 <= meta['month'] <= 12 or meta['biome'] not in study.BIOMES:
                 raise GacError(f'month {meta["month"]} or biome {meta["biome"]} is out of range.')
             scaled = cut(s2)*1e4 if units.s2 == 'reflectance' else cut(s2)
-            clean = dict(s1=_clean_s1(cut(source.s1), units.s1), s2=_clean_s2(scaled, offset, opt.s2_units != 'auto'),
+            clean = dict(s1=_clean_s1(cut(source.s1), units.s1, opt.s1_units != 'auto'),
+                         s2=_clean_s2(scaled, offset, opt.s2_units != 'auto', source.eight),
                          **{k: _clean_extra(k, cut(source.extra[k])) for k in arrays.keys() - {'s1', 's2'}})
             yield name, dict(meta, id=name, scene=source.name, crs=source.crs, transform=place, **clean)
         except GacError as e: yield name, e
@@ -1544,9 +1473,6 @@ def records_of(
             yield name, GacError(f'what is told about the tile cannot be used ({type(e).__name__}: {e}).')
 
 # %% ../nbs/02_tiles.ipynb #52d5167b
-# where nobody says which radar band is which
-BY_ORDER = '{}: its radar bands have no names and are taken as VV, VH. If they are not, say so: --s1-bands VH,VV.'
-
 def convert(
     src:str|Path, # folder or file of real tiles
     dst:str|Path, # folder of the store
@@ -1557,6 +1483,8 @@ def convert(
 ) -> pd.DataFrame: # the report: id, file, status (ok, error, excluded), reason
     "Read real tiles into a store."
     src, dst = Path(src), Path(dst)
+    if dst.exists() and src.exists() and dst.samefile(src): raise GacError(f'{dst} is the input itself ({src}). Give another folder for the store.')
+    if dst.exists() and not dst.is_dir(): raise GacError(f'{dst} is a file, and a tile store is a folder. Give another name for it.')
     wrong = set(options) - {f.name for f in fields(Options)}
     if wrong:
         raise GacError(f'convert has no option {", ".join(sorted(wrong))}; there are {", ".join(f.name for f in fields(Options))}.')
@@ -1579,7 +1507,8 @@ def convert(
                 raise GacError(f'{src}: Sentinel-2 bands {", ".join(sorted(every))}; the study needs at least {", ".join(OPT_BANDS)}.')
             extra = tuple(k for k in ('dem', 'lulc', 'ndvi') if all(k in s.extra for s in samples))
             product = samples[0].product or opt.s1_product or 'S1GRD'
-            store = Store.create(dst, tile_arrays(opt.size, s2_bands, extra), dict(made, units=asdict(units), s1_product=product))
+            store = Store.create(dst, tile_arrays(opt.size, s2_bands, extra),
+                                 dict(made, units=asdict(units), s1_product=product, sources=study._fingerprint(src)))
         if unnamed := next((s.by_order for s in samples if s.by_order), ''): print(BY_ORDER.format(unnamed), flush=True)
     if store is None:
         reasons = [f'{j.name}: {j.excluded}' if j.excluded else f'{j.name}: {_why(j)}' for j in jobs[:3]]
@@ -1589,10 +1518,12 @@ def convert(
           flush=True)
     arrays = {n: (z.shape[1:], z.dtype, dict(z.attrs)) for n, z in store.arrays.items() if n in store.attrs['tiles']}
     held, done, waiting = set(store.table['id']), store.table.groupby('scene')['id'].apply(list).to_dict(), []
-    report, names = [], set()
+    marks = dict(zip(store.table['scene'], store.table['mark'])) if 'mark' in store.table else {}
+    report, names, before, stale, notes = [], set(), 0, 0, []
     def taken(name, job):
         known = opt.s2_offset == 'auto' and job.name in KNOWN_OFFSETS
         report.append((name, job.file, 'ok', f'{KNOWN_OFFSETS[job.name]} DN taken off: see KNOWN_OFFSETS' if known else ''))
+    cut = lambda job, source: records_of(source, units, opt, arrays, ecoregions)
     def failed(name, job, e):
         if strict: raise GacError(f'{name} ({job.file}): {e}') from e
         report.append((name, job.file, 'error', str(e)))
@@ -1601,15 +1532,24 @@ def convert(
             if job.excluded: report.append((job.name, job.file, 'excluded', job.excluded))
             elif job.name in names: failed(job.name, job, GacError(f'duplicate id {job.name}.'))
             elif job.name in done:  # by the run before
+                if marks.get(job.name) and _mark(job) != marks[job.name] and _changed(job, cut, store, done[job.name]):
+                    stale += 1
+                    failed(job.name, job, GacError(STALE))
+                    continue
+                before += len(done[job.name])
                 for name in done[job.name]: taken(name, job)
             else:
-                try: tiles = list(records_of(_loaded(job), units, opt, arrays, ecoregions))
+                mark, note = _mark(job), ''
+                try:
+                    source = _loaded(job)
+                    note, tiles = source.note, list(cut(job, source))
                 except GacError as e: tiles = [(job.name, e)]
+                if note: notes.append(f'{job.file}: {note}')
                 for name, tile in tiles:
                     if isinstance(tile, GacError): failed(name, job, tile)
                     elif name in held: failed(name, job, GacError(f'duplicate id {name}.'))
                     else:
-                        waiting.append(tile)
+                        waiting.append(tile | dict(mark=mark))
                         held.add(name)
                         taken(name, job)
                 if len(waiting) >= batch: waiting = store.append(waiting) or []
@@ -1617,12 +1557,33 @@ def convert(
         store.append(waiting)
     report = pd.DataFrame(report, columns=['id', 'file', 'status', 'reason'])
     _write_whole(dst/'report.csv', report.to_csv(index=False).encode())
-    print(f'{src.name}: ' + ', '.join(f'{n} {s}' for s, n in report['status'].value_counts().items()), flush=True)
+    if notes: print(f'{notes[0]}{f" (and {len(notes) - 1} more like it)" if notes[1:] else ""}', flush=True)
+    told = report['status'].value_counts().to_dict()
+    told = dict(told, ok=told.get('ok', 0) - before) | ({'there before': before} if before else {})
+    print(f'{src.name}: ' + (', '.join(f'{n} {s}' for s, n in told.items() if n) or 'nothing'), flush=True)
+    if stale: print(f'{stale} of the errors: {STALE}', flush=True)
     return report
 
+STALE = ('the source has changed since it was converted, and the store still holds what it was. Convert into a new folder, or delete this store '
+         'and what was made of it.')
+
+def _mark(job:Job) -> str: # 12 digits
+    "Names, sizes and times of the files of a source."
+    files = [p for f in job.files for p in (sorted(f.iterdir()) if f.is_dir() else [f]) if _shown(p) and p.is_file()]
+    told = [(p.name, s.st_size, s.st_mtime_ns) for p in files for s in [p.stat()]]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12] if told else ''
+
+def _changed(job:Job, cut:Callable, store:Store, names:list) -> bool:
+    "Whether a source gives other tiles than the store has of it; one that was only touched does not."
+    try: again = {name: tile for name, tile in cut(job, _loaded(job)) if not isinstance(tile, GacError)}
+    except GacError: return True
+    if set(again) != set(names): return True
+    rows = [store.table.index[store.table['id'] == name][0] for name in names]
+    return any(not np.array_equal(store.read(a, [row])[0], again[name][a]) for name, row in zip(names, rows) for a in store.attrs['tiles'])
+
 def _as_json(opt:Options) -> dict:
-    "Options as a store keeps them."
-    return json.loads(json.dumps(asdict(opt)))
+    "Options as a store keeps them; a factor only where one was given, as stores had none before."
+    return json.loads(json.dumps({k: v for k, v in asdict(opt).items() if v or k not in ('s1_scale', 's2_scale')}))
 
 def _place(src:Path) -> str:
     "A mark of where data lie, which does not spell the path out."
@@ -1668,12 +1629,14 @@ def real_store(
     drop_older(dst)
     if (dst/'table.parquet').exists():
         have = Store(dst).attrs
-        if have.get('place') != _place(src) or options and have.get('options') != _as_json(Options(**options)): shutil.rmtree(dst)
+        other = options and have.get('options') != _as_json(Options(**options))
+        changed = 'sources' in have and have['sources'] != study._fingerprint(src)
+        if other or changed or have.get('place') != _place(src): shutil.rmtree(dst)
     if not (dst/'report.csv').exists(): convert(src, dst, **options)
     return Store(dst)
 
 # %% ../nbs/02_tiles.ipynb #d80b6e13
-MIN_PAIRS = 8 # real training tiles below which a run trains on the procedural world
+MIN_PAIRS = 64 # real training tiles below which a run trains on the procedural world
 
 def run_stores(
     run:study.Run, # of this notebook
@@ -1682,12 +1645,6 @@ def run_stores(
     real = real_store(run)
     return {'world': study_store(run), **({f'real: {Path(run.data).name}': real} if real is not None else {})}
 
-def enough(
-    there:dict, # split -> tiles
-) -> bool:
-    "Whether a run trains on tiles: there have to be some to choose by and to report on as well."
-    return there['train'] >= MIN_PAIRS and bool(there['val'] and there['test'])
-
 def training_store(
     run:study.Run, # of this notebook
 ) -> tuple[str, Store]: # its name among run_stores, and the store
@@ -1695,24 +1652,7 @@ def training_store(
     stores = run_stores(run)
     label, store = list(stores.items())[-1]
     there = {s: len(store.rows(s)) for s in SPLITS}
-    if label == 'world' or enough(there): return label, store
+    if label == 'world' or there['train'] >= MIN_PAIRS and there['val'] and there['test']: return label, store
     run.missing(f'training on {label}', f'it has {", ".join(f"{n} {s}" for s, n in there.items())} tiles; {MIN_PAIRS} to train on and some of the others are needed, so '
-                'the stages are trained on the procedural world. `gac data split` deals tiles into splits')
+                'the stages are trained on the procedural world')
     return 'world', stores['world']
-
-def shown_store(
-    run:study.Run, # of this notebook
-    split:str='test', # of the tiles trained on, that may be looked at
-) -> tuple[str, Store, np.ndarray]: # its name among run_stores, the store, positions in it
-    "The tiles a run is about: those somebody gave, else its own. Where the stages are trained on others, all of them."
-    label, store = training_store(run)
-    if label != 'world' or not run.data: return label, store, store.rows(split)
-    label, store = list(run_stores(run).items())[-1]
-    return label, store, store.rows()
-
-def window_of(
-    store:Store, # of the tiles
-    size:int, # px asked for; 0: whole tiles
-) -> int: # px
-    "A training window, no larger than the tiles."
-    return min(size, store.arrays['s2'].shape[-1])

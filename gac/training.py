@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['MIXED', 'STRATEGIES', 'ADAPTER_FILES', 'CARD', 'MEASURED', 'FREE_TO_CHANGE', 'Settings', 'cosine_warmup', 'by_first',
            'launched', 'Order', 'seeded', 'Seeded', 'loader', 'inject_lora', 'is_int8', 'unfreeze', 'save_adapters',
-           'load_adapters', 'merge_lora', 'digest', 'read_safetensors', 'to_int8', 'mixed', 'weigh', 'checkpointed',
-           'save_checkpoint', 'load_checkpoint', 'trained_state', 'load_trained', 'write_card', 'Task', 'StepSeed',
-           'Finish', 'Rounds', 'Curve', 'AtomicIO', 'Log', 'trainer', 'finished', 'forget', 'apart', 'together', 'Fit',
-           'fit', 'export_best']
+           'load_adapters', 'merge_lora', 'digest', 'read_safetensors', 'to_int8', 'check_precision', 'mixed', 'weigh',
+           'checkpointed', 'save_checkpoint', 'load_checkpoint', 'trained_state', 'load_trained', 'write_card', 'Task',
+           'StepSeed', 'Finish', 'Rounds', 'Curve', 'AtomicIO', 'Log', 'trainer', 'finished', 'forget', 'apart',
+           'together', 'Fit', 'fit', 'export_best']
 
 # %% ../nbs/05_training.ipynb #7ffe61f8
 import functools, hashlib, json, logging, math, os, random, re, signal, subprocess, sys, time, warnings
@@ -91,6 +91,12 @@ class Settings:
 
     @property
     def world(self) -> int: return self.devices*self.num_nodes
+
+    @property
+    def device(self) -> str: # cpu, or what else there is
+        "What Lightning will take."
+        if self.accelerator != 'auto': return self.accelerator
+        return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
 
     def steps(self, tiles:int) -> int:
         "Optimizer steps of a training over `tiles` tiles."
@@ -368,12 +374,21 @@ def to_int8(
     return model
 
 # %% ../nbs/05_training.ipynb #4e7cc6fc
+def check_precision(
+    precision:str, # of MIXED
+    device:str, # cpu or cuda
+) -> None:
+    "Refuse arithmetic that a device does not have: on a CPU Lightning would train in bfloat16 and call it float16."
+    if precision not in MIXED: raise GacError(f'precision is {precision!r}: expected {", ".join(MIXED)}.')
+    if precision == '16-mixed' and device == 'cpu':
+        raise GacError('--precision 16-mixed needs a GPU, and this runs on a CPU. Take bf16-mixed or 32-true.')
+
 def mixed(
     device:str, # cpu or cuda
     precision:str, # of MIXED
 ) -> torch.autocast: # a context; it holds in the thread that enters it
     "Products in half precision, sums and weights in float32."
-    if precision not in MIXED: raise GacError(f'precision is {precision!r}: expected {", ".join(MIXED)}.')
+    check_precision(precision, device)
     return torch.autocast(device, MIXED[precision], enabled=precision != '32-true')
 
 def weigh(
@@ -664,6 +679,7 @@ def trainer(
 ) -> Trainer:
     "A Lightning trainer: best and last checkpoint, early stopping, a curve, plain lines of progress."
     logging.getLogger('lightning.pytorch').setLevel(logging.ERROR)
+    check_precision(settings.precision, settings.device)
     s, out_dir = settings, Path(out_dir)
     strategy = s.strategy if s.strategy not in ('auto', 'ddp') else STRATEGIES[2] if s.world > 1 else 'auto'  # adapters may rest
     keep = dict(dirpath=str(out_dir), enable_version_counter=False, save_on_train_epoch_end=True)

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import evaluate, foundations, metrics, stage1, stage2, stage3, study, tiles, training, world
+from . import evaluate, export, foundations, metrics, stage1, stage2, stage3, study, tiles, training, world
 from .study import GacError, OPT_BANDS
 
 # %% ../nbs/10_trust.ipynb #852a0fe9
@@ -775,7 +775,7 @@ def run_uncertainty(
     output_dir, # store beside it: generations, mean and spread of the last stage; reliability.csv
     stage2_checkpoint='', # folder; empty: without Stage 2
     stage3_checkpoint='', # folder; empty: without Stage 3
-    name:str='terramind_mini_generate', # generator
+    name:str='', # generator; empty: the one the checkpoints were trained on, else the miniature
     weights:str='', # folder of its weights
     samples:int=8, # generations of every tile
     timesteps:int=1, # diffusion steps
@@ -790,9 +790,10 @@ def run_uncertainty(
     store, _ = stage1.open_tiles(data_dir, Path(output_dir)/'store' if not (Path(data_dir)/'table.parquet').exists() else '')
     product, rows = store.attrs.get('s1_product', 'S1GRD'), evaluate.spread(store.rows(split or None), max_tiles)
     if not len(rows): raise GacError(f'{store.path} has no tile of split {split!r}: leave --split out.')
+    name, _ = export.generator_for(stage2_checkpoint, stage3_checkpoint, name)
     chain = Chain(stage1.build_terramind_generator((product,), name=name, weights=weights),
                   stage1.Decoding(timesteps, 'sample', clamp))
-    if stage2_checkpoint: chain.refiner = stage2.load_stage2(stage2_checkpoint)
+    if stage2_checkpoint: chain.refiner = stage2.load_stage2(stage2_checkpoint, weights=weights)
     if stage3_checkpoint: chain.grounding = evaluate.grounder(stage3_checkpoint, product)
     kept = keep_generations(chain, store, rows, output_dir, samples, seed, batch_size)
     array = list(sample_arrays(chain).values())[-1]

@@ -82,8 +82,8 @@ def test_workflow_runs_the_tests_and_the_documentation():
     assert jobs['test']['strategy']['matrix']['python'] == ['3.11', '3.12', '3.13']
 
 def test_every_notebook_and_module_has_its_place():
-    listed = lambda page, folder: re.findall(rf'(?m)^{folder}/(\w+)$', (ROOT/'docs'/page).read_text(encoding='utf-8'))
-    notebooks = {p.stem for p in (ROOT/'nbs').glob('*.ipynb')} - {'index'}
+    listed = lambda page, folder: re.findall(rf'(?m)^{folder}/([\w./]+)$', (ROOT/'docs'/page).read_text(encoding='utf-8'))
+    notebooks = {p.relative_to(ROOT/'nbs').with_suffix('').as_posix() for p in collect().notebooks()} - {'index'}
     assert sorted(listed('tutorial.md', 'nbs')) == sorted(notebooks)
     assert [n for n in listed('tutorial.md', 'nbs') if n in STAGES] == list(STAGES), 'reading order is run order'
     assert listed('api.md', 'api') == list(study.ROOMS)

@@ -21,6 +21,9 @@ SMALL = Tiling(48, 16, 96)
 def no_waiting_for_the_disk(monkeypatch): monkeypatch.setattr(os, 'fsync', lambda fd: None)
 
 @pytest.fixture(scope='module')
+def chain(): return export.Chain()
+
+@pytest.fixture(scope='module')
 def store(tmp_path_factory):
     "Three tiles with two stages."
     path = tmp_path_factory.mktemp('store')
@@ -263,18 +266,18 @@ def test_a_folder_without_a_checkpoint_says_what_makes_one(tmp_path, capsys, opt
     assert said in capsys.readouterr().err
 
 def test_stage1_draws_as_stage2_was_trained(tmp_path, capsys):
-    "The decoding a training wrote down, unless another is asked for, and then with a word."
+    "The decoding a training wrote down; another one is refused."
     for none, said in (('', False), (tmp_path, True)):
         assert export.decoding_for(none) == stage1.Decoding(1, 'expected')
-        assert ('stage1.json is not beside it' in capsys.readouterr().out) == said
+        assert ('stage1.json is not beside them' in capsys.readouterr().out) == said
     assert str(export.decoding_for('', 3, 'argmax', 'off')) == 'argmax, 3 steps, no clamp'
     drawn = stage1.Decoding(4, 'sample', 'off', 2)
     file = stage2.keep_decoding(tmp_path, dict(asdict(drawn), model='another fact of the array'))
     capsys.readouterr()
     assert export.decoding_for(tmp_path) == export.decoding_for(tmp_path/'refiner.safetensors') == drawn
     assert export.decoding_for(tmp_path, 4, 'sample') == drawn and capsys.readouterr().out == ''
-    assert export.decoding_for(tmp_path, 1) == replace(drawn, timesteps=1)
-    assert 'Stage 1 draws here: sampled, mean of 2, 1 step, no clamp. Stage 2 was trained on images drawn otherwise' in capsys.readouterr().out
+    for asked in (dict(timesteps=1), dict(tokens='argmax'), dict(clamp='pretraining')):
+        with pytest.raises(GacError, match='trained on images drawn otherwise .*leave --' + next(iter(asked))): export.decoding_for(tmp_path, **asked)
     for bad in ('{', '[]', '{"timesteps": 1}', json.dumps(asdict(drawn) | dict(timesteps='4'))):
         file.write_text(bad)
         with pytest.raises(GacError, match='stage1.json does not say how Stage 1 drew'): export.decoding_for(tmp_path)
@@ -282,13 +285,30 @@ def test_stage1_draws_as_stage2_was_trained(tmp_path, capsys):
     with pytest.raises(GacError, match="stage1.json: tokens is 'best'"): export.decoding_for(tmp_path)
     assert stage2.keep_decoding(tmp_path, dict(model='another program')) is None and export.decoding_for(tmp_path) == stage1.Decoding(1, 'expected')
 
+def test_stage1_draws_with_the_generator_of_the_checkpoints(tmp_path, chain):
+    "The generator, weights and precision that are written beside a checkpoint; another one is refused."
+    made = stage1.settings(chain.generator, chain.decoding, 0)
+    stage2.keep_decoding(tmp_path, made)
+    name, drawn = export.generator_for(tmp_path)
+    assert (name, drawn) == ('terramind_mini_generate', {k: made[k] for k in ('model', 'weights', 'precision')})
+    assert export.generator_for('', '', '') == ('terramind_mini_generate', {}) and export.generator_for('', '', 'x') == ('x', {})
+    with pytest.raises(GacError, match='--name terramind_v1_large_generate: .* drawn by terramind_mini_generate. Leave --name out'):
+        export.generator_for(tmp_path, '', 'terramind_v1_large_generate')
+    stage2.keep_decoding(tmp_path, made | dict(model='terramind_v1_large_generate'))
+    assert export.generator_for(tmp_path)[0] == 'terramind_v1_large_generate'  # never the miniature in its place
+    stage2.keep_decoding(tmp_path, made | dict(decoder='direct'))
+    with pytest.raises(GacError, match='--direct'): export.generator_for(tmp_path)
+    export.Chain(drawn=drawn)
+    with pytest.raises(GacError, match='trained on images drawn with x.pt .0123.*--weights'): export.Chain(drawn=drawn | dict(weights={'x.pt': '0123'}))
+    assert export.Chain(drawn=drawn | dict(precision='bf16-true, compiled')).generator.precision == 'bf16-true'
+
 WRONG = {'one band': (dict(change=lambda x: x[:1], names=()), 'gdal_merge.py -separate'),
          'three bands': (dict(change=lambda x: np.concatenate([x, x[:1]]), names=()), '3 bands without names'),
     'three with other names': (dict(change=lambda x: np.concatenate([x, x[:1]]), names=('red', 'green', 'blue')), '3 bands with the names red, green, blue'),
-    'HH and HV': (dict(names=('HH', 'HV')), 'bands HH, HV: expected VV once and VH once'),
+    'HH and HV': (dict(names=('HH', 'HV')), 'bands HH, HV: expected VV and VH once each'),
     'swapped': (dict(change=lambda x: x[::-1], names=()), '--s1-bands VH,VV'),
     'degrees': (dict(crs='EPSG:4326', pixel=1e-4), 'counts in degrees.*gdalwarp'),
-    '20 m': (dict(pixel=20.), '20 × 20 m.*gdalwarp'), 'counts': (dict(change=lambda x: (x + 500).astype('u2')), 's1_units'),
+    '20 m': (dict(pixel=20.), '20 × 20 m.*gdalwarp'), 'counts': (dict(change=lambda x: (x + 500).astype('u2')), '--s1-units'),
     'nothing': (dict(change=lambda x: x*0), 'no pixel with data'),
     'unmarked': (dict(change=lambda x: np.where(np.arange(170) < 9, -9999, x).astype('f4')), 'gdal_edit.py -a_nodata'),
     'complex': (dict(change=lambda x: x.astype('complex64')), 'complex')}
@@ -369,9 +389,6 @@ def test_seams_are_measured_and_blending_takes_them_away(tmp_path):
     assert none['lo'] - .02 < none['excess'] < none['hi'] + .02
 
 # ---- gac infer: the trained chain ------------------------------------------------------------------------------------------------
-
-@pytest.fixture(scope='module')
-def chain(): return export.Chain()
 
 def test_a_tile_of_a_scene_does_not_depend_on_its_neighbours(chain, tmp_path):
     opened = open_scene(scene(tmp_path/'s1.tif', 150, 150))

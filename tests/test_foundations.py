@@ -275,3 +275,18 @@ def test_a_generator_of_stage_1_draws_the_same_without_an_encoder_and_says_what_
     with pytest.raises(study.GacError, match='S2L2A cannot be tokenized.*tokenizer_encoder=True'): lean.tokenize(torch.zeros(1, 12, 48, 48))
     with pytest.raises(study.GacError, match='makes no round trip'):
         baselines.round_trip(lean, stage1.Decoding(1))(dict(s2=torch.zeros(1, 12, 48, 48).numpy(), id=['a']))
+
+def test_terratorchs_own_loader_refuses_a_tensor_that_was_renamed(tmp_path, monkeypatch):
+    "It would start at random with a line in a log; and it reads the folder of --weights."
+    from terratorch.registry import TERRATORCH_BACKBONE_REGISTRY
+    e = F.entry('terramind_v1_tiny')
+    blank = F.blank('terramind_v1_tiny', memory=False, modalities=['S1GRD'])
+    state = numbers(blank, 5)
+    build = lambda: TERRATORCH_BACKBONE_REGISTRY.build('terramind_v1_tiny', pretrained=True, modalities=['S1GRD']).state_dict()
+    monkeypatch.setenv('GAC_WEIGHTS', str(tmp_path))
+    torch.save(state, tmp_path/e.file)
+    for k, v in build().items(): assert torch.equal(v, state[k]), k
+    key = next(k for k in state if 'norm1.weight' in k)
+    for change in (lambda s: s | {key + '.new': s.pop(key)}, lambda s: s | {key: s[key][:-1]}):
+        torch.save(change(dict(state)), tmp_path/e.file)
+        with pytest.raises(study.GacError, match='does not fit TerraMindViT.*' + key): build()

@@ -8,8 +8,9 @@ from PIL import Image
 from gac import study
 
 ROOT = study.root()
-NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
-STAGES = [p for p in NOTEBOOKS if re.match(r'\d\d_', p.name)]
+NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+STAGES = [p for p in NOTEBOOKS if p.parent.name == 'nbs' and re.match(r'\d\d_', p.name)]
+MODULES = sorted((ROOT/'gac').rglob('[!_]*.py'))
 SKIP = {'.git', '.venv', '.pytest_cache', '.hypothesis', '__pycache__', '.ipynb_checkpoints', 'gac.egg-info', 'runs', 'build',
         'dist'}
 
@@ -38,17 +39,17 @@ def copy(tmp_path_factory) -> Path:
     return new
 
 def test_export_in_sync(copy):
-    kept = {p.name: p.read_text() for p in (ROOT/'gac').glob('*.py')}
-    made = {p.name: p.read_text() for p in (copy/'gac').glob('*.py')}
+    kept, made = ({p.relative_to(at/'gac').as_posix(): p.read_text() for p in (at/'gac').rglob('*.py')} for at in (ROOT, copy))
     assert sorted(kept) == sorted(made), 'run nbdev_export'
     for name in made: assert kept[name] == made[name], f'gac/{name} is not what its notebook exports: run nbdev_export'
-    others = [p.name for p in (ROOT/'gac').iterdir() if p.suffix != '.py' and p.name != '__pycache__']
+    others = [p.name for p in (ROOT/'gac').rglob('*') if p.is_file() and p.suffix != '.py' and p.parent.name != '__pycache__']
+    assert all((p.parent/'__init__.py').exists() for p in MODULES), 'setup finds packages by their __init__.py'
     assert not others, f'gac/ holds exported modules and nothing else: {others}'
     assert (copy/'pyproject.toml').read_text() == (ROOT/'pyproject.toml').read_text()
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_is_clean(copy, path):
-    assert path.read_text() == (copy/'nbs'/path.name).read_text(), f'{path.name} is not clean: run nbdev_clean'
+    assert path.read_text() == (copy/path.relative_to(ROOT)).read_text(), f'{path.name} is not clean: run nbdev_clean'
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_is_small_and_whole(path):
@@ -105,7 +106,7 @@ def test_profiles_fit_the_notebooks():
 
 def test_modules_import_downhill():
     assert study.uphill() == {}
-    for path in (ROOT/'gac').glob('[!_]*.py'):
+    for path in MODULES:
         source = path.read_text()
         stars = [n.module for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom) and n.names[0].name == '*']
         assert not stars, f'{path.name}: import * from {stars}'
@@ -136,7 +137,7 @@ def test_imported_packages_are_required():
     "Whatever gac imports from outside is named in settings.ini; planetary-computer is optional, and its absence is explained."
     required = {canonical(r) for r in study.requirements()}
     alias = {'yaml': 'pyyaml', 'sklearn': 'scikit-learn', 'odc': 'odc-stac'}
-    for path in (ROOT/'gac').glob('[!_]*.py'):
+    for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text())):
             names = ([a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
                      if isinstance(node, ast.ImportFrom) and not node.level else [])

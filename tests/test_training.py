@@ -253,3 +253,12 @@ def test_the_curve_shows_the_loss_whatever_a_step_gathers(tmp_path):
         curve = fit(vit(), both, Tiles(12), None, replace(SETTINGS, grad_accum_steps=n, max_steps=2, val_every=2, save_every=2, log_every=1),
                     tmp_path/str(n), every=0).curve
         assert curve.train_loss.tolist() == pytest.approx(curve.train_term.tolist(), rel=1e-5), n
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='asks what a CPU refuses')
+def test_float16_on_a_cpu_is_refused_before_a_step(tmp_path):
+    "Lightning would train in bfloat16 there, and the card would say float16."
+    for accelerator in ('auto', 'cpu'):
+        with pytest.raises(GacError, match='--precision 16-mixed needs a GPU'):
+            training.trainer(replace(SETTINGS, precision='16-mixed', accelerator=accelerator), tmp_path/'out', 1)
+    with pytest.raises(GacError, match='--precision 16-mixed needs a GPU'): training.mixed('cpu', '16-mixed')
+    assert not (tmp_path/'out').exists()
