@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['BIOME_BOXES', 'BIGEARTHNET', 'EARTH', 'FORMAT', 'SHARD', 'ABSENT', 'CODEC', 'COLUMNS', 'SPLITS', 'GUARD',
            'SPLIT_STARTS', 'SPLIT_BY', 'BLOCKS', 'ENOUGH', 'S2_OFFSET', 'LEVELS', 'APART', 'KNOWN_OFFSETS', 'S1_UNITS',
-           'S2_UNITS', 'BEN_PIXELS', 'EXTRA', 'NPZ_META', 'NPZ_KEYS', 'BENV2_S1', 'MAGIC', 'LAYOUTS', 'READERS',
-           'BY_ORDER', 'MIN_PAIRS', 'pad_to_multiple', 'crop_back', 'to_reflectance', 'to_dn', 'parse_date', 'month_of',
-           'biome_of', 'read_ecoregions', 'split_by_block', 'split_distance', 'pack', 'unpack', 'shard_index',
-           'write_shard', 'Entry', 'Store', 'check_id', 'tile_arrays', 'from_world', 'drop_older', 'study_store',
-           'SplitRule', 'split_groups', 'deal_split', 'split_room', 'split_store', 's1_unit', 's2_unit', 'has_baseline',
-           's2_offset', 'Options', 'Source', 'Job', 'windows', 'check_whole', 'read_bigearthnet', 'read_geotiff',
-           'read_npz', 'read_benv2', 'recognise', 'Units', 'find_units', 'records_of', 'convert', 'real_store',
-           'run_stores', 'training_store']
+           'S2_UNITS', 'SPLIT_NAMES', 'BEN_PIXELS', 'EXTRA', 'NPZ_META', 'NPZ_KEYS', 'BENV2_S1', 'MAGIC', 'LAYOUTS',
+           'READERS', 'BY_ORDER', 'MIN_PAIRS', 'pad_to_multiple', 'crop_back', 'to_reflectance', 'to_dn', 'parse_date',
+           'month_of', 'biome_of', 'read_ecoregions', 'split_by_block', 'split_distance', 'pack', 'unpack',
+           'shard_index', 'write_shard', 'Entry', 'Store', 'check_id', 'tile_arrays', 'from_world', 'drop_older',
+           'study_store', 'SplitRule', 'split_groups', 'deal_split', 'split_room', 'split_store', 's1_unit', 's2_unit',
+           'has_baseline', 's2_offset', 'nested', 'split_of', 'Options', 'Source', 'Job', 'windows', 'check_whole',
+           'read_bigearthnet', 'read_geotiff', 'read_npz', 'read_benv2', 'recognise', 'Units', 'find_units',
+           'records_of', 'auto_size', 'frequent_reasons', 'Part', 'convert', 'real_store', 'run_stores',
+           'training_store']
 
 # %% ../nbs/02_tiles.ipynb #1e22762c
-import hashlib, io, json, os, re, shutil, socket, weakref
+import hashlib, io, json, os, re, shutil, socket, unicodedata, weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -1158,7 +1159,7 @@ def s1_unit(
 ) -> str: # dB, linear or amplitude
     "The unit of a data set's Sentinel-1."
     if asked != 'auto':
-        if asked not in S1_UNITS: raise GacError(f's1_units={asked!r}: it is one of auto, {", ".join(S1_UNITS)}.')
+        if asked not in S1_UNITS: raise GacError(f'--s1-units {asked}: it is one of auto, {", ".join(S1_UNITS)}.')
         return asked
     low = min((s[np.isfinite(s)].min() for s in samples if np.isfinite(s).any()), default=np.nan)
     vv, vh = (_median(np.concatenate([s[i].ravel() for s in samples])) for i in (0, 1))
@@ -1171,7 +1172,7 @@ def s1_unit(
             fits.append(unit)
     if len(fits) == 1: return fits[0]
     raise GacError(f'{where}: Sentinel-1 values from {_range(samples)} (medians {vv:.4g} VV, {vh:.4g} VH) '
-                   f'fit {" and ".join(fits) or "no unit"}. Say s1_units=dB, linear (power) or amplitude.')
+                   f'fit {" and ".join(fits) or "no unit"}. Say --s1-units dB, linear (power) or amplitude.')
 
 def s2_unit(
     samples:list, # arrays (C, H, W) as they came
@@ -1180,13 +1181,13 @@ def s2_unit(
 ) -> str: # dn or reflectance
     "The unit of a data set's Sentinel-2."
     if asked != 'auto':
-        if asked not in S2_UNITS: raise GacError(f's2_units={asked!r}: it is one of auto, {", ".join(S2_UNITS)}.')
+        if asked not in S2_UNITS: raise GacError(f'--s2-units {asked}: it is one of auto, {", ".join(S2_UNITS)}.')
         return asked
     high = max((np.percentile(s[np.isfinite(s)], 99.9) for s in samples if np.isfinite(s).any()), default=0)
     if high > 50: return 'dn'
     if 0 < high <= 2 and all(s.dtype.kind == 'f' for s in samples): return 'reflectance'
     raise GacError(f'{where}: Sentinel-2 values from {_range(samples)} ({samples[0].dtype}) are neither DN nor reflectance for sure. Say '
-                   's2_units=dn or reflectance.')
+                   '--s2-units dn or reflectance.')
 
 def _floor(dn:np.ndarray) -> float:
     "The darkest tenth of a percent of an image, DN; no-data pixels left out."
@@ -1211,13 +1212,44 @@ def s2_offset(
     if all(map(has_baseline, names)): return S2_OFFSET
     raise GacError(f'{where}: Sentinel-2 has hardly a value under {S2_OFFSET} DN (it goes from {_range(samples)}): '
                    f'bright scenes, or the {S2_OFFSET} DN that processing baseline 04.00 adds. '
-                   f'Say s2_offset={S2_OFFSET} to take them off, or s2_offset=0.')
+                   f'Say --s2-offset {S2_OFFSET} to take them off, or --s2-offset 0.')
+
+# %% ../nbs/02_tiles.ipynb #71825b9a
+def nested(
+    folder:Path,
+    ends:tuple, # of the names, e.g. ('.npz',)
+) -> dict: # path -> name of the source
+    "Files at any depth; one in a folder below is called by its way there. Hidden files are passed over."
+    named, taken = {}, set()
+    for path in sorted(p for p in Path(folder).rglob('*') if p.suffix.lower() in ends and p.is_file()):
+        way = path.relative_to(folder)
+        if any(part.startswith('.') for part in way.parts): continue
+        name = _joined(way) if way.parent.parts else path.stem
+        named[path] = name if name not in taken or not way.parent.parts else f'{name}-{hashlib.sha256(way.as_posix().encode()).hexdigest()[:6]}'
+        taken.add(named[path])
+    return named
+
+def _joined(way:Path) -> str: # relative path of a file
+    "A name that can be an id: folders and file, joined by _, what an id cannot hold replaced by it."
+    plain = unicodedata.normalize('NFKD', '_'.join((*way.parent.parts, way.stem)))  # é is e and an accent
+    name = re.sub(r'[^A-Za-z0-9._+-]+', '_', re.sub('[\u0300-\u036f]', '', plain))
+    name = re.sub(r'\.\.+', '.', name).lstrip('._+-') or 'tile'
+    return name if len(name) <= 180 else f'{name[-170:].lstrip("._+-")}-{hashlib.sha256(way.as_posix().encode()).hexdigest()[:6]}'
+
+SPLIT_NAMES = {s: s for s in SPLITS} | dict(training='train', validation='val', valid='val', testing='test')  # of folders
+
+def split_of(
+    way:Path, # of a file, below the folder that is converted
+    other:str, # where no folder says it
+) -> str:
+    "The split that a folder's name says."
+    return next((SPLIT_NAMES[p.lower()] for p in Path(way).parent.parts if p.lower() in SPLIT_NAMES), other)
 
 # %% ../nbs/02_tiles.ipynb #a0150c16
 @dataclass
 class Options:
     "How real tiles are read."
-    size:int = 120  # of a tile, px
+    size:int|str = 120  # of a tile, px; auto: the smallest side that is found, at most 120
     split:str = 'test'  # of tiles whose layout has no official split
     s1_units:str = 'auto'  # dB, linear, amplitude
     s2_units:str = 'auto'  # dn, reflectance
@@ -1257,7 +1289,7 @@ def windows(
     size:int, # of a tile
 ) -> list: # (row, column) of every tile's upper left corner
     "The fewest tiles that cover an image."
-    if min(h, w) < size: raise GacError(f'{h}×{w} px is smaller than a tile of {size} px. Say size={min(h, w)} or less.')
+    if min(h, w) < size: raise GacError(f'{h}×{w} px is smaller than a tile of {size} px. Say --tile-size {min(h, w)} or less, or auto.')
     starts = lambda n: [min(i*size, n - size) for i in range(-(-n//size))]
     return [(r, c) for r in starts(h) for c in starts(w)]
 
@@ -1270,7 +1302,7 @@ def _in_order(names:Iterable, count:int, asked:tuple, known:tuple, option:str) -
         return tuple(asked)
     if count == len(known): return known
     if known is S2_BANDS and count == 4: return OPT_BANDS
-    raise GacError(f'{count} bands without names; expected {len(known)}{" or 4" if known is S2_BANDS else ""}. Say {option}= with the '
+    raise GacError(f'{count} bands without names; expected {len(known)}{" or 4" if known is S2_BANDS else ""}. Say {option} with the '
                    'name of every band in order.')
 
 def _pick(x:np.ndarray, names:tuple, wanted:tuple) -> np.ndarray:
@@ -1399,9 +1431,9 @@ def _geotiff_source(name:str, files:dict, product:str, opt:Options) -> Source:
         if x[0].shape[1:] != s2[0].shape[1:]:
             raise GacError(f'{files[kind]}: {x[0].shape[1]}×{x[0].shape[2]} px, S2L2A has {s2[0].shape[1]}×{s2[0].shape[2]}.')
         _same_place(s2, x, str(files[kind]))
-    try: bands1 = _in_order(s1[3], len(s1[0]), tuple(opt.s1_bands), S1_BANDS, 's1_bands')
+    try: bands1 = _in_order(s1[3], len(s1[0]), tuple(opt.s1_bands), S1_BANDS, '--s1-bands')
     except GacError as e: raise GacError(f'{files[product]}: {e}')
-    try: bands2 = _in_order(s2[3], len(s2[0]), tuple(opt.s2_bands), S2_BANDS, 's2_bands')
+    try: bands2 = _in_order(s2[3], len(s2[0]), tuple(opt.s2_bands), S2_BANDS, '--s2-bands')
     except GacError as e: raise GacError(f'{files["S2L2A"]}: {e}')
     tags = [x[4] for kind, x in rasters.items() if kind != 'DEM']
     dates = [parse_date(name), *(parse_date(t.get('datetime') or t.get('TIFFTAG_DATETIME', '').replace(':', '-', 2))
@@ -1411,6 +1443,16 @@ def _geotiff_source(name:str, files:dict, product:str, opt:Options) -> Source:
     named = bool(opt.s1_bands) or set(S1_BANDS) <= {str(n or '').upper() for n in s1[3]}
     return Source(name, _pick(s1[0], bands1, S1_BANDS), s2[0], bands2, product, named, extra, meta, s2[1], s2[2],
                   '' if named else str(files[product]))
+
+def _by_way(folder:Path) -> dict: # way without the ending -> files
+    "The GeoTIFFs of a modality, at any depth."
+    ways = {}
+    for p in nested(folder, ('.tif', '.tiff')): ways.setdefault(p.relative_to(folder).with_suffix('').as_posix(), []).append(p)
+    return ways
+
+def _way_name(way:str) -> str: # as _by_way has it
+    "The name of a source."
+    return _joined(Path(f'{way}.tif')) if '/' in way else way
 
 def _optical_first(kind:str) -> tuple: return (kind != 'S2L2A', kind not in ('NDVI', 'LULC'), kind)  # whose date is the scene's
 
@@ -1423,18 +1465,19 @@ def read_geotiff(
     product = opt.s1_product or radar[0]
     if product not in radar: raise GacError(f'{src}: no folder {product} (there is {", ".join(radar)}).')
     kinds = sorted([product, 'S2L2A', *(k for k in EXTRA if (src/k).is_dir())], key=_optical_first)
-    found = {k: [p for p in sorted((src/k).iterdir()) if p.suffix.lower() in ('.tif', '.tiff')] for k in kinds}
+    found = {k: _by_way(src/k) for k in kinds}
     jobs = []
-    for name in sorted({p.stem for paths in found.values() for p in paths}):
-        files = {k: [p for p in found[k] if p.stem == name] for k in kinds}
-        job = Job(name, str(src/'S2L2A'/f'{name}.tif'), None)
+    for way in sorted({w for paths in found.values() for w in paths}):
+        name, files = _way_name(way), {k: found[k].get(way, []) for k in kinds}
+        job = Job(name, str(src/'S2L2A'/f'{way}.tif'), None)
         try:
             check_id(name)
             for k, paths in files.items():
-                if not paths: raise GacError(f'{src/k}: missing file {name}.tif.')
+                if not paths: raise GacError(f'{src/k}: missing file {way}.tif.')
                 if len(paths) > 1: raise GacError(f'{src/k}: duplicate id {name} ({", ".join(p.name for p in paths)}).')
         except GacError as e: job.load = _failing(e)
-        else: job.load = partial(_geotiff_source, name, {k: p[0] for k, p in files.items()}, product, opt)
+        else: job.load = partial(_geotiff_source, name, {k: p[0] for k, p in files.items()}, product,
+                                 replace(opt, split=split_of(Path(way), opt.split)))
         jobs.append(job)
     return jobs
 
@@ -1483,8 +1526,8 @@ def _npz_source(path:Path, i:int, name:str, opt:Options, cache:dict) -> Source:
     for k, v in extra.items():
         if v.squeeze().shape != s2.shape[1:]: raise GacError(f'{path}: {k} has shape {v.shape}, s2 {s2.shape}.')
     try:
-        bands1 = _in_order((), len(s1), tuple(opt.s1_bands), S1_BANDS, 's1_bands')
-        bands2 = _in_order((), len(s2), tuple(opt.s2_bands), S2_BANDS, 's2_bands')
+        bands1 = _in_order((), len(s1), tuple(opt.s1_bands), S1_BANDS, '--s1-bands')
+        bands2 = _in_order((), len(s2), tuple(opt.s2_bands), S2_BANDS, '--s2-bands')
     except GacError as e: raise GacError(f'{path}: {e}')
     meta = {k: have[k][i].item() for k in NPZ_META[:-2] if k in have}
     meta = dict(dict(split=opt.split, source=path.name), **meta)
@@ -1501,17 +1544,18 @@ def read_npz(
 ) -> list: # of Job
     "Sources of NPZ catalogues."
     jobs, cache = [], {}
-    for path in [src] if src.is_file() else sorted(src.glob('*.npz')):
+    for path, stem in ({src: src.stem} if src.is_file() else nested(src, ('.npz',))).items():
+        own = replace(opt, split=split_of(path.relative_to(src), opt.split)) if src.is_dir() else opt
         try:
             have = _npz(path)
             n = len(have['s2'])
-            names = [path.stem] if n == 1 else [f'{path.stem}-{i:06d}' for i in range(n)]
+            names = [stem] if n == 1 else [f'{stem}-{i:06d}' for i in range(n)]
             if 'id' in have: names = [str(v) for v in have['id'].ravel()]
             if len(names) != n: raise GacError(f'{path}: {len(names)} ids, s2 has {n} entries.')
         except GacError as e:
-            jobs.append(Job(path.stem, str(path), _failing(e)))
+            jobs.append(Job(stem, str(path), _failing(e)))
             continue
-        jobs += [Job(name, str(path), partial(_npz_source, path, i, name, opt, cache)) for i, name in enumerate(names)]
+        jobs += [Job(name, str(path), partial(_npz_source, path, i, name, own, cache)) for i, name in enumerate(names)]
     return jobs
 
 # %% ../nbs/02_tiles.ipynb #b2e7f0a2
@@ -1568,8 +1612,8 @@ def _benv2_source(path:Path, row:dict, opt:Options) -> Source:
     s1, s2 = rasters['s1'], rasters['s2']
     s2 = (s2[0], s2[1], _as_radar(s1, s2, name), *s2[3:])
     _same_place(s1, s2, f'{name}, s2')
-    bands1 = _in_order(s1[3], len(s1[0]), tuple(opt.s1_bands) or BENV2_S1, S1_BANDS, 's1_bands')
-    bands2 = _in_order(s2[3], len(s2[0]), tuple(opt.s2_bands), S2_BANDS, 's2_bands')
+    bands1 = _in_order(s1[3], len(s1[0]), tuple(opt.s1_bands) or BENV2_S1, S1_BANDS, '--s1-bands')
+    bands2 = _in_order(s2[3], len(s2[0]), tuple(opt.s2_bands), S2_BANDS, '--s2-bands')
     meta = dict(date=row['date'], country=row['country'], split=dict(validation='val').get(row['split'], row['split']),
                 labels='|'.join(row['labels']),
                 source=f'GEO-Bench-2 benv2, {row["tortilla:id"]}')
@@ -1614,10 +1658,18 @@ def read_benv2(
 LAYOUTS = dict(
     store='a folder with table.parquet and arrays/: a tile store of this project',
     bigearthnet_v2='a folder with BigEarthNet-S1/, BigEarthNet-S2/ and metadata.parquet',
-    geotiff='a folder with S2L2A/ and S1GRD/ or S1RTC/ (and DEM/, LULC/, NDVI/ if any), GeoTIFFs of the same names in each',
-    npz='an .npz file or a folder of them, with s1 (or s1_vv and s1_vh) and s2 (or s2_real)',
+    geotiff='a folder with S2L2A/ and S1GRD/ or S1RTC/ (and DEM/, LULC/, NDVI/ if any), GeoTIFFs of the same names in each, nested or not',
+    npz='an .npz file or a folder of them, nested or not, with s1 (or s1_vv and s1_vh) and s2 (or s2_real)',
     benv2='a .tortilla file or a folder of them, with samples of s1 and s2: benv2 of GEO-Bench-2')
 READERS = dict(bigearthnet_v2=read_bigearthnet, geotiff=read_geotiff, npz=read_npz, benv2=read_benv2)
+
+def _below(path:Path) -> str:
+    "What to say where the folders inside are known."
+    known = []
+    for p in sorted(path.iterdir())[:64] if path.is_dir() else ():
+        try: known += [p.name] if p.is_dir() and recognise(p) not in ('store', 'npz') else []
+        except (GacError, OSError): continue
+    return f'\nInside, {", ".join(known[:8])} {"is" if len(known) == 1 else "are"} known: give {"it" if len(known) == 1 else "them"} instead, several at once if you like.' if known else ''
 
 def recognise(
     path:str|Path, # folder or file of real tiles
@@ -1631,9 +1683,10 @@ def recognise(
     if has('S2L2A') and (has('S1GRD') or has('S1RTC')): return 'geotiff'
     if path.suffix == '.npz' or (path.is_dir() and any(path.glob('*.npz'))): return 'npz'
     if path.suffix == '.tortilla' or (path.is_dir() and any(path.glob('*.tortilla'))): return 'benv2'
+    if path.is_dir() and any(nested(path, ('.npz',))): return 'npz'
     inside = ', '.join(sorted(p.name for p in path.iterdir())[:8]) if path.is_dir() else 'a file'
     known = '\n'.join(f'  {k}: {v}' for k, v in LAYOUTS.items())
-    raise GacError(f'{path}: no layout that is known here (it holds: {inside or "nothing"}). Known are:\n{known}')
+    raise GacError(f'{path}: no layout that is known here (it holds: {inside or "nothing"}). Known are:\n{known}{_below(path)}')
 
 # %% ../nbs/02_tiles.ipynb #8d1433d4
 @dataclass
@@ -1655,7 +1708,7 @@ def find_units(
     by_name = opt.s2_offset if isinstance(opt.s2_offset, dict) else KNOWN_OFFSETS if opt.s2_offset == 'auto' else {}
     if isinstance(opt.s2_offset, (int, float)): return Units(s1, s2, int(opt.s2_offset), True)
     if opt.s2_offset != 'auto' and not isinstance(opt.s2_offset, dict):
-        raise GacError(f's2_offset={opt.s2_offset!r}: a number of DN, or auto.')
+        raise GacError(f'--s2-offset {opt.s2_offset}: a number of DN, or auto.')
     free = [s for s in samples if s.name not in by_name]
     scale = 1e4 if s2 == 'reflectance' else 1
     return Units(s1, s2, s2_offset([s.s2*scale for s in free], [s.name for s in free], where) if free else 0, False)
@@ -1667,9 +1720,9 @@ def _clean_s1(x:np.ndarray, unit:str) -> np.ndarray:
         raise GacError(f'Sentinel-1: VV or VH is one value everywhere (the tile goes from {_range([x])}), so it shows nothing.')
     if (x == 0).mean() > .01: raise GacError(f'Sentinel-1: {int((x == 0).any(0).sum())} px are exactly 0, which marks no data.')
     if unit == 'dB' and x.min() >= 0:
-        raise GacError(f'Sentinel-1 from {_range([x])}: no negative value in a data set of dB. Say s1_units= or convert this tile apart.')
+        raise GacError(f'Sentinel-1 from {_range([x])}: no negative value in a data set of dB. Say --s1-units or convert this tile apart.')
     if unit != 'dB' and x.min() <= 0:
-        raise GacError(f'Sentinel-1 from {_range([x])}: not above zero in a data set of {unit} values. Say s1_units= or convert this tile '
+        raise GacError(f'Sentinel-1 from {_range([x])}: not above zero in a data set of {unit} values. Say --s1-units or convert this tile '
                        'apart.')
     db = S1_UNITS[unit](x.astype('float64'))
     if db.min() < -100 or db.max() > 60: raise GacError(f'Sentinel-1 from {_range([db])} dB: outside −100 to 60 dB.')
@@ -1682,7 +1735,7 @@ def _clean_s2(x:np.ndarray, offset:int, told:bool) -> np.ndarray: # told: the un
     if empty: raise GacError(f'Sentinel-2: {empty} px are 0 in every band, which marks no data.')
     if x.min() == x.max(): raise GacError(f'Sentinel-2: {x.min():g} everywhere, in every band, so it shows nothing.')
     if not told and np.percentile(x, 99.9) <= 50:
-        raise GacError(f'Sentinel-2 from {_range([x])}: no DN but reflectance? Say s2_units= or convert this tile apart.')
+        raise GacError(f'Sentinel-2 from {_range([x])}: no DN but reflectance? Say --s2-units or convert this tile apart.')
     if x.min() < -2000 or x.max() > 65535:
         raise GacError(f'Sentinel-2 from {_range([x])} DN: outside what a DN can be (no data value?).')
     return np.clip(np.rint(x.astype('float64') - offset), 0, 65535).astype('uint16')
@@ -1704,7 +1757,7 @@ def _offset_of(source:Source, units:Units, opt:Options) -> int:
     if (floor >= S2_OFFSET) != (units.offset == S2_OFFSET):
         here, there = ('hardly a value', 'some') if floor >= S2_OFFSET else ('values', 'none')
         raise GacError(f'Sentinel-2 from {_range([source.s2])} has {here} under {S2_OFFSET} DN in a data set that has {there}: '
-                       f'a bright scene, or another offset. Say s2_offset={S2_OFFSET} or 0 for {source.name}.')
+                       f'a bright scene, or another offset. Say --s2-offset {S2_OFFSET} or 0 for {source.name}.')
     return units.offset
 
 def records_of(
@@ -1723,7 +1776,7 @@ def records_of(
         raise GacError(f'split {source.meta["split"]!r}; it is one of {", ".join(SPLITS)}.')
     if not source.s1_named and np.isfinite(source.s1).any() and _median(source.s1[0]) < _median(source.s1[1]):
         raise GacError('Sentinel-1: the first band (VV) is darker than the second (VH), so they look swapped. '
-                       'Say s1_bands=VH,VV, or VV,VH to keep the order.')
+                       'Say --s1-bands VH,VV, or VV,VH to keep the order.')
     s2 = _pick(source.s2, source.s2_bands, tuple(arrays['s2'][2]['bands']))
     for r, c in windows(h, w, size):
         name = source.name if (h, w) == (size, size) else f'{source.name}_{r}_{c}'
@@ -1747,6 +1800,136 @@ def records_of(
         except (ValueError, TypeError, ArithmeticError, RuntimeError) as e:
             yield name, GacError(f'what is told about the tile cannot be used ({type(e).__name__}: {e}).')
 
+# %% ../nbs/02_tiles.ipynb #5b11a0e1
+def auto_size(
+    samples:list, # of Source
+    where:str, # the data set, for messages
+    most:int=120, # px
+    least:int=32, # px that the networks and SSIM need
+) -> int: # px
+    "The side of tiles that every chip can fill: chips smaller than a tile are not padded, since no metric could tell padding from truth."
+    side = min(min(s.s2.shape[1:]) for s in samples)
+    if side < least: raise GacError(f'{where}: the smallest chip has {side} px, too few for a tile. Leave such chips out, or say --tile-size {least} or more.')
+    print(f'{where}: tiles of {min(side, most)} px (--tile-size auto: the smallest side is {side} px)', flush=True)
+    return min(side, most)
+
+def _common(reason:str, *names:str) -> str:
+    "A reason without what is particular to one file: its names and its numbers."
+    for name in sorted(filter(None, names), key=len, reverse=True): reason = reason.replace(name, '…')
+    return re.sub(r'\d[\d.,]*(?:e[+-]?\d+)?', '#', re.sub(r'(?:\S*/)\S*?(?=[:,;)]? |$)', '…', reason))
+
+def frequent_reasons(
+    report:pd.DataFrame, # id, file, status, reason
+    most:int=3,
+) -> list[str]: # one line each
+    "Why tiles were left out: the most frequent reasons, with how many tiles have them and how the first of these reads."
+    out = report[report['status'].isin(['error', 'excluded'])]
+    kinds = [_common(r.reason, str(r.file), Path(str(r.file)).name, str(r.id)) for r in out.itertuples()]
+    groups = out.assign(kind=kinds).groupby('kind', sort=False)
+    lines = [(len(part), f'{len(part)} × {part["reason"].iloc[0]}' + (f' (so {part["id"].iloc[0]})' if part['id'].iloc[0] else ''))
+             for _, part in groups]
+    return [line for _, line in sorted(lines, key=lambda x: -x[0])[:most]]
+
+def _safe(text:str) -> str:
+    "A name of a folder as the beginning of an id."
+    return _joined(Path(f'{text}.x'))
+
+def _prefix(
+    src:Path, # that is added
+    names:Iterable, # of its sources
+    held:set, # scenes that are there
+) -> str: # to put before every name; empty where none is taken
+    "What keeps the names of a second folder apart from those of the first."
+    if not held.intersection(names): return ''
+    for start in (f'{_safe(src.stem)}_', f'{_safe(src.parent.name)}_{_safe(src.stem)}_', f'{_place(src)}_'):
+        if not held.intersection(start + n for n in names): break
+    return start
+
+def _named(job:'Job', prefix:str) -> 'Job':
+    "A source under a longer name."
+    load = lambda: replace(job.load(), name=prefix + job.name)
+    return replace(job, name=prefix + job.name, load=job.load and load) if prefix else job
+
+@dataclass(frozen=True)
+class Part:
+    "One data set of a store that holds several."
+    store:Store
+    units:Units|None # None: none of its sources can be read
+    prefix:str = '' # before the name of every source
+
+def _part_of(store:Store, made:dict) -> dict|None: # its source, layout, options, units, prefix; None: it is not there
+    "What a store says of a data set that went into it."
+    first = {k: store.attrs.get(k) for k in ('source', 'place', 'layout', 'options', 'size', 'units')} | dict(prefix='')
+    return next((p for p in (first, *store.attrs.get('parts', [])) if p['place'] == made['place']), None)
+
+def _check_part(store:Store, part:dict, made:dict) -> None:
+    "A conversion goes on only with the options that it was begun with."
+    differ = [f'{k} {part.get(k)!r} (now {v!r})' for k, v in made.items() if k != 'source' and part.get(k) != v]
+    if differ:
+        raise GacError(f'{store.path} holds tiles of {made["source"]} made otherwise: {"; ".join(differ)}. Give the same options, delete the folder, or choose another store.')
+
+def _say_order(samples:list) -> None:
+    "Which file shows that radar bands are taken by their order."
+    if unnamed := next((s.by_order for s in samples if s.by_order), ''): print(BY_ORDER.format(unnamed), flush=True)
+
+def _begin_part(
+    store:Store, # that is there
+    made:dict, # source, place, layout, options, size
+    src:Path,
+    jobs:list,
+    look:Callable, # () -> some of the sources
+    opt:'Options',
+) -> Part:
+    "Add another data set to a store."
+    found = look()
+    if not found: return Part(store, None)
+    _say_order(found)
+    if made['size'] != store.attrs.get('size'):
+        raise GacError(f'{store.path} holds tiles of {store.attrs.get("size")} px. Say --tile-size {store.attrs.get("size")} for {src}, or choose another store.')
+    units, product = find_units(found, opt, str(src)), found[0].product or opt.s1_product or 'S1GRD'
+    if product != (have := store.attrs.get('s1_product', 'S1GRD')):
+        raise GacError(f'{src} holds {product} and {store.path} {have}: one store is of one product. Say --s1-product {have} if that is what it is, or choose another store.')
+    lacks = [b for b in store.arrays['s2'].attrs['bands'] if not all(b in s.s2_bands for s in found)]
+    if lacks:
+        raise GacError(f'{src}: no band {", ".join(lacks)}, which the tiles of {store.path} have. Convert the data set with the fewest bands first.')
+    prefix = _prefix(src, [j.name for j in jobs], set(store.table['scene']))
+    if prefix: print(f'{src.name}: some names are in {store.path.name} already, so these begin with {prefix}', flush=True)
+    _note(store, parts=[*store.attrs.get('parts', []), dict(made, units=asdict(units), prefix=prefix)])
+    return Part(store, units, prefix)
+
+def _open_part(
+    dst:Path,
+    made:dict, # source, place, layout, options, size
+    src:Path,
+    jobs:list,
+    look:Callable, # () -> some of the sources
+    opt:'Options',
+    append:bool, # a data set that is not there yet is added
+) -> Part:
+    "The store that is there, with this data set begun or found in it."
+    store = Store(dst)
+    store.settle()
+    if part := _part_of(store, made):
+        _check_part(store, part, made)
+        return Part(store, Units(**part['units']), part['prefix'])
+    if not append:
+        raise GacError(f'{dst} holds tiles of {store.attrs.get("source", "another source")}. Add these to them (--append), delete the folder, or choose another store.')
+    return _begin_part(store, made, src, jobs, look, opt)
+
+def _say_splits(store:Store, said:bool) -> None: # said: the split of these tiles was an option
+    "Which split the tiles have, and how to make one."
+    if not len(store): return
+    counts = _counts(store.table['split'])
+    if rule := store.attrs.get('split'):
+        asked = SplitRule(**rule)
+        stale = deal_split(store.table, asked, _tile_side(store))[0]
+        more = '; tiles came since it was made: gac data split again' if (stale != store.table['split'].to_numpy()).any() else ''
+        return print(f'split: {counts} (by {asked.by}, gac data split{more})', flush=True)
+    lacks = [s for s in SPLITS if not (store.table['split'] == s).any()]
+    if not lacks: return print(f'split: {counts}, as the tiles came', flush=True)
+    why = 'as --split says' if said else 'as no file says otherwise' if len(lacks) == 2 else 'as the tiles came'
+    print(f'split: {counts}, {why}. To train, make one: gac data split {store.path}', flush=True)
+
 # %% ../nbs/02_tiles.ipynb #52d5167b
 # where nobody says which radar band is which
 BY_ORDER = '{}: its radar bands have no names and are taken as VV, VH. If they are not, say so: --s1-bands VH,VV.'
@@ -1757,6 +1940,7 @@ def convert(
     layout:str=None, # a key of LAYOUTS; None: recognised
     strict:bool=False, # stop at the first tile that cannot be taken
     batch:int=32, # tiles a stopped conversion may lose
+    append:bool=False, # add to a store that holds other data sets
     **options, # fields of Options
 ) -> pd.DataFrame: # the report: id, file, status (ok, error, excluded), reason
     "Read real tiles into a store."
@@ -1764,17 +1948,26 @@ def convert(
     wrong = set(options) - {f.name for f in fields(Options)}
     if wrong:
         raise GacError(f'convert has no option {", ".join(sorted(wrong))}; there are {", ".join(f.name for f in fields(Options))}.')
-    opt, layout = Options(**options), layout or recognise(src)
+    said, layout = 'split' in options, layout or recognise(src)
+    opt = asked = Options(**dict(split=split_of(Path(src.name)/'x', 'test')) | options)
     if layout not in READERS: raise GacError(f'{src}: layout {layout!r} cannot be converted; known are {", ".join(READERS)}.')
     jobs = READERS[layout](src, opt)
-    store, units, report, ecoregions = None, None, [], read_ecoregions(opt.ecoregions) if opt.ecoregions else None
-    made = dict(source=src.name, place=_place(src), layout=layout, options=_as_json(opt), size=opt.size)
+    looked, store, units, prefix, ecoregions = [], None, None, '', read_ecoregions(opt.ecoregions) if opt.ecoregions else None
+    there = (dst/'table.parquet').exists()
+    def look():
+        if not looked: looked.extend(_samples(jobs, 64 if asked.size == 'auto' else 16))
+        return looked
+    if opt.size == 'auto':
+        size = Store(dst).attrs['size'] if there else auto_size(look(), str(src)) if look() else 120
+        opt = replace(opt, size=size)
+    made = dict(source=src.name, place=_place(src), layout=layout, options=_as_json(asked), size=opt.size)
+    former = _former(dst, jobs) if append and there else None
+    if there:
+        part = _open_part(dst, made, src, jobs, look, opt, append)
+        store, units, prefix = part.store if part.units else None, part.units, part.prefix
     with study.writing(dst): (dst/'report.csv').unlink(missing_ok=True)
-    if (dst/'table.parquet').exists():
-        store = _resume(dst, made)
-        units = Units(**store.attrs['units'])
-    else:
-        samples = _samples(jobs)
+    if not there:
+        samples = look()
         if samples:
             units = find_units(samples, opt, str(src))
             every = min((set(s.s2_bands) for s in samples), key=len)
@@ -1784,10 +1977,11 @@ def convert(
             extra = tuple(k for k in ('dem', 'lulc', 'ndvi') if all(k in s.extra for s in samples))
             product = samples[0].product or opt.s1_product or 'S1GRD'
             store = Store.create(dst, tile_arrays(opt.size, s2_bands, extra), dict(made, units=asdict(units), s1_product=product))
-        if unnamed := next((s.by_order for s in samples if s.by_order), ''): print(BY_ORDER.format(unnamed), flush=True)
+        _say_order(samples)
     if store is None:
-        reasons = [f'{j.name}: {j.excluded}' if j.excluded else f'{j.name}: {_why(j)}' for j in jobs[:3]]
-        raise GacError(f'{src}: no tile of {len(jobs)} can be read. The first: ' + '; '.join(reasons or ['there is none']) + '.')
+        why = pd.DataFrame([(j.name, j.file, 'error', j.excluded or _why(j)) for j in jobs[:32]], columns=['id', 'file', 'status', 'reason'])
+        raise GacError(f'{src}: no tile of {len(jobs)} can be read. Why: ' + '; '.join(frequent_reasons(why) or ['there is none']) + '.')
+    jobs = [_named(j, prefix) for j in jobs]
     found = '' if units.settled else ' (found by the rules)'
     print(f'{src.name}: layout {layout}; Sentinel-1 in {units.s1}; Sentinel-2 as {units.s2}, offset {units.offset} DN{found}',
           flush=True)
@@ -1820,9 +2014,17 @@ def convert(
             names.add(job.name)
         store.append(waiting)
     report = pd.DataFrame(report, columns=['id', 'file', 'status', 'reason'])
-    _write_whole(dst/'report.csv', report.to_csv(index=False).encode())
+    _write_whole(dst/'report.csv', pd.concat([former, report]).to_csv(index=False).encode())
     print(f'{src.name}: ' + ', '.join(f'{n} {s}' for s, n in report['status'].value_counts().items()), flush=True)
+    for line in frequent_reasons(report): print(f'  {line}', flush=True)
+    _say_splits(store, said)
     return report
+
+def _former(dst:Path, jobs:list) -> pd.DataFrame: # as convert returns it
+    "What a report says of other data sets."
+    if not (dst/'report.csv').exists(): return None
+    report = pd.read_csv(dst/'report.csv', keep_default_na=False)
+    return report[~report['file'].isin({j.file for j in jobs})]
 
 def _as_json(opt:Options) -> dict:
     "Options as a store keeps them."

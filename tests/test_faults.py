@@ -243,16 +243,16 @@ TILES = {
     'radar infinite': (dict(s1=RADAR*np.float32('inf')), 'Sentinel-1: 14400 px are NaN'),
     'radar all zero': (dict(s1=RADAR*0), 'Sentinel-1: VV or VH is one value everywhere'),
     'radar constant': (dict(s1=np.stack([RADAR[0], RADAR[1]*0 - 17])), 'Sentinel-1: VV or VH is one value everywhere'),
-    'radar as power': (dict(s1=10**(RADAR/10)), 'no negative value in a data set of dB. Say s1_units='),
+    'radar as power': (dict(s1=10**(RADAR/10)), 'no negative value in a data set of dB. Say --s1-units'),
     'radar times 100': (dict(s1=RADAR*100), 'outside −100 to 60 dB'),
-    'swapped': (dict(s1=RADAR[::-1]), 'look swapped. Say s1_bands=VH,VV'),
+    'swapped': (dict(s1=RADAR[::-1]), 'look swapped. Say --s1-bands VH,VV'),
     'image NaN': (dict(s2=OPTICAL*np.nan), 'Sentinel-2: 14400 px are NaN'),
     'image infinite': (dict(s2=OPTICAL*np.inf), 'Sentinel-2: 14400 px are NaN'),
     'image all zero': (dict(s2=OPTICAL*0), 'Sentinel-2: 14400 px are 0 in every band'),
     'image constant': (dict(s2=OPTICAL*0 + 900), 'Sentinel-2: 900 everywhere'),
-    'image as reflectance': (dict(s2=OPTICAL/1e4), 'no DN but reflectance? Say s2_units='),
+    'image as reflectance': (dict(s2=OPTICAL/1e4), 'no DN but reflectance? Say --s2-units'),
     'image times 100': (dict(s2=OPTICAL*100.), 'Sentinel-2 from 1.2e+04 to 3.999e+05'),
-    'image with the offset': (dict(s2=OPTICAL + 1000), 'Say s2_offset=1000 or 0 for n1')}
+    'image with the offset': (dict(s2=OPTICAL + 1000), 'Say --s2-offset 1000 or 0 for n1')}
 
 @pytest.mark.parametrize('what', TILES)
 @pytest.mark.filterwarnings('ignore:divide by zero', 'ignore:invalid value')

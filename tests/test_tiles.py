@@ -395,8 +395,8 @@ GEOTIFF_TRAPS = {'NaN': 'px are NaN', 'nodata': 'px are NaN or without data', 'i
     'S1 zero': 'px are exactly 0', 'missing file': 'missing file a1.tif', 'missing band': '11 bands without names',
     'size': '100×120 px', 'CRS': 'CRS EPSG:32630, expected EPSG:32629',
     'place': 'expected the place of', 'duplicate': 'duplicate id a1', 'truncated': 'cannot be read',
-    'not a TIFF': 'cannot be read', 'linear among dB': 's1_units=',
-    'offset among none': 's2_offset=1000', 'swapped': 's1_bands=VH,VV', 'small': 'size=90', 'DEM': 'outside -500 to 9000',
+    'not a TIFF': 'cannot be read', 'linear among dB': '--s1-units',
+    'offset among none': '--s2-offset 1000', 'swapped': '--s1-bands VH,VV', 'small': '--tile-size 90', 'DEM': 'outside -500 to 9000',
     'not finite': 'px are NaN'}
 
 @pytest.mark.parametrize('trap', GEOTIFF_TRAPS)
@@ -455,7 +455,7 @@ BENV2_TRAPS = {  # what is wrong with the second of three samples -> what the re
     'negative offset': (dict(row=lambda i: {'tortilla:offset': -5} if i == 1 else {}), 'damaged or not whole'),
     'part outside its sample': (dict(part=lambda i: {'tortilla:length': 10**7} if i == 1 else {}), 'damaged or not whole'),
     'escaping id': (dict(row=lambda i: dict(patch_id='../../x') if i == 1 else {}), 'field id'),
-    'swapped': (dict(s1=lambda x, i: x if i == 1 else x[::-1]), 's1_bands=VH,VV'),
+    'swapped': (dict(s1=lambda x, i: x if i == 1 else x[::-1]), '--s1-bands VH,VV'),
     'split': (dict(row=lambda i: {'tortilla:data_split': 'somewhere'} if i == 1 else {}), "split 'somewhere'"),
     'elsewhere': (dict(pixel2=30.), 'expected the place of'), 'other parts': (dict(names=('s1', 'hls')), 'no part s2')}
 
@@ -486,10 +486,10 @@ def test_a_pickle_in_disguise_is_never_loaded(tmp_path):
 # ---- what is ambiguous for the whole data set is refused, with the option that settles it --------------------------------------------
 
 @pytest.mark.parametrize('change, asks, settle', [
-    (dict(s2=lambda x, i: x + 1000), 's2_offset=1000', dict(s2_offset=1000)),
-    (dict(s2=lambda x, i: x/1000), 's2_units=dn', dict(s2_units='dn', s2_offset=0)),
-    (dict(s1=lambda x, i: -x), 's1_units=dB', None),
-    (dict(s1=lambda x, i: (10**(x/20)*1e4).astype('u2')), 's1_units=dB, linear', None)])
+    (dict(s2=lambda x, i: x + 1000), '--s2-offset 1000', dict(s2_offset=1000)),
+    (dict(s2=lambda x, i: x/1000), '--s2-units dn', dict(s2_units='dn', s2_offset=0)),
+    (dict(s1=lambda x, i: -x), '--s1-units dB', None),
+    (dict(s1=lambda x, i: (10**(x/20)*1e4).astype('u2')), '--s1-units dB, linear', None)])
 def test_ambiguous_units(tmp_path, change, asks, settle):
     src = layouts.geotiff(tmp_path/'tif', **change)
     with pytest.raises(GacError, match=asks) as e: convert(src, tmp_path/'out')
@@ -505,7 +505,7 @@ def test_no_layout_and_no_option_by_guess(tmp_path):
     src = layouts.npz(tmp_path/'npz', 1)
     with pytest.raises(GacError, match='there are size'): convert(src, tmp_path/'o', tile_size=96)
     for wrong in (dict(s1_units='decibel'), dict(s2_units='raw'), dict(s2_offset='yes')):
-        with pytest.raises(GacError, match=next(iter(wrong))): convert(src, tmp_path/'o', **wrong)
+        with pytest.raises(GacError, match=next(iter(wrong)).replace('_', '-')): convert(src, tmp_path/'o', **wrong)
     np.savez(tmp_path/'npz'/'n0.npz', s1=np.zeros(3))
     with pytest.raises(GacError, match='no tile of 1 can be read'): convert(src, tmp_path/'o')
 
