@@ -379,7 +379,7 @@ Faster than the painter, and somewhat worse: reports/mini/tables/efficiency_deco
     from gac import efficiency, stage1, study
     store, _ = stage1.open_tiles(data_dir)
     rows = {s: store.rows(s) for s in ('train', 'val')}
-    if not len(rows['train']): raise study.GacError(f'{data_dir} has no training tiles.')
+    if not len(rows['train']): raise study.GacError(f'{data_dir} has no training tiles. Make some: gac data split {data_dir}')
     model = stage1.build_terramind_generator((store.attrs.get('s1_product', 'S1GRD'),), name=name, weights=weights)
     efficiency.distill(model, store, rows['train'][:max_tiles or None], rows['val'], output_dir, max_steps, batch_size, lr, seed=seed)
     print(f'{output_dir}/{efficiency.DIRECT_FILE}: give the folder to gac precompute --direct')
@@ -458,7 +458,8 @@ def _trained(report:dict) -> None:
     from gac import training
     if training._rank()[0]: return
     values = ', '.join(f'{k} {v:.4g}' for k, v in report['metrics'].items() if isinstance(v, float))
-    print(f"{report['steps']} steps (begun at {report['resumed_at']}), best on validation: {values}, output {report['output']}")
+    how = f'best on validation: {values}' if values else 'nothing to validate on: the last step is kept'
+    print(f"{report['steps']} steps (begun at {report['resumed_at']}), {how}, output {report['output']}")
 
 @command(opt('--data-dir', required=True, metavar='DIR', help='tile store with radar and truth'),
     opt('--stage1-dir', '--stage1-outputs-dir', default='', metavar='DIR',

@@ -418,7 +418,7 @@ def locate(
     for w, why in missing.items():
         hub = f'; it is published as {w.repo} on the Hugging Face Hub' if w.repo else ''
         lines.append(f'  {w.file}{f" ({why})" if why else ""}: put it at {place/w.file}{hub}')
-    raise study.GacError('\n'.join([*lines, 'Or name the folder that holds them: weights=FOLDER.']))
+    raise study.GacError('\n'.join([*lines, 'Or name the folder that holds them: --weights FOLDER.']))
 
 # %% ../nbs/04_foundations.ipynb #7be2d05f
 REPOSITORY = r'([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?'  # org/name@revision
