@@ -6,8 +6,8 @@
 __all__ = ['NODATA', 'COLOUR', 'CACHE', 'OPTICAL', 'RADAR', 'ERROR', 'PRODUCTS', 'RESERVED', 'PIXEL', 'SAMPLES', 'WORLD',
            'SPREAD', 'Layer', 'style', 'write_cog', 'cog_faults', 'lineage', 'provenance_tags', 'tile_tags', 'state_of',
            'Shelf', 'export_tiles', 'run_export', 'polarisations', 'Scene', 'open_scene', 'Tiling', 'Chain',
-           'spread_of', 'introduce', 'introduced', 'filled', 'draw_block', 'seam_lines', 'seam_excess', 'infer_scene',
-           'quicklook', 'scene_figure', 'infer_tiles', 'decoding_for', 'infer']
+           'spread_of', 'introduce', 'introduced', 'unshuffled', 'filled', 'draw_block', 'seam_lines', 'seam_excess',
+           'infer_scene', 'quicklook', 'scene_figure', 'infer_tiles', 'decoding_for', 'infer']
 
 # %% ../nbs/10_export.ipynb #f5d52bd6
 import hashlib, json, os, re, shutil, socket, warnings
@@ -493,6 +493,7 @@ class Tiling:
     overlap:int = 40 # px two neighbours share, at most half a tile
     block:int = 960 # side of what is drawn and stored at a time, px
     margin:int = 0 # px by which a scene is extended by reflection, so that no border of a tile is its border
+    notch:bool = False # take off what alternates from pixel to pixel all over a tile, see `unshuffled`
 
     def __post_init__(self):
         if not 8 <= self.tile <= 4096: raise GacError(f'tile size {self.tile}: expected 8 to 4096 px (--tile-size).')
@@ -626,6 +627,20 @@ def introduced(chain, *checkpoints, real:bool=True): # the chain
     for line in introduce(chain, *checkpoints, real=real): print(line, flush=True)
     return chain
 
+# %% ../nbs/10_export.ipynb #7d2e10b2
+def unshuffled(
+    x:np.ndarray, # (n, C, H, W)
+) -> np.ndarray: # the same
+    "Without what alternates from one pixel to the next all over the image: the trace of a pixel shuffle."
+    turn = [1 - 2*(np.arange(n) % 2) for n in x.shape[-2:]]
+    fade = [np.hanning(n + 2)[1:-1] for n in x.shape[-2:]]  # a slope from side to side is no pattern
+    weight = np.outer(*fade)/np.outer(*fade).sum()
+    out = np.array(x, 'float32')
+    for a, b in ((turn[0], turn[1]*0 + 1), (turn[0]*0 + 1, turn[1]), turn):
+        wave = np.outer(a, b)
+        out -= (np.einsum('...hw,hw->...', x, weight*wave)[..., None, None]*wave).astype('float32')
+    return out
+
 # %% ../nbs/10_export.ipynb #e8a0e1f4
 def filled(
     x:np.ndarray, # (2, H, W) dB, NaN without data
@@ -674,6 +689,7 @@ def draw_block(
         some = at[i:i + batch_size]
         batch = _batch(scene, some, [filled(cut(r, c)) for r, c in some], T, month, biome)
         images = list(chain(batch).values())[-1]
+        if tiling.notch: images = unshuffled(images)
         if spread: images = np.concatenate([images, spread_of(chain, batch, spread)[:, None]], 1)
         for (r, c), x in zip(some, images):
             a, b, p, q = max(r, top), min(r + T, top + h), max(c, left), min(c + T, left + w)
@@ -976,7 +992,7 @@ def infer(
                                        stage2_checkpoint, stage3_checkpoint, real=real)
     common = dict(spread=uncertainty, batch_size=batch_size, overwrite=overwrite, visualise=visualise)
     if source.is_file() and source.suffix.lower() in ('.tif', '.tiff'):
-        tiling = Tiling(tile_size, overlap, max(block, tile_size), overlap)
+        tiling = Tiling(tile_size, overlap, max(block, tile_size), overlap, True)
         open_scene(source, s1_units, s1_bands, say=False), writable(Path(output).parent)  # before the models are loaded
         return infer_scene(source, output, chain(s1_product or 'S1GRD'), tiling, s1_units, s1_bands, month, biome, **common)
     more = dict(s1_units=s1_units, s1_bands=tuple(s1_bands), s1_product=s1_product) if not (source/'table.parquet').exists() else {}
