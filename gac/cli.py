@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'PLACES', 'GROUPS', 'PROFILE', 'SEED', 'WEIGHTS', 'STRICT', 'LAYOUT', 'READING', 'BATCH', 'MAX_TILES',
            'SHARE', 'LATER', 'DECODING', 'opt', 'command', 'parser', 'refuse', 'main', 'run', 'parameters', 'verify',
-           'version', 'models', 'info', 'pretrain', 'pretrain_params', 'world', 'data_convert', 'data_examples',
-           'data_info', 'precompute', 'distill', 'precompute_stage2', 'precompute_stage3', 'train_stage2',
-           'train_stage3', 'train_as', 'stage3_info', 'stage3_infer', 'nyc_build', 'nyc_publish', 'downstream',
-           'uncertainty', 'claims', 'bench', 'infer', 'export']
+           'version', 'models', 'info', 'pretrain', 'pretrain_params', 'world', 'data_convert', 'data_split',
+           'data_examples', 'data_info', 'precompute', 'distill', 'precompute_stage2', 'precompute_stage3',
+           'train_stage2', 'train_stage3', 'train_as', 'stage3_info', 'stage3_infer', 'nyc_build', 'nyc_publish',
+           'downstream', 'uncertainty', 'claims', 'bench', 'infer', 'export']
 
 # %% ../nbs/cli.ipynb #1e205714
 import argparse, os, sys
@@ -71,7 +71,8 @@ def refuse(
     for names, kwargs in options:
         dest, what = kwargs.get('dest') or names[0].lstrip('-').replace('-', '_'), kwargs['help']
         if not (value := given[dest]): continue
-        if dest in PLACES and not Path(value).exists(): raise study.GacError(f'{names[0]} {value}: does not exist. Expected: {what}.')
+        for place in (value if isinstance(value, list) else [value]) if dest in PLACES else ():
+            if not Path(place).exists(): raise study.GacError(f'{names[0]} {place}: does not exist. Expected: {what}.')
         if dest in ('name', 'backbone') and 'gac info' in what and value not in (known := [m['name'] for m in models()]):
             raise study.GacError(f'Unknown model {value!r}. {study._nearest(value, known, "gac info")}')
 
@@ -253,9 +254,16 @@ def world(output_dir, train, val, test, tile_size, seed):
 
 STRICT = opt('--strict', action='store_true', help='stop at the first tile that cannot be taken')
 LAYOUT = opt('--layout', metavar='NAME', help='bigearthnet_v2, geotiff or npz; nothing: recognised')
-READING = (opt('--tile-size', dest='size', type=_at_least(1), metavar='PX',
-               help='side of a tile in pixels; larger sources are cut (default: 120)'),
-    opt('--split', choices=('train', 'val', 'test'), help='split of tiles whose layout has none (default: test)'),
+
+def _side(text:str) -> int|str:
+    "A side in pixels, or auto."
+    return text if text == 'auto' else _at_least(1)(text)
+_side.__name__ = 'int or auto'
+
+READING = (opt('--tile-size', dest='size', type=_side, metavar='PX',
+               help='side of a tile in pixels, larger sources are cut; auto: the smallest side that is found, at most 120 (default: 120)'),
+    opt('--split', choices=('train', 'val', 'test'),
+        help='split of tiles whose layout has none (default: what a folder named train, val or test says, else test)'),
     opt('--s1-units', choices=('auto', 'dB', 'linear', 'amplitude'),
         help='unit of Sentinel-1 (default: auto, by documented rules)'),
     opt('--s2-units', choices=('auto', 'dn', 'reflectance'), help='unit of Sentinel-2 (default: auto)'),
@@ -274,13 +282,39 @@ def _given(options:dict) -> dict:
     "Options somebody gave; the others keep the defaults of the function."
     return {k: v for k, v in options.items() if v is not None}
 
-@command(opt('source', help='folder or file of real tiles'), opt('store', help='folder of the new tile store'), LAYOUT, STRICT,
-         *READING)
-def data_convert(source, store, **options):
-    "Convert real tiles into a tile store; what is left out and why goes to report.csv there."
+@command(opt('source', nargs='+', help='folder or file of real tiles; several are put into one store'), opt('store', help='folder of the tile store'),
+         opt('--append', action='store_true', help='add to a store that holds other tiles'), LAYOUT, STRICT, *READING)
+def data_convert(source, store, append, **options):
+    """Convert real tiles into a tile store; what is left out and why goes to report.csv there.
+Stopped and called again, it goes on. Folders are searched at any depth."""
     from gac import tiles
-    report = tiles.convert(source, store, **_given(options))
-    return int((report.status == 'error').any())
+    reports = [tiles.convert(one, store, append=append or i > 0, **_given(options)) for i, one in enumerate(source)]
+    return int(any((r.status == 'error').any() for r in reports))
+
+def _km(text:str) -> float: # type of an option
+    "A distance: 3, 3km, 500m, or 32px of 10 m."
+    import re
+    found = re.fullmatch(r'(\d+(?:\.\d*)?|\.\d+) ?(km|m|px)?', text)
+    if not found: raise argparse.ArgumentTypeError(f'{text}: expected a distance such as 3km, 500m or 32px')
+    return float(found[1])*dict(km=1., m=.001, px=.01)[found[2] or 'km']
+_km.__name__ = 'distance'
+
+@command(opt('path', metavar='STORE', help='folder of a tile store'),
+    opt('--by', choices=('block', 'scene', 'place', 'random'), default='block',
+        help='what stays together: blocks of land, tiles of one scene, tiles near one another, or nothing'),
+    opt('--val', type=float, default=.15, metavar='SHARE', help='of the tiles, to validate on'),
+    opt('--test', type=float, default=.15, metavar='SHARE', help='of the tiles, to test on'),
+    opt('--guard', type=_km, metavar='DISTANCE',
+        help='e.g. 3km or 32px: tiles of train nearer to val or test are left out (split guard); nothing: 3 km, less where blocks are small, '
+             '0 by scene and at random'),
+    opt('--block', type=_km, metavar='DISTANCE', help='side of a block; nothing: 20 km, or less where the tiles cover little land'),
+    opt('--overwrite', action='store_true',
+        help='replace a split that came with the tiles, and drop arrays that were drawn by what was trained under the one that is there'), SEED)
+def data_split(path, overwrite, **rule):
+    """Deal the tiles of a store out to train, val and test, and write that into the store.
+Tiles without coordinates stay with their scene. The same options give the same split; images of Stage 1 stay valid."""
+    from gac import tiles
+    tiles.split_store(path, tiles.SplitRule(**rule), overwrite)
 
 @command(opt('names', nargs='*', metavar='NAME', help='data sets, e.g. terramesh_tiles; nothing: all'),
     opt('--output-dir', default='data/real', metavar='DIR', help='where they go'),
@@ -369,7 +403,7 @@ Faster than the painter, and somewhat worse: reports/mini/tables/efficiency_deco
     from gac import efficiency, stage1, study
     store, _ = stage1.open_tiles(data_dir)
     rows = {s: store.rows(s) for s in ('train', 'val')}
-    if not len(rows['train']): raise study.GacError(f'{data_dir} has no training tiles.')
+    if not len(rows['train']): raise study.GacError(f'{data_dir} has no training tiles. Make some: gac data split {data_dir}')
     model = stage1.build_terramind_generator((store.attrs.get('s1_product', 'S1GRD'),), name=name, weights=weights)
     efficiency.distill(model, store, rows['train'][:max_tiles or None], rows['val'], output_dir, max_steps, batch_size, lr, seed=seed)
     print(f'{output_dir}/{efficiency.DIRECT_FILE}: give the folder to gac precompute --direct')
@@ -448,7 +482,8 @@ def _trained(report:dict) -> None:
     from gac import training
     if training._rank()[0]: return
     values = ', '.join(f'{k} {v:.4g}' for k, v in report['metrics'].items() if isinstance(v, float))
-    print(f"{report['steps']} steps (begun at {report['resumed_at']}), best on validation: {values}, output {report['output']}")
+    how = f'best on validation: {values}' if values else 'nothing to validate on: the last step is kept'
+    print(f"{report['steps']} steps (begun at {report['resumed_at']}), {how}, output {report['output']}")
 
 @command(opt('--data-dir', required=True, metavar='DIR', help='tile store with radar and truth'),
     opt('--stage1-dir', '--stage1-outputs-dir', default='', metavar='DIR',

@@ -120,7 +120,7 @@ class Windows(Dataset):
     def home(self, array:str): # tiles.Store that holds it
         for place in (self.store, self.shelf):
             if array in place.arrays: return place
-        raise GacError(f'{self.shelf.path} has no {array}: run the stage that draws it first.')
+        raise GacError(f'{self.shelf.path} has no {array}.{tiles._make(self.shelf.path, array)}')
 
     def tile(self, row:int) -> tuple: # modality -> (C, H, W) standardised; (H, W) classes
         "A whole tile; the last one is held."
@@ -803,7 +803,7 @@ def run_downstream(
     drawn = sorted({arm(a).s2 for a in arms if arm(a).s2.startswith('opt_')})
     missing = [a for a in drawn if a not in shelf.arrays]
     if missing:
-        raise GacError(f'{shelf.path} has no {", ".join(missing)}: run the stages first, or leave these arms out (--arms).')
+        raise GacError(f'{shelf.path} has no {", ".join(missing)}. Make them ({", ".join(tiles.MAKERS[m] for m in missing if m in tiles.MAKERS)}), or leave these arms out (--arms).')
     recipe = Recipe(product=store.attrs.get('s1_product', 'S1GRD'), require=tuple(drawn), **options)
     if not configs_only: training.check_precision(recipe.precision, training.Settings(accelerator=recipe.accelerator).device)
     if configs_only:

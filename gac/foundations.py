@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['MODALITIES', 'BAND_NAMES', 'HLS_NAMES', 'LULC_LABELS', 'SIZE', 'PATCH', 'LEVELS', 'KEYS', 'INPUTS', 'OUTPUTS', 'CORE',
-           'PRITHVI', 'PRITHVI_BANDS', 'TERRAMIND_KEY_STATS', 'PRITHVI_STATS', 'MINI_STATS', 'ROLES', 'MODELS',
-           'terramind_mini', 'terramind_mini_tim', 'terramind_mini_generate', 'DEFAULTS', 'INTO', 'WEIGHTS',
-           'REPOSITORY', 'Part', 'CLAMPS', 'TOKENS', 'PRECISIONS', 'modality_key', 'band_names', 'vocab',
-           'mini_modalities', 'vit_mini_enc', 'vit_nano_enc', 'vit_nano_dec', 'unet_mini', 'unet_nano',
-           'mini_tokenizer', 'mini_core', 'mini_prithvi', 'Entry', 'available', 'entry', 'prithvi_mini',
-           'without_memory', 'blank', 'select_bands', 'info', 'describe', 'WeightFile', 'needed_files', 'offline',
-           'find_file', 'locate', 'find_folder', 'spare_keys', 'read_weights', 'match_keys', 'load_checked',
-           'strict_filter', 'build', 'checksum', 'weights_checksums', 'save_weights', 'Units', 'tile_identity',
-           'tile_generator', 'draw', 'own_randomness', 'top_p_tokens', 'steps_run', 'scheduler_for', 'diffuse',
-           'computing', 'Recorded', 'Generator', 'place', 'spare', 'build_generator', 'features', 'reach', 'clip_error',
-           'true_tiles']
+           'PRITHVI', 'PRITHVI_BANDS', 'SPAN', 'DECODERS', 'TERRAMIND_KEY_STATS', 'PRITHVI_STATS', 'MINI_STATS',
+           'ROLES', 'MODELS', 'terramind_mini', 'terramind_mini_tim', 'terramind_mini_generate', 'DEFAULTS', 'INTO',
+           'WEIGHTS', 'REPOSITORY', 'Part', 'CLAMPS', 'TOKENS', 'PRECISIONS', 'modality_key', 'band_names', 'vocab',
+           'mini_modalities', 'vit_mini_enc', 'vit_nano_enc', 'vit_nano_dec', 'unet_mini', 'unet_nano', 'SeamlessUNet',
+           'unet_seamless', 'mini_tokenizer', 'family', 'carded', 'mini_core', 'mini_prithvi', 'Entry', 'available',
+           'entry', 'prithvi_mini', 'without_memory', 'blank', 'select_bands', 'info', 'describe', 'WeightFile',
+           'needed_files', 'offline', 'find_file', 'locate', 'find_folder', 'spare_keys', 'read_weights', 'match_keys',
+           'load_checked', 'strict_filter', 'build', 'checksum', 'weights_checksums', 'save_weights', 'Units',
+           'tile_identity', 'tile_generator', 'draw', 'own_randomness', 'top_p_tokens', 'steps_run', 'scheduler_for',
+           'diffuse', 'computing', 'Recorded', 'Generator', 'place', 'spare', 'build_generator', 'features', 'reach',
+           'clip_error', 'true_tiles']
 
 # %% ../nbs/04_foundations.ipynb #1d817898
 from . import study  # first: it mends a torchvision built for another torch
@@ -122,21 +122,66 @@ _unet = partial(unet.PatchedUNetCondCat, patch_size=PATCH, attention_resolutions
 def unet_mini(**kw) -> nn.Module: return _unet(model_channels=96, num_res_blocks=2, num_heads=2, **kw)
 def unet_nano(**kw) -> nn.Module: return _unet(model_channels=64, num_res_blocks=1, num_heads=1, **kw)
 
+class SeamlessUNet(unet.PatchedUNetCondCat):
+    "A decoder that sees over the borders of tokens: after the UNet, whose unit is the token, convolutions of pixels correct the image."
+    def __init__(self, in_channels:int, out_channels:int, cond_channels:int, width:int=24, **kw):
+        super().__init__(in_channels, out_channels, cond_channels, PATCH, **kw)
+        self.seams = nn.Sequential(nn.Conv2d(out_channels, width, 5, padding=2), nn.GELU(), nn.Conv2d(width, width, 3, padding=1), nn.GELU(),
+                                   nn.Conv2d(width, out_channels, 3, padding=1))
+        nn.init.zeros_(self.seams[-1].weight), nn.init.zeros_(self.seams[-1].bias)
+
+    def forward(self, *args, **kw) -> Tensor: # (B, C, H, W)
+        image = super().forward(*args, **kw)
+        return image + self.seams(SPAN*image)/SPAN
+
+SPAN = 6.  # the optical tokenizer's unit over the standard deviation of reflectance: the convolutions compute near one
+
+def unet_seamless(**kw) -> nn.Module:
+    return SeamlessUNet(model_channels=96, num_res_blocks=2, num_heads=2, attention_resolutions=[], channel_mult=(1, 1), **kw)
+
 for f in (vit_mini_enc, vit_nano_enc, vit_nano_dec): setattr(vit_models, f.__name__, f)
-for f in (unet_mini, unet_nano): setattr(unet, f.__name__, f)
+for f in (unet_mini, unet_nano, unet_seamless): setattr(unet, f.__name__, f)
 
 # %% ../nbs/04_foundations.ipynb #81d7930c
+DECODERS = dict(s2l2a='unet_mini', ndvi='unet_nano', lulc='vit_nano_dec') # tokenizer -> its decoder, where its card names none
+
 def mini_tokenizer(
     mod:str, # s2l2a, lulc or ndvi
+    decoder:str='', # of DECODERS, or unet_seamless; empty: the one in DECODERS
     **kw, # for the class
 ) -> nn.Module: # DiVAE (diffusion decoder), for lulc VQVAE
     "An untrained miniature tokenizer."
     levels = kw.pop('levels', LEVELS[mod])
     common = dict(image_size=SIZE, patch_size=PATCH, post_mlp=True, quant_type='fsq', codebook_size=levels,
                   latent_dim=len(levels.split('-'))) | kw
-    if mod == 'lulc': return VQVAE(n_channels=LULC_LABELS, enc_type='vit_nano_enc', dec_type='vit_nano_dec', **common)
-    enc, dec, n = ('vit_mini_enc', 'unet_mini', 12) if mod == 's2l2a' else ('vit_nano_enc', 'unet_nano', 1)
+    dec = decoder or DECODERS[mod]
+    if mod == 'lulc': return VQVAE(n_channels=LULC_LABELS, enc_type='vit_nano_enc', dec_type=dec, **common)
+    enc, n = ('vit_mini_enc', 12) if mod == 's2l2a' else ('vit_nano_enc', 1)
     return DiVAE(n_channels=n, enc_type=enc, dec_type=dec, prediction_type='sample', clip_sample=True, **common)
+
+@contextmanager
+def family(
+    levels:dict|None=None, # tokenizer -> levels of its quantiser, where they are not those of LEVELS
+    decoders:dict|None=None, # tokenizer -> decoder, where it is not that of DECODERS
+) -> Iterator[None]:
+    "Build miniatures with other quantisers and decoders."
+    old = dict(LEVELS), dict(DECODERS)
+    for table, given in ((LEVELS, levels), (DECODERS, decoders)): table.update({k: v for k, v in (given or {}).items() if v})
+    try: yield
+    finally: LEVELS.update(old[0]), DECODERS.update(old[1])
+
+def carded(
+    files:Iterable[Path], # of weights; the card beside a tokenizer's may name its levels and its decoder
+) -> dict: # for `family`
+    "What the cards beside some weights say of quantisers and decoders."
+    found = dict(levels={}, decoders={})
+    for path in files:
+        if of := re.fullmatch(r'terramind_mini_tokenizer_(\w+)\.safetensors', path.name):
+            card = study._read_json(path.with_suffix('.json'))
+            found['levels'][of[1]], found['decoders'][of[1]] = card.get('levels'), card.get('decoder')
+            if (d := card.get('decoder')) and not (hasattr(unet, d) or hasattr(vit_models, d)):
+                raise study.GacError(f'{path.with_suffix(".json")}: decoder {d!r} is none of {", ".join(sorted({*DECODERS.values(), "unet_seamless"}))}.')
+    return found
 
 def mini_core(
     inputs:Iterable[str]=INPUTS, # modality keys the encoder reads
@@ -148,9 +193,11 @@ def mini_core(
         dec, _ = build_output_modality_embeddings(info, list(outputs), img_size=SIZE, dim=CORE['dim'], patch_size=PATCH)
         return TerraMind(encoder_embeddings=enc, decoder_embeddings=dec, modality_info=MODALITY_INFO, **CORE)
 
-def mini_prithvi() -> PrithviMAE:
+def mini_prithvi(
+    frames:int=1, # dates of a place
+) -> PrithviMAE:
     "The untrained miniature masked autoencoder, six bands, with place and date."
-    return PrithviMAE(**PRITHVI)
+    return PrithviMAE(**PRITHVI | dict(num_frames=frames))
 
 # %% ../nbs/04_foundations.ipynb #8ac56e3c
 TERRAMIND_KEY_STATS = {  # modality key -> mean and standard deviation per band, in DN, dB, m
@@ -597,7 +644,7 @@ def build(
     "A model by TerraTorch's name, its weights loaded strictly."
     e = entry(name)
     files = locate(name, weights, **kw) if pretrained else {}
-    model = blank(name, memory=not pretrained, **kw)
+    with family(**carded(files.values())) if e.mini else nullcontext(): model = blank(name, memory=not pretrained, **kw)
     if pretrained:
         parts = [(str(path), read_weights(path), w) for w, path in files.items()]
         if e.role == 'prithvi': _take_bands(parts[0][1], _options(e, kw)['bands'])
@@ -1132,8 +1179,14 @@ def clip_error(
 def true_tiles(
     n:int=5, # at most
     seed:int=0, # of the procedural world
+    given=None, # tiles.Store of somebody's own; empty: none
 ) -> tuple[str, dict[str, np.ndarray]]: # what they are; name -> (12,H,W) DN
-    "Sentinel-2 tiles to measure the clamp on: the real TerraMesh tiles, else procedural ones."
+    "Sentinel-2 tiles to measure the clamp on: those given, else the real TerraMesh tiles, else procedural ones."
+    if given is not None:
+        rows = np.unique(np.linspace(0, len(given) - 1, min(n, len(given))).round().astype(int))
+        s2 = np.zeros((len(rows), len(study.S2_BANDS), *given.arrays['s2'].shape[2:]), np.float32)  # bands nobody measured stay 0
+        s2[:, list(study.OPT_INDEX)] = given.read('s2', rows, study.OPT_BANDS)
+        return 'real: given', dict(zip(given.table.id.iloc[rows], s2))
     folder = (study.real_data() or Path())/'terramesh_tiles'/'S2L2A'
     files = sorted(folder.glob('*.tif'))[:n]
     if not files:

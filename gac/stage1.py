@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SPEC', 'COLUMNS', 'build_terramind_generator', 'tm_sar2opt', 'Decoding', 'tile_number', 'draw', 'batches', 'unusable',
            'read_radar', 'disk_forecast', 'settings', 'in_order', 'fill', 'drop_other', 'precompute', 'companion',
-           'open_tiles', 'read_tiles', 'drawn', 'Stored', 'stored', 'noted', 'opened', 'measure', 'summarise',
-           's1_composite', 'white_of', 'picture', 'false_colour', 'in_one_line', 'by_gain', 'panels', 'decoding_grid',
-           'cheapest', 'chosen', 'shelf', 'images_of', 'drawn_before', 'browser']
+           'open_tiles', 'paired_rows', 'tell_unvalidated', 'read_tiles', 'drawn', 'Stored', 'stored', 'noted',
+           'opened', 'measure', 'summarise', 's1_composite', 'white_of', 'picture', 'false_colour', 'in_one_line',
+           'by_gain', 'panels', 'decoding_grid', 'cheapest', 'chosen', 'shelf', 'images_of', 'drawn_before', 'browser']
 
 # %% ../nbs/07_stage1.ipynb #95379e58
 import hashlib, json, shutil
@@ -300,13 +300,34 @@ def open_tiles(
     if not data_dir.exists():
         raise GacError(f'{data_dir} does not exist: give the folder of a tile store or of tiles in a known layout (--data-dir).')
     if not (data_dir/'table.parquet').exists():
-        if not output_dir: raise GacError(f'{data_dir} is no tile store: say with --output-dir where the converted tiles go.')
+        if not output_dir: raise GacError(f'{data_dir} is no tile store. Make one: gac data convert {data_dir} STORE (gac precompute makes it where --output-dir says).')
         converted = Path(output_dir)/'tiles'
         tiles.convert(data_dir, converted, **options)
         store = tiles.Store(converted)
         return store, store
     store = tiles.Store(data_dir)
     return store, companion(store, output_dir) if output_dir and Path(output_dir).resolve() != data_dir.resolve() else store
+
+def paired_rows(
+    store, # tiles.Store with the truth
+    place, # tiles.Store with the images
+    array:str, # their name
+) -> dict[str, np.ndarray]: # train, val -> positions
+    "Tiles to train and to validate on that have an image of the stage before; without any to train on, what to do."
+    there = place.written(array)
+    rows = {s: (r := store.rows(s))[there[r]] for s in ('train', 'val')}
+    if len(rows['train']): return rows
+    if not len(store.rows('train')):
+        raise GacError(f'{store.path} has no training tiles ({tiles._counts(store.table["split"]) or "it is empty"}). Make some: gac data split {store.path}')
+    raise GacError(f'{place.path}: no training tile has {array}. Make it: {tiles.MAKERS[array]} --data-dir {store.path}')
+
+def tell_unvalidated(
+    name:str, # of the training
+    more:str='', # what cannot be chosen then
+) -> None:
+    "What a training does that has nothing to validate on."
+    print(f'{name}: no validation tiles (gac data split makes some), so it trains to the last step, without early stopping, and keeps that{more}', flush=True)
+
 
 # %% ../nbs/07_stage1.ipynb #86147aa0
 def read_tiles(

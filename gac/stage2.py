@@ -598,6 +598,7 @@ def train_stage2(
         training.together(refiner, out_dir/'training.json', plan, settings, () if resume else [out_dir])
         resume = True
     refiner.train().strength.fill_(1.)
+    if not val and not training._rank()[0]: stage1.tell_unvalidated('stage 2', '; all of the correction is applied')
     fit = training.fit(refiner, stage2_step(loss), train, val, settings, out_dir, resume, 'stage 2', every=every)
     best = metrics.read_torch(fit.best or fit.last)
     training.load_trained(refiner, {k.removeprefix('model.'): v for k, v in best['state_dict'].items()}, fit.best or fit.last)
@@ -672,7 +673,7 @@ def precompute_stage2(
 ) -> dict: # of stage1.fill; tiles without opt_v1 are errors
     "Refine a whole tile set."
     into, table = into or store, store.table
-    if source not in into.arrays: raise GacError(f'{into.path} has no {source}: run Stage 1 first (gac precompute).')
+    if source not in into.arrays: raise GacError(f'{into.path} has no {source}. Make it: gac precompute --data-dir {store.path}')
     made = dict(bands=list(OPT_BANDS), units='reflectance x 10000', refiner=refiner.config, weights=identity(refiner),
                 trained=fingerprint(refiner),
                 source=dict(into.arrays[source].attrs), precision=precision)
@@ -785,10 +786,8 @@ def run_stage2(
     store, _ = stage1.open_tiles(data_dir)
     place = stage1.companion(store, stage1_dir) if stage1_dir and Path(stage1_dir).resolve() != store.path.resolve() else store
     if 'opt_v1' not in place.arrays:
-        raise GacError(f'{place.path} has no opt_v1: run Stage 1 first (gac precompute --data-dir {data_dir}).')
-    there, images = place.written('opt_v1'), stage1.stored(place)
-    rows = {s: (r := store.rows(s))[there[r]] for s in ('train', 'val')}
-    if not len(rows['train']): raise GacError(f'{store.path} has no training tile with opt_v1.')
+        raise GacError(f'{place.path} has no opt_v1. Make it: gac precompute --data-dir {data_dir}')
+    images, rows = stage1.stored(place), stage1.paired_rows(store, place, 'opt_v1')
     settings = training.Settings(lr=lr, epochs=float(epochs), max_steps=max_steps, batch_size=batch_size,
                                  grad_accum_steps=grad_accum_steps, precision=precision,
         val_every=val_every, save_every=save_every, early_stopping=early_stopping,

@@ -14,7 +14,7 @@ __all__ = ['REACH', 'WINDOWS', 'GAIN', 'ROUTES', 'CODES', 'KINDS', 'PAINT', 'REM
            'save_panels', 'lie_test', 'lie_table']
 
 # %% ../nbs/09_stage3.ipynb #da204487
-import json, math
+import hashlib, json, math
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -621,7 +621,7 @@ def train_stage3(
     settings = replace(settings, monitor='val_monitor', mode='min')
     made = dict(model=model.config, tensors=stage2.layout(model), weights=identity(model), loss=loss.weights, crop=crop,
                 augment=augment, select=select, frozen=frozen, strength=strength,
-                settings=asdict(settings), train=_mark(train), val=_mark(val) if val else 0)
+                settings=asdict(settings), train=_mark(train), val=_mark(val) if val else 0, tiles=_ids(train) + _ids(val))
     made = json.loads(json.dumps(made))
     resume = resume and _same(out_dir, made, overwrite)
     study._write(out_dir/'made.json', json.dumps(made, indent=1) + '\n')
@@ -635,6 +635,7 @@ def train_stage3(
                           () if resume else [out_dir/k for k in parts])
         resume = True
     model.strength.fill_(1.)
+    if not val and not training._rank()[0]: stage1.tell_unvalidated('stage 3', '; all of the correction is applied')
     for name, some in parts.items():
         for data in (train, val): _prepare(data, model, name)
         fit = training.fit(model.train(), step, train, val, some, out_dir/name, resume, f'stage 3, {name}', every=every)
@@ -697,12 +698,16 @@ def _mark(data:Triples) -> list:
     first = data.tile(0)['opt_v2']
     return [len(data), data.store.table.id.iloc[data.rows[0]], round(float(first.double().mean()), 8), data.lies, data.seed]
 
+def _ids(data) -> list[str]:
+    "Digits that change with the tiles, as a split made anew changes them."
+    return [hashlib.sha256(','.join(data.store.table.id.iloc[data.rows]).encode()).hexdigest()[:16]] if data else []
+
 def _same(out_dir:Path, made:dict, overwrite:bool) -> bool:
     "Whether what lies in a folder is the training that is asked for; another one is refused, or replaced."
     if not (out_dir/'made.json').exists(): return True
     then = study._read_json(out_dir/'made.json')
     free = lambda d: d | dict(settings={k: v for k, v in d.get('settings', {}).items() if k not in training.FREE_TO_CHANGE})
-    changed = [k for k, v in free(made).items() if free(then).get(k) != v]
+    changed = [k for k, v in free(made).items() if free(then).get(k) != v and (k != 'tiles' or k in then)]  # earlier versions did not note the tiles
     if changed and (not overwrite or training.launched() > 1):
         raise GacError(f'{out_dir} belongs to a training with other {", ".join(changed)}: choose another folder, or replace it (overwrite; '
                        'where several processes train together, delete it first).')
@@ -877,7 +882,7 @@ def precompute_stage3(
 ) -> dict: # of stage1.fill; tiles without opt_v2 or usable radar are errors
     "Ground a whole tile set."
     into = into or store
-    if source not in into.arrays: raise GacError(f'{into.path} has no {source}: run Stage 2 first (gac precompute-stage2).')
+    if source not in into.arrays: raise GacError(f'{into.path} has no {source}. Make it: gac precompute-stage2 --data-dir {store.path}')
     made = dict(bands=list(OPT_BANDS), units='reflectance x 10000', model=model.config, weights=identity(model),
                 trained=fingerprint(model),
                 timesteps=timesteps or model.timesteps, source=dict(into.arrays[source].attrs), precision=precision)
@@ -1041,11 +1046,9 @@ def run_stage3(
     store, _ = stage1.open_tiles(data_dir)
     place = stage1.companion(store, stage2_dir) if stage2_dir and Path(stage2_dir).resolve() != store.path.resolve() else store
     if 'opt_v2' not in place.arrays:
-        raise GacError(f'{place.path} has no opt_v2: run Stage 2 first (gac train-stage2 --data-dir {data_dir}).')
+        raise GacError(f'{place.path} has no opt_v2. Make it: gac precompute-stage2 --data-dir {data_dir} --stage2-checkpoint DIR, which gac train-stage2 writes, or name that folder here (--stage2-checkpoint).')
     card = stage2.read_stage2(stage2_checkpoint)[1] if stage2_checkpoint else None
-    there, images = place.written('opt_v2'), stage1.stored(place, 'opt_v2')
-    rows = {s: (r := store.rows(s))[there[r]] for s in ('train', 'val')}
-    if not len(rows['train']): raise GacError(f'{store.path} has no training tile with opt_v2.')
+    images, rows = stage1.stored(place, 'opt_v2'), stage1.paired_rows(store, place, 'opt_v2')
     settings = training.Settings(lr=lr, epochs=float(epochs), max_steps=max_steps, batch_size=batch_size,
                                  grad_accum_steps=grad_accum_steps,
                                  precision=precision, val_every=val_every, save_every=save_every, early_stopping=early_stopping,

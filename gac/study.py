@@ -6,15 +6,15 @@
 __all__ = ['S2_BANDS', 'OPT_BANDS', 'OPT_INDEX', 'S1_BANDS', 'REFLECTANCE', 'LULC_CLASSES', 'BIOMES', 'TERRAMIND_STATS',
            'COLOURS', 'RUNNER_SETS', 'MAIN', 'MAIN_FIGURES', 'ROOMS', 'GacError', 'root', 'real_data',
            'mend_torchvision', 'seed_everything', 'progress', 'writing', 'replacing', 'writable', 'style',
-           'save_picture', 'format_table', 'Run', 'start', 'requirements', 'sha256', 'weights', 'code_state',
-           'provenance', 'Parameter', 'declared', 'read_notebook', 'notebook_parameters', 'check_value', 'read_yaml',
-           'profiles', 'load_profile', 'check_parameters', 'modules_used', 'reads_of', 'code_of', 'Stage', 'outputs',
-           'still', 'kernels', 'chain_notebooks', 'plan', 'run_chain', 'write_page', 'write_report', 'compare_tables',
-           'compare_reports', 'verify', 'fetch_examples', 'render_readme', 'uphill']
+           'save_picture', 'safe_name', 'format_table', 'Run', 'expect', 'start', 'requirements', 'sha256', 'weights',
+           'code_state', 'provenance', 'Parameter', 'declared', 'read_notebook', 'notebook_parameters', 'check_value',
+           'read_yaml', 'profiles', 'load_profile', 'check_parameters', 'modules_used', 'reads_of', 'code_of', 'Stage',
+           'outputs', 'still', 'kernels', 'chain_notebooks', 'plan', 'run_chain', 'write_page', 'write_report',
+           'compare_tables', 'compare_reports', 'verify', 'fetch_examples', 'render_readme', 'uphill']
 
 # %% ../nbs/00_study.ipynb #6c34dab9
 import ast, errno, filecmp, hashlib, importlib.abc, importlib.util, io, json, os, platform, random, re, shutil, signal, subprocess, sys, tempfile, threading, time, \
-    tokenize, uuid
+    tokenize, unicodedata, uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -239,6 +239,14 @@ def _name(name:str) -> str:
         raise GacError(f'{name!r} cannot be a file name: letters, digits, "_", "-" and "." only.')
     return name
 
+def safe_name(
+    name:str, # of a folder or file, in any script
+) -> str: # letters, digits, "_", "-" and "."; begins with a letter or a digit
+    "A file name made of any name: accents go, what is not allowed becomes a hyphen."
+    plain = unicodedata.normalize('NFKD', name).encode('ascii', 'ignore').decode()
+    plain = re.sub(r'-+', '-', re.sub(r'[^A-Za-z0-9_.-]', '-', plain)).strip('-._')
+    return plain or hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
+
 # %% ../nbs/00_study.ipynb #d1c514ce
 def format_table(
     df, # a pandas DataFrame
@@ -286,9 +294,11 @@ class Run:
         name:str, # file name without suffix
         caption:str='', # one sentence for the report
         digits:int|dict|None=None, # decimals, for all or by column; None: 4
+        about:str='', # the tiles it is about: world, or 'real: …'; empty: none in particular
     ): # the DataFrame, to be shown
         "Write tables/`name`.csv, .md and .tex, the same bytes for the same numbers."
         text, base = format_table(df, digits), self.reports/'tables'
+        caption = self._titled(name, caption, about)
         _write(base/f'{_name(name)}.csv', text.to_csv(index=False, lineterminator='\n'))
         _write(base/f'{name}.md', text.to_markdown(index=False, disable_numparse=True) + '\n')
         _write(base/f'{name}.tex', text.to_latex(index=False, escape=True, caption=_tex(caption) or None, label=f'tab:{name}'))
@@ -300,13 +310,21 @@ class Run:
         fig, # a matplotlib figure
         name:str, # file name without suffix
         caption:str='', # one sentence for the report
+        about:str='', # the tiles it shows: world, or 'real: …'; empty: none in particular
     ) -> None: # the figure stays open: a notebook shows it once, at the end of its cell
         "Write figures/`name`.png and .svg, the same bytes for the same picture."
         for kind in ('png', 'svg'):
             save_picture(fig, self.reports/'figures'/f'{_name(name)}.{kind}')
             fig.set_layout_engine('none')  # laid out once: the next picture of it takes half the time
-        self.record['figures'][name] = caption
+        self.record['figures'][name] = self._titled(name, caption, about)
         self._save()
+
+    def _titled(self, name:str, caption:str, about:str) -> str:
+        "The caption; in a run on somebody's tiles it says at its beginning what is about the procedural world instead."
+        if not self.data or not about: return caption
+        self.record.setdefault('procedural' if about == 'world' else 'given', []).append(name)
+        if about != 'world': return caption
+        return caption if re.match(r'(?i)[^.]{0,60}procedural', caption) else f'Procedural world: {caption}'
 
     def artefact(self, path:str|Path) -> Path:
         "Declare a file or folder of the run directory that later notebooks need: without it this notebook runs again."
@@ -331,6 +349,28 @@ class Run:
         "Say in the report why a cell reads n/a."
         self.record['missing'][what] = why
         self._save()
+
+    def remark(self, sentence:str) -> None:
+        "A sentence for the report: what somebody's tiles do otherwise than the procedural world."
+        remarks = self.record.setdefault('remarks', [])
+        if sentence not in remarks: remarks.append(sentence)
+        self._save()
+
+def expect(
+    run:Run, # of this notebook
+    condition, # what the study expects: a bool, or a function that gives one
+    sentence:str, # what is so where it does not hold
+) -> bool: # whether it holds
+    "An expectation of the study: an error on the procedural world, a sentence in the report of somebody's tiles."
+    try: holds = bool(condition() if callable(condition) else condition)
+    except (LookupError, ValueError, TypeError, ArithmeticError):  # a row that is not there cannot be judged
+        if not run.data: raise
+        holds = False
+    if not holds and not run.data: raise AssertionError(sentence)
+    if not holds:
+        print(sentence)
+        run.remark(sentence)
+    return holds
 
 def start(
     notebook:str, # e.g. 07_stage1
@@ -697,18 +737,24 @@ def _report_files(folder:Path) -> list[Path]: # seen from the folder
     return [p.relative_to(folder) for part in _PARTS for p in (sorted((folder/part).rglob('*')) if (folder/part).is_dir() else [folder/part])
             if p.is_file() and not p.name.endswith('.failed.ipynb')]
 
+def _last_report(report:Path, run:Path) -> Path:
+    "Where the last report of this run lies: its place, or the copy the run keeps where another profile or other settings have written there since."
+    kept = run/'published'
+    return kept if kept.is_dir() and _read_json(report/'provenance.json').get('run') != _digits(str(run)) else report
+
 def _draft(
     report:Path, # folder of the report
     run:Path, # folder of the artefacts
+    anew:bool=False, # begin with nothing where the run has no report yet
 ) -> Path: # where the notebooks write
-    "What a stopped run left, else a copy of the report."
-    draft, partly = run/'report', run/'.report'
+    "What a stopped run left, else a copy of its last report."
+    draft, partly, last = run/'report', run/'.report', _last_report(report, run)
     writable(report)  # said now, not after hours
     if draft.is_dir(): return draft
     shutil.rmtree(partly, ignore_errors=True)
     try:
         partly.mkdir(parents=True)
-        for p in _report_files(report): _write(partly/p, (report/p).read_bytes())
+        for p in [] if anew and not (run/'chain.json').exists() else _report_files(last): _write(partly/p, (last/p).read_bytes())
         os.replace(partly, draft)
     except BaseException:
         shutil.rmtree(partly, ignore_errors=True)
@@ -718,6 +764,7 @@ def _draft(
 def _publish(
     draft:Path, # a whole report
     report:Path, # folder of the report
+    keep:bool=False, # leave a copy in the run's folder
 ) -> None:
     "Let a draft take the place of the report, file by file, and remove what it no longer holds."
     new, aside = _report_files(draft), draft.with_name('.report')
@@ -726,6 +773,9 @@ def _publish(
     for p in set(_report_files(report)) - set(new): (report/p).unlink()
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(draft, aside)  # from here on it is no draft any more
+    if keep:
+        shutil.rmtree(draft.with_name('published'), ignore_errors=True)
+        os.replace(aside, draft.with_name('published'))
     shutil.rmtree(aside, ignore_errors=True)
 
 # %% ../nbs/00_study.ipynb #f83e2ba6
@@ -867,12 +917,36 @@ def _pick(names:list[str], wanted:str, option:str) -> int:
     if found: return found[0]
     raise GacError(f'{option} {wanted}: no such notebook. {_nearest(wanted, names)}')
 
-def _places(profile:str, data:str, reports:str, runs:str) -> tuple[Path, Path]:
-    "Folders of the report and of the artefacts: by profile, or by name of the real data; a report elsewhere keeps its own artefacts."
-    home = f'real/{_name(Path(data).resolve().name)}' if data else profile
+def _digits(what, n:int=8) -> str:
+    "Some digits that stand for a path or for settings."
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:n]
+
+def _data_name(data:str) -> str: # seen from the root
+    "What a data set is called below runs/real and reports/real: a safe name; with digits where one of another place has that name."
+    path = (root()/data).resolve()
+    name = safe_name(path.name)
+    owner = _read_json(root()/'runs'/'real'/name/'data.json').get('place')
+    return name if owner in (None, _digits(str(path))) else f'{name}-{_digits(str(path), 6)}'
+
+def _claim_name(data:str) -> None: # seen from the root
+    "Write down whose name it is, so that a folder elsewhere of the same name gets another one."
+    path = (root()/data).resolve()
+    _write(root()/'runs'/'real'/_data_name(data)/'data.json', json.dumps(dict(place=_digits(str(path)))) + '\n')
+
+def _places(
+    profile:str, data:str, reports:str, runs:str, # as for run_chain, data seen from the root
+    sets:dict|None=None, # settings over the profile: somebody's tiles get a folder for each
+    goes_on:bool=False, # --from or --only: on top of what the profile has made, where these settings have made nothing
+) -> tuple[Path, Path]:
+    "Folders of the report and of the artefacts: by profile, or by name of the real data, profile and settings; a report elsewhere keeps its own artefacts."
+    home = f'real/{_data_name(data)}' if data else profile
     report = Path(reports).resolve() if reports else root()/'reports'/home
-    apart = f'{home}-{hashlib.sha256(str(report).encode()).hexdigest()[:8]}'
-    return report, Path(runs).resolve() if runs else root()/'runs'/(apart if reports else home)
+    if runs: return report, Path(runs).resolve()
+    apart = f'-{hashlib.sha256(str(report).encode()).hexdigest()[:8]}' if reports else ''
+    if not data: return report, root()/'runs'/f'{home}{apart}'
+    base = root()/'runs'/f'{home}/{profile}{apart}'
+    own = base.with_name(f'{base.name}-{_digits(sets, 6)}') if sets else base
+    return report, base if goes_on and not own.exists() else own
 
 def plan(
     profile:str, # name of the profile
@@ -894,7 +968,7 @@ def plan(
     first = _pick(names, start, '--from') if start else 0
     alone = _pick(names, only, '--only') if only else None
     fixed = dict(profile=profile, run_dir=_relative(run), reports_dir=_relative(run/'report'), data=data)
-    there = run/'report' if (run/'report').is_dir() else report  # what a stopped run left is the newer
+    there = run/'report' if (run/'report').is_dir() else _last_report(report, run)  # what a stopped run left is the newer
     done, stages, keys, marks = _read_json(run/'chain.json'), [], {}, {}
     told = _read_json(report/'provenance.json').get('notebooks', {})  # a first run expects what the report took
     for i, path in enumerate(paths):
@@ -942,6 +1016,15 @@ def _recognise(data:str) -> tuple[str, str]:
     layout = importlib.import_module('gac.tiles').recognise(path)  # by name: the runner stands above every room
     return _relative(path.resolve()), str(layout)
 
+def _look_at(stages:list[Stage], run:Path, dry_run:bool) -> dict:
+    "What somebody's tiles are and what each notebook will take of them, said before anything runs."
+    import importlib
+    if '02_tiles' not in {s.name for s in stages}: return {}
+    given = importlib.import_module('gac.given')  # by name: the runner stands above every room
+    found = given.look(stages, run, dry_run)
+    print(given.as_text(found), flush=True)
+    return found
+
 def run_chain(
     profile:str='mini', # name of the profile
     data:str='', # file or folder of real tiles; empty: the procedural world
@@ -952,7 +1035,7 @@ def run_chain(
     force:bool=False, # run even what is unchanged
     dry_run:bool=False, # print the plan and stop
     nbs:str|Path='', # folder of the notebooks; empty: nbs
-    runs:str='', # folder of the artefacts; empty: runs/<profile>
+    runs:str='', # folder of the artefacts; empty: runs/<profile> or runs/real/<name of data>/<profile>
     verbose:bool=False, # show what the notebooks print
     jobs:int=0, # notebooks side by side; 0: two, one where there is a GPU or a single core
 ): # a DataFrame: notebook, status, seconds
@@ -962,7 +1045,7 @@ def run_chain(
     if data:
         data, layout = _recognise(data)
         print(f'{data}: {layout}')
-    report, run = _places(profile, data, reports, runs)
+    report, run = _places(profile, data, reports, runs, sets, bool(start or only))
     stages = plan(profile, data, report, run, sets, start, only, force, Path(nbs) if nbs else None)
     todo = [s for s in stages if s.status == 'to run']
     if start and only: raise GacError('--from and --only: expected one of them.')
@@ -977,12 +1060,15 @@ def run_chain(
     os.environ.setdefault('OMP_NUM_THREADS', '2')
     # on a busy machine threads that spin while they wait take the time the others need
     os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
+    if dry_run and data: _look_at(stages, run, True)
     if not dry_run:
         with _stoppable(), _Lock(run), writing(run):
-            draft = _draft(report, run)
+            if data and not runs: _claim_name(data)
+            if data: _write(run/'given.json', json.dumps(_look_at(stages, run, False), indent=1) + '\n')
+            draft = _draft(report, run, bool(data))
             _run_stages(stages, run, draft, verbose, jobs or _lanes())
             write_report(stages, run, draft, profile, layout)
-            _publish(draft, report)
+            _publish(draft, report, bool(data))
     summary = pd.DataFrame([dict(notebook=s.name, status=s.status, seconds=s.seconds) for s in stages])
     shown = summary.assign(seconds=[_clock(s.seconds) if s.seconds else '' for s in stages])
     print(shown.rename(columns=dict(seconds='time, shared' if jobs != 1 else 'time')).to_markdown(index=False))
@@ -1132,15 +1218,29 @@ def _html_stage(name:str, entry:dict, report:Path) -> str:
     title, about = _title(ran)
     link = f' <a href="notebooks/{name}.ipynb">{name}, the notebook as it ran</a>' if ran.exists() else ''
     part = [f'<h2 id="{name}">{escape(title)}</h2><p>{escape(about)}{"." if about and about[-1] not in ".?!" else ""}{link}</p>']
-    part += [_html_table(report/'tables'/f'{t}.csv', c) for t, c in entry['tables'].items()
+    late = entry.get('procedural', [])  # below what is about the tiles somebody gave
+    in_order = lambda found: sorted(found.items(), key=lambda kv: kv[0] in late)
+    part += [f'<p class="note"><b>On these tiles:</b> {escape(s)}</p>' for s in entry.get('remarks', [])]
+    part += [_html_table(report/'tables'/f'{t}.csv', c) for t, c in in_order(entry['tables'])
              if (report/'tables'/f'{t}.csv').exists()]
-    part += [_html_figure(f, c, f) for f, c in entry['figures'].items()]
+    part += [_html_figure(f, c, f) for f, c in in_order(entry['figures'])]
     part += [f'<p class="note"><b>n/a: {escape(what)}</b> {escape(why)}</p>' for what, why in entry['missing'].items()]
     return '\n'.join(part)
 
 MAIN = {'psnr': 'PSNR, dB', 'ssim': 'SSIM', 'sam_deg': 'spectral angle, °',
         'sar_edge_gap': 'distance to the truth\'s agreement with the radar', 'hallucination': 'share of edges without support'}  # measure of results.csv -> heading
-MAIN_FIGURES = ('panels', 'stage_gains')
+MAIN_FIGURES = ('tiles_real', 'panels', 'stage_gains')
+
+def _html_given(given:dict) -> str: # of given.look
+    "What somebody's tiles are, and what each notebook takes of them."
+    import pandas as pd
+    from html import escape
+    if not given: return ''
+    says = ''.join(f'<p>{escape(line)}</p>' for line in given['says'])
+    rows = pd.DataFrame(given['uses'], dtype=str)
+    table = (f'<div class="wide">{_html(rows)}</div><p class="note">What each notebook takes of them; "asked" is the number the profile has.</p>'
+             if len(rows) else '')
+    return f'<h2 id="given">The tiles</h2>{says}{table}'
 
 def _html_summary(entries:dict, report:Path) -> str:
     "What a reader wants first: the main table, short, and the main figures."
@@ -1169,6 +1269,11 @@ def _html_run(about:dict) -> str:
             '<a href="provenance.json">Everything else</a></p>'
             f'<table><caption>What ran, how long, and at which commit. Where two ran side by side the time is shared between them</caption><tr><th>notebook</th><th>time</th><th>commit</th></tr>{rows}</table>')
 
+def _in_order(entries:dict) -> tuple[dict, dict]:
+    "The notebooks with something about somebody's tiles, and those that are about the procedural world alone."
+    about_world = lambda e: bool(e.get('procedural')) and not e.get('given')
+    return {n: e for n, e in entries.items() if not about_world(e)}, {n: e for n, e in entries.items() if about_world(e)}
+
 def write_page(
     report:Path, # folder of a report, with its provenance.json
 ) -> Path: # the page
@@ -1176,12 +1281,15 @@ def write_page(
     from html import escape
     about = _read_json(report/'provenance.json')
     entries, layout = about['notebooks'], about['layout']
-    title = f'GAC study: {about["data"] if layout else about["profile"]}'
+    title = f'GAC study: {Path(about["data"]).name if layout else about["profile"]}'
     head = f'<p>Profile {escape(about["profile"])}{", " + escape(layout) if layout else ""}. <a href="#run">When, where and how long</a></p>'
     names = {n: _title(report/'notebooks'/f'{n}.ipynb') for n in entries}
     contents = ''.join(f'<li><a href="#{n}">{escape(t)}</a>{": " + escape(a) if a else ""}</li>' for n, (t, a) in names.items())
-    body = '\n'.join([head, _html_summary(entries, report), f'<h2>Contents</h2><ul>{contents}</ul>',
-                      *(_html_stage(n, e, report) for n, e in entries.items()), _html_run(about)])
+    own, late = _in_order(entries) if layout else (entries, {})
+    apart = ['<h2>What stays procedural</h2><p>These notebooks are about the procedural world and the models, not about the tiles given.</p>'] if late else []
+    body = '\n'.join([head, _html_given(about.get('given')), _html_summary(entries, report), f'<h2>Contents</h2><ul>{contents}</ul>',
+                      *(_html_stage(n, e, report) for n, e in own.items()), *apart,
+                      *(_html_stage(n, e, report) for n, e in late.items()), _html_run(about)])
     return _write(report/'index.html', _PAGE.format(title=escape(title), body=body))
 
 def write_report(
@@ -1199,7 +1307,8 @@ def write_report(
             entries[s.name] = record | dict(parameters=s.values, seconds=s.seconds) | {k: v for k, v in ran.get(s.name, {}).items() if k != 'key'}
     for entry in entries.values():
         entry['parameters'] = {k: v for k, v in entry['parameters'].items() if k not in ('run_dir', 'reports_dir')}
-    about = dict(profile=profile, data=stages[0].values['data'] or 'world', layout=layout, **provenance(), notebooks=entries)
+    mine = dict(run=_digits(str(run)), given=_read_json(run/'given.json')) if layout else {}
+    about = dict(profile=profile, data=stages[0].values['data'] or 'world', layout=layout, **mine, **provenance(), notebooks=entries)
     _write(report/'provenance.json', _scrub(json.dumps(about, indent=1, default=str)) + '\n')
     return write_page(report)
 
@@ -1362,9 +1471,9 @@ def render_readme() -> str:
     return re.sub(r'\n{3,}', '\n\n', text.replace('](../', '](').replace('src="../', 'src="')).strip() + '\n'
 
 # %% ../nbs/00_study.ipynb #c7d1d3de
-ROOMS = ('study', 'data.dates', 'data.units', 'data.raster', 'explore', 'world', 'tiles', 'metrics', 'foundations', 'training', 'pretrain', 'gradients', 'stage1', 'stage2',
+ROOMS = ('study', 'data.dates', 'data.units', 'data.raster', 'explore', 'world', 'stream', 'tiles', 'given', 'metrics', 'foundations', 'training', 'gradients', 'stage1', 'stage2',
          'stage3',
-         'baselines', 'evaluate', 'pairs', 'export', 'trust', 'ablations', 'downstream', 'nyc', 'efficiency', 'bench', 'claims', 'cli')
+         'baselines', 'pretrain', 'evaluate', 'pairs', 'export', 'trust', 'ablations', 'downstream', 'nyc', 'efficiency', 'bench', 'claims', 'cli')
 
 def uphill(
     package:str|Path='', # folder of the modules; empty: gac

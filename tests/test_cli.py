@@ -180,7 +180,7 @@ def test_later_stages_are_drawn_by_any_number_of_workers(tmp_path, capsys, monke
     at = ('--data-dir', store.path, '--batch-size', 2)
     second = ('precompute-stage2', *at, '--stage2-checkpoint', tmp_path/'stage2')
     code, _, said = call(capsys, *second)
-    assert code == 2 and 'has no opt_v1: run Stage 1 first' in said
+    assert code == 2 and 'has no opt_v1. Make it: gac precompute' in said
     for name in ('one', 'two'):
         beside = stage1.companion(store, tmp_path/name)
         beside.ensure_array('opt_v1', (4, 48, 48), 'int16')

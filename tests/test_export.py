@@ -163,7 +163,7 @@ def test_the_command_exports_stages_from_their_folder(store, tmp_path, capsys):
 
 @pytest.mark.parametrize('options, said', [(dict(products=('opt_v3',)), 'has no opt_v3 .*--stage3-dir'),
                                            (dict(products=('rgb',)), "product 'rgb'"), (dict(ids=['t.9']), 'no tile t.9'),
-                                           (dict(split='val'), 'no tile to export in split val')])
+                                           (dict(split='val'), 'no tile in split val')])
 def test_what_cannot_be_exported(store, tmp_path, options, said):
     with pytest.raises(GacError, match=said): export_tiles(store, tmp_path/'out', **options)
 
