@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import rasterio
+from rasterio._err import CPLE_BaseError
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
@@ -178,7 +179,7 @@ def reading(
             warnings.simplefilter('ignore', NotGeoreferencedWarning)
             with rasterio.open(path, driver='GTiff') if blob is None else held.open(driver='GTiff') as f: yield f
     except GacError: raise
-    except (RasterioError, ValueError, OverflowError) as e:  # tags and coordinate systems that make no sense
+    except (RasterioError, CPLE_BaseError, ValueError, OverflowError) as e:  # tags and coordinate systems that make no sense
         raise GacError(f'{path}: cannot be read ({str(e).splitlines()[0] if str(e) else type(e).__name__}). Is it a GeoTIFF, and whole? Fetch or write it again.') from e
 
 @dataclass(frozen=True)
