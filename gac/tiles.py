@@ -496,6 +496,7 @@ def _recover(self:Store, array:str, stopped:list, others:list) -> None:
         print(self.notices[-1], flush=True)
     for path, *_ in stopped: path.unlink(missing_ok=True)
     for path in lost: path.unlink(missing_ok=True)
+    for path in self.journal.glob('*.lock.*'): path.unlink(missing_ok=True)  # a lock that was being set: under the guard nobody else sets one
     if not others:
         for path in (self.path/'arrays').rglob('*.part*'): path.unlink(missing_ok=True)
 
@@ -1233,8 +1234,12 @@ def check_whole(
     path:Path, # a GeoTIFF that was just written
 ) -> Path:
     "Read every pixel: GDAL says nothing where the disk runs full while it closes a file."
-    with reading(path) as f:
-        for _, window in f.block_windows(1): f.read(window=window)
+    import rasterio, warnings
+    from rasterio.errors import NotGeoreferencedWarning
+    with warnings.catch_warnings():  # what cannot be read here was not written: the caller says so
+        warnings.simplefilter('ignore', NotGeoreferencedWarning)
+        with rasterio.open(path, driver='GTiff') as f:
+            for _, window in f.block_windows(1): f.read(window=window)
     return path
 
 def _same_place(a:Raster, b:Raster, what:str) -> None:
