@@ -186,7 +186,7 @@ def test_what_builds_on_nothing_open_runs_side_by_side(forked):
     assert not any(at('03_timed', n) for n in seen if n != '03_timed')
     assert all(seen['00_first'][1] <= seen[n][0] for n in ('01_left', '02_right')) and all(v[1] <= seen['04_last'][0] for k, v in seen.items() if k != '04_last')
     kept = json.loads((forked/'run/chain.json').read_text())
-    assert kept['01_left']['seconds'] < 2 < kept['03_timed']['seconds'], 'the clock is shared by those that run together'
+    assert 1.2*kept['01_left']['seconds'] < kept['03_timed']['seconds'], 'the clock is shared by those that run together'
     for p in times(forked): (forked/p).unlink()
     assert go(forked, jobs=1, force=True) == ['ran']*5
     seen = times(forked)

@@ -161,7 +161,7 @@ def test_the_page_is_about_the_tiles_first(tmp_path):
     about = dict(profile='toy', data='own', layout='npz', run='1', given=dict(says=['own: 2 test tiles.'], uses=[dict(notebook='10_evaluate', takes='2')]),
                  **study.provenance(), notebooks={
         '01_world': entry({'scenes': 'Procedural scenes.'}, procedural=['scenes']),
-        '10_evaluate': entry({'steps': 'Procedural world: steps.', 'results': 'Methods.'}, procedural=['steps'], remarks=['The shift is nearer.'])})
+        '10_evaluate': entry({'steps': 'Procedural world: steps.', 'results': 'Methods.'}, procedural=['steps'], given=['results'], remarks=['The shift is nearer.'])})
     study._write(tmp_path/'provenance.json', json.dumps(about))
     for t in ('scenes', 'steps'): study._write(tmp_path/f'tables/{t}.csv', 'x\n1\n')
     study._write(tmp_path/'tables/results.csv', 'data,method,n_tiles,psnr\nreal: own,Stage 1,2,17.1\nworld,Stage 1,3,27.9\n')
