@@ -30,7 +30,7 @@ from rasterio.windows import Window
 import gac
 from . import evaluate, foundations, stage1, stage2, stage3, study, tiles
 from .data.dates import date_of, month_of
-from .data.raster import BY_ORDER, RADAR as RADAR_BANDS, Raster, check_order, open_raster, reading, to_degrees
+from .data.raster import BY_ORDER, RADAR as RADAR_BANDS, Raster, check_order, lon_lat, open_raster, reading
 from .data.units import check_db, check_radar, s1_unit, to_db
 from .study import GacError, OPT_BANDS, S1_BANDS, writable
 
@@ -390,7 +390,7 @@ class Scene:
         if not self.crs or not np.isfinite(self.transform).all(): return float('nan'), float('nan')
         a, b, x, d, e, y = self.transform
         row, col = top + size/2, left + size/2
-        return to_degrees(self.crs).transform(x + a*col + b*row, y + d*col + e*row)
+        return lon_lat(self.crs, x + a*col + b*row, y + d*col + e*row)
 
     @property
     def mark(self) -> str: # 16 digits

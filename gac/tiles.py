@@ -36,8 +36,8 @@ from safetensors.numpy import save as save_tensors
 
 from . import study
 from .data.dates import date_of, month_of, parse_date
-from .data.raster import BY_ORDER, OPTICAL, RADAR, Raster, check_grid, check_order, is_generic, name_bands, open_raster, pick, reading, to_degrees
-from .data.units import (KNOWN_OFFSETS, S1_UNITS, S2_OFFSET, S2_UNITS, TOO_BRIGHT, TOO_MANY, bright_share, check_db, check_radar, check_wrapped, floor_of,
+from .data.raster import BY_ORDER, OPTICAL, RADAR, Raster, check_grid, check_order, is_generic, name_bands, open_raster, lon_lat, pick, reading
+from .data.units import (KNOWN_OFFSETS, S1_UNITS, S2_OFFSET, S2_UNITS, TOO_BRIGHT, TOO_MANY, bright_share, check_db, check_like, check_radar, check_wrapped, floor_of, is_screen,
                             has_baseline, range_of, s1_unit, s2_offset, s2_unit, to_db, why_missing)
 from .study import GacError, OPT_BANDS, S1_BANDS, S2_BANDS
 from .world import scene
@@ -1226,9 +1226,9 @@ def _optical(r:Raster, asked:tuple) -> tuple: # (C, H, W), names of the bands
     at = [i for i, b in enumerate(names) if b in S2_BANDS]
     return r.read([r.bands[i] for i in at], empty='all'), tuple(names[i] for i in at)
 
-def _eight_bits(r:Raster) -> str:
-    "The file, if its values are stored in 8 bits and nothing says on which scale."
-    return str(r.path) if r.dtype in ('uint8', 'int8') and set(r.scales) == {1.} else ''
+def _eight_bits(r:Raster, x:np.ndarray) -> str: # x: (C, H, W), its bands of Sentinel-2
+    "The file, if its values have the steps of 8 bits or go from 0 to 1, and nothing says on which scale."
+    return str(r.path) if set(r.scales) == {1.} and (r.dtype in ('uint8', 'int8') or is_screen(x)) else ''
 
 def check_whole(
     path:Path, # a GeoTIFF that was just written
@@ -1273,7 +1273,7 @@ def _bigearthnet_patch(row:dict, s2_dir:Path, s1_dir:Path, opt:Options) -> Sourc
     meta = dict(date=parse_date(row['patch_id']), country=_said(row['country']), split=_split(row['split']), labels=_labels(row['labels']),
                 source=f'BigEarthNet v2, {row["s1_name"]}')
     return Source(row['patch_id'], np.stack([x for x, _ in s1]), np.stack(grown), S2_BANDS, 'S1GRD', meta=meta, crs=first.crs,
-                  transform=first.transform, eight=next(filter(None, (_eight_bits(r) for _, r in s2)), ''))
+                  transform=first.transform, eight=next(filter(None, (_eight_bits(r, np.zeros(0)) for _, r in s2)), ''))
 
 def _said(value) -> str: # of a cell of a table
     "A text, empty where there is none."
@@ -1364,7 +1364,7 @@ def _geotiff_source(name:str, files:dict, product:str, opt:Options) -> Source:
     meta = dict(date=date, split=opt.split, source=f'{product} and S2L2A, {name}')
     extra = {EXTRA[kind]: r.read(r.bands[:1])[0] for kind, r in rasters.items() if kind in EXTRA}
     return Source(name, s1, s2, bands, product, certain, extra, meta, r2.crs, r2.transform, '' if certain else str(files[product]),
-                  _eight_bits(r2), note)
+                  _eight_bits(r2, s2), note)
 
 def _shown(path:Path) -> bool: return not path.name.startswith('.')  # macOS leaves ._name beside a file
 
@@ -1457,6 +1457,8 @@ def _npz_source(path:Path, i:int, name:str, opt:Options, cache:dict) -> Source:
     except GacError as e: raise GacError(f'{path}: {e}')
     meta = dict(dict(split=opt.split, source=path.name), **{k: _value(have[k][i]) for k in NPZ_META[:-2] if k in have})
     meta['split'] = _split(meta['split'])
+    for k, kind in dict(date=_said, country=_said, lon=float, lat=float).items():
+        if k in meta: meta[k] = kind(meta[k])
     placed = {'crs', 'transform'} <= set(have)
     place = dict(crs=_said(_value(have['crs'][i])), transform=tuple(np.ravel(have['transform'][i])[:6].tolist())) if placed else {}
     if placed and len(place['transform']) == 6: check_grid(str(path), place['crs'], place['transform'], *s2.shape[1:])
@@ -1464,10 +1466,11 @@ def _npz_source(path:Path, i:int, name:str, opt:Options, cache:dict) -> Source:
     at = [j for j, b in enumerate(bands2) if b in S2_BANDS]
     return Source(name, pick(s1, bands1, S1_BANDS), s2[at], tuple(bands2[j] for j in at), opt.s1_product, bool(opt.s1_bands), extra, meta,
                   **place, by_order='' if opt.s1_bands or 's1_vv' in have else str(path),
-                  eight=str(path) if have['s2'].dtype.itemsize == 1 and not opt.s2_scale else '')
+                  eight=str(path) if not opt.s2_scale and (s2.dtype.itemsize == 1 or is_screen(s2)) else '')
 
 def _value(x:np.ndarray):
     "A fact of a catalogue; bytes are text."
+    if np.asarray(x).dtype.kind == 'M': return '' if np.isnat(x) else str(np.datetime_as_string(x, unit='s'))
     v = x.item()
     return v.decode('utf-8', 'replace') if isinstance(v, bytes) else v
 
@@ -1552,7 +1555,7 @@ def _benv2_source(path:Path, row:dict, opt:Options) -> Source:
     s2, bands = _optical(r2, opt.s2_bands)
     meta = {k: row[k] for k in ('date', 'country', 'split', 'labels')}
     return Source(row['name'], s1, s2, bands, 'S1GRD', named, meta=dict(meta, source=f'GEO-Bench-2 benv2, {row["tortilla:id"]}'),
-                  crs=r1.crs, transform=r1.transform, eight=_eight_bits(r2))
+                  crs=r1.crs, transform=r1.transform, eight=_eight_bits(r2, s2))
 
 def _as_radar(s1:Raster, s2:Raster) -> tuple: # transform
     "The optical image's transform, 60 m a pixel put right where corner and size are the radar's."
@@ -1676,7 +1679,7 @@ def _clean_s2(x:np.ndarray, offset:int, told:bool, eight:str='') -> np.ndarray: 
 
 def _check_bright(x:np.ndarray, eight:str) -> None:
     "Refuse a tile that counts on another scale than its data set."
-    if eight: raise GacError(f'Sentinel-2 from {range_of([x])}: stored in 8 bits without a scale tag. Say --s2-scale, or --s2-units dn if it is DN.')
+    if eight: raise GacError(f'Sentinel-2 from {range_of([x])}: in the steps of 8 bits or stretched from 0 to 1, without a scale tag. Say --s2-scale, or --s2-units dn or reflectance if it is that.')
     check_wrapped(x)
     if (share := bright_share([x])) > TOO_MANY:
         raise GacError(f'Sentinel-2 from {range_of([x])}: {share:.1%} of a band lie above reflectance {TOO_BRIGHT}. Say --s2-scale (the factor '
@@ -1716,6 +1719,7 @@ def records_of(
     if source.meta.get('split', 'test') not in SPLITS:
         raise GacError(f'split {source.meta["split"]!r}; it is one of {", ".join(SPLITS)}.')
     if not source.s1_named and np.isfinite(source.s1).any(): check_order([source.s1])
+    if opt.s1_units == 'auto': check_like(source.s1, units.s1)
     s2 = pick(source.s2, source.s2_bands, tuple(arrays['s2'][2]['bands']))
     for r, c in windows(h, w, size):
         name = source.name if (h, w) == (size, size) else f'{source.name}_{r}_{c}'
@@ -1726,7 +1730,7 @@ def records_of(
         try:
             if source.crs:
                 centre = place[2] + size/2*(a + b), place[5] + size/2*(d + e)
-                meta['lon'], meta['lat'] = to_degrees(source.crs).transform(*centre)
+                meta['lon'], meta['lat'] = lon_lat(source.crs, *centre)
             meta['month'] = int(meta.get('month') or month_of(meta['date']))
             meta['biome'] = int(meta.get('biome') or biome_of(meta['lon'], meta['lat'], meta['country'], ecoregions))
             if not 0 <= meta['month'] <= 12 or meta['biome'] not in study.BIOMES:

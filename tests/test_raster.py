@@ -169,6 +169,7 @@ def test_every_reader_measures_pixels_on_the_ground(tmp_path, reader):
 
 OPTICAL_FILES = {  # name -> (values, how they are written, options)
     'DN': (DN, {}, {}), 'reflectance': (DN/np.float32(1e4), {}, {}), 'colours': (DN[[1, 2, 3, 7]], dict(names=('blue', 'green', 'red', 'nir')), {}),
+    'numbers and colours': (DN[[7, 3, 1, 2]], dict(names=('Band 8 (nir)', 'Band 4 (red)', 'Band 2 (blue)', 'Band 3 (green)')), {}),
     'another order': (DN[::-1], dict(names=[f'b{n.lstrip("B0")}' for n in S2_BANDS[::-1]]), {}),
     'with a mask band': (np.concatenate([DN, DN[:1]*0 + 4]), dict(names=(*S2_BANDS, 'SCL')), {}),
     '65535 is 1.6, tagged': (np.rint(DN*2.5).astype('u2'), dict(scales=(4e-5,)*12), {}),
@@ -185,7 +186,12 @@ def test_optical_numbers_come_out_as_dn(tmp_path, what):
     got = Store(tmp_path/'store').read('s2', [0], OPT_BANDS)[0].astype(int)
     assert np.abs(got - DN[list(study.OPT_INDEX)]).max() <= (1 if 'option' in what or 'tagged' in what else 0)
 
+STEPS = np.rint((DN/3000*255).clip(0, 255)).astype('f4')
 OPTICAL_REFUSED = {
+    '8 bits divided by 255': (STEPS/np.float32(255), {}, {}, '8 bits.*--s2-scale'),
+    'each band from 0 to 1': (np.stack([(b - b.min())/(b.max() - b.min()) for b in DN.astype('f4')]), {}, {}, 'from 0 to 1.*--s2-scale'),
+    'numbers in another order': (DN[[3, 2, 1, 7]], dict(names=('Band 4', 'Band 3', 'Band 2', 'Band 8')), {}, 'numbers are 4, 3, 2, 8.*--s2-bands'),
+    'a scale for some bands': (DN, dict(scales=(1e-4,)*6 + (1.,)*6), {}, 'band 7 has no scale or offset tag'),
     '8 bits': ((DN/4000*255).astype('u1'), {}, {}, '8 bits.*--s2-scale'), '8 bits as floats': ((DN/4000*255).astype('f4'), {}, {}, '8 bits'),
     '65535 is 1': ((DN*6.5535).astype('u2'), {}, {}, 'above reflectance 1.6.*--s2-scale'),
     'percent': (DN.astype('f4')/100, {}, {}, '--s2-units'), 'wrapped': ((DN.astype('i4') - 140).astype('u2'), {}, {}, 'without a sign'),
@@ -220,6 +226,33 @@ def test_no_data_of_the_truth_costs_the_tiles_it_is_in(tmp_path, kind, how):
     assert (report['status'] == 'ok').sum() == 8 and report.query('status == "error"')['id'].tolist() == ['a0_0_0']
     assert '400 px' in report['reason'][0]
 
+@pytest.mark.parametrize('odd, said', [('amplitude', 'fits amplitude, in a data set of linear'), ('linear', 'fits linear, in a data set of amplitude'),
+                                       ('tenth', 'fits no unit, in a data set of dB')])
+def test_one_source_in_another_unit_costs_that_source(tmp_path, odd, said):
+    "Power among amplitude, amplitude among power, scaled dB among dB: each was taken for the unit of the others."
+    power = 10**(DB.astype('f8')/10)
+    most, one = dict(amplitude=(power, power**.5), linear=(power**.5, power), tenth=(DB, DB/10))[odd]
+    for i, x in enumerate([most]*4 + [one]): pair(tmp_path/'src', (x, NAMES), name=f'a{i}')
+    report = convert(tmp_path/'src', tmp_path/'store')
+    assert report['status'].tolist() == ['ok']*4 + ['error'] and said in report['reason'][4]
+    np.testing.assert_allclose(Store(tmp_path/'store').read('s1', slice(None)), np.stack([DB]*4), atol=1e-4)
+
+def test_one_stretched_source_costs_that_source(tmp_path):
+    for i, x in enumerate([DN.astype('f4')]*3 + [STEPS]): pair(tmp_path/'src', s2=(x, dict(names=S2_BANDS)), name=f'a{i}')
+    report = convert(tmp_path/'src', tmp_path/'store')
+    assert report['status'].tolist() == ['ok']*3 + ['error'] and '8 bits' in report['reason'][3]
+
+@pytest.mark.parametrize('date, want', [(np.datetime64('2021-07-14T10:00:00', 'ns'), '2021-07-14T10:00:00'), (np.datetime64('NaT'), ''), (20210714, '20210714')])
+def test_a_date_of_a_catalogue_may_be_a_time_a_number_or_none(tmp_path, date, want):
+    np.savez(tmp_path/'n.npz', s1=DB, s2=DN, date=date)
+    stored(tmp_path/'n.npz', tmp_path/'o')
+    assert Store(tmp_path/'o').table[['date', 'month']].values.tolist() == [[want, 7 if want else 0]]
+
+def test_an_odd_fact_of_a_catalogue_costs_its_source(tmp_path):
+    np.savez(tmp_path/'n.npz', s1=np.stack([DB]*2), s2=np.stack([DN]*2), lon=np.array(['12.5', 'east']))
+    assert convert(tmp_path/'n.npz', tmp_path/'o')['status'].tolist() == ['ok', 'error']
+    assert Store(tmp_path/'o').table['lon'].tolist() == [12.5]
+
 # ---- place and date ---------------------------------------------------------------------------------------------------------------------------------
 
 def test_a_transform_without_a_coordinate_system_is_carried_on(tmp_path):
@@ -230,6 +263,14 @@ def test_a_transform_without_a_coordinate_system_is_carried_on(tmp_path):
     with rasterio.open(tmp_path/'out'/'s1'/'a0.tif') as f: assert (f.crs, tuple(f.transform)[:6]) == (None, TEN)
 
 SENTINEL = 'S1A_IW_GRDH_1SDV_20210714T051200_20210714T051225_038781'
+
+def test_a_local_system_lies_nowhere_and_is_read(tmp_path):
+    "Its tiles have no longitude; a scene has no biome of its place."
+    src = pair(tmp_path/'src', crs='LOCAL_CS["site",UNIT["metre",1]]')
+    scene = export.open_scene(src/'S1GRD'/'a0.tif', say=False)
+    assert np.isnan(scene.place_of(0, 0, 120)).all() and export._months(scene, 0, 0) == (0, 0)
+    np.testing.assert_array_equal(stored(src, tmp_path/'store')['a0'], DB)
+    assert Store(tmp_path/'store').table['lon'].isna().all()
 
 def test_a_sentinel_name_goes_before_a_tag_and_the_difference_is_said(tmp_path, capsys):
     tags = dict(TIFFTAG_DATETIME='2022:01:03 10:00:00')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RADAR', 'OPTICAL', 'PIXEL', 'WARP', 'NOWHERE', 'BY_ORDER', 'is_generic', 'radar_name', 'optical_name', 'Kind',
-           'name_bands', 'to_degrees', 'ground_size', 'check_grid', 'reading', 'Raster', 'open_raster', 'pick',
-           'check_order']
+           'name_bands', 'to_degrees', 'lon_lat', 'ground_size', 'check_grid', 'reading', 'Raster', 'open_raster',
+           'pick', 'check_order']
 
 # %% ../../nbs/lib/data/raster.ipynb #ee66670e
 import re, warnings
@@ -60,13 +60,18 @@ def optical_name(
     text:str|None, # e.g. B2, blue, S2_B02_10m
 ) -> str: # B01 … B12 or B8A; empty: none of them
     "Which Sentinel-2 band a name means."
-    words = _words(text)
+    words = re.sub(r'\bBAND \d+A? (?=.*[A-Z])', '', ' '.join(_words(text))).split()  # Band 2 (blue): its colour counts
     if set(words) & _OTHER or is_generic(text): return ''
     found = {m[1] for w in words if (m := re.fullmatch(r'B(0?[1-9]|1[0-2]|0?8A)', w))}
     if found: return f'B{found.pop().lstrip("0"):0>2}' if len(found) == 1 else ''
     return _COLOURS.get(''.join(w for w in words if w not in _NOISE and not re.fullmatch(r'\d{3,4}', w)), '')
 
 # %% ../../nbs/lib/data/raster.ipynb #23abdc0a
+def _out_of_order(names:tuple) -> str: # empty: no
+    "The numbers of names that say nothing else, where they do not ascend."
+    numbers = [int(m[0]) for n in names if (m := re.search(r'\d+$', str(n or '').strip()))]
+    return ', '.join(map(str, numbers)) if len(numbers) == len(names) and numbers != sorted(numbers) else ''
+
 @dataclass(frozen=True)
 class Kind:
     "What a reader knows about the bands of a sensor."
@@ -106,6 +111,7 @@ def name_bands(
             raise GacError(f'{n} band{"s"*(n != 1)} without names: expected {some} in one file (gdal_merge.py -separate joins several). {way}')
         if colours[:3] == ('red', 'green', 'blue') and kind is OPTICAL:
             raise GacError(f'bands without names, whose colours are red, green, blue: another order than {", ".join(ways[n][:3])}. {way}')
+        if numbers := _out_of_order(names): raise GacError(f'bands without names, whose numbers are {numbers}, in no order. {way}')
         return ways[n], False
     found = tuple(map(kind.name, names))
     twice = sorted({b for b in found if b and found.count(b) > 1})
@@ -126,6 +132,16 @@ def to_degrees(crs:str): # pyproj Transformer
     "From a coordinate system to longitude and latitude."
     from pyproj import Transformer
     return Transformer.from_crs(crs, 'EPSG:4326', always_xy=True)
+
+def lon_lat(
+    crs:str, # e.g. EPSG:32629
+    x:float, y:float, # in its units
+) -> tuple: # degrees; NaN for a local system, which lies nowhere on Earth
+    "Where a point is on Earth."
+    from pyproj.exceptions import CRSError, ProjError
+    try: return to_degrees(crs).transform(x, y)
+    except CRSError: raise
+    except ProjError: return float('nan'), float('nan')
 
 def ground_size(
     crs:str, # e.g. EPSG:3857
@@ -230,6 +246,7 @@ class Raster:
     ) -> np.ndarray: # (bands, h, w); NaN where there is no data
         "Values, in the unit of the file."
         bands = tuple(bands or self.bands)
+        self._one_scale(bands)
         at = Window(window[1], window[0], window[3], window[2]) if window else None
         more = dict(window=at, **(dict(out_shape=(len(bands), *shape)) if shape else {}))
         with reading(self.path, self.blob) as f:
@@ -240,6 +257,13 @@ class Raster:
                 if self.masked[b - 1]: missing[i] |= f.read_masks(b, window=at, **(dict(out_shape=shape) if shape else {})) == 0
             if self.alpha and self.alpha not in bands: missing |= f.read(self.alpha, window=at, **(dict(out_shape=shape) if shape else {})) == 0
         return self._values(x, missing, bands, empty)
+
+    def _one_scale(self, bands:tuple) -> None:
+        "Refuse tags that only some of the bands have: the others would count on another scale."
+        bare = [b for b in bands if (self.scales[b - 1], self.offsets[b - 1]) == (1, 0)]
+        if 0 < len(bare) < len(bands):
+            raise GacError(f'{self.path}: band {bare[0]} has no scale or offset tag, and others have. Give every band its own (gdal_edit.py '
+                           '-scale, -offset).')
 
     def _values(self, x:np.ndarray, missing:np.ndarray, bands:tuple, empty:str) -> np.ndarray:
         "Scale and offset of each band; NaN where there is no data."

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['S2_OFFSET', 'LEVELS', 'APART', 'KNOWN_OFFSETS', 'S1_UNITS', 'S2_UNITS', 'OUTSIDE', 'BRIGHT', 'TOO_BRIGHT', 'TOO_MANY',
            'WRAPPED', 'range_of', 'median_of', 'to_db', 'check_db', 'check_radar', 'why_missing', 's1_unit',
-           'bright_share', 'check_dn', 'check_wrapped', 's2_unit', 'floor_of', 'has_baseline', 's2_offset']
+           'check_like', 'bright_share', 'check_dn', 'is_screen', 'check_wrapped', 's2_unit', 'floor_of',
+           'has_baseline', 's2_offset']
 
 # %% ../../nbs/lib/data/units.ipynb #d4877388
 import re
@@ -124,6 +125,21 @@ def s1_unit(
     raise GacError(f'{seen} fit {" and ".join(fits) or "no unit"}.{_scale_hint(vv, vh, negative)} Say --s1-units dB, linear (power) or '
                    'amplitude.')
 
+def check_like(
+    x:np.ndarray, # (2, H, W) of one source, as it came
+    unit:str, # of its data set, found by the rules
+) -> None:
+    "Refuse a source whose radar is in another unit than its data set."
+    each = [x[i][np.isfinite(x[i]) & (x[i] != 0)] for i in (0, 1)]
+    if not all(e.size for e in each): return
+    vv, vh = map(median_of, each)
+    negative = float(np.mean(np.concatenate(each) < 0))
+    fits = _fitting(vv, vh, negative)
+    if unit in fits: return
+    if fits or (unit == 'dB' and negative >= .5 and vh > LEVELS['VH'][1]):
+        raise GacError(f'Sentinel-1 from {range_of([x])} (medians {vv:.4g} VV, {vh:.4g} VH) fits {" and ".join(fits) or "no unit"}, in a data set '
+                       f'of {unit}. Convert it apart, or say --s1-units {unit} if it is.')
+
 def _scale_hint(vv:float, vh:float, negative:float) -> str:
     "What to say where a round factor makes land of the numbers."
     names = {.01: 'hundredths of dB', .1: 'tenths of dB', 10.: 'tens of dB', .001: 'thousandths of dB'}
@@ -155,6 +171,16 @@ def check_dn(
     if (share := bright_share(samples)) > TOO_MANY:
         raise GacError(f'{where}Sentinel-2 values from {range_of(samples)}: as DN, {share:.1%} of a band lie above reflectance '
                        f'{TOO_BRIGHT}, so they count on another scale (65535 = 1: --s2-scale 1.5259e-5). {way}.')
+
+def is_screen(
+    x:np.ndarray, # (C, H, W) as it came, no scale tag
+) -> bool:
+    "Whether a whole image was made for a screen or a network: in the 256 steps of 8 bits, or every band from exactly 0 to exactly 1."
+    seen = x[np.isfinite(x)]
+    if not seen.size or seen.min() < 0 or not 0 < (top := float(seen.max())) <= 255: return False
+    steps = seen.astype('float64')*(255 if top <= 1 else 1)
+    full = top == 1 and all(np.nanmin(b) == 0 and np.nanmax(b) == 1 for b in x)
+    return full or bool((np.abs(steps - np.rint(steps)) < 1e-3).all())
 
 def check_wrapped(x:np.ndarray) -> None: # (C, H, W) DN
     "Refuse a tile with numbers below zero that were stored without a sign."
