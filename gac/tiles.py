@@ -7,7 +7,7 @@ __all__ = ['BIOME_BOXES', 'BIGEARTHNET', 'EARTH', 'FORMAT', 'SHARD', 'ABSENT', '
            'SPLIT_STARTS', 'SPLIT_BY', 'BLOCKS', 'ENOUGH', 'SPLIT_NAMES', 'BEN_PIXELS', 'FLAGS', 'EXTRA', 'NPZ_META',
            'NPZ_KEYS', 'BENV2_S1', 'MAGIC', 'LAYOUTS', 'READERS', 'STALE', 'MIN_PAIRS', 'pad_to_multiple', 'crop_back',
            'to_reflectance', 'to_dn', 'biome_of', 'read_ecoregions', 'split_by_block', 'split_distance', 'pack',
-           'unpack', 'shard_index', 'write_shard', 'Entry', 'Store', 'check_id', 'tile_arrays', 'from_world',
+           'unpack', 'shard_index', 'write_shard', 'Entry', 'Store', 'is_id', 'check_id', 'tile_arrays', 'from_world',
            'drop_older', 'study_store', 'SplitRule', 'split_groups', 'deal_split', 'split_room', 'split_store',
            'nested', 'split_of', 'Options', 'Source', 'Job', 'windows', 'check_whole', 'read_bigearthnet',
            'read_geotiff', 'read_npz', 'read_benv2', 'recognise', 'Units', 'find_units', 'records_of', 'auto_size',
@@ -584,11 +584,15 @@ def append(self:Store,
     self._enter('tiles', 0, 1, np.arange(len(self), len(self) + len(records)), values, table)
     if len(self) - self.folded >= self.shard: self._fold('tiles')
 
+def is_id(text:str) -> bool:
+    "Whether a name can be that of a file inside one folder."
+    return bool(re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._+-]{0,199}', text)) and '..' not in text
+
 def check_id(
     text, # an id that came with the data
 ) -> str: # the same
     "Refuse an id that could not be the name of a file inside one folder."
-    if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._+-]{0,199}', str(text)) or '..' in str(text):
+    if not is_id(str(text)):
         raise GacError(f'Tile id {str(text)[:80]!r} (field id): expected up to 200 letters, digits, ".", "_", "-" or "+". Rename the tile.')
     return str(text)
 
@@ -1126,13 +1130,14 @@ def nested(
     folder:Path,
     ends:tuple, # of the names, e.g. ('.npz',)
 ) -> dict: # path -> name of the source
-    "Files at any depth; one in a folder below is called by its way there. Hidden files are passed over."
+    "Files at any depth; one in a folder below is called by its way there, and one whose name can be no id by what is left of it. Hidden files are passed over."
     named, taken = {}, set()
     for path in sorted(p for p in Path(folder).rglob('*') if p.suffix.lower() in ends and p.is_file()):
         way = path.relative_to(folder)
         if any(part.startswith('.') for part in way.parts): continue
-        name = _joined(way) if way.parent.parts else path.stem
-        named[path] = name if name not in taken or not way.parent.parts else f'{name}-{hashlib.sha256(way.as_posix().encode()).hexdigest()[:6]}'
+        plain = not way.parent.parts and is_id(path.stem)
+        name = path.stem if plain else _joined(way)
+        named[path] = name if plain or name not in taken else f'{name}-{hashlib.sha256(os.fsencode(way)).hexdigest()[:6]}'
         taken.add(named[path])
     return named
 
@@ -1141,7 +1146,7 @@ def _joined(way:Path) -> str: # relative path of a file
     plain = unicodedata.normalize('NFKD', '_'.join((*way.parent.parts, way.stem)))  # é is e and an accent
     name = re.sub(r'[^A-Za-z0-9._+-]+', '_', re.sub('[\u0300-\u036f]', '', plain))
     name = re.sub(r'\.\.+', '.', name).lstrip('._+-') or 'tile'
-    return name if len(name) <= 180 else f'{name[-170:].lstrip("._+-")}-{hashlib.sha256(way.as_posix().encode()).hexdigest()[:6]}'
+    return name if len(name) <= 180 else f'{name[-170:].lstrip("._+-")}-{hashlib.sha256(os.fsencode(way)).hexdigest()[:6]}'
 
 SPLIT_NAMES = {s: s for s in SPLITS} | dict(training='train', validation='val', valid='val', testing='test')  # of folders
 
@@ -1376,7 +1381,7 @@ def _by_way(folder:Path) -> dict: # way without the ending -> files
 
 def _way_name(way:str) -> str: # as _by_way has it
     "The name of a source."
-    return _joined(Path(f'{way}.tif')) if '/' in way else way
+    return way if '/' not in way and is_id(way) else _joined(Path(f'{way}.tif'))
 
 def _optical_first(kind:str) -> tuple: return (kind != 'S2L2A', kind not in ('NDVI', 'LULC'), kind)  # whose date is the scene's
 

@@ -193,3 +193,10 @@ def test_convert_takes_real_chips_smaller_than_a_tile(tmp_path, real_data, capsy
     report = convert(src, tmp_path/'s')
     assert (report.status == 'error').all() and '6 × 96×93 px is smaller than a tile of 120 px. Say --tile-size 93' in capsys.readouterr().out
     assert (convert(src, tmp_path/'auto', size='auto').status == 'ok').sum() >= 10 and Store(tmp_path/'auto').attrs['size'] == 93
+
+def test_a_name_with_accents_and_spaces_is_taken(tmp_path):
+    "What an id cannot hold goes from the name; two that become alike stay apart, and a plain name stays as it is."
+    for name in ('scène été 1', 'scene ete 1', 'plain_2'): (tmp_path/f'{name}.npz').touch()
+    names = {p.stem: n for p, n in tiles.nested(tmp_path, ('.npz',)).items()}
+    assert names['plain_2'] == 'plain_2' and len(set(names.values())) == 3
+    assert all(tiles.is_id(n) and n.startswith(('scene_ete_1', 'plain')) for n in names.values())

@@ -395,7 +395,7 @@ GEOTIFF_TRAPS = {'NaN': 'px are NaN', 'nodata': 'px are NaN or without data', 'i
     'S1 zero': 'px are exactly 0', 'missing file': 'missing file a1.tif', 'missing band': '11 bands without names',
     'size': '100×120 px', 'CRS': 'CRS EPSG:32630, expected EPSG:32629',
     'place': 'expected the place of', 'duplicate': 'duplicate id a1', 'truncated': 'cannot be read',
-    'not a TIFF': 'cannot be read', 'linear among dB': 'Say --s1-units',
+    'not a TIFF': 'cannot be read', 'linear among dB': 'say --s1-units dB',
     'offset among none': '--s2-offset 1000', 'swapped': '--s1-bands VH,VV', 'small': '--tile-size 90', 'DEM': 'outside -500 to 9000',
     'not finite': 'px are NaN'}
 
