@@ -108,6 +108,14 @@ def test_infer_and_convert_read_the_same_radar(tmp_path, what):
     np.testing.assert_array_equal(seen, ~empty)
     assert np.abs(got - WIDE)[:, seen].max() < (.0051 if any(w in what for w in ('hundredths', 'scale', 'integers')) else 1e-4)
 
+def test_a_mask_is_seen_though_gdal_was_told_not_to_look(tmp_path, monkeypatch):
+    "TerraTorch's command line and others tell GDAL, for the whole process, not to list folders."
+    x, how, _ = RADAR_FILES['mask beside it']
+    path = write(tmp_path/'a.tif', x, **how)
+    with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN='EMPTY_DIR'):
+        seen = np.isfinite(export.open_scene(path, say=False).read(0, 0, 120, 240)).all(0)
+    np.testing.assert_array_equal(seen, ~HOLE)
+
 REFUSED = {  # name -> (values, how they are written, options, what both say)
     'hundredths without a tag': (np.rint(DB*100).astype('i2'), NAMES, {}, '--s1-scale 0.01'),
     'tenths': (DB*10, NAMES, {}, '--s1-scale 0.1'),
