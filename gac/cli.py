@@ -91,10 +91,20 @@ def _any_console() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')
 
+def _is_text(word:str) -> bool:
+    "Whether a word of the shell was decoded; a byte that was not stands in it as a surrogate."
+    return not any('\udc80' <= c <= '\udcff' for c in word)
+
+def _again_in_utf8(argv:list|None) -> None: # argv: as for main
+    "Begin anew in UTF-8 where the shell's encoding (LC_ALL=C) cannot hold a path that was given: its bytes are UTF-8 on nearly every disk."
+    if argv is not None or os.name != 'posix' or sys.flags.utf8_mode or all(map(_is_text, sys.argv[1:])): return
+    os.execve(sys.executable, [sys.executable, '-X', 'utf8', *sys.orig_argv[1:]], dict(os.environ, PYTHONUTF8='1'))
+
 def main(
     argv:list|None=None, # words after `gac`; None: those of the process
 ) -> int: # exit code: 0 done, 1 done in part, 2 refused, 130 interrupted, 141 nobody reads what it says
     "Run one command; a mistake of the user is a message on stderr without traceback."
+    _again_in_utf8(argv)
     _any_console()
     try:
         try: return _call(argv)
@@ -103,9 +113,16 @@ def main(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
+def _say(what, code:int=2) -> int: # what: a message or an error
+    "A message on stderr, and the exit code."
+    print(f'gac: {what}', file=sys.stderr)
+    return code
+
 def _call(argv:list|None) -> int:
     "The command that the words ask for."
     args = vars(parser().parse_args(argv))
+    for word in sys.argv[1:] if argv is None else argv:
+        if not _is_text(str(word)): return _say(f'{word}: its name holds bytes that are no UTF-8. Rename it, or the folder it is in.')
     # before torch is loaded: threads that spin while they wait take the time that others need
     os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
     from gac.study import GacError, writing
@@ -113,11 +130,9 @@ def _call(argv:list|None) -> int:
         call = args.pop('function')
         refuse(args.pop('options'), args)
         with writing('a file'), _weights(args.get('weights')): return call(**args) or 0
-    except GacError as e: print(f'gac: {e}', file=sys.stderr)
+    except GacError as e: return _say(e)
     except KeyboardInterrupt:
-        print('gac: interrupted; the same command goes on from here', file=sys.stderr)
-        return 130
-    return 2
+        return _say('interrupted; the same command goes on from here', 130)
 
 # %% ../nbs/cli.ipynb #0e0058a8
 GROUPS = {'data': 'real and procedural tiles: convert, fetch examples, look inside',

@@ -35,10 +35,10 @@ from safetensors import safe_open
 from safetensors.numpy import save as save_tensors
 
 from . import study
-from .data.dates import date_of, month_of, parse_date
-from .data.raster import BY_ORDER, OPTICAL, RADAR, Raster, check_grid, check_order, is_generic, name_bands, open_raster, lon_lat, pick, reading
-from .data.units import (KNOWN_OFFSETS, S1_UNITS, S2_OFFSET, S2_UNITS, TOO_BRIGHT, TOO_MANY, bright_share, check_db, check_like, check_radar, check_wrapped, floor_of, is_screen,
-                            has_baseline, range_of, s1_unit, s2_offset, s2_unit, to_db, why_missing)
+from .data.dates import date_of, far_apart, month_of, parse_date, tag_date
+from .data.raster import BY_ORDER, OPTICAL, RADAR, Raster, check_grid, check_order, is_generic, name_bands, open_raster, lon_lat, pick, reading, same_scale
+from .data.units import (KNOWN_OFFSETS, S1_UNITS, S2_OFFSET, S2_UNITS, TOO_BRIGHT, TOO_MANY, bright_share, check_db, check_like, check_negative, check_radar, check_wrapped, floor_of, is_dark, is_screen,
+                            has_baseline, range_of, s1_unit, s2_offset, s2_unit, step_of, to_db, why_missing, why_scaled)
 from .study import GacError, OPT_BANDS, S1_BANDS, S2_BANDS
 from .world import scene
 
@@ -1141,6 +1141,10 @@ def nested(
         taken.add(named[path])
     return named
 
+def _shown_name(text:str) -> str: # a path or a message
+    "Text that any file can hold: bytes of a name that are no UTF-8 are replaced."
+    return text.encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')
+
 def _joined(way:Path) -> str: # relative path of a file
     "A name that can be an id: folders and file, joined by _, what an id cannot hold replaced by it."
     plain = unicodedata.normalize('NFKD', '_'.join((*way.parent.parts, way.stem)))  # é is e and an accent
@@ -1188,6 +1192,7 @@ class Source:
     crs:str = ''
     transform:tuple = (np.nan,)*6 # of the whole source
     by_order:str = '' # file whose radar bands have neither names nor a documented order
+    step:int = 1 # what all optical values are multiples of, if no tag and no option gives their scale
     eight:str = '' # file whose optical values are stored in 8 bits without a factor
     note:str = '' # what is to be said of it
 
@@ -1235,6 +1240,10 @@ def _eight_bits(r:Raster, x:np.ndarray) -> str: # x: (C, H, W), its bands of Sen
     "The file, if its values have the steps of 8 bits or go from 0 to 1, and nothing says on which scale."
     return str(r.path) if set(r.scales) == {1.} and (r.dtype in ('uint8', 'int8') or is_screen(x)) else ''
 
+def _step(r:Raster, x:np.ndarray) -> int: # x: its bands of Sentinel-2
+    "What all values are multiples of, where nothing says on which scale they count."
+    return 1 if any(map(r.says_scale, r.bands)) else step_of(x)
+
 def check_whole(
     path:Path, # a GeoTIFF that was just written
 ) -> Path:
@@ -1272,13 +1281,15 @@ def _bigearthnet_patch(row:dict, s2_dir:Path, s1_dir:Path, opt:Options) -> Sourc
     "Load one patch of BigEarthNet v2."
     s2 = [_bigearthnet_band(s2_dir/f'{row["patch_id"]}_{b}.tif', b, opt) for b in S2_BANDS]
     s1 = [_bigearthnet_band(s1_dir/f'{row["s1_name"]}_{p}.tif', p, opt) for p in S1_BANDS]
+    for band in (s1, s2): same_scale([r for _, r in band])
     first = s2[S2_BANDS.index('B02')][1]
     for _, r in [*s2, *s1]: _same_place(first, r, str(r.path))
     grown = [x.repeat(120//len(x), 0).repeat(120//len(x), 1) for x, _ in s2]
     meta = dict(date=parse_date(row['patch_id']), country=_said(row['country']), split=_split(row['split']), labels=_labels(row['labels']),
                 source=f'BigEarthNet v2, {row["s1_name"]}')
     return Source(row['patch_id'], np.stack([x for x, _ in s1]), np.stack(grown), S2_BANDS, 'S1GRD', meta=meta, crs=first.crs,
-                  transform=first.transform, eight=next(filter(None, (_eight_bits(r, np.zeros(0)) for _, r in s2)), ''))
+                  transform=first.transform, eight=next(filter(None, (_eight_bits(r, np.zeros(0)) for _, r in s2)), ''),
+                  step=_step(first, np.concatenate([x.ravel() for x, _ in s2])), note=far_apart(row['s1_name'], row['patch_id']))
 
 def _said(value) -> str: # of a cell of a table
     "A text, empty where there is none."
@@ -1366,10 +1377,11 @@ def _geotiff_source(name:str, files:dict, product:str, opt:Options) -> Source:
         _same_place(r2, r, str(files[kind]))
     (s1, certain), (s2, bands) = _radar(r1, opt.s1_bands), _optical(r2, opt.s2_bands)
     date, note = date_of(name, tuple(r.tags for kind, r in rasters.items() if kind != 'DEM'))
+    note = '; '.join(filter(None, (note, far_apart(tag_date(r1.tags), tag_date(r2.tags)))))
     meta = dict(date=date, split=opt.split, source=f'{product} and S2L2A, {name}')
     extra = {EXTRA[kind]: r.read(r.bands[:1])[0] for kind, r in rasters.items() if kind in EXTRA}
     return Source(name, s1, s2, bands, product, certain, extra, meta, r2.crs, r2.transform, '' if certain else str(files[product]),
-                  _eight_bits(r2, s2), note)
+                  _step(r2, s2), _eight_bits(r2, s2), note)
 
 def _shown(path:Path) -> bool: return not path.name.startswith('.')  # macOS leaves ._name beside a file
 
@@ -1414,7 +1426,7 @@ def read_geotiff(
 
 # %% ../nbs/02_tiles.ipynb #414e6cd1
 NPZ_META = ('month', 'biome', 'lon', 'lat', 'date', 'split', 'country', 'crs', 'transform')
-NPZ_KEYS = {'id': ('id', 'ids', 'tile_id'), 's1': ('s1',), 's1_vv': ('s1_vv',), 's1_vh': ('s1_vh',), 's2': ('s2', 's2_real'),
+NPZ_KEYS = {'id': ('id', 'ids', 'tile_id'), 's1_date': ('s1_date', 's1_dates'), 's1': ('s1',), 's1_vv': ('s1_vv',), 's1_vh': ('s1_vh',), 's2': ('s2', 's2_real'),
             **{k: (k, f'{k}s') for k in NPZ_META}, **{k: (k,) for k in EXTRA.values()}}
 
 def _npz(path:Path) -> dict:
@@ -1460,7 +1472,7 @@ def _npz_source(path:Path, i:int, name:str, opt:Options, cache:dict) -> Source:
         bands1, _ = name_bands(('',)*len(s1), RADAR, opt.s1_bands)
         bands2, _ = name_bands(('',)*len(s2), OPTICAL, opt.s2_bands)
     except GacError as e: raise GacError(f'{path}: {e}')
-    meta = dict(dict(split=opt.split, source=path.name), **{k: _value(have[k][i]) for k in NPZ_META[:-2] if k in have})
+    meta = dict(dict(split=opt.split, source=_shown_name(path.name)), **{k: _value(have[k][i]) for k in NPZ_META[:-2] if k in have})
     meta['split'] = _split(meta['split'])
     for k, kind in dict(date=_said, country=_said, lon=float, lat=float).items():
         if k in meta: meta[k] = kind(meta[k])
@@ -1471,6 +1483,8 @@ def _npz_source(path:Path, i:int, name:str, opt:Options, cache:dict) -> Source:
     at = [j for j, b in enumerate(bands2) if b in S2_BANDS]
     return Source(name, pick(s1, bands1, S1_BANDS), s2[at], tuple(bands2[j] for j in at), opt.s1_product, bool(opt.s1_bands), extra, meta,
                   **place, by_order='' if opt.s1_bands or 's1_vv' in have else str(path),
+                  step=1 if opt.s2_scale else step_of(s2),
+                  note=far_apart(_said(_value(have['s1_date'][i])), _said(meta.get('date'))) if 's1_date' in have else '',
                   eight=str(path) if not opt.s2_scale and (s2.dtype.itemsize == 1 or is_screen(s2)) else '')
 
 def _value(x:np.ndarray):
@@ -1560,7 +1574,7 @@ def _benv2_source(path:Path, row:dict, opt:Options) -> Source:
     s2, bands = _optical(r2, opt.s2_bands)
     meta = {k: row[k] for k in ('date', 'country', 'split', 'labels')}
     return Source(row['name'], s1, s2, bands, 'S1GRD', named, meta=dict(meta, source=f'GEO-Bench-2 benv2, {row["tortilla:id"]}'),
-                  crs=r1.crs, transform=r1.transform, eight=_eight_bits(r2, s2))
+                  crs=r1.crs, transform=r1.transform, step=_step(r2, s2), eight=_eight_bits(r2, s2))
 
 def _as_radar(s1:Raster, s2:Raster) -> tuple: # transform
     "The optical image's transform, 60 m a pixel put right where corner and size are the radar's."
@@ -1652,13 +1666,21 @@ def find_units(
     "The units of a data set from a few of its sources."
     s1 = s1_unit([s.s1 for s in samples], opt.s1_units, where)
     s2 = s2_unit([s.s2 for s in samples], opt.s2_units, where)
+    if opt.s2_units == 'auto': _check_scale(samples, s2, f'{where}: ')
     by_name = opt.s2_offset if isinstance(opt.s2_offset, dict) else KNOWN_OFFSETS if opt.s2_offset == 'auto' else {}
     if isinstance(opt.s2_offset, (int, float)): return Units(s1, s2, int(opt.s2_offset), True)
     if opt.s2_offset != 'auto' and not isinstance(opt.s2_offset, dict):
         raise GacError(f'--s2-offset {opt.s2_offset}: a number of DN, or auto.')
     free = [s for s in samples if s.name not in by_name]
-    scale = 1e4 if s2 == 'reflectance' else 1
-    return Units(s1, s2, s2_offset([s.s2*scale for s in free], [s.name for s in free], where) if free else 0, False)
+    return Units(s1, s2, s2_offset([_dn(s, s2) for s in free], [s.name for s in free], where) if free else 0, False)
+
+def _dn(source:Source, unit:str) -> np.ndarray: return source.s2*1e4 if unit == 'reflectance' else source.s2
+
+def _check_scale(samples:list, unit:str, where:str='') -> None: # unit: found by the rules
+    "Refuse optical values that count on a round scale which nothing says."
+    steps = [s.step for s in samples] if unit == 'dn' else []
+    if why := why_scaled([_dn(s, unit) for s in samples], [s.s2_bands for s in samples], steps):
+        raise GacError(f'{where}Sentinel-2 values from {range_of([s.s2 for s in samples])}: {why}, or --s2-units {unit} if they are {"DN" if unit == "dn" else unit}.')
 
 def _clean_s1(x:np.ndarray, unit:str, told:bool=False) -> np.ndarray: # told: the unit was said, not found by the rules
     "One tile's Sentinel-1 in dB, or what is wrong with it."
@@ -1677,6 +1699,7 @@ def _clean_s2(x:np.ndarray, offset:int, told:bool, eight:str='') -> np.ndarray: 
     if x.min() == x.max(): raise GacError(f'Sentinel-2: {x.min():g} everywhere, in every band, so it shows nothing.')
     if not told and np.percentile(x, 99.9) <= 50:
         raise GacError(f'Sentinel-2 from {range_of([x])}: no DN but reflectance? Say --s2-units, or convert this tile apart.')
+    check_negative(x, offset)
     if x.min() < -2000 or x.max() > 65535:
         raise GacError(f'Sentinel-2 from {range_of([x])} DN: outside what a DN can be (no data value?).')
     if not told: _check_bright(x, eight)
@@ -1703,7 +1726,7 @@ def _offset_of(source:Source, units:Units, opt:Options) -> int:
     by_name = opt.s2_offset if isinstance(opt.s2_offset, dict) else KNOWN_OFFSETS if opt.s2_offset == 'auto' else {}
     if source.name in by_name: return by_name[source.name]
     if units.settled: return units.offset
-    floor = floor_of(source.s2*(1e4 if units.s2 == 'reflectance' else 1))
+    floor = floor_of(_dn(source, units.s2))
     if (floor >= S2_OFFSET) != (units.offset == S2_OFFSET):
         here, there = ('hardly a value', 'some') if floor >= S2_OFFSET else ('values', 'none')
         raise GacError(f'Sentinel-2 from {range_of([source.s2])} has {here} under {S2_OFFSET} DN in a data set that has {there}: '
@@ -1725,6 +1748,7 @@ def records_of(
         raise GacError(f'split {source.meta["split"]!r}; it is one of {", ".join(SPLITS)}.')
     if not source.s1_named and np.isfinite(source.s1).any(): check_order([source.s1])
     if opt.s1_units == 'auto': check_like(source.s1, units.s1)
+    if opt.s2_units == 'auto' and is_dark(_dn(source, units.s2), source.s2_bands): _check_scale([source], units.s2)
     s2 = pick(source.s2, source.s2_bands, tuple(arrays['s2'][2]['bands']))
     for r, c in windows(h, w, size):
         name = source.name if (h, w) == (size, size) else f'{source.name}_{r}_{c}'
@@ -1928,7 +1952,7 @@ def convert(
                                  dict(made, units=asdict(units), s1_product=product, sources=study._fingerprint(src)))
         _say_order(samples)
     if store is None:
-        why = pd.DataFrame([(j.name, j.file, 'error', j.excluded or _why(j)) for j in jobs[:32]], columns=['id', 'file', 'status', 'reason'])
+        why = pd.DataFrame([tuple(map(_shown_name, (j.name, j.file, 'error', j.excluded or _why(j)))) for j in jobs[:32]], columns=['id', 'file', 'status', 'reason'])
         raise GacError(f'{src}: no tile of {len(jobs)} can be read. Why: ' + '; '.join(frequent_reasons(why) or ['there is none']) + '.')
     jobs = [_named(j, prefix) for j in jobs]
     found = '' if units.settled else ' (found by the rules)'
@@ -1938,9 +1962,9 @@ def convert(
     held, done, waiting = set(store.table['id']), store.table.groupby('scene')['id'].apply(list).to_dict(), []
     marks = dict(zip(store.table['scene'], store.table['mark'])) if 'mark' in store.table else {}
     report, names, before, stale, notes = [], set(), 0, 0, []
-    def taken(name, job):
+    def taken(name, job, note=''):
         known = opt.s2_offset == 'auto' and job.name in KNOWN_OFFSETS
-        report.append((name, job.file, 'ok', f'{KNOWN_OFFSETS[job.name]} DN taken off: see KNOWN_OFFSETS' if known else ''))
+        report.append((name, job.file, 'ok', f'{KNOWN_OFFSETS[job.name]} DN taken off: see KNOWN_OFFSETS' if known else note))
     cut = lambda job, source: records_of(source, units, opt, arrays, ecoregions)
     def failed(name, job, e):
         if strict: raise GacError(f'{name} ({job.file}): {e}') from e
@@ -1960,22 +1984,22 @@ def convert(
                 mark, note = _mark(job), ''
                 try:
                     source = _loaded(job)
-                    note, tiles = source.note, list(cut(job, source))
+                    note, tiles = _note_of(source, opt), list(cut(job, source))
                 except GacError as e: tiles = [(job.name, e)]
-                if note: notes.append(f'{job.file}: {note}')
+                if note: notes.append((_common(note), f'{job.file}: {note}'))
                 for name, tile in tiles:
                     if isinstance(tile, GacError): failed(name, job, tile)
                     elif name in held: failed(name, job, GacError(f'duplicate id {name}.'))
                     else:
                         waiting.append(tile | dict(mark=mark))
                         held.add(name)
-                        taken(name, job)
+                        taken(name, job, note)
                 if len(waiting) >= batch: waiting = store.append(waiting) or []
             names.add(job.name)
         store.append(waiting)
-    report = pd.DataFrame(report, columns=['id', 'file', 'status', 'reason'])
+    report = pd.DataFrame([tuple(map(_shown_name, row)) for row in report], columns=['id', 'file', 'status', 'reason'])
     _write_whole(dst/'report.csv', pd.concat([former, report]).to_csv(index=False).encode())
-    if notes: print(f'{notes[0]}{f" (and {len(notes) - 1} more like it)" if notes[1:] else ""}', flush=True)
+    for kind in dict(notes): print(_first(text for k, text in notes if k == kind), flush=True)
     told = report['status'].value_counts().to_dict()
     told = dict(told, ok=told.get('ok', 0) - before) | ({'there before': before} if before else {})
     print(f'{src.name}: ' + (', '.join(f'{n} {s}' for s, n in told.items() if n) or 'nothing'), flush=True)
@@ -1986,6 +2010,16 @@ def convert(
 
 STALE = ('the source has changed since it was converted, and the store still holds what it was. Convert into a new folder, or delete this store '
          'and what was made of it.')
+
+def _note_of(source:Source, opt:Options) -> str:
+    "What is to be said of a source that is taken."
+    even = f'every optical value is a multiple of {source.step}: if they are no DN, give their factor (--s2-scale)' if source.step > 1 and opt.s2_units == 'auto' else ''
+    return '; '.join(filter(None, (source.note, even)))
+
+def _first(notes:Iterable) -> str:
+    "The first of some notes, and how many are like it."
+    first, *more = notes
+    return f'{first}{f" (and {len(more)} more like it)" if more else ""}'
 
 def _mark(job:Job) -> str: # 12 digits
     "Names, sizes and times of the files of a source."

@@ -1,5 +1,5 @@
 "One door for files: the same file is judged by the same rule, whoever reads it, and what it holds comes out right or is refused."
-import json, os, sys
+import json, os, re, sys
 from pathlib import Path
 
 import numpy as np
@@ -438,3 +438,176 @@ def test_what_was_said_is_not_asked_for(tmp_path, capsys):
     import export_chains as chains
     export.infer_scene(scene, tmp_path/'o.tif', chains.Grey(), export.Tiling(48, 16, 96), month=6, biome=4)
     assert not {'--biome', '--month'} & set(capsys.readouterr().out.replace(')', ' ').replace('(', ' ').split())
+
+# ---- numbers on another scale, an offset taken off twice ---------------------------------------------------------------------------------------------
+
+LAND = np.random.default_rng(7).normal(np.array([400, 350, 600, 650, 1000, 2000, 2400, 2600, 2700, 2800, 2000, 1200])[:, None, None], 90,
+                                       (12, 120, 120)).clip(20).round().astype('u2')
+SNOW = np.random.default_rng(8).normal(8000, 900, (12, 120, 120)).round().astype('u2')
+SEA = np.random.default_rng(9).normal(np.array([260, 200, 150, 90, 80, 70, 60, 50, 50, 40, 20, 15])[:, None, None], 9, (12, 120, 120)).clip(1).round().astype('u2')
+
+ROUND = {  # name -> (sources, options, what is said; empty: it is taken)
+    'reflectance × 1000': ([LAND/np.float32(10)]*2, {}, '--s2-scale 0.001'), 'whole numbers × 1000': ([(LAND/10).astype('u2')], {}, '--s2-scale 0.001'),
+    'percent': ([LAND/np.float32(100)], {}, '--s2-scale 0.01'), 'reflectance a tenth': ([LAND/np.float32(1e5)], {}, 'darker than land'),
+    'DN × 2, two sources': ([LAND*2, LAND[:, ::-1]*2], {}, 'multiples of 2.*--s2-scale'), 'DN × 4, one source': ([LAND*4], {}, 'multiples of 4.*--s2-scale'),
+    'said': ([(LAND/10).astype('u2')], dict(s2_units='dn'), ''), 'DN × 4, said': ([LAND*4], dict(s2_units='dn'), ''),
+    'thousandths by option': ([(LAND/10).astype('u2')], dict(s2_scale=.001), ''),
+    'sea': ([SEA], {}, ''), 'snow': ([SNOW], dict(s2_offset=0), ''), 'land': ([LAND], {}, ''), 'reflectance of three digits': ([(LAND/np.float32(1e4)).round(3)], {}, '')}
+
+@pytest.mark.parametrize('what', ROUND)
+def test_a_round_scale_is_not_taken_for_dn(tmp_path, what):
+    sources, options, said = ROUND[what]
+    for i, x in enumerate(sources): pair(tmp_path/'src', s2=(x, dict(names=S2_BANDS)), name=f'a{i}')
+    if not said: assert convert(tmp_path/'src', tmp_path/'o', **options)['status'].tolist() == ['ok']*len(sources)
+    else:
+        with pytest.raises(GacError, match=said): convert(tmp_path/'src', tmp_path/'o', **options)
+        assert not (tmp_path/'o'/'table.parquet').exists()
+
+def test_one_source_on_a_round_scale_costs_that_source(tmp_path):
+    for i, x in enumerate([LAND, LAND[:, ::-1], (LAND/10).astype('u2'), SEA]): pair(tmp_path/'src', s2=(x, dict(names=S2_BANDS)), name=f'a{i}')
+    report = convert(tmp_path/'src', tmp_path/'o')
+    assert report['status'].tolist() == ['ok', 'ok', 'error', 'ok'] and 'darker than land' in report['reason'][2]
+
+@pytest.mark.parametrize('what', ['floats', 'whole numbers', 'by option', 'put back'])
+def test_an_offset_taken_off_twice_is_refused(tmp_path, what):
+    "Reflectance of about −0.1 is no reflectance; −1000 puts the offset back."
+    low = LAND.astype('i4') - 1000
+    x = dict(floats=(low/1e4).astype('f4'), **{'whole numbers': low.astype('i2'), 'by option': LAND, 'put back': low.astype('i2')})[what]
+    options = dict(s2_offset={'by option': 1000, 'put back': -1000}[what]) if 'by' in what or 'put' in what else {}
+    src = pair(tmp_path/'src', s2=(x, dict(names=S2_BANDS)))
+    if what == 'put back':
+        stored(src, tmp_path/'o', **options)
+        return np.testing.assert_array_equal(Store(tmp_path/'o').read('s2', [0])[0], LAND)
+    with pytest.raises(GacError, match='taken off twice.*--s2-offset'): stored(src, tmp_path/'o', **options)
+
+@pytest.mark.parametrize('where', ['pairs', 'bigearthnet_v2', 'geobench_benv2', 'terramesh_tiles'])
+def test_no_real_chip_is_taken_for_another_scale(where):
+    "Dark sea, snow, and a chip that happens to have even values alone: all are DN, each as a data set of its own."
+    if not (study.real_data() and (study.real_data()/where).exists()): pytest.skip('shared/real is not here')
+    folder = study.real_data()/where
+    for src in sorted(p for p in folder.iterdir() if p.is_dir()) if where == 'pairs' else [folder]:
+        for job in tiles.READERS[tiles.recognise(src)](src, tiles.Options(keep_snow_cloud=True)):
+            if job.load is None: continue
+            try: source = tiles._loaded(job)
+            except GacError: continue
+            tiles._check_scale([source], 'dn')
+            x = source.s2.astype('f8')
+            units.check_negative(x, 0)
+            if source.name == 'S2A_MSIL2A_20170613T101031_N9999_R022_T33UUP_29_83':
+                with pytest.raises(GacError, match='taken off twice'): units.check_negative(x, 1000)
+
+@pytest.mark.parametrize('kind, band, said', [('S2', 'B02', '_B01.tif: no scale or offset tag'), ('S1', 'VV', '_VH.tif: no scale or offset tag')])
+def test_a_scale_that_some_files_of_a_patch_lack_costs_the_patch(tmp_path, kind, band, said):
+    layouts.bigearthnet(tmp_path/'ben')
+    for file in sorted((tmp_path/'ben').rglob(f'*_{band}.tif'))[1:2]:
+        with rasterio.open(file, 'r+') as f: f.scales = (.1,)
+    report = convert(tmp_path/'ben', tmp_path/'out')
+    assert sorted(report['status']) == ['error', 'ok', 'ok']
+    assert re.search(said, report.query("status == \"error\"")["reason"].iloc[0])
+
+def test_scales_of_the_files_of_a_patch_are_applied_file_by_file(tmp_path):
+    layouts.bigearthnet(tmp_path/'ben', 1)
+    for file in (tmp_path/'ben').rglob('*.tif'):
+        factor = 2. if file.stem.endswith(('_B02', '_VH')) else 4.
+        with rasterio.open(file) as f: x, place = f.read(), f.transform
+        layouts.write_tif(file, x/np.float32(factor), pixel=place.a, west=place.c)
+        with rasterio.open(file, 'r+') as f: f.scales = (factor,)
+    convert(tmp_path/'ben', tmp_path/'out')
+    np.testing.assert_array_equal(Store(tmp_path/'out').read('s2', [0], OPT_BANDS)[0], layouts.optical(0)[list(study.OPT_INDEX)])
+    np.testing.assert_allclose(Store(tmp_path/'out').read('s1', [0])[0], layouts.radar(0))
+
+# ---- dates of a pair, mirrored grids, sea among land ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('layout', ['geotiff', 'bigearthnet', 'npz'])
+@pytest.mark.parametrize('late', [False, True])
+def test_radar_and_truth_of_other_times_are_said(tmp_path, capsys, layout, late):
+    "The pair is kept: on radar of another year a field may have been mown, and nobody should wonder why."
+    day = '20190621' if late else '20170621'
+    if layout == 'npz': layouts.npz(tmp_path/'src', 1, date='2017-06-17T11:33:21', s1_date=day)
+    elif layout == 'geotiff':
+        for kind, when in (('S1GRD', day), ('S2L2A', '2017-06-17')):
+            x, names = (DB, ('VV', 'VH')) if kind == 'S1GRD' else (DN, S2_BANDS)
+            write(tmp_path/'src'/kind/'a0.tif', x, names, tags=dict(datetime=f'{when}T10:00:00'))
+    else:
+        table = layouts.bigearthnet(tmp_path/'src', 1)
+        for p in sorted((tmp_path/'src'/'BigEarthNet-S1').rglob('*20170617*'), key=lambda p: -len(p.parts)): p.rename(p.with_name(p.name.replace('20170617', day)))
+        table.assign(s1_name=table['s1_name'].str.replace('20170617', day)).to_parquet(tmp_path/'src'/'metadata.parquet')
+    report = convert(tmp_path/'src', tmp_path/'o')
+    said = 'Sentinel-1 is of 2019-06-21 and Sentinel-2 of 2017-06-17, 734 days apart'
+    assert report['status'].tolist() == ['ok'] and (said in report['reason'][0]) == late and (said in capsys.readouterr().out) == late
+
+@pytest.mark.parametrize('e', [-10, 10])
+def test_a_grid_from_east_to_west_is_refused(tmp_path, e):
+    place = dict(transform=(-10, 0, 6e5, 0, e, 5.8e6))
+    src = pair(tmp_path/'src', **place)
+    for read in (lambda: export.open_scene(src/'S1GRD'/'a0.tif'), lambda: stored(src, tmp_path/'o')):
+        with pytest.raises(GacError, match='a0.tif: its columns run from east to west.*gdalwarp'): read()
+
+def sea(vv:float, vh:float, seed:int=3) -> np.ndarray: # (2, 120, 120) dB
+    "Water: its medians, and the speckle of a GRD."
+    return np.random.default_rng(seed).normal(np.array([vv, vh])[:, None, None], 1.9, (2, 120, 120))
+
+@pytest.mark.parametrize('vv, vh', [(-8, -18), (-3, -14), (-12, -27), (-18, -31)])
+@pytest.mark.parametrize('unit', ['dB', 'linear', 'amplitude'])
+def test_a_sea_among_land_is_taken_in_the_unit_of_the_others(tmp_path, vv, vh, unit):
+    "Sea is 10 to 16 dB brighter in VV than in VH: read as power, such an amplitude looks like land."
+    as_unit = dict(dB=lambda x: x, linear=lambda x: 10**(x/10), amplitude=lambda x: 10**(x/20))[unit]
+    for i, x in enumerate([DB.astype('f8')]*4 + [sea(vv, vh)]): pair(tmp_path/'src', (as_unit(x), NAMES), name=f'a{i}')
+    report = convert(tmp_path/'src', tmp_path/'o')
+    assert report['status'].tolist() == ['ok']*5, report['reason'].tolist()
+    np.testing.assert_allclose(Store(tmp_path/'o').read('s1', [4])[0], sea(vv, vh), atol=1e-4)
+
+def test_a_town_among_land_is_taken_as_power(tmp_path):
+    town = np.random.default_rng(3).normal(np.array([-4, -7.5])[:, None, None], 3.5, (2, 120, 120))
+    for i, x in enumerate([DB.astype('f8')]*4 + [town]): pair(tmp_path/'src', (10**(x/10), NAMES), name=f'a{i}')
+    assert convert(tmp_path/'src', tmp_path/'o')['status'].tolist() == ['ok']*5
+
+def test_an_amplitude_of_the_sea_alone_is_not_taken_for_power(tmp_path):
+    src = pair(tmp_path/'src', (10**(sea(-14, -26)/20), NAMES))
+    for read in (lambda **o: export.open_scene(src/'S1GRD'/'a0.tif', say=False, **o), lambda **o: convert(src, tmp_path/'o', **o)):
+        with pytest.raises(GacError, match='fit linear and amplitude.*--s1-units'): read()
+        read(s1_units='amplitude')
+    assert export.open_scene(write(tmp_path/'p.tif', 10**(sea(-14, -20)/10), ('VV', 'VH')), say=False).unit == 'linear'
+
+@pytest.mark.filterwarnings('error')
+def test_radar_of_zeros_is_refused_without_a_warning(tmp_path):
+    "NumPy's `All-NaN slice encountered` helps nobody."
+    src = pair(tmp_path/'src', (DB*0, {}))
+    for read in (lambda: export.open_scene(src/'S1GRD'/'a0.tif', say=False), lambda: stored(src, tmp_path/'o')):
+        with pytest.raises(GacError, match='a0.tif|exactly 0|no unit'): read()
+    raster.check_order([]), raster.check_order([DB*0])
+
+# ---- paths ---------------------------------------------------------------------------------------------------------------------------------------------
+
+def test_a_file_in_the_way_of_an_output_is_named(tmp_path):
+    (tmp_path/'note').touch()
+    for out in ('note', 'note/deep/er'):
+        with pytest.raises(GacError, match=r'cannot be written to: .*note is a file, and a folder is needed there.*Give another output') as e: study.writable(tmp_path/out)
+        assert 'exists' not in str(e.value) and 'permission' not in str(e.value)
+
+@pytest.mark.skipif(os.name != 'posix', reason='of POSIX shells')
+@pytest.mark.parametrize('name, code', [('données'.encode(), 0), ('données'.encode('latin-1'), 2)])
+def test_a_path_with_accents_works_in_a_shell_of_ascii(tmp_path, name, code):
+    "A name in UTF-8 just works; one in another encoding is refused by what is wrong with it."
+    import subprocess
+    layouts.geotiff(tmp_path/'src', 1)
+    try: os.rename(os.fsencode(tmp_path/'src'), os.fsencode(tmp_path) + b'/' + name)
+    except OSError: pytest.skip('this disk takes names in UTF-8 only')
+    done = subprocess.run([os.fsencode(w) for w in (sys.executable, '-c', 'import sys; from gac.cli import main; sys.exit(main())', 'data', 'convert')]
+                          + [os.fsencode(tmp_path) + b'/' + name, os.fsencode(tmp_path) + b'/o_' + name], capture_output=True,
+                          env=dict(os.environ, LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0'))
+    assert done.returncode == code, done.stderr.decode('utf-8', 'replace')
+    if code: assert b'bytes that are no UTF-8' in done.stderr and b'Rename' in done.stderr
+    else: assert len(Store(tmp_path/f'o_{name.decode()}')) == 1
+
+@pytest.mark.skipif(os.name != 'posix', reason='of POSIX disks')
+@pytest.mark.parametrize('layout, status', [('geotiff', ['ok', 'error']), ('npz', ['ok', 'ok'])])
+def test_a_name_that_is_no_utf8_costs_at_most_its_file(tmp_path, layout, status):
+    "GDAL cannot open it; NumPy can."
+    getattr(layouts, layout)(tmp_path/'src', 2)
+    for path in [p for p in (tmp_path/'src').rglob('*') if p.stem in ('a1', 'n1')]:
+        try: os.rename(path, os.fsencode(path).replace(b'1.', b'1\xe9.'))
+        except OSError: pytest.skip('this disk takes names in UTF-8 only')
+    report = convert(tmp_path/'src', tmp_path/'o')
+    assert report['status'].tolist() == status and len(pd.read_csv(tmp_path/'o'/'report.csv')) == 2
+    if 'error' in status: assert 'bytes that are no UTF-8' in report['reason'][1]

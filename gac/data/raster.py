@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RADAR', 'OPTICAL', 'PIXEL', 'WARP', 'NOWHERE', 'GDAL', 'BY_ORDER', 'is_generic', 'radar_name', 'optical_name', 'Kind',
-           'name_bands', 'to_degrees', 'lon_lat', 'ground_size', 'check_grid', 'reading', 'Raster', 'open_raster',
-           'pick', 'check_order']
+           'name_bands', 'to_degrees', 'lon_lat', 'ground_size', 'check_grid', 'reading', 'Raster', 'same_scale',
+           'open_raster', 'pick', 'check_order']
 
 # %% ../../nbs/lib/data/raster.ipynb #ee66670e
 import re, warnings
@@ -170,6 +170,7 @@ def check_grid(
     if not np.isfinite(transform).all(): return
     a, b, _, d, e, _ = transform
     if b or d: raise GacError(f'{where}: its grid is rotated or sheared; the models know 10 m, north up. {WARP}.')
+    if a < 0: raise GacError(f'{where}: its columns run from east to west, so the image is mirrored; the models know west to east. {WARP}.')
     if crs:
         try:
             if CRS.from_user_input(crs).is_geographic:
@@ -198,6 +199,8 @@ def reading(
             warnings.simplefilter('ignore', NotGeoreferencedWarning)
             with rasterio.open(path, driver='GTiff') if blob is None else held.open(driver='GTiff') as f: yield f
     except GacError: raise
+    except UnicodeEncodeError as e:
+        raise GacError(f'{path}: its name holds bytes that are no UTF-8, which GDAL cannot open. Rename it, or the folder it is in.') from e
     except (RasterioError, CPLE_BaseError, ValueError, OverflowError) as e:  # tags and coordinate systems that make no sense
         raise GacError(f'{path}: cannot be read ({str(e).splitlines()[0] if str(e) else type(e).__name__}). Is it a GeoTIFF, and whole? Fetch or write it again.') from e
 
@@ -228,6 +231,10 @@ class Raster:
         "Which band is which."
         try: return name_bands(self.names, kind, asked, self.colours)
         except GacError as e: raise GacError(f'{self.path}: {e}') from None
+
+    def says_scale(self, band:int) -> bool: # band: its position, counted from 1
+        "Whether a band has a scale or offset tag."
+        return (self.scales[band - 1], self.offsets[band - 1]) != (1, 0)
 
     def scaled(self,
         factor:float, # of the stored values; 0: as the tags say
@@ -263,7 +270,7 @@ class Raster:
 
     def _one_scale(self, bands:tuple) -> None:
         "Refuse tags that only some of the bands have: the others would count on another scale."
-        bare = [b for b in bands if (self.scales[b - 1], self.offsets[b - 1]) == (1, 0)]
+        bare = [b for b in bands if not self.says_scale(b)]
         if 0 < len(bare) < len(bands):
             raise GacError(f'{self.path}: band {bare[0]} has no scale or offset tag, and others have. Give every band its own (gdal_edit.py '
                            '-scale, -offset).')
@@ -278,6 +285,14 @@ class Raster:
             x = x.astype('float64')*scale + offset
         if not missing.any(): return x
         return np.where(missing, np.nan, x if x.dtype.kind == 'f' else x.astype('float32' if x.dtype.itemsize <= 2 else 'float64'))
+
+def same_scale(rasters:list) -> None: # of Raster, one band each
+    "Refuse files of one image of which only some have a scale tag; where all have one, each is applied to its file."
+    bare = [r for r in rasters if not r.says_scale(r.bands[0])]
+    if 0 < len(bare) < len(rasters):
+        other = next(r for r in rasters if r.says_scale(r.bands[0]))
+        raise GacError(f'{bare[0].path}: no scale or offset tag, and {Path(other.path).name} has one. Give every file its own (gdal_edit.py '
+                       '-scale, -offset).')
 
 def _checked(path, scales:tuple, offsets:tuple) -> None:
     "Refuse scale and offset tags that are no numbers to reckon with."
@@ -329,7 +344,7 @@ def check_order(
     samples:list, # (2, H, W) VV and VH, told apart by their order alone
 ) -> None:
     "Refuse a first band that is darker than the second."
-    medians = [np.nanmedian([median_of(np.where(s[i] == 0, np.nan, s[i])) for s in samples] or [np.nan]) for i in (0, 1)]
+    medians = [median_of(np.array([median_of(s[i][s[i] != 0]) for s in samples])) for i in (0, 1)]
     if medians[0] < medians[1]:
         raise GacError('Sentinel-1: the first band (VV) is darker than the second (VH), so they look swapped. Say --s1-bands VH,VV, or '
                        'VV,VH to keep the order.')
