@@ -69,10 +69,11 @@ def metres_per_pixel(src) -> float: # src: an open raster
 
 @contextmanager
 def _opened(path):
-    "A raster, or one line on why it cannot be read."
+    "A raster with what lies beside it, or one line on why it cannot be read."
     import rasterio
+    from gac.data.raster import GDAL
     try:
-        with rasterio.open(path) as src: yield src
+        with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN=GDAL['GDAL_DISABLE_READDIR_ON_OPEN']), rasterio.open(path) as src: yield src
     except rasterio.errors.RasterioIOError as e: raise GacError(f'{path}: not a readable raster ({e}).') from None
 
 def utm_grid(

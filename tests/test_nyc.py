@@ -643,3 +643,18 @@ def test_terratorch_runs_the_same_file(town, tmp_path):
                               timeout=1800)
         assert done.returncode == 0, done.stderr[-2000:]
     assert (nyc.read_test(tmp_path/'run')['confusion'] == here).all() and not (study.root()/'config.yaml').exists()
+
+@pytest.mark.parametrize('what', ['mask', 'place'])
+def test_what_lies_beside_a_raster_is_seen_though_gdal_was_told_not_to_look(tmp_path, what):
+    "TerraTorch's command line and others switch the listing of folders off for the whole process; masks (.msk) and places (.aux.xml) were lost."
+    x, there = np.arange(1, 3601, dtype='float32').reshape(1, 60, 60), np.arange(60)[:, None] + np.zeros(60, int) >= 20
+    path, driver = (tmp_path/'a.tif', 'GTiff') if what == 'mask' else (tmp_path/'a.png', 'PNG')
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False):
+        with rasterio.open(path, 'w', driver=driver, count=1, height=60, width=60, dtype='float32' if what == 'mask' else 'uint8', crs='EPSG:32618',
+                           transform=from_origin(5e5, 4.5e6, 10, 10)) as f:
+            f.write(x if what == 'mask' else (x % 251).astype('uint8'))
+            if what == 'mask': f.write_mask(there)
+    with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN='EMPTY_DIR'):
+        box = nyc.utm_grid(path)
+        assert tuple(box.shape) == (60, 60)
+        if what == 'mask': np.testing.assert_array_equal(np.isnan(nyc.warped(path, box, how='nearest')[0]), ~there)
