@@ -557,11 +557,6 @@ def test_a_sea_among_land_is_taken_in_the_unit_of_the_others(tmp_path, vv, vh, u
     assert report['status'].tolist() == ['ok']*5, report['reason'].tolist()
     np.testing.assert_allclose(Store(tmp_path/'o').read('s1', [4])[0], sea(vv, vh), atol=1e-4)
 
-def test_a_town_among_land_is_taken_as_power(tmp_path):
-    town = np.random.default_rng(3).normal(np.array([-4, -7.5])[:, None, None], 3.5, (2, 120, 120))
-    for i, x in enumerate([DB.astype('f8')]*4 + [town]): pair(tmp_path/'src', (10**(x/10), NAMES), name=f'a{i}')
-    assert convert(tmp_path/'src', tmp_path/'o')['status'].tolist() == ['ok']*5
-
 def test_an_amplitude_of_the_sea_alone_is_not_taken_for_power(tmp_path):
     src = pair(tmp_path/'src', (10**(sea(-14, -26)/20), NAMES))
     for read in (lambda **o: export.open_scene(src/'S1GRD'/'a0.tif', say=False, **o), lambda **o: convert(src, tmp_path/'o', **o)):

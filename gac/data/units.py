@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['S2_OFFSET', 'LEVELS', 'APART', 'KNOWN_OFFSETS', 'S1_UNITS', 'S2_UNITS', 'OUTSIDE', 'BRIGHT', 'SEA', 'SMOOTH', 'ROUGH',
-           'BUSY', 'TOO_BRIGHT', 'TOO_MANY', 'WRAPPED', 'DARK', 'FEW', 'NEGATIVE', 'range_of', 'median_of', 'to_db',
-           'check_db', 'check_radar', 'why_missing', 'spread_of', 's1_unit', 'check_like', 'bright_share', 'check_dn',
-           'is_screen', 'check_wrapped', 's2_unit', 'is_dark', 'step_of', 'why_scaled', 'floor_of', 'check_negative',
-           'has_baseline', 's2_offset']
+           'TOO_BRIGHT', 'TOO_MANY', 'WRAPPED', 'DARK', 'FEW', 'NEGATIVE', 'range_of', 'median_of', 'to_db', 'check_db',
+           'check_radar', 'why_missing', 'spread_of', 's1_unit', 'check_like', 'bright_share', 'check_dn', 'is_screen',
+           'check_wrapped', 's2_unit', 'is_dark', 'step_of', 'why_scaled', 'floor_of', 'check_negative', 'has_baseline',
+           's2_offset']
 
 # %% ../../nbs/lib/data/units.ipynb #d4877388
 import re
@@ -105,7 +105,7 @@ def _fitting(vv:float, vh:float, negative:float) -> list: # names of units
     return fits
 
 SEA = (10, 16)  # median of VV less median of VH over the sea, dB
-SMOOTH, ROUGH, BUSY = 1.4, 3.4, 2.4  # spread of VV, dB: below that of any single look; above that of the sea; above that of a plain surface
+SMOOTH, ROUGH = 1.4, 2.8  # spread of VV, dB: below that of any scene; above that of the sea
 
 def spread_of(
     samples:list, # (2, H, W) as they came
@@ -115,13 +115,12 @@ def spread_of(
     some = [S1_UNITS[unit](v) for s in samples if (v := s[0][np.isfinite(s[0]) & (s[0] > 0)].astype('float64')).size]
     return float(np.median([np.subtract(*np.percentile(v, (84, 16)))/2 for v in some])) if some else np.nan
 
-def _may_be(samples:list, vv:float, vh:float, unit:str) -> bool:
-    "Whether medians that are not those of fields are those of the sea (an amplitude), or of a town (a power), as their spread says."
-    if unit == 'dB' or not (vv > 0 and vh > 0): return False
-    level, spread = dict(VV=S1_UNITS[unit](vv), VH=S1_UNITS[unit](vh)), spread_of(samples, unit)
-    apart = level['VV'] - level['VH']
-    if not all(a <= level[p] <= b for p, (a, b) in LEVELS.items()): return False
-    return SEA[0] <= apart <= SEA[1] and spread <= ROUGH if unit == 'amplitude' else 0 <= apart < APART[0] and spread >= BUSY
+def _is_sea(samples:list, vv:float, vh:float) -> bool:
+    "Whether these are amplitudes of the sea, as their medians and their spread say."
+    if not (vv > 0 and vh > 0): return False
+    level = dict(VV=S1_UNITS['amplitude'](vv), VH=S1_UNITS['amplitude'](vh))
+    return (SEA[0] <= level['VV'] - level['VH'] <= SEA[1] and all(a <= level[p] <= b for p, (a, b) in LEVELS.items())
+            and spread_of(samples, 'amplitude') <= ROUGH)
 
 def s1_unit(
     samples:list, # arrays (2, H, W), VV and VH as they came
@@ -142,7 +141,7 @@ def s1_unit(
         scaled = unit != 'dB' and _looks_scaled(samples, S1_UNITS[unit](vv), S1_UNITS[unit](vh), unit)
         if scaled: raise GacError(f'{seen} stay within 0 to 1 and look scaled for a network, not measured. Give backscatter, or say what they are: '
                                   '--s1-units dB, linear (power) or amplitude.')
-        if unit != 'linear' or spread_of(samples, unit) >= SMOOTH or not _may_be(samples, vv, vh, 'amplitude'): return unit
+        if unit != 'linear' or spread_of(samples, unit) >= SMOOTH or not _is_sea(samples, vv, vh): return unit
         fits.append('amplitude')
     raise GacError(f'{seen} fit {" and ".join(fits) or "no unit"}.{_scale_hint(vv, vh, negative)} Say --s1-units dB, linear (power) or '
                    'amplitude.')
@@ -157,7 +156,7 @@ def check_like(
     vv, vh = map(median_of, each)
     negative = float(np.mean(np.concatenate(each) < 0))
     fits = _fitting(vv, vh, negative)
-    if unit in fits or _may_be([x], vv, vh, unit): return
+    if unit in fits or (unit == 'amplitude' and _is_sea([x], vv, vh)): return
     if fits or (unit == 'dB' and negative >= .5 and vh > LEVELS['VH'][1]):
         raise GacError(f'Sentinel-1 from {range_of([x])} (medians {vv:.4g} VV, {vh:.4g} VH) fits {" and ".join(fits) or "no unit"}, in a data set '
                        f'of {unit}. Convert it apart, or say --s1-units {unit} if it is.')
