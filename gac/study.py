@@ -164,7 +164,7 @@ def _in_the_way(folder) -> Path|None:
 def _unwritten(path, e:Exception) -> GacError:
     "What to say where a file cannot be written."
     if getattr(e, 'errno', None) in (errno.ENOTDIR, errno.EEXIST) and (way := _in_the_way(Path(path).parent) or _in_the_way(path)):
-        return GacError(f'{path}: cannot be written: {way} is a file, and a folder is needed there. Give another output, or move that file away.')
+        return GacError(f'{path}: cannot be written ({way} is a file, and a folder is needed there). Give another output, or move that file away.')
     why = getattr(e, 'strerror', None) or (str(e) or type(e).__name__).splitlines()[0]
     return GacError(f'{path}: cannot be written ({why}). Make room on the disk, change the permissions, or give another place. '
                     'What was written before is whole; the same command goes on.')
@@ -206,7 +206,7 @@ def writable(
         with tempfile.TemporaryFile(dir=folder): pass
     except OSError as e:
         if way := _in_the_way(folder):
-            raise GacError(f'{folder}: cannot be written to: {way} is a file, and a folder is needed there. Give another output, or move that file away.') from e
+            raise GacError(f'{folder}: cannot be written to ({way} is a file, and a folder is needed there). Give another output, or move that file away.') from e
         raise GacError(f'{folder}: cannot be written to ({e.strerror or e}). Give another output, or change its permissions.') from e
     return Path(folder)
 

@@ -577,7 +577,7 @@ def test_radar_of_zeros_is_refused_without_a_warning(tmp_path):
 def test_a_file_in_the_way_of_an_output_is_named(tmp_path):
     (tmp_path/'note').touch()
     for out in ('note', 'note/deep/er'):
-        with pytest.raises(GacError, match=r'cannot be written to: .*note is a file, and a folder is needed there.*Give another output') as e: study.writable(tmp_path/out)
+        with pytest.raises(GacError, match=r'cannot be written to \(.*note is a file, and a folder is needed there.*Give another output') as e: study.writable(tmp_path/out)
         assert 'exists' not in str(e.value) and 'permission' not in str(e.value)
 
 @pytest.mark.skipif(os.name != 'posix', reason='of POSIX shells')
