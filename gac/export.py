@@ -495,7 +495,7 @@ class Chain:
         self.generator = stage1.build_terramind_generator((product,), timesteps=decoding.timesteps, name=name, weights=weights).to(device)
         if drawn: self._as_drawn(drawn, weights)
         self.refiner = stage2.load_stage2(stage2_checkpoint, weights=weights).to(device) if stage2_checkpoint else None
-        self.grounding = _grounding(stage3_checkpoint, stage2_checkpoint, product, weights).to(device) if stage3_checkpoint else None
+        self.grounding = evaluate.grounder(stage3_checkpoint, product, stage2_checkpoint, weights).to(device) if stage3_checkpoint else None
 
     def _as_drawn(self, drawn:dict, weights:str) -> None:
         "Draw with the weights and in the precision the checkpoints learnt from, or refuse."
@@ -531,11 +531,6 @@ class Chain:
         if not np.isfinite(list(made.values())[-1]).all():
             raise GacError(f'The chain drew values that are not finite (tile {batch["id"][0]} or one drawn with it).')
         return made
-
-def _grounding(folder, stage2_checkpoint, product:str, weights:str):
-    "A trained Stage 3 that reads this radar product."
-    model = stage3.load_stage3(folder, stage2_checkpoint, weights)
-    return model if model.radar == product else evaluate.grounder(folder, product)
 
 def spread_of(
     chain, # a Chain
@@ -579,6 +574,7 @@ def introduce(
         said, data = _training(folder, room)
         lines.append(f'Stage {number}: {_pretraining(own)}; {said}')
         if data == WORLD: foreign.append(f'Stage {number}')
+    if chain.grounding and not chain.refiner: lines.append('Stage 3 was trained on images of Stage 2 and is given those of Stage 1 here: name the Stage 2 as well (--stage2-checkpoint).')
     if real and foreign:
         lines.append(f'The radar is real, and {" and ".join(foreign)} {"knows" if len(foreign) == 1 else "know"} the {WORLD} only: expect colours and fields that are not there.')
     if chain.product == 'S1RTC' and foundations.entry(name).mini: lines.append('The radar is S1RTC, which the miniature of Stage 1 has seen little of: it was pretrained on S1GRD above all.')
@@ -941,7 +937,10 @@ def decoding_for(
     "How Stage 1 decodes: as the images were drawn that the checkpoints were trained on, else as asked, else one step and the expected code."
     asked = {k: v for k, v in dict(timesteps=timesteps, tokens=tokens, clamp=clamp).items() if v}
     places = [(p, h) for p, h in ((stage2_checkpoint, stage2.HEAD_FILE), (stage3_checkpoint, stage3.HEAD_FILE)) if p]
-    trained = next(filter(None, (stage2.read_decoding(p, h) for p, h in places)), None)
+    found = [(p, d) for p, h in places if (d := stage2.read_decoding(p, h))]
+    trained = found[0][1] if found else None
+    if other := next(((p, d) for p, d in found[1:] if d != trained), None):
+        raise GacError(f'{other[0]} was trained on images drawn otherwise ({other[1]}) than {found[0][0]} ({trained}). Give the stages of one chain.')
     decoding = replace(trained or stage1.Decoding(1, 'expected'), **asked)
     if places and not trained:
         print(f'Nothing says how the images were drawn that the checkpoints were trained on ({stage2.DECODING_FILE} is not beside them); Stage 1 draws here: {decoding}.', flush=True)
@@ -963,6 +962,8 @@ def generator_for(
         if g.get('decoder') == 'direct':
             raise GacError(f'{place} was trained on images of a decoder without diffusion (gac precompute --direct), which gac infer does not draw with.')
         if g['model'] != found[0][1]['model']: raise GacError(f'{found[0][0]} was trained on images drawn by {found[0][1]["model"]}, {place} by {g["model"]}.')
+        if differ := stage2.drawn_otherwise(found[0][1], g):
+            raise GacError(f'{found[0][0]} and {place} were trained on images drawn otherwise: {differ}. Give the stages of one chain.')
     return (found[0][1]['model'], found[0][1]) if found else (name or 'terramind_mini_generate', {})
 
 def infer(
