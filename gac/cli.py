@@ -729,7 +729,8 @@ DECODING = (opt('--timesteps', type=_at_least(0), default=0, metavar='N',
     opt('--overwrite', action='store_true', help='replace an output that was made otherwise'), WEIGHTS, SEED)
 def infer(**options):
     """The whole chain on a scene of any size, or on tiles: Cloud-Optimised GeoTIFF out.
-A scene is drawn in overlapping tiles that fade into each other, block by block; memory does not depend on its size. Stopped and called again, it goes on."""
+A scene is drawn in overlapping tiles that fade into each other, block by block; memory does not depend on its size. Stopped and called again, it goes on.
+The pattern of 2 px that Stage 3 leaves is taken off a scene; tiles are written as they were drawn, as gac export does."""
     from gac import export
     print(', '.join(f'{k} {v}' for k, v in export.infer(**options).items()))
 

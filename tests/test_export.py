@@ -513,3 +513,15 @@ def test_a_training_is_refused_its_folder_before_a_model_is_built(store, tmp_pat
     for stage, more in ((2, []), (3, ['--stage2-checkpoint', str(tmp_path)])):
         assert cli.main([f'train-stage{stage}', '--data-dir', str(store.path), '--output-dir', str(tmp_path/'file'/'out'), *more]) == 2
         assert f'{tmp_path/"file"}: cannot be written to' in capsys.readouterr().err
+
+def test_tiles_are_written_as_they_were_drawn_and_that_is_said(store, tmp_path, capsys):
+    "The files of tiles hold what the tables measure; a scene has Stage 3's pattern of 2 px taken off."
+    class Third(chains.Grey):
+        output = 'opt_v3'
+        def __call__(self, batch, sampled=False): return dict(opt_v3=.2 + .004*(np.indices((len(batch['s1']), 4, *batch['s1'].shape[2:])).sum(0) % 2).astype('float32'))
+    export.infer_tiles(store.path, tmp_path/'tiles', lambda product: Third(), max_tiles=1)
+    assert export.AS_DRAWN in capsys.readouterr().out
+    with rasterio.open(next((tmp_path/'tiles'/'opt_v3').glob('*.tif'))) as f: assert set(np.unique(f.read())) == {2000, 2040}
+    infer_scene(scene(tmp_path/'s1.tif', 60, 60), tmp_path/'o.tif', Third(), Tiling(48, 16, 96, notch=True))
+    with rasterio.open(tmp_path/'o.tif') as f: assert np.ptp(f.read()) <= 1
+    assert export.AS_DRAWN not in capsys.readouterr().out
