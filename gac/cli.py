@@ -391,8 +391,9 @@ def precompute(data_dir, output_dir, name, weights, input, device, layout, stric
     """Stage 1: draw the optical image of every radar tile.
 Stopped at any moment and called again, it goes on and leaves the same bytes. Tiles that cannot be used are listed and left out; the exit
 code is then 1."""
-    from gac import stage1
+    from gac import stage1, study
     store, into = stage1.open_tiles(data_dir, output_dir, layout=layout, strict=strict)
+    study.check_place(into.path)
     model = stage1.build_terramind_generator((input or store.attrs.get('s1_product', 'S1GRD'),), timesteps=options['timesteps'],
                                              name=name, weights=weights)
     if device: model.to(device)
@@ -436,8 +437,10 @@ def precompute_stage2(data_dir, stage1_dir, stage2_checkpoint, device, weights, 
     """Stage 2: refine opt_v1 of every tile.
 Stopped at any moment and called again, it goes on and leaves the same bytes; any number of workers do the same as one. Tiles without opt_v1
 are listed and left out; the exit code is then 1."""
-    from gac import stage1, stage2
+    from gac import stage1, stage2, study
     store, into = stage1.open_tiles(data_dir, stage1_dir)
+    study.check_place(into.path)
+    stage2.check_drawn(stage2_checkpoint, stage2.drawn_for(into, 'opt_v1'))
     model = stage2.load_stage2(stage2_checkpoint, weights=weights)
     if device: model.to(device)
     report = stage2.precompute_stage2(store, model, into=into, **options)
@@ -454,9 +457,11 @@ def precompute_stage3(data_dir, stage2_dir, stage2_checkpoint, stage3_checkpoint
     """Stage 3: ground opt_v2 of every tile in its radar.
 Stopped at any moment and called again, it goes on and leaves the same bytes; any number of workers do the same as one. Tiles without opt_v2
 or usable radar are listed and left out; the exit code is then 1."""
-    from gac import stage1, stage3
+    from gac import evaluate, stage1, stage2, stage3, study
     store, into = stage1.open_tiles(data_dir, stage2_dir)
-    model = stage3.load_stage3(stage3_checkpoint, stage2_checkpoint, weights)
+    study.check_place(into.path)
+    stage2.check_drawn(stage3_checkpoint, stage2.drawn_for(into, 'opt_v2'), stage3.HEAD_FILE)
+    model = evaluate.grounder(stage3_checkpoint, store.attrs.get('s1_product', 'S1GRD'), stage2_checkpoint, weights)
     if device: model.to(device)
     report = stage3.precompute_stage3(store, model, into=into, **options)
     return _filled(report, into.path, 'opt_v3', options['rank'], options['world_size'])
@@ -536,7 +541,8 @@ Needs opt_v1 (gac precompute). Writes the best checkpoint as adapters in peft's 
 def train_stage3(stage1_dir, stage2_dir, **options):
     """Stage 3: train adapters on TerraMind's cross-attention and the head to ground opt_v2 in the radar.
 Needs opt_v2, or a Stage 2 checkpoint to make it with from opt_v1, beside which it is stored."""
-    from gac import stage3
+    from gac import stage3, study
+    study.check_place(options['output_dir'])
     place = stage2_dir or stage1_dir
     if options['stage2_checkpoint'] and not stage2_dir: _opt_v2(options['data_dir'], place, options['stage2_checkpoint'], options['weights'])
     _trained(stage3.run_stage3(stage2_dir=place, **options))
@@ -555,6 +561,7 @@ def _opt_v2(data_dir:str, stage1_dir:str, checkpoint:str, weights:str) -> None:
     "opt_v2 of every tile that has opt_v1; processes that train together do not draw."
     from gac import stage1, stage2, study, training
     store, into = stage1.open_tiles(data_dir, stage1_dir)
+    stage2.check_drawn(checkpoint, stage2.drawn_for(into, 'opt_v1'))
     if training.launched() == 1: return stage2.precompute_stage2(store, stage2.load_stage2(checkpoint, weights=weights), into=into)
     lacks = 'opt_v2' not in into.arrays or 'opt_v1' in into.arrays and (into.written('opt_v1') & ~into.written('opt_v2')).any()
     if lacks: raise study.GacError(f'{into.path} lacks tiles of opt_v2, and processes that train together do not draw: gac precompute-stage2 first.')
@@ -737,7 +744,8 @@ DECODING = (opt('--timesteps', type=_at_least(0), default=0, metavar='N',
     opt('--overwrite', action='store_true', help='replace an output that was made otherwise'), WEIGHTS, SEED)
 def infer(**options):
     """The whole chain on a scene of any size, or on tiles: Cloud-Optimised GeoTIFF out.
-A scene is drawn in overlapping tiles that fade into each other, block by block; memory does not depend on its size. Stopped and called again, it goes on."""
+A scene is drawn in overlapping tiles that fade into each other, block by block; memory does not depend on its size. Stopped and called again, it goes on.
+The pattern of 2 px that Stage 3 leaves is taken off a scene; tiles are written as they were drawn, as gac export does."""
     from gac import export
     print(', '.join(f'{k} {v}' for k, v in export.infer(**options).items()))
 

@@ -111,11 +111,13 @@ def remembered(
 def grounder(
     folder, # of a trained Stage 3
     product:str, # S1GRD or S1RTC, of the tiles it is for
+    stage2_checkpoint='', # the Stage 2 whose images it will get; empty: not checked
+    weights:str='', # of the generator, as for build_stage3_model
 ): # stage3.Stage3GroundingModel
     "A trained Stage 3, for radar of this product: TerraMind reads both, head and adapters stay."
-    model = stage3.load_stage3(folder)
+    model = stage3.load_stage3(folder, stage2_checkpoint, weights)
     if model.radar == product: return model
-    other = stage3.build_stage3_model(**model.config | dict(radar=product))
+    other = stage3.build_stage3_model(weights=weights, **model.config | dict(radar=product))
     # the rest is pretrained
     learned = {k: v for k, v in model.state_dict().items() if 'lora_' in k or not k.startswith('generator.')}
     if other.load_state_dict(learned, strict=False).unexpected_keys:
@@ -499,17 +501,20 @@ def run_evaluate(
     store, _ = stage1.open_tiles(data_dir, output_dir/'store' if not (Path(data_dir)/'table.parquet').exists() else '')
     place = stage1.companion(store, stage1_dir) if stage1_dir and Path(stage1_dir).resolve() != store.path.resolve() else store
     product, rows = store.attrs.get('s1_product', 'S1GRD'), store.rows(split) if len(store.rows(split)) else store.rows()
-    if 'opt_v1' in place.arrays: v1, rows = stage1.stored(place), rows[place.written('opt_v1')[rows]]
+    trained = [(p, h) for p, h in ((stage2_checkpoint, stage2.HEAD_FILE), (stage3_checkpoint, stage3.HEAD_FILE)) if p]
+    if 'opt_v1' in place.arrays: v1, rows, drawn = stage1.stored(place), rows[place.written('opt_v1')[rows]], stage2.drawn_for(place, 'opt_v1')
     else:
-        v1 = remembered(stage1.drawn(stage1.build_terramind_generator((product,), name=name, weights=weights),
-                                     stage1.Decoding(1, 'expected'), seed))
+        decoding = next(filter(None, (stage2.read_decoding(p, h) for p, h in trained)), stage1.Decoding(1, 'expected'))
+        generator = stage1.build_terramind_generator((product,), timesteps=decoding.timesteps, name=name, weights=weights)
+        v1, drawn = remembered(stage1.drawn(generator, decoding, seed)), stage1.settings(generator, decoding, seed)
+    for p, h in trained: stage2.check_drawn(p, drawn, h)
     if not len(rows):
         raise GacError(f'{place.path} has opt_v1 of none of the tiles to measure: run gac precompute, or leave --stage1-dir out.')
     methods = {'Stage 1': v1}
-    if stage2_checkpoint: methods['Stage 1+2'] = remembered(stage2.refined(stage2.load_stage2(stage2_checkpoint), v1))
+    if stage2_checkpoint: methods['Stage 1+2'] = remembered(stage2.refined(stage2.load_stage2(stage2_checkpoint, weights=weights), v1))
     if stage3_checkpoint:
         methods['Stage 1+2+3' if stage2_checkpoint
-                else 'Stage 1+3'] = stage3.grounded(grounder(stage3_checkpoint, product), list(methods.values())[-1])
+                else 'Stage 1+3'] = stage3.grounded(grounder(stage3_checkpoint, product, weights=weights), list(methods.values())[-1])
     measured = stage1.measure(store, spread(rows, max_tiles), methods, batch_size, metrics.LPIPS(lpips_weights))
     label = 'world' if store.attrs.get('source') == 'world' else f'real: {Path(data_dir).name}'
     steps = {k: v for k, v in STEPS.items() if set(v) <= methods.keys()}

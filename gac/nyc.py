@@ -27,6 +27,7 @@ import pandas as pd
 import yaml
 
 from . import study, world, tiles, metrics, foundations, downstream
+from .data import raster
 from .study import GacError, S1_BANDS, S2_BANDS
 from odc.geo.geobox import GeoBox
 from odc.geo.geom import box as geom_box
@@ -87,23 +88,38 @@ def utm_grid(
         area = area.to_crs('utm', resolution=max(src.bounds.right - src.bounds.left, src.bounds.top - src.bounds.bottom)/16)
     return GeoBox.from_geopolygon(area, resolution=step)
 
+def _factors(src, bands) -> tuple: # scale and offset of the bands, (n, 1, 1) each; src: an open raster
+    "What the tags of a raster say, by the rules of gac.data.raster."
+    raster._checked(src.name, src.scales, src.offsets)
+    told = [(src.scales[b - 1], src.offsets[b - 1]) for b in bands]
+    if 0 < told.count((1., 0.)) < len(told):
+        raise GacError(f'{src.name}: band {bands[told.index((1., 0.))]} has no scale or offset tag, and others have. '
+                       'Give every band its own (gdal_edit.py -scale, -offset).')
+    return tuple(np.array(told)[:, i, None, None] for i in (0, 1))
+
 def warped(
     path, # raster
     box:GeoBox, # where
     bands=None, # band numbers; None: all
     how:str='bilinear', # resampling
+    dn:bool=False, # reflectance, which tags of scale and offset make, becomes DN again
 ) -> np.ndarray: # (C, H, W) float32, NaN where there is nothing
-    "A raster on another grid; only what the window needs is read."
+    "A raster on another grid, in the unit its tags say; only what the window needs is read."
     from rasterio.vrt import WarpedVRT
     from rasterio.enums import Resampling
     with _opened(path) as src:
         metres_per_pixel(src)
+        scale, offset = _factors(src, bands or src.indexes)
         nodata = src.nodata if src.nodata is not None else (np.nan if src.dtypes[0].startswith('float') else 0)
         with WarpedVRT(src, crs=str(box.crs), transform=box.affine, width=box.width, height=box.height,
                        resampling=Resampling[how], src_nodata=nodata,
                        nodata=nodata) as vrt:
             x = vrt.read(bands, masked=True)
-    return x.astype(np.float32).filled(np.nan)
+    x = x.astype(np.float32).filled(np.nan)
+    if (scale != 1).any() or (offset != 0).any():
+        if dn and (abs(scale) < .01).all(): scale, offset = scale/study.REFLECTANCE, offset/study.REFLECTANCE
+        x = (x*scale + offset).astype(np.float32)
+    return np.where(np.isfinite(x), x, np.float32(np.nan))
 
 def class_shares(
     path, # the city's raster
@@ -187,13 +203,21 @@ class Files:
         if not path.is_file(): raise GacError(f'{self.path.name}: {name} is not there.')
         return path
 
+    def _bands(self, name, kind:raster.Kind) -> dict: # band -> (file, position)
+        "The bands of a file: by their names, by their order where they have none."
+        with _opened(self._find(name)) as src:
+            try: found, _ = raster.name_bands(src.descriptions, kind)
+            except GacError as e: raise GacError(f'{name}: {e}') from None
+        return {b: (name, n) for n, b in enumerate(found, 1) if b}
+
     def _date(self, i:int, entry:dict) -> Date:
         "One entry of `dates`."
         where = f'{self.path.name}, dates[{i}]'
         if missing := {'date', 's2', 's1'} - set(entry): raise GacError(f'{where}: {", ".join(sorted(missing))} missing.')
-        s2 = entry['s2'] if isinstance(entry['s2'], dict) else {b: (entry['s2'], n) for n, b in enumerate(S2_BANDS, 1)}
+        kinds = dict(s2=replace(raster.OPTICAL, option='the YAML (s2: {B02: FILE, …})'),
+                     s1=replace(raster.RADAR, option='the YAML (s1: {VV: FILE, VH: FILE})'))
+        s2, s1 = (entry[k] if isinstance(entry[k], dict) else self._bands(entry[k], kinds[k]) for k in ('s2', 's1'))
         if lost := set(S2_BANDS) - set(s2): raise GacError(f'{where}: band {", ".join(sorted(lost))} missing.')
-        s1 = entry['s1'] if isinstance(entry['s1'], dict) else {b: (entry['s1'], n) for n, b in enumerate(S1_BANDS, 1)}
         place = lambda files: {b: (self._find(v[0]), v[1]) if isinstance(v, tuple) else (self._find(v), 1)
                                for b, v in files.items()}
         s2 = place(s2 | ({'SCL': entry['scl']} if entry.get('scl') else {}))
@@ -203,18 +227,18 @@ class Files:
 
     def s2(self, d:Date, box:GeoBox) -> tuple[np.ndarray, np.ndarray|None]:
         "(12, H, W) DN and scene classes (H, W)."
-        return _together(d.s2, S2_BANDS, box), warped(d.s2['SCL'][0], box, [1], 'nearest')[0] if 'SCL' in d.s2 else None
+        return _together(d.s2, S2_BANDS, box, dn=True), warped(d.s2['SCL'][0], box, [1], 'nearest')[0] if 'SCL' in d.s2 else None
 
     def s1(self, d:Date, box:GeoBox) -> np.ndarray: # (2, H, W) as stored
         return _together(d.s1, S1_BANDS, box)
 
     def dem(self, box:GeoBox) -> np.ndarray: # (H, W) m
         return warped(self.dem_file, box, [1])[0]
-def _together(files:dict, bands:Sequence[str], box:GeoBox) -> np.ndarray: # (C, H, W)
+def _together(files:dict, bands:Sequence[str], box:GeoBox, dn:bool=False) -> np.ndarray: # (C, H, W)
     "Bands in their order, every file opened once."
     by_file, out = {}, np.empty((len(bands), *box.shape), np.float32)
     for i, b in enumerate(bands): by_file.setdefault(files[b][0], []).append((i, files[b][1]))
-    for path, places in by_file.items(): out[[i for i, _ in places]] = warped(path, box, [n for _, n in places])
+    for path, places in by_file.items(): out[[i for i, _ in places]] = warped(path, box, [n for _, n in places], dn=dn)
     return out
 
 # %% ../nbs/13_nyc_tim.ipynb #e64a121d
@@ -595,7 +619,7 @@ def fill_from_others(
 
 def to_db(x:np.ndarray, unit:str) -> np.ndarray:
     "Radar in dB; what is no number or no signal is NaN."
-    with np.errstate(all='ignore'): x = tiles.S1_UNITS[unit](np.where(x > 0, x, np.nan) if unit != 'dB' else x)
+    with np.errstate(all='ignore'): x = tiles.S1_UNITS[unit](np.where(x != 0 if unit == 'dB' else x > 0, x, np.nan))
     return np.where(np.isfinite(x), x, np.nan)
 
 def _survey(source, grid:GeoBox, opt:BuildOptions) -> tuple[list[int], str]:

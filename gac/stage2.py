@@ -9,7 +9,7 @@ __all__ = ['KNOWN', 'FIELDS', 'YEAR', 'AROUND', 'REACH', 'SHORT', 'SCALE', 'STEP
            'ms_ssim', 'spectral_angle', 'Stage2Loss', 'Pairs', 'save_stage2', 'read_stage2', 'checkpoint_file',
            'load_stage2', 'stage2_step', 'layout', 'data_name', 'identity', 'calibrate', 'train_stage2', 'train_as',
            'refine', 'refined', 'precompute_stage2', 'fingerprint', 'images_of', 'keep_decoding', 'read_decoding',
-           'read_generator', 'run_stage2', 'save_panels']
+           'read_generator', 'drawn_otherwise', 'check_drawn', 'drawn_for', 'run_stage2', 'save_panels']
 
 # %% ../nbs/08_stage2.ipynb #42d310c9
 import hashlib, json, math, re
@@ -752,6 +752,35 @@ def read_generator(
     "Who drew the images that a checkpoint learnt from."
     return {k: v for k, v in _read_drawn(path, head).items() if k in _DRAWN}
 
+def drawn_otherwise(
+    learnt:dict, # how and by whom the images were drawn that a checkpoint learnt from
+    drawn:dict, # the same of other images
+) -> str: # empty: alike, as far as both say
+    "What differs between two lots of images; precision is no matter."
+    told = lambda k, d: d.get(k, '' if k == 'decoder' and d else None)
+    names = [k for k in (*_DRAWN, *(f.name for f in fields(stage1.Decoding))) if k != 'precision']
+    return '; '.join(f'{k} {told(k, learnt)}, here {told(k, drawn)}' for k in names
+                     if None not in (told(k, learnt), told(k, drawn)) and told(k, learnt) != told(k, drawn))
+
+def check_drawn(
+    path:str|Path, # checkpoint, as for _read_drawn
+    drawn:dict, # attributes of the images of Stage 1 it is given, or that those it is given were made from; empty: not known
+    head:str=HEAD_FILE, # the file that makes a folder a checkpoint
+) -> None:
+    "Refuse images that were drawn otherwise than those a checkpoint learnt from."
+    if differ := drawn_otherwise(_read_drawn(path, head), drawn):
+        raise GacError(f'{path} was trained on images that Stage 1 drew otherwise: {differ}. Draw them as it was trained (gac precompute), or give the '
+                       'checkpoint that was trained on such images.')
+
+def drawn_for(
+    place, # tiles.Store with the images
+    array:str, # opt_v1, or one made of it
+) -> dict: # empty: not known
+    "How Stage 1 drew what an array was made from."
+    made = dict(place.arrays[array].attrs) if array in place.arrays else {}
+    while made.get('source'): made = made['source']
+    return made
+
 def run_stage2(
     data_dir, # tile store with radar and truth
     output_dir, # of the training: adapters, head, card, curve
@@ -788,6 +817,7 @@ def run_stage2(
     if 'opt_v1' not in place.arrays:
         raise GacError(f'{place.path} has no opt_v1. Make it: gac precompute --data-dir {data_dir}')
     images, rows = stage1.stored(place), stage1.paired_rows(store, place, 'opt_v1')
+    study.check_place(output_dir)
     settings = training.Settings(lr=lr, epochs=float(epochs), max_steps=max_steps, batch_size=batch_size,
                                  grad_accum_steps=grad_accum_steps, precision=precision,
         val_every=val_every, save_every=save_every, early_stopping=early_stopping,

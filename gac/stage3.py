@@ -1049,6 +1049,7 @@ def run_stage3(
         raise GacError(f'{place.path} has no opt_v2. Make it: gac precompute-stage2 --data-dir {data_dir} --stage2-checkpoint DIR, which gac train-stage2 writes, or name that folder here (--stage2-checkpoint).')
     card = stage2.read_stage2(stage2_checkpoint)[1] if stage2_checkpoint else None
     images, rows = stage1.stored(place, 'opt_v2'), stage1.paired_rows(store, place, 'opt_v2')
+    study.check_place(output_dir)
     settings = training.Settings(lr=lr, epochs=float(epochs), max_steps=max_steps, batch_size=batch_size,
                                  grad_accum_steps=grad_accum_steps,
                                  precision=precision, val_every=val_every, save_every=save_every, early_stopping=early_stopping,

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['S2_BANDS', 'OPT_BANDS', 'OPT_INDEX', 'S1_BANDS', 'REFLECTANCE', 'LULC_CLASSES', 'BIOMES', 'TERRAMIND_STATS',
            'COLOURS', 'RUNNER_SETS', 'MAIN', 'MAIN_FIGURES', 'ROOMS', 'GacError', 'root', 'real_data',
-           'mend_torchvision', 'seed_everything', 'progress', 'writing', 'replacing', 'writable', 'style',
-           'save_picture', 'safe_name', 'format_table', 'Run', 'expect', 'start', 'requirements', 'sha256', 'weights',
-           'code_state', 'provenance', 'Parameter', 'declared', 'read_notebook', 'notebook_parameters', 'check_value',
-           'read_yaml', 'profiles', 'load_profile', 'check_parameters', 'modules_used', 'reads_of', 'code_of', 'Stage',
-           'outputs', 'still', 'kernels', 'chain_notebooks', 'plan', 'run_chain', 'write_page', 'write_report',
-           'compare_tables', 'compare_reports', 'verify', 'fetch_examples', 'render_readme', 'uphill']
+           'mend_torchvision', 'seed_everything', 'progress', 'writing', 'replacing', 'writable', 'check_place',
+           'style', 'save_picture', 'safe_name', 'format_table', 'Run', 'expect', 'start', 'requirements', 'sha256',
+           'weights', 'code_state', 'provenance', 'Parameter', 'declared', 'read_notebook', 'notebook_parameters',
+           'check_value', 'read_yaml', 'profiles', 'load_profile', 'check_parameters', 'modules_used', 'reads_of',
+           'code_of', 'Stage', 'outputs', 'still', 'kernels', 'chain_notebooks', 'plan', 'run_chain', 'write_page',
+           'write_report', 'compare_tables', 'compare_reports', 'verify', 'fetch_examples', 'render_readme', 'uphill']
 
 # %% ../nbs/00_study.ipynb #6c34dab9
 import ast, errno, filecmp, hashlib, importlib.abc, importlib.util, io, json, os, platform, random, re, shutil, signal, subprocess, sys, tempfile, threading, time, \
@@ -209,6 +209,14 @@ def writable(
             raise GacError(f'{folder}: cannot be written to ({way} is a file, and a folder is needed there). Give another output, or move that file away.') from e
         raise GacError(f'{folder}: cannot be written to ({e.strerror or e}). Give another output, or change its permissions.') from e
     return Path(folder)
+
+def check_place(
+    path:str|Path, # a file or folder that is to be written
+) -> None:
+    "Refuse a place that cannot be written to; nothing is made there."
+    place = Path(path).absolute()
+    while not place.exists(): place = place.parent
+    writable(place if place.is_dir() else place.parent if place == Path(path).absolute() else place)
 
 def _write(path:Path, content:str|bytes) -> Path:
     "Write a file beside its place, then move it there."

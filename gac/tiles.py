@@ -941,8 +941,9 @@ class SplitRule:
         if self.by not in SPLIT_BY: raise GacError(f'--by {self.by}: expected {", ".join(SPLIT_BY)}.')
         if not (0 <= self.val < 1 and 0 <= self.test < 1 and self.val + self.test < 1):
             raise GacError(f'--val {self.val:g} --test {self.test:g}: expected shares from 0 to 1 that leave something to train on.')
-        if (self.guard or 0) < 0 or self.block is not None and self.block <= 0:
+        if not (self.guard or 0) >= 0 or self.block is not None and not self.block > 0:
             raise GacError(f'--guard {self.guard} --block {self.block}: expected distances above zero, km.')
+        if self.seed < 0: raise GacError(f'--seed {self.seed}: expected a whole number from 0 up.')
 
 def _placed(table:pd.DataFrame) -> np.ndarray: # (n,) bool
     "Which tiles have coordinates."
@@ -1047,13 +1048,25 @@ def split_room(
     side:float=1.2, # of a tile, km
 ) -> dict: # 'train, test' -> km between the nearest tiles; below zero where they overlap; only splits with coordinates
     "How far apart the splits are: the leakage check."
-    from scipy.spatial import cKDTree
-    table = table[_placed(table)].reset_index(drop=True)
-    points, room = _on_sphere(table), {}
+    table, room = table[_placed(table)].reset_index(drop=True), {}
     for a, b in (('train', 'val'), ('train', 'test'), ('val', 'test')):
         ia, ib = (np.flatnonzero((table['split'] == s).to_numpy()) for s in (a, b))
-        if len(ia) and len(ib): room[f'{a}, {b}'] = float(cKDTree(points[ib]).query(points[ia])[0].min()) - side
+        if len(ia) and len(ib): room[f'{a}, {b}'] = _nearest(table, ia, ib, side)
     return room
+
+def _nearest(table:pd.DataFrame, a:np.ndarray, b:np.ndarray, side:float, part:int=4096) -> float: # km
+    "Least room between two lots of tiles (positions): a pair whose centres are further apart than √2 of the nearest has more."
+    from scipy.spatial import cKDTree
+    points = _on_sphere(table)
+    tree, least = cKDTree(points[b]), np.inf
+    far = tree.query(points[a])[0]
+    some = a[far <= np.sqrt(2)*far.min() + 1e-6]
+    for at in range(0, len(some), part):
+        mine = some[at:at + part]
+        near = tree.query_ball_point(points[mine], np.sqrt(2)*far.min() + 1e-6)
+        i, j = np.repeat(mine, [len(x) for x in near]), b[np.concatenate([np.array(x, int) for x in near])]
+        least = min(least, float(_free(table, i, j, side).min()))
+    return least
 
 # %% ../nbs/02_tiles.ipynb #5b11a0d5
 def _learnt(store:Store) -> list[str]: # names
@@ -1101,13 +1114,20 @@ def split_store(
 def _write_split(store:Store, split:np.ndarray, rule:dict, overwrite:bool) -> None:
     "The split into the table, how it was made into the attributes."
     if not (split == 'train').any():
-        raise GacError(f'{store.path}: within {rule["guard"]:g} km of val and test lies every tile that is left to train on. Take a smaller --guard.')
+        if rule['guard']: raise GacError(f'{store.path}: within {rule["guard"]:g} km of val and test lies every tile that is left to train on. Take a smaller --guard.')
+        raise GacError(f'{store.path}: every tile that is left to train on overlaps one of val or test, so all are of one place. Add tiles of other '
+                       'places (gac data convert --append), or train without: --val 0 --test 0.')
     _check_split(store, rule, overwrite)
-    for name in _learnt(store): store.drop(name)
+    learnt = _learnt(store)
+    for name in learnt: store.drop(name)
     with store:
         store.acquire()
+        _note(store, split=rule)  # before the table, so that a split that is cut short is known as one of ours and made anew
         _write_table(store.path, store.table.assign(split=split.astype(str)))
-        _note(store, split=rule)
+        store.refresh()
+    if learnt:
+        print(f'{store.path.name}: {", ".join(learnt)} dropped. Train the stages that drew them anew, in other folders: they have learnt from tiles that '
+              'may be tested on now', flush=True)
 
 def _note(store:Store, **attrs) -> None:
     "Facts about a whole store, beside those that are there."
@@ -1118,7 +1138,7 @@ def _say_split(store:Store, rule:SplitRule) -> None:
     "What a split has become."
     how = f'by {rule.by}' + (f' of {rule.block:g} km' if rule.block else '') + f', seed {rule.seed}'
     print(f'{store.path.name}: {_counts(store.table["split"])} ({how}; guard distance {rule.guard:g} km)', flush=True)
-    for name, share in (('val', rule.val), ('test', rule.test)):
+    for name, share in (('train', 1 - rule.val - rule.test), ('val', rule.val), ('test', rule.test)):
         n = int((store.table['split'] == name).sum())
         if n < share*len(store)/2: print(f'{name} has {n} tiles where {share*len(store):.0f} were asked for: the groups are large, or the guard distance is', flush=True)
     room = split_room(store.table, _tile_side(store))
@@ -1861,7 +1881,8 @@ def _begin_part(
         raise GacError(f'{store.path} holds tiles of {store.attrs.get("size")} px. Say --tile-size {store.attrs.get("size")} for {src}, or choose another store.')
     units, product = find_units(found, opt, str(src)), found[0].product or opt.s1_product or 'S1GRD'
     if product != (have := store.attrs.get('s1_product', 'S1GRD')):
-        raise GacError(f'{src} holds {product} and {store.path} {have}: one store is of one product. Say --s1-product {have} if that is what it is, or choose another store.')
+        say = '' if made['layout'] == 'geotiff' else f'say --s1-product {have} if that is what it is, or '  # there the folder's name says it
+        raise GacError(f'{src} holds {product} and {store.path} {have}: one store is of one product. {f"{say}choose another store."[:1].upper()}{f"{say}choose another store."[1:]}')
     lacks = [b for b in store.arrays['s2'].attrs['bands'] if not all(b in s.s2_bands for s in found)]
     if lacks:
         raise GacError(f'{src}: no band {", ".join(lacks)}, which the tiles of {store.path} have. Convert the data set with the fewest bands first.')
@@ -1895,8 +1916,9 @@ def _say_splits(store:Store, said:bool) -> None: # said: the split of these tile
     counts = _counts(store.table['split'])
     if rule := store.attrs.get('split'):
         asked = SplitRule(**rule)
-        stale = deal_split(store.table, asked, _tile_side(store))[0]
-        more = '; tiles came since it was made: gac data split again' if (stale != store.table['split'].to_numpy()).any() else ''
+        try: stale = (deal_split(store.table, asked, _tile_side(store))[0] != store.table['split'].to_numpy()).any()
+        except GacError: stale = True  # the tiles that came join what was apart
+        more = f'; tiles came since it was made: gac data split {store.path} again before you train or test' if stale else ''
         return print(f'split: {counts} (by {asked.by}, gac data split{more})', flush=True)
     lacks = [s for s in SPLITS if not (store.table['split'] == s).any()]
     if not lacks: return print(f'split: {counts}, as the tiles came', flush=True)
@@ -1917,6 +1939,9 @@ def convert(
     src, dst = Path(src), Path(dst)
     if dst.exists() and src.exists() and dst.samefile(src): raise GacError(f'{dst} is the input itself ({src}). Give another folder for the store.')
     if dst.exists() and not dst.is_dir(): raise GacError(f'{dst} is a file, and a tile store is a folder. Give another name for it.')
+    if dst.resolve() in src.resolve().parents:
+        raise GacError(f'{dst} is a folder above the tiles ({src}): who deletes the store would delete them. Give a folder of its own for the store.')
+    study.check_place(dst)
     wrong = set(options) - {f.name for f in fields(Options)}
     if wrong:
         raise GacError(f'convert has no option {", ".join(sorted(wrong))}; there are {", ".join(f.name for f in fields(Options))}.')

@@ -794,7 +794,7 @@ def run_uncertainty(
     chain = Chain(stage1.build_terramind_generator((product,), name=name, weights=weights),
                   stage1.Decoding(timesteps, 'sample', clamp))
     if stage2_checkpoint: chain.refiner = stage2.load_stage2(stage2_checkpoint, weights=weights)
-    if stage3_checkpoint: chain.grounding = evaluate.grounder(stage3_checkpoint, product)
+    if stage3_checkpoint: chain.grounding = evaluate.grounder(stage3_checkpoint, product, weights=weights)
     kept = keep_generations(chain, store, rows, output_dir, samples, seed, batch_size)
     array = list(sample_arrays(chain).values())[-1]
     mean_and_spread(kept, array, rows, batch_size)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 import rasterio
-from gac import cli, export, stage1, stage2, study, tiles
+from gac import cli, evaluate, export, stage1, stage2, stage3, study, tiles
 from gac.export import NODATA, Tiling, cog_faults, export_tiles, infer_scene, open_scene
 from gac.study import GacError, OPT_BANDS
 
@@ -448,3 +448,80 @@ def test_memory_does_not_grow_with_the_scene(tmp_path):
         print(f'{side} px: {peak[side][0]:.0f} MB after the imports, {peak[side][1]:.0f} MB at the peak')
     # MB: GDAL's cache of 64, and noise; the scene itself has 134, the output another 134
     assert peak[4096][1] - peak[1024][1] < 100
+
+# ---- stages of one chain ----------------------------------------------------------------------------------------------
+
+DRAWN = dict(asdict(stage1.Decoding(1, 'expected')), model='terramind_mini_generate', weights={'a.pt': '01'}, precision='32-true')
+
+@pytest.mark.parametrize('differs, said', [(dict(timesteps=10), '10 steps'), (dict(tokens='sample'), 'sampled'),
+                                           (dict(model='terramind_v1_large_generate'), 'terramind_v1_large_generate'),
+                                           (dict(weights={'b.pt': '02'}), 'b.pt'), (dict(decoder='direct'), 'direct')])
+def test_stages_of_two_chains_do_not_draw_together(tmp_path, differs, said):
+    "What is written beside Stage 3's checkpoint counts as much as what is beside Stage 2's."
+    two, three = tmp_path/'two', tmp_path/'three'
+    stage2.keep_decoding(two, DRAWN), stage2.keep_decoding(three, DRAWN)
+    def both(): return export.decoding_for(two, stage3_checkpoint=three), export.generator_for(two, three)[0]
+    assert both() == (stage1.Decoding(1, 'expected'), 'terramind_mini_generate')
+    stage2.keep_decoding(three, DRAWN | dict(precision='bf16-true'))
+    assert both()[1] == 'terramind_mini_generate', 'another precision draws the same images but for rounding'
+    stage2.keep_decoding(three, DRAWN | differs)
+    with pytest.raises(GacError, match=f'three.*{said}'): both()
+
+@pytest.mark.parametrize('stage', [2, 3])
+def test_a_stage_is_not_given_images_of_another_generator(store, tmp_path, capsys, stage):
+    "opt_v1 or opt_v2 of a store against what the checkpoint says it learnt from; before a model is loaded."
+    made = store.arrays['opt_v1'].attrs
+    said = {k: made[k] for k in ('model', 'weights', 'timesteps', 'tokens', 'clamp', 'n_samples')}
+    folder = tmp_path/'checkpoint'
+    run = lambda: (cli.main([f'precompute-stage{stage}', '--data-dir', str(store.path), f'--stage{stage}-checkpoint', str(folder)]), capsys.readouterr().err)
+    stage2.keep_decoding(folder, said | dict(timesteps=10, model='terramind_v1_large_generate'))
+    code, err = run()
+    assert code == 2 and 'model terramind_v1_large_generate, here terramind_mini_generate; timesteps 10, here 1' in err and 'gac precompute' in err
+    stage2.keep_decoding(folder, said)
+    assert 'is missing' in run()[1], 'there is no model here, and that is all that is wrong'
+
+def test_both_trainings_of_the_chain_write_down_how_their_images_were_drawn():
+    for name, call in (('08_stage2', "keep_decoding(run.dir/'stage2'"), ('09_stage3', "keep_decoding(run.dir/'stage3'")):
+        assert call in (Path(__file__).parents[1]/'nbs'/f'{name}.ipynb').read_text(encoding='utf-8')
+
+def test_stage3_reads_the_product_of_the_tiles_and_the_weights_that_are_named(tmp_path, monkeypatch, capsys):
+    "As gac infer does: a Stage 3 that was trained on S1GRD reads S1RTC by TerraMind's own embedding of it."
+    layouts.geotiff(tmp_path/'c', 1, 32, product='S1RTC', dem=False)
+    tiles.convert(tmp_path/'c', tmp_path/'s', size=32)
+    place = tiles.Store(tmp_path/'s')
+    place.ensure_array('opt_v2', (4, 32, 32), 'int16', dict(trained='beef'))
+    with place: place.write('opt_v2', [0], layouts.optical(5, 32, 4).astype('int16')[None])
+    model = stage3.build_stage3_model()
+    stage3.save_stage3(model, tmp_path/'three', {})
+    assert cli.main(['precompute-stage3', '--data-dir', str(tmp_path/'s'), '--stage3-checkpoint', str(tmp_path/'three')]) == 0
+    place.refresh()
+    assert place.arrays['opt_v3'].attrs['model']['radar'] == 'S1RTC'
+    asked, build = [], stage3.build_stage3_model
+    monkeypatch.setattr(stage3, 'build_stage3_model', lambda *a, weights='', **k: asked.append(weights) or build(*a, **k))
+    evaluate.grounder(tmp_path/'three', 'S1RTC', weights='somewhere')
+    assert asked == ['somewhere']*2
+
+def test_stage3_without_stage2_says_what_it_was_trained_on(tmp_path, chain):
+    stage3.save_stage3(stage3.build_stage3_model(), tmp_path/'three', {})
+    alone = export.Chain('', tmp_path/'three')
+    assert any('trained on images of Stage 2 and is given those of Stage 1' in line for line in export.introduce(alone, '', tmp_path/'three'))
+
+def test_a_training_is_refused_its_folder_before_a_model_is_built(store, tmp_path, monkeypatch, capsys):
+    (tmp_path/'file').touch()
+    for room, name in ((stage2, 'load_stage2'), (stage2, 'build_prithvi_refiner'), (stage3, 'build_stage3_model')):
+        monkeypatch.setattr(room, name, lambda *a, **k: pytest.fail('a model was built'))
+    for stage, more in ((2, []), (3, ['--stage2-checkpoint', str(tmp_path)])):
+        assert cli.main([f'train-stage{stage}', '--data-dir', str(store.path), '--output-dir', str(tmp_path/'file'/'out'), *more]) == 2
+        assert f'{tmp_path/"file"}: cannot be written to' in capsys.readouterr().err
+
+def test_tiles_are_written_as_they_were_drawn_and_that_is_said(store, tmp_path, capsys):
+    "The files of tiles hold what the tables measure; a scene has Stage 3's pattern of 2 px taken off."
+    class Third(chains.Grey):
+        output = 'opt_v3'
+        def __call__(self, batch, sampled=False): return dict(opt_v3=.2 + .004*(np.indices((len(batch['s1']), 4, *batch['s1'].shape[2:])).sum(0) % 2).astype('float32'))
+    export.infer_tiles(store.path, tmp_path/'tiles', lambda product: Third(), max_tiles=1)
+    assert export.AS_DRAWN in capsys.readouterr().out
+    with rasterio.open(next((tmp_path/'tiles'/'opt_v3').glob('*.tif'))) as f: assert set(np.unique(f.read())) == {2000, 2040}
+    infer_scene(scene(tmp_path/'s1.tif', 60, 60), tmp_path/'o.tif', Third(), Tiling(48, 16, 96, notch=True))
+    with rasterio.open(tmp_path/'o.tif') as f: assert np.ptp(f.read()) <= 1
+    assert export.AS_DRAWN not in capsys.readouterr().out

@@ -13,6 +13,7 @@ from rasterio.transform import from_origin
 
 from gac import downstream, nyc, study
 from gac.study import GacError
+from odc.geo.geobox import GeoBox
 
 DAYS = ('2021-01-12', '2021-04-15', '2021-07-20', '2021-10-23')
 S1_DAYS = ('2021-01-10', '2021-04-16', '2021-07-18', '2021-10-22')
@@ -384,6 +385,48 @@ def test_from_the_command_line(area, tmp_path, capsys):
     assert main(['nyc', 'build', '--output-dir', str(tmp_path/'x')]) == 2 and 'either --sources' in capsys.readouterr().err
     assert main(['nyc', 'publish', '--run-dir', str(tmp_path), '--output-dir', str(tmp_path/'out')]) == 2
     assert 'no finished comparison' in capsys.readouterr().err
+
+# ---- files by the rules of gac.data.raster
+
+BOX = GeoBox((20, 20), rasterio.Affine(10, 0, EAST, 0, -10, NORTH), 'EPSG:32618')
+
+def tagged(path:Path, x:np.ndarray, scales=(), offsets=(), names=(), mask=None, **kw) -> Path: # x: (C, 20, 20)
+    "A file on BOX with tags."
+    save(path, x, 'EPSG:32618', BOX.affine, **kw)
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(path, 'r+') as f:
+        if scales: f.scales, f.offsets = scales, offsets or (0.,)*len(scales)
+        for i, n in enumerate(names, 1): f.set_band_description(i, n)
+        if mask is not None: f.write_mask(mask)
+    return path
+
+def test_scale_tags_masks_and_infinite_values_are_read_as_elsewhere(tmp_path):
+    top, ones = (np.arange(20) < 10)[:, None] & np.ones((20, 20), bool), np.ones((2, 20, 20))
+    hundredths = tagged(tmp_path/'s1.tif', np.where(top, -32768, -1234*ones).astype('int16'), (.01, .01), nodata=-32768)
+    x = nyc.warped(hundredths, BOX)
+    assert np.isnan(x[:, :10]).all() and x[:, 10:] == pytest.approx(-12.34)
+    s2 = np.full((12, 20, 20), 2500, 'uint16')
+    reflectance = tagged(tmp_path/'s2.tif', s2, (1e-4,)*12, (-.1,)*12)
+    assert nyc.warped(reflectance, BOX, [3], dn=True) == pytest.approx(1500) and nyc.warped(reflectance, BOX, [3]) == pytest.approx(.15)
+    assert nyc.warped(tagged(tmp_path/'plain.tif', s2), BOX, [3], dn=True) == pytest.approx(2500)
+    masked = nyc.warped(tagged(tmp_path/'m.tif', s2, mask=np.where(top, 0, 255).astype('uint8')), BOX, [1])
+    assert np.isnan(masked[0, :10]).all() and (masked[0, 10:] == 2500).all()
+    assert np.isnan(nyc.warped(tagged(tmp_path/'dem.tif', np.where(top, np.inf, 5*ones[:1]).astype('f4')), BOX)[0, :10]).all()
+    with pytest.raises(GacError, match='band 2 has no scale or offset tag'): nyc.warped(tagged(tmp_path/'half.tif', s2[:2], (1e-4, 1.)), BOX)
+
+def test_an_exact_zero_in_db_is_no_radar():
+    x = np.full((2, 4, 4), -12., 'float32')
+    x[1, :2] = 0
+    assert np.isnan(nyc.to_db(x, 'dB')[1, :2]).all() and (nyc.to_db(x, 'dB')[1, 2:] == -12).all()
+
+def test_a_named_band_is_read_by_its_name(changed):
+    def named(spec):
+        for d in spec['dates']: d.update(s1='s1_named.tif')
+    path = changed(named)
+    tagged(path.parent/'s1_named.tif', np.stack([np.full((20, 20), v, 'float32') for v in (-18, -11)]), names=('Sigma0_VH_db', 'Sigma0_VV_db'))
+    source = nyc.Files(path)
+    assert source.s1(source.dates[0], BOX)[:, 5, 5].tolist() == [-11, -18]
+    tagged(path.parent/'s1_named.tif', np.ones((2, 20, 20), 'float32'), names=('HH', 'HV'))
+    with pytest.raises(GacError, match=r's1_named.tif: bands HH, HV: expected VV and VH.*s1: \{VV: FILE, VH: FILE\}'): nyc.Files(path)
 
 # ---- the experiment
 

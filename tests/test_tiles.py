@@ -595,3 +595,80 @@ def test_a_converted_folder_is_kept_whoever_asks(tmp_path):
     made = (tmp_path/'run/real/table.parquet').stat().st_mtime_ns
     assert tiles.real_store(run).arrays['s1'].shape == (1, 2, 96, 96) and (tmp_path/'run/real/table.parquet').stat().st_mtime_ns == made
     assert tiles.real_store(run, size=48).arrays['s1'].shape[0] == 4
+
+# ---- splits and several data sets in one store
+
+def chips_at(root:Path, kms, size:int=32, **more) -> Path:
+    "GeoTIFF chips along a line, their corners so many km from its beginning."
+    for i, x in enumerate(kms):
+        place = dict(west=6e5 + 1000.*x)
+        layouts.write_tif(root/'S1GRD'/f'c{x}.tif', layouts.radar(i, size), names=('VV', 'VH'), tags=dict(datetime='2021-07-21T08:40:10'), **place)
+        layouts.write_tif(root/'S2L2A'/f'c{x}.tif', layouts.optical(i, size), tags=dict(datetime='2021-08-23T13:22:41'), **place)
+    return root
+
+@pytest.mark.parametrize('step', ['_note', '_write_table'])
+def test_a_split_that_was_cut_short_is_made_by_the_next_call(tmp_path, monkeypatch, step):
+    "It is not taken for a split that came with the tiles."
+    convert(chips_at(tmp_path/'c', range(0, 60, 5)), tmp_path/'s', size=32)
+    def stop(*args, **more): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(tiles, step, stop)
+        with pytest.raises(KeyboardInterrupt): tiles.split_store(tmp_path/'s', tiles.SplitRule('place', guard=1.))
+    assert tiles.split_store(tmp_path/'s', tiles.SplitRule('place', guard=1.)) == dict(train=8, val=2, test=2)
+    assert Store(tmp_path/'s').attrs['split']['by'] == 'place'
+
+def test_tiles_that_join_what_a_split_keeps_apart_are_taken_and_said(tmp_path, capsys):
+    "The conversion has gone well; that the split has to be made again is a line of its report."
+    convert(chips_at(tmp_path/'c', range(0, 30, 5)), tmp_path/'s', size=32)
+    tiles.split_store(tmp_path/'s', tiles.SplitRule('place'))
+    report = convert(chips_at(tmp_path/'d', (2.5, 7.5, 12.5, 17.5, 22.5)), tmp_path/'s', size=32, append=True)
+    assert report.status.tolist() == ['ok']*5
+    said = capsys.readouterr().out
+    assert f'tiles came since it was made: gac data split {tmp_path/"s"} again before you train or test' in said
+
+def test_tiles_of_one_place_have_no_guard_distance_to_make_smaller(tmp_path):
+    convert(layouts.npz(tmp_path/'c', 6, lambda i: dict(lon=10., lat=50.)), tmp_path/'s')
+    with pytest.raises(GacError, match='overlaps one of val or test, so all are of one place') as e: tiles.split_store(tmp_path/'s', tiles.SplitRule('random'))
+    assert '--guard' not in str(e.value)
+    with pytest.raises(GacError, match='--guard nan'): tiles.SplitRule(guard=float('nan'))
+    with pytest.raises(GacError, match='--seed -1'): tiles.SplitRule(seed=-1)
+
+def test_room_between_splits_is_that_of_their_edges():
+    "Centres 1.3 km apart on the diagonal: tiles of 1.2 km that overlap. The nearest centres need not be the nearest edges."
+    km = 180/np.pi/tiles.EARTH
+    table = lambda *at: pd.DataFrame(dict(split=['train', *['test']*(len(at) - 1)], lon=[x*km for x, _ in at], lat=[y*km for _, y in at]))
+    assert tiles.split_room(table((0, 0), (.92, .92)))['train, test'] == pytest.approx(.92 - 1.2, abs=1e-4)
+    assert tiles.split_room(table((0, 0), (2.5, 0), (1.9, 1.9)))['train, test'] == pytest.approx(1.9 - 1.2, abs=1e-3)
+
+def test_a_split_with_few_tiles_to_train_on_says_so_and_what_it_dropped(tmp_path, capsys):
+    convert(chips_at(tmp_path/'c', range(0, 60, 2)), tmp_path/'s', size=32)
+    counts = tiles.split_store(tmp_path/'s', tiles.SplitRule('random', guard=3.))
+    assert counts['train'] < 10 and f'train has {counts["train"]} tiles where 21 were asked for' in capsys.readouterr().out
+    Store(tmp_path/'s').ensure_array('opt_v2', (4, 32, 32), 'int16', dict(trained='feed'))
+    tiles.split_store(tmp_path/'s', tiles.SplitRule('random', seed=3), overwrite=True)
+    assert 'opt_v2 dropped. Train the stages that drew them anew' in capsys.readouterr().out
+
+def test_a_store_is_no_folder_above_its_tiles(tmp_path):
+    layouts.npz(tmp_path/'all'/'my_tiles', 2)
+    for above in ('all', 'all/my_tiles/..'):
+        with pytest.raises(GacError, match='a folder above the tiles'): convert(tmp_path/'all'/'my_tiles', tmp_path/above)
+    assert [p.name for p in (tmp_path/'all').iterdir()] == ['my_tiles']
+    convert(tmp_path/'all'/'my_tiles', tmp_path/'all'/'my_tiles'/'store'), convert(tmp_path/'all'/'my_tiles', tmp_path/'all'/'my_tiles'/'store')
+    assert len(Store(tmp_path/'all'/'my_tiles'/'store')) == 2
+
+def test_advice_on_another_radar_product_can_be_followed(tmp_path):
+    convert(layouts.geotiff(tmp_path/'a', 1, dem=False), tmp_path/'s')
+    with pytest.raises(GacError, match='one store is of one product. Choose another store') as e:
+        convert(layouts.geotiff(tmp_path/'b', 1, product='S1RTC', dem=False), tmp_path/'s', append=True)
+    assert '--s1-product' not in str(e.value), 'the name of the folder says it'
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_tiles_are_read(tmp_path, monkeypatch):
+    (tmp_path/'file').touch()
+    layouts.npz(tmp_path/'c', 1)
+    monkeypatch.setattr(tiles, '_loaded', lambda job: pytest.fail('tiles were read'))
+    with pytest.raises(GacError, match=f'{tmp_path/"file"}: cannot be written to'): convert(tmp_path/'c', tmp_path/'file'/'deep'/'s')
+    with monkeypatch.context() as m:
+        def shut(dir): raise PermissionError(13, 'Permission denied', str(dir))
+        m.setattr(study.tempfile, 'TemporaryFile', shut)
+        with pytest.raises(GacError, match=f'{tmp_path}: cannot be written to .Permission denied'): convert(tmp_path/'c', tmp_path/'new'/'s')
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['c', 'file'], 'nothing is left'
