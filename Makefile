@@ -57,10 +57,10 @@ docs: $(READY)
 
 # torch brings the accelerator runtime of its platform, so the lock leaves that open
 lock: $(READY)
-	$(BIN)/python -c "from gac import study; print(*study.requirements(), sep=chr(10))" > $(VENV)/requirements.in
+	$(BIN)/python -c "from gac.core.environment import requirements; print(*requirements(), sep=chr(10))" > $(VENV)/requirements.in
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --no-header --no-annotate \
 	  $(VENV)/requirements.in | grep -v -E '^(nvidia-|cuda-|triton==)' > $(VENV)/requirements.lock
 	mv $(VENV)/requirements.lock requirements.lock
 
 readme: $(READY)
-	$(BIN)/python -c "import sys; from gac import study; sys.stdout.write(study.render_readme())" > .README.md && mv .README.md README.md
+	$(BIN)/python -c "import sys; from gac.runner.page import render_readme; sys.stdout.write(render_readme())" > .README.md && mv .README.md README.md

@@ -127,9 +127,9 @@ def api_page(name:str) -> str: # Markdown
 def commands_page() -> str: # Markdown
     "The help of every command, as the parser prints it."
     os.environ['COLUMNS'] = '110'
-    from gac import cli
-    top, parts = cli.parser(), ['# Commands', 'What `gac COMMAND --help` prints, command by command. [Command line](nbs/cli.ipynb) shows them at work.']
-    for name in cli.COMMANDS:
+    from gac.cli import COMMANDS, parser
+    top, parts = parser(), ['# Commands', 'What `gac COMMAND --help` prints, command by command. [Command line](nbs/lib/cli.ipynb) shows them at work.']
+    for name in COMMANDS:
         p = top
         for word in name.split(): p = next(a for a in p._actions if a.choices and word in a.choices).choices[word]
         parts += [f'## gac {name}', f'```text\n{p.format_help().strip()}\n```']
@@ -174,7 +174,7 @@ def reports() -> list[Path]:
 def claims_page() -> str: # Markdown
     "Every claim with its verdict, from the tables of the committed reports."
     parts = ['# Claims', 'Every number the study started from, beside what was measured here, with its verdict. The table is written by '
-             '[15_claims](nbs/15_claims.ipynb), which also says how a verdict comes about; `gac claims` prints it for any report.']
+             '[19_claims](nbs/19_claims.ipynb), which also says how a verdict comes about; `gac claims` prints it for any report.']
     tables = [p for p in reports() if (p/'tables'/'claims.csv').exists()]
     for p in tables:
         name, df = p.relative_to(ROOT).as_posix(), read_table(p/'tables'/'claims.csv')
@@ -191,7 +191,7 @@ def claims_page() -> str: # Markdown
 def collect(dest:Path) -> None:
     "Everything Sphinx reads, laid out like the repository, so that links between its files hold."
     sys.path.insert(0, str(ROOT))
-    from gac import study
+    from gac.runner.layers import all_modules
     shutil.rmtree(dest, ignore_errors=True)
     shutil.copytree(ROOT/'docs', dest, ignore=shutil.ignore_patterns('*.py', '__pycache__'))
     for name in ('LICENSE', 'CITATION.cff'): shutil.copy(ROOT/name, dest/name)
@@ -200,7 +200,7 @@ def collect(dest:Path) -> None:
     for p in notebooks(): copy_notebook(p, dest/p.relative_to(ROOT))
     for p in reports(): report_pages(p, dest)
     (dest/'api').mkdir()
-    for name in study.ROOMS: (dest/'api'/f'{name}.md').write_text(api_page(name), encoding='utf-8')
+    for name in all_modules(): (dest/'api'/f'{name}.md').write_text(api_page(name), encoding='utf-8')
     (dest/'commands.md').write_text(commands_page(), encoding='utf-8')
     (dest/'claims.md').write_text(claims_page(), encoding='utf-8')
     entries = [p.relative_to(ROOT).as_posix() + '/index' for p in reports()]

@@ -1,1 +1,3 @@
 __version__ = "0.1.0"
+
+from .core import torchvision as _torchvision  # before anything imports torchvision: an installation built for another torch is mended

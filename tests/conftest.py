@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
-from gac import study
+from gac.core import files
+from gac.core.run import start_run
 
 ROOT = Path(__file__).resolve().parent.parent
 os.chdir(ROOT)
@@ -29,7 +30,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope='session')
 def real_data() -> Path:
     "The folder of real chips; tests that ask for it are skipped where there is none."
-    folder = study.real_data()
+    folder = files.real_data()
     if folder is None: pytest.skip('no real chips: set GAC_REAL_DATA or run `gac data examples`')
     return folder
 
@@ -40,7 +41,7 @@ def make_notebook():
         def code(source, tags=()):
             return dict(cell_type='code', id=f'c{abs(hash(source)) % 10**8}', source=source, outputs=[], execution_count=None,
                         metadata=dict(tags=list(tags)) if tags else {})
-        begin = f"from gac import study\nrun = study.Run.open('{path.stem}', profile, seed, run_dir, reports_dir, data)"
+        begin = f"from gac.core.run import Run\nrun = Run.open('{path.stem}', profile, seed, run_dir, reports_dir, data)"
         cells = [code(HEAD + parameters, [tag]), code(begin), *map(code, cells)]
         spec = dict(name='python3', display_name='python3', language='python')
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,10 +53,13 @@ def make_notebook():
 def brief_chain():
     "Makes a run with a store, Stage 1 and briefly trained Stages 2 and 3."
     def make(home:Path, notebook:str, tiles_of=(6, 2, 4), recipe=None) -> tuple: # run, store
-        from gac import evaluate, stage1, tiles
-        run = study.start(notebook, 'smoke', 0, str(home/'run'), str(home/'reports'))
-        store = tiles.study_store(run, *tiles_of, size=48)
-        stage1.precompute(store, stage1.build_terramind_generator(), timesteps=1, tokens='expected')
-        evaluate.fit_chain(store, stage1.stored(store), recipe or evaluate.brief_recipe(4), run.dir, 0, no_refinement=False)
+        from gac.data.stores import study_store
+        from gac.measure.tables import stored_method
+        from gac.stages.chain import brief_recipe, fit_chain
+        from gac.stages.stage1 import build_terramind_generator, precompute_stage1
+        run = start_run(notebook, 'smoke', 0, str(home/'run'), str(home/'reports'))
+        store = study_store(run, *tiles_of, size=48)
+        precompute_stage1(store, build_terramind_generator(), timesteps=1, tokens='expected')
+        fit_chain(store, stored_method(store), recipe or brief_recipe(4), run.dir, 0, no_refinement=False)
         return run, store
     return make

@@ -2,13 +2,13 @@
 import time
 
 import numpy as np
-from gac import stage1
+from gac.models.decoding import tile_number
 
 class Grey:
     "Each tile in one grey of its own: the worst that can happen to a seam."
     product, output, steps = 'S1GRD', 'opt_v1', [dict(model='grey', weights={}, seed=0)]
     def __call__(self, batch, sampled=False):
-        grey = np.float32([.15 + .1*(stage1.tile_number(i) % 1000)/1000 for i in batch['id']])
+        grey = np.float32([.15 + .1*(tile_number(i) % 1000)/1000 for i in batch['id']])
         return dict(opt_v1=np.ones((len(grey), 4, *batch['s1'].shape[2:]), 'float32')*grey[:, None, None, None])
 
 class Mirror:

@@ -1,25 +1,38 @@
 "Rows differ from the default in what they name and in nothing else; a grid that was stopped goes on where it was."
+import sys
 from dataclasses import asdict, replace
 
 import numpy as np
 import pandas as pd
 import pytest
-from gac import ablations, evaluate, stage1, study, tiles
-from gac.ablations import Row
+from gac.core.files import GacError
+from gac.core.run import start_run
+from gac.data.stores import from_world
+from gac.evaluation import setups
+from gac.evaluation.ablations import ablation_table, METRICS
+from gac.evaluation.maker import answers, budget, code_digest, Maker, middle, STAGE_OUTPUTS, View
+from gac.evaluation.setups import (
+    _plain, BLIND, changed, complete, flatten_setup, Row, rows_of, Setup, setup_differences, setup_of, with_steps)
+from gac.measure.tables import load_tiles, measure_methods, stored_method
+from gac.models.decoding import Decoding
+from gac.stages.chain import brief_recipe, fit_chain
+from gac.stages.datasets import Pairs
+from gac.stages.stage1 import build_terramind_generator, precompute_stage1
+from swapping import swap
 
-def toy_setup(**changes) -> ablations.Setup:
+def toy_setup(**changes) -> Setup:
     "A default of a few steps."
-    setup = ablations.Setup(ablations.with_steps(ablations.complete(evaluate.brief_recipe(4))), stage1.Decoding(1, 'expected'))
-    return ablations.changed(setup, changes)
+    setup = Setup(with_steps(complete(brief_recipe(4))), Decoding(1, 'expected'))
+    return changed(setup, changes)
 
 @pytest.fixture(scope='module')
 def study_run(tmp_path_factory):
     "A run with four training tiles of 48 px and all stages, trained for two steps."
     home = tmp_path_factory.mktemp('ablations')
-    run = study.start('11_ablations', 'smoke', 0, str(home/'run'), str(home/'report'))
-    store = tiles.from_world(run.dir/'tiles', 4, 2, 3, size=48)
-    stage1.precompute(store, stage1.build_terramind_generator(), **asdict(stage1.Decoding(1, 'expected')))
-    evaluate.fit_chain(store, stage1.stored(store), evaluate.brief_recipe(4), run.dir, no_refinement=False)
+    run = start_run('14_ablations', 'smoke', 0, str(home/'run'), str(home/'report'))
+    store = from_world(run.dir/'tiles', 4, 2, 3, size=48)
+    precompute_stage1(store, build_terramind_generator(), **asdict(Decoding(1, 'expected')))
+    fit_chain(store, stored_method(store), brief_recipe(4), run.dir, no_refinement=False)
     return run, store
 
 GRID = [Row('metadata', 'none', {'recipe.refiner.metadata': []}, ('opt_v2',)),
@@ -31,91 +44,91 @@ GRID = [Row('metadata', 'none', {'recipe.refiner.metadata': []}, ('opt_v2',)),
      'recipe.refiner.metadata': ['month']}], ids=['brief', 'colour alone', 'tokens'])
 def test_a_row_changes_what_it_names_and_nothing_else(default):
     setup = toy_setup(**default)
-    grid = ablations.rows_of(setup)
-    assert {r.question for r in grid} == set(ablations.GRID), 'every question has a row that differs from this default'
+    grid = rows_of(setup)
+    assert {r.question for r in grid} == set(setups.GRID), 'every question has a row that differs from this default'
     for r in grid:
-        new = ablations.changed(setup, r.change)
-        found = ablations.differences(setup, new)
+        new = changed(setup, r.change)
+        found = setup_differences(setup, new)
         assert found and set(found) <= set(r.change), r.name
-        for k, v in r.change.items(): assert ablations._plain(ablations.flat(new)[k]) == ablations._plain(v), r.name
+        for k, v in r.change.items(): assert _plain(flatten_setup(new)[k]) == _plain(v), r.name
         told = {k for k in r.change if k.endswith('max_steps')}  # a row has other budgets only where it is about them
         assert not told or '960 steps' in r.row
         for k in {'recipe.settings2.max_steps', 'recipe.settings3.max_steps'} - told:
-            assert ablations.flat(new)[k] == ablations.flat(setup)[k], r.name
+            assert flatten_setup(new)[k] == flatten_setup(setup)[k], r.name
     for r in grid:  # what is compared with the features and without differs in nothing else
-        if r.row.endswith(ablations.BLIND) and (partner := [g for g in grid if g.name == r.name.removesuffix(ablations.BLIND)]):
-            assert set(ablations.differences(*(ablations.changed(setup, x.change) for x in (partner[0], r)))) == {'recipe.grounding.see'}
+        if r.row.endswith(BLIND) and (partner := [g for g in grid if g.name == r.name.removesuffix(BLIND)]):
+            assert set(setup_differences(*(changed(setup, x.change) for x in (partner[0], r)))) == {'recipe.grounding.see'}
 
 def test_what_a_default_has_is_no_row():
-    names = {r.name for r in ablations.rows_of(toy_setup())}
+    names = {r.name for r in rows_of(toy_setup())}
     assert 'head of Stage 2: with 3 blocks of structure' not in names and 'head of Stage 2: colour alone' in names
-    assert 'head of Stage 2: with 3 blocks of structure' in {r.name for r in ablations.rows_of(toy_setup(**{'recipe.refiner.depth': 0}))}
+    assert 'head of Stage 2: with 3 blocks of structure' in {r.name for r in rows_of(toy_setup(**{'recipe.refiner.depth': 0}))}
     assert not {n for n in names if n.startswith('loss of Stage 2: no l')} - {'loss of Stage 2: no log_mse'}, 'a term of weight 0 cannot be switched off'
-    assert ('training pairs: 512' not in {r.name for r in ablations.rows_of(toy_setup(), pairs=256)}
-            and 'tile size: 96 px' not in {r.name for r in ablations.rows_of(toy_setup(), side=96)})
+    assert ('training pairs: 512' not in {r.name for r in rows_of(toy_setup(), pairs=256)}
+            and 'tile size: 96 px' not in {r.name for r in rows_of(toy_setup(), side=96)})
 
 def test_typing_errors_are_refused():
-    with pytest.raises(study.GacError, match='recipe.refiner.depth'): ablations.changed(toy_setup(), {'recipe.refiner.depht': 1})
-    with pytest.raises(study.GacError, match='metadata: none'): ablations.rows_of(toy_setup(), ['metadata: non'])
+    with pytest.raises(GacError, match='recipe.refiner.depth'): changed(toy_setup(), {'recipe.refiner.depht': 1})
+    with pytest.raises(GacError, match='metadata: none'): rows_of(toy_setup(), ['metadata: non'])
 
 def test_budgets_are_those_of_the_run_or_those_asked_for():
-    long = evaluate.brief_recipe(pairs=8, max_steps=0, epochs=4., batch_size=2, val_every=4, save_every=4)
-    own, short = ablations.with_steps(long), ablations.with_steps(long, 8, 6)
+    long = brief_recipe(pairs=8, max_steps=0, epochs=4., batch_size=2, val_every=4, save_every=4)
+    own, short = with_steps(long), with_steps(long, 8, 6)
     assert (own.settings2['max_steps'], own.settings2['val_every']) == (16, 4), 'epochs become steps, so that more pairs do not mean more of them'
     assert (short.settings2['max_steps'], short.settings2['val_every'], short.settings3['max_steps'], short.settings3['val_every']) == (8, 2, 6, 1)
-    setup = ablations.Setup(short, stage1.Decoding())
-    assert [ablations.budget(setup, o) for o in ablations.OUTPUTS] == [0, 8, 14]
-    assert ablations.budget(replace(setup, stages=(3,)), 'opt_v3') == 6 and ablations.budget(replace(setup, stages=(2,)), 'opt_v3') == 8
+    setup = Setup(short, Decoding())
+    assert [budget(setup, o) for o in STAGE_OUTPUTS] == [0, 8, 14]
+    assert budget(replace(setup, stages=(3,)), 'opt_v3') == 6 and budget(replace(setup, stages=(2,)), 'opt_v3') == 8
 
 def test_a_killed_grid_goes_on_with_what_is_missing(study_run, monkeypatch, tmp_path):
     run, store = study_run
-    default, rows = ablations.setup_of(run), store.rows('test')
-    ablations.code_digest()  # of the functions as they are, before they are counted
-    trained, measured, measure = [], [], stage1.measure
+    default, rows = setup_of(run), store.rows('test')
+    code_digest()  # of the functions as they are, before they are counted
+    trained, measured, measure = [], [], measure_methods
     for name in ('fit_stage2', 'fit_stage3'):
-        fit = getattr(evaluate, name)
-        monkeypatch.setattr(evaluate, name, lambda *a, fit=fit, name=name, **kw: trained.append(name) or fit(*a, **kw))
+        fit = getattr(sys.modules['gac.stages.chain'], name)
+        swap(monkeypatch, 'gac.stages.chain', name, lambda *a, fit=fit, name=name, **kw: trained.append(name) or fit(*a, **kw))
     def until(n):
         def counted(*a, **kw):
             if len(measured) == n: raise KeyboardInterrupt
             measured.append(1)
             return measure(*a, **kw)
         return counted
-    monkeypatch.setattr(stage1, 'measure', until(2))
-    with pytest.raises(KeyboardInterrupt): ablations.answers(run, store, rows, default, GRID, batch_size=2)
+    swap(monkeypatch, 'gac.measure.tables', 'measure_methods', until(2))
+    with pytest.raises(KeyboardInterrupt): answers(run, store, rows, default, GRID, batch_size=2)
     before = list(trained)
     assert len(measured) == 2 and before
-    monkeypatch.setattr(stage1, 'measure', until(99))
-    told = ablations.answers(run, store, rows, default, GRID, batch_size=2)
+    swap(monkeypatch, 'gac.measure.tables', 'measure_methods', until(99))
+    told = answers(run, store, rows, default, GRID, batch_size=2)
     assert len(measured) == 2 + 4, 'two of six measurements were there (the default, and its middle, count as well)'
     assert sorted(trained) == ['fit_stage2']*2 + ['fit_stage3']*2, 'no metadata, 32 px; rank 2, no sar: each trained once; the default is the run itself'
-    again = ablations.answers(run, store, rows, default, GRID, batch_size=2)
+    again = answers(run, store, rows, default, GRID, batch_size=2)
     pd.testing.assert_frame_equal(told, again)
     assert len(measured) == 6 and len(trained) == 4, 'the second time nothing is made'
     assert not list((run.dir/'ablations').rglob('*.ckpt')), 'checkpoints of finished trainings are gone'
-    grown = ablations.answers(run, store, rows, default, [*GRID, Row('decoding', '2 steps', {'decoding.timesteps': 2}, ('opt_v1',))], batch_size=2)
+    grown = answers(run, store, rows, default, [*GRID, Row('decoding', '2 steps', {'decoding.timesteps': 2}, ('opt_v1',))], batch_size=2)
     assert len(measured) == 8 and len(trained) == 4 and len(grown) == len(told) + 6, 'a new row is measured, with opt_v1 of the default'
 
 def test_what_the_run_has_trained_is_not_trained_again(study_run):
     run, store = study_run
-    default, other = ablations.setup_of(run), ablations.setup_of(run, 1, 1)
-    maker = ablations.Maker(run, store, default)
+    default, other = setup_of(run), setup_of(run, 1, 1)
+    maker = Maker(run, store, default)
     assert maker.ran(default, 2) and maker.ran(default, 3) and maker.trained(default, 2, None) == run.dir/'stage2'
     for setup, seed in ((other, 0), (default, 1), (replace(default, reseed=100), 0)):
-        assert not ablations.Maker(run, store, default, seed).ran(setup, 2) and not ablations.Maker(run, store, default, seed).ran(setup, 3)
-    small = ablations.changed(default, {'recipe.grounding.lora_r': 2})
+        assert not Maker(run, store, default, seed).ran(setup, 2) and not Maker(run, store, default, seed).ran(setup, 3)
+    small = changed(default, {'recipe.grounding.lora_r': 2})
     assert maker.ran(small, 2) and not maker.ran(small, 3)
 
 def test_gains_are_paired_with_the_default_on_the_same_pixels(study_run):
     run, store = study_run
-    default, rows = ablations.setup_of(run), store.rows('test')
-    told = ablations.answers(run, store, rows, default, GRID, batch_size=2)
-    table = ablations.ablation_table(told, GRID, default)
-    assert len(table) == 5*len(ablations.METRICS) and table.n_scenes.eq(3).all() and table.seeds.eq(1).all()
-    maker = ablations.Maker(run, store, default)
-    small = ablations.View(store, 32)
-    cut = lambda batch: ablations.middle(maker.opt_v1(default)(stage1.read_tiles(store, batch['idx'])), 32)
-    own = stage1.measure(small, rows, {'drawn': maker.opt_v1(replace(default, size=32)), 'cut': cut}, 2)
+    default, rows = setup_of(run), store.rows('test')
+    told = answers(run, store, rows, default, GRID, batch_size=2)
+    table = ablation_table(told, GRID, default)
+    assert len(table) == 5*len(METRICS) and table.n_scenes.eq(3).all() and table.seeds.eq(1).all()
+    maker = Maker(run, store, default)
+    small = View(store, 32)
+    cut = lambda batch: middle(maker.opt_v1(default)(load_tiles(store, batch['idx'])), 32)
+    own = measure_methods(small, rows, {'drawn': maker.opt_v1(replace(default, size=32)), 'cut': cut}, 2)
     row = table[(table.question == 'size') & (table.output == 'opt_v1') & (table.metric == 'psnr')].iloc[0]
     assert row.gain == pytest.approx((own.psnr.loc['drawn'] - own.psnr.loc['cut']).mean(), abs=1e-6) and row.gain != 0
     adapters = told[told.question == 'adapters'].set_index('id').psnr - told[(told.row == 'default') & (told.output == 'opt_v3')].set_index('id').psnr
@@ -123,30 +136,30 @@ def test_gains_are_paired_with_the_default_on_the_same_pixels(study_run):
 
 def test_trainings_are_shared_only_where_nothing_differs(study_run):
     run, store = study_run
-    default = ablations.setup_of(run)
-    maker, other = ablations.Maker(run, store, default), ablations.Maker(run, store, default, seed=1)
-    change = lambda **kw: ablations.changed(default, {k.replace('__', '.'): v for k, v in kw.items()})
+    default = setup_of(run)
+    maker, other = Maker(run, store, default), Maker(run, store, default, seed=1)
+    change = lambda **kw: changed(default, {k.replace('__', '.'): v for k, v in kw.items()})
     assert maker.mark(default, 2) == maker.mark(change(recipe__grounding__lora_r=2), 2) != maker.mark(change(recipe__refiner__lora_r=2), 2)
     assert maker.mark(default, 3) != maker.mark(change(recipe__refiner__lora_r=2), 3), 'Stage 3 depends on the Stage 2 before it'
     assert maker.mark(default, 2) != other.mark(default, 2) == maker.mark(change(reseed=1), 2)
     assert maker.mark(default, 3) == maker.mark(change(delta=False), 3), 'decoding is no training'
     for k in ('recipe.pairs', 'season', 'size', 'decoding.tokens'):
         new = {'recipe.pairs': 2, 'season': False, 'size': 32, 'decoding.tokens': 'argmax'}[k]
-        assert maker.mark(default, 2) != maker.mark(ablations.changed(default, {k: new}), 2), k
+        assert maker.mark(default, 2) != maker.mark(changed(default, {k: new}), 2), k
 
 def test_a_hidden_latitude_leaves_the_calendar_month(study_run, monkeypatch):
     run, store = study_run
-    seen, told = ablations.View(store, 0, ('lat', 'lon')), []
+    seen, told = View(store, 0, ('lat', 'lon')), []
     refine = lambda batch: told.append(sorted(batch)) or batch['truth']
-    stage1.measure(seen, store.rows('test')[:1], {'x': refine})
+    measure_methods(seen, store.rows('test')[:1], {'x': refine})
     assert 'month' in told[0] and not {'lat', 'lon'} & set(told[0])
-    pairs = ablations.stage2.Pairs(seen, store.rows('train')[:1], lambda batch: batch['truth'])
+    pairs = Pairs(seen, store.rows('train')[:1], lambda batch: batch['truth'])
     assert 'lat' not in pairs[0] and 'month' in pairs[0] and np.isfinite(pairs[0]['truth']).all()
     tested = []
-    monkeypatch.setattr(ablations.Maker, 'trained', lambda *a: None)
-    monkeypatch.setattr(ablations.stage2, 'load_stage2', lambda folder: None)
-    monkeypatch.setattr(ablations.stage2, 'refined', lambda refiner, images: lambda batch: tested.append('lat' in batch)
+    monkeypatch.setattr(Maker, 'trained', lambda *a: None)
+    swap(monkeypatch, 'gac.stages.stage2', 'load_stage2', lambda folder: None)
+    swap(monkeypatch, 'gac.stages.stage2', 'stage2_method', lambda refiner, images: lambda batch: tested.append('lat' in batch)
                         or images(batch))
-    ablations.answers(run, store, store.rows('test')[:1], ablations.setup_of(run),
+    answers(run, store, store.rows('test')[:1], setup_of(run),
                       [Row('metadata', 'calendar month', {'season': False}, ('opt_v2',))])
     assert tested == [True, False], 'the default is told where a tile lies when it is tested, the row is not'

@@ -5,22 +5,42 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from gac import baselines, evaluate, metrics, pairs, stage1, stage2, stage3, study, tiles, training
+from dataclasses import asdict
+
+from gac.core.files import GacError, read_yaml, root, write_file
+from gac.data.stores import from_world
+from gac.evaluation.baselines import descriptors, MeanBy, NEAREST, REGRESSIONS, Retrieval, simple_baselines
+from gac.evaluation.learning_curve import learning_curve, learning_curve_gains
+from gac.evaluation.methods import pairs_of, stage_methods, unet_methods
+from gac.evaluation.results import compare_with_unets
+from gac.measure import metrics
+from gac.measure.tables import load_tiles, measure_methods, stored_method
+from gac.stages.chain import brief_recipe, recipe_of
+from gac.stages.grounding import build_stage3_model
+from gac.stages.refiner import build_prithvi_refiner, forecast_memory
+from gac.stages.unet import (
+    brief_unet, draw_trials, equal_compute_unet_steps, fit_unet, load_unet, search_unet, slug, training_cost, tried,
+    unet_method, unet_step, UNetRecipe)
+from gac.stages.unet_model import build_unet, matched, PRETRAINED, SIZE_TOLERANCE, weights_file
+from gac.stages.unet_pretraining import export_unet, FIRST_SEED, pretrain_unet, world_stats, Worlds
+from gac.training.int8 import weigh_memory
+from gac.training.order import seeded
+from swapping import swap
 
 def V1(batch) -> np.ndarray: return batch['truth']*.8  # a Stage 1 that is too dark
 
 @pytest.fixture(scope='module')
 def store(tmp_path_factory):
     "A small world."
-    return tiles.from_world(tmp_path_factory.mktemp('store')/'tiles', 6, 2, 4, size=48)
+    return from_world(tmp_path_factory.mktemp('store')/'tiles', 6, 2, 4, size=48)
 
-def tile_batch(store, split='train') -> dict: return stage1.read_tiles(store, store.rows(split))
+def tile_batch(store, split='train') -> dict: return load_tiles(store, store.rows(split))
 
 def psnr(images, batch) -> float: return float(metrics.psnr(images, batch['truth']).mean())
 
 def test_retrieval_finds_its_own_tile_and_a_like_one_for_others(store):
     train, test = tile_batch(store), tile_batch(store, 'test')
-    near = baselines.Retrieval().fit(train)
+    near = Retrieval().fit(train)
     assert near.found(train['s1']).tolist() == list(range(6))
     np.testing.assert_array_equal(near.predict(train), train['truth'])
     noisy = train['s1'] + np.random.default_rng(0).normal(0, .2, train['s1'].shape)
@@ -31,35 +51,35 @@ def test_retrieval_finds_its_own_tile_and_a_like_one_for_others(store):
 
 def test_descriptors_do_not_depend_on_how_many_tiles_there_are(store):
     s1 = tile_batch(store)['s1']
-    np.testing.assert_allclose(baselines.descriptors(s1)[2:3], baselines.descriptors(s1[2:3]), rtol=1e-5)
-    moved = baselines.descriptors(s1 + 3) - baselines.descriptors(s1)
+    np.testing.assert_allclose(descriptors(s1)[2:3], descriptors(s1[2:3]), rtol=1e-5)
+    moved = descriptors(s1 + 3) - descriptors(s1)
     np.testing.assert_allclose(moved[:, :10], 3, atol=1e-4)  # quantiles of VV and VH rise with them
     np.testing.assert_allclose(moved[:, 10:18], 0, atol=1e-4)  # those of the difference, and the roughness, do not
 
 def test_floors_hold_the_retrieval(store):
     train = tile_batch(store)
-    made = baselines.floors(train, pixels=2000)
-    assert list(made) == ['band mean', 'mean by month', baselines.NEAREST, *baselines.REGRESSIONS]
-    np.testing.assert_array_equal(made[baselines.NEAREST](train), train['truth'])
+    made = simple_baselines(train, pixels=2000)
+    assert list(made) == ['band mean', 'mean by month', NEAREST, *REGRESSIONS]
+    np.testing.assert_array_equal(made[NEAREST](train), train['truth'])
 
-def small(pairs=6, **settings) -> baselines.UNetRecipe:
+def small(pairs=6, **settings) -> UNetRecipe:
     "A recipe that fits a few tiles in a second or two."
     steps = settings.pop('max_steps', 24)
-    brief = baselines.brief_unet(pairs, **dict(max_steps=steps, val_every=steps, save_every=steps, batch_size=3, lr=4e-3) | settings)
+    brief = brief_unet(pairs, **dict(max_steps=steps, val_every=steps, save_every=steps, batch_size=3, lr=4e-3) | settings)
     return replace(brief, model=dict(width=8))
 
 def test_unet_learns_its_tiles(store, tmp_path):
     train = tile_batch(store)
-    floor = psnr(baselines.MeanBy().fit(train).predict(train), train)
-    learnt = baselines.fit_unet(store, V1, 'U-Net from scratch', small(), tmp_path/'unet')
+    floor = psnr(MeanBy().fit(train).predict(train), train)
+    learnt = fit_unet(store, V1, 'U-Net from scratch', small(), tmp_path/'unet')
     assert psnr(learnt(train), train) > floor + .3
-    kept, card = baselines.load_unet(tmp_path/'unet')
-    np.testing.assert_array_equal(baselines.painted(kept)(train), learnt(train))
+    kept, card = load_unet(tmp_path/'unet')
+    np.testing.assert_array_equal(unet_method(kept)(train), learnt(train))
     assert (card['pairs'], card['params']['width'], card['steps']) == (6, 8, 24)
 
 def test_unet_sees_the_radar_and_opt_v1_only_where_it_is_told_to(store, tmp_path):
     batch = tile_batch(store, 'test')
-    made = {k: baselines.fit_unet(store, V1, k, small(max_steps=4), tmp_path/baselines.slug(k))
+    made = {k: fit_unet(store, V1, k, small(max_steps=4), tmp_path/slug(k))
             for k in ('U-Net from scratch', 'U-Net with opt_v1')}
     plain, fed = made.values()
     lie = batch | dict(truth=batch['truth']*.1)  # V1 follows it
@@ -69,8 +89,8 @@ def test_unet_sees_the_radar_and_opt_v1_only_where_it_is_told_to(store, tmp_path
 
 def opened(**kw):
     "A U-Net whose last layers are not zero, as after some training."
-    model = baselines.build_unet(width=8, **kw)
-    with training.seeded(3), torch.no_grad():
+    model = build_unet(width=8, **kw)
+    with seeded(3), torch.no_grad():
         for layer in (*model.films, model.out):
             for p in layer.parameters(): torch.nn.init.normal_(p, std=.1)
     return model.eval()
@@ -86,10 +106,10 @@ def test_unet_uses_metadata_as_told():
     assert not torch.equal(full(s1, metadata=dict(month=2, lat=20.)), full(s1, metadata=dict(month=8)))
     each = full(s1, metadata=dict(month=[1, 6, 9]))
     torch.testing.assert_close(each[1:2], full(s1[1:2], metadata=dict(month=6)))
-    with pytest.raises(study.GacError, match='weather'): full(s1, metadata=dict(weather=1))
+    with pytest.raises(GacError, match='weather'): full(s1, metadata=dict(weather=1))
     full.train().condition.drop = 1.  # everything is hidden in training
-    with training.seeded(0): a = full(s1, metadata=dict(month=7))
-    with training.seeded(0): b = full(s1)
+    with seeded(0): a = full(s1, metadata=dict(month=7))
+    with seeded(0): b = full(s1)
     torch.testing.assert_close(a, b)
 
 @pytest.mark.parametrize('size', [(48, 48), (120, 120), (33, 50)])
@@ -97,22 +117,22 @@ def test_any_size_comes_back_as_it_went_in(size):
     assert opened()(torch.randn(1, 2, *size)).shape == (1, 4, *size)
 
 def test_parameters_match_the_chain():
-    chain = [stage2.build_prithvi_refiner(depth=0), stage3.build_stage3_model()]
-    model = baselines.build_unet()
+    chain = [build_prithvi_refiner(depth=0), build_stage3_model()]
+    model = build_unet()
     own, theirs = (sum(p.numel() for m in models for p in m.parameters() if p.requires_grad) for models in ([model], chain))
-    assert baselines.matched(model, chain) == own/theirs and abs(own/theirs - 1) <= baselines.TOLERANCE
-    fed = baselines.build_unet(seen=('s1', 'opt_v1'))  # the same network but for the layers that read the image
+    assert matched(model, chain) == own/theirs and abs(own/theirs - 1) <= SIZE_TOLERANCE
+    fed = build_unet(seen=('s1', 'opt_v1'))  # the same network but for the layers that read the image
     more = {k: v.numel() - dict(model.named_parameters())[k].numel() for k, v in fed.named_parameters()}
     assert {k for k, n in more.items() if n} == {'encoder.model.conv1.weight', 'fine.weight'}
     for width in (8, 24):
-        with pytest.raises(study.GacError, match='Change its width'): baselines.matched(baselines.build_unet(width=width), chain)
-    for trial in baselines.draw_trials(200):
-        baselines.matched(baselines.build_unet(width=trial['width']), chain, baselines.TOLERANCE)
+        with pytest.raises(GacError, match='Change its width'): matched(build_unet(width=width), chain)
+    for trial in draw_trials(200):
+        matched(build_unet(width=trial['width']), chain, SIZE_TOLERANCE)
 
 def test_resumed_training_equals_an_unbroken_one(store, tmp_path, monkeypatch):
     recipe = small(max_steps=6, val_every=2, save_every=2)
-    whole = baselines.fit_unet(store, V1, 'U-Net from scratch', recipe, tmp_path/'whole')
-    step, calls = baselines.unet_step, []
+    whole = fit_unet(store, V1, 'U-Net from scratch', recipe, tmp_path/'whole')
+    step, calls = unet_step, []
     def fragile(loss):
         inner = step(loss)
         def stop(model, batch):
@@ -120,120 +140,122 @@ def test_resumed_training_equals_an_unbroken_one(store, tmp_path, monkeypatch):
             if len(calls) == 5: raise KeyboardInterrupt
             return inner(model, batch)
         return stop
-    monkeypatch.setattr(baselines, 'unet_step', fragile)
-    with pytest.raises((KeyboardInterrupt, SystemExit, study.GacError)):
-        baselines.fit_unet(store, V1, 'U-Net from scratch', recipe, tmp_path/'broken')
-    monkeypatch.setattr(baselines, 'unet_step', step)
+    swap(monkeypatch, 'gac.stages.unet', 'unet_step', fragile)
+    with pytest.raises((KeyboardInterrupt, SystemExit, GacError)):
+        fit_unet(store, V1, 'U-Net from scratch', recipe, tmp_path/'broken')
+    swap(monkeypatch, 'gac.stages.unet', 'unet_step', step)
     assert (tmp_path/'broken'/'last.ckpt').exists()
     batch = tile_batch(store, 'test')
-    np.testing.assert_array_equal(baselines.fit_unet(store, V1, 'U-Net from scratch', recipe, tmp_path/'broken')(batch),
+    np.testing.assert_array_equal(fit_unet(store, V1, 'U-Net from scratch', recipe, tmp_path/'broken')(batch),
                                   whole(batch))
     before = (tmp_path/'whole'/'last.ckpt').stat().st_mtime_ns
-    baselines.fit_unet(store, V1, 'U-Net from scratch', recipe, tmp_path/'whole')
+    fit_unet(store, V1, 'U-Net from scratch', recipe, tmp_path/'whole')
     assert (tmp_path/'whole'/'last.ckpt').stat().st_mtime_ns == before  # loaded, not trained
-    other = baselines.fit_unet(store, V1, 'U-Net from scratch', recipe, tmp_path/'whole', seed=1)
+    other = fit_unet(store, V1, 'U-Net from scratch', recipe, tmp_path/'whole', seed=1)
     assert np.abs(other(batch) - whole(batch)).max() > 1e-5  # another training replaces it
 
 def test_scenes_of_the_pretraining_are_those_of_the_world_and_are_held_apart():
-    from gac import foundations, world
-    data = baselines.Worlds(baselines.FIRST_SEED, 3)
-    scene, one = world.scene(baselines.FIRST_SEED + 2, foundations.SIZE), data[2]
+    from gac.data.world.noise import HELD_OUT_BASE, PRETRAIN_BASE
+    from gac.data.world.scenes import draw_scene
+    from gac.models.mini import SIZE
+    data = Worlds(FIRST_SEED, 3)
+    scene, one = draw_scene(FIRST_SEED + 2, SIZE), data[2]
     np.testing.assert_allclose(one['s1'], scene['s1grd'], rtol=1e-6)
     np.testing.assert_allclose(one['truth'], scene['s2'][[1, 2, 3, 7]]*1e-4, rtol=1e-6)
     assert (one['month'], one['biome']) == (scene['month'], scene['biome'])
-    assert world.PRETRAIN_BASE <= baselines.FIRST_SEED < world.HELD_OUT_BASE
+    assert PRETRAIN_BASE <= FIRST_SEED < HELD_OUT_BASE
 
 def test_pretraining_is_exported_and_begins_the_next(store, tmp_path):
-    baselines.pretrain_unet(tmp_path/'one', 2, 2, val_scenes=2, width=8, crop=48)
-    card = baselines.export_unet(tmp_path/'one', tmp_path/'out', 'a test', .1)
-    file = tmp_path/'out'/f'{baselines.PRETRAINED}.safetensors'
+    pretrain_unet(tmp_path/'one', 2, 2, val_scenes=2, width=8, crop=48)
+    card = export_unet(tmp_path/'one', tmp_path/'out', 'a test', .1)
+    file = tmp_path/'out'/f'{PRETRAINED}.safetensors'
     assert json.loads(file.with_suffix('.json').read_text()) == json.loads(json.dumps(card))
     assert (card['scenes_seen'], card['steps_done'], card['seeds'][1] - card['seeds'][0]) == (4, 2, 3)
-    tuned, first = baselines.build_unet(5, str(file), width=8), baselines.load_unet(tmp_path/'one')[0]
+    tuned, first = build_unet(5, str(file), width=8), load_unet(tmp_path/'one')[0]
     for k, v in first.state_dict().items():
         torch.testing.assert_close(tuned.state_dict()[k].float(), v.float(), rtol=2e-3, atol=1e-3)
-    with pytest.raises(study.GacError, match='does not fit'): baselines.build_unet(weights=str(file), width=16)
-    with pytest.raises(study.GacError, match='missing'): baselines.build_unet(weights=str(tmp_path/'no.safetensors'))
+    with pytest.raises(GacError, match='does not fit'): build_unet(weights=str(file), width=16)
+    with pytest.raises(GacError, match='missing'): build_unet(weights=str(tmp_path/'no.safetensors'))
 
 def test_committed_weights_fit_the_default_unet_and_say_what_they_saw():
-    model = baselines.build_unet(weights='mini')
-    file = baselines.weights_file('mini')
+    model = build_unet(weights='mini')
+    file = weights_file('mini')
     card = json.loads(file.with_suffix('.json').read_text())
     assert file.stat().st_size < 2e6 and card['scenes_seen'] == card['steps_done']*card['settings']['batch_size']
     assert card['config']['width'] == 16 and card['parameters'] == sum(p.numel() for p in model.parameters())
-    np.testing.assert_allclose(model.mean.flatten(), baselines.world_stats()[0], rtol=2e-3)
+    np.testing.assert_allclose(model.mean.flatten(), world_stats()[0], rtol=2e-3)
 
 def test_search_ranks_trials_and_goes_on_where_it_stopped(store, tmp_path, monkeypatch):
-    trials, fit, done = baselines.draw_trials(3, space=dict(lr=(1e-4, 1e-3, 4e-3), width=(8,))), baselines.fit_unet, []
+    trials, fit, done = draw_trials(3, space=dict(lr=(1e-4, 1e-3, 4e-3), width=(8,))), fit_unet, []
     def counted(*a, **kw):
         done.append(1)
         if len(done) == 2: raise KeyboardInterrupt
         return fit(*a, **kw)
-    monkeypatch.setattr(baselines, 'fit_unet', counted)
-    with pytest.raises(KeyboardInterrupt): baselines.search(store, baselines.brief_unet(4), trials, tmp_path)
-    table = baselines.search(store, baselines.brief_unet(4), trials, tmp_path)
+    swap(monkeypatch, 'gac.stages.unet', 'fit_unet', counted)
+    with pytest.raises(KeyboardInterrupt): search_unet(store, brief_unet(4), trials, tmp_path)
+    table = search_unet(store, brief_unet(4), trials, tmp_path)
     assert len(done) == 4 and len(table) == 3 and table.val_psnr.is_monotonic_decreasing  # the interrupted one twice
-    pd.testing.assert_frame_equal(table, baselines.search(store, baselines.brief_unet(4), trials, tmp_path))
+    pd.testing.assert_frame_equal(table, search_unet(store, brief_unet(4), trials, tmp_path))
     assert len(done) == 4 and set(table.lr) == {1e-4, 1e-3, 4e-3}
 
 def test_trials_are_different_and_seeded():
-    trials = baselines.draw_trials(60, 1)
+    trials = draw_trials(60, 1)
     assert (len({json.dumps(t, default=float) for t in trials}) == 60
-            and trials == baselines.draw_trials(60, 1) != baselines.draw_trials(60, 2))
-    recipe = baselines.tried(baselines.brief_unet(), dict(lr=.5, width=12, dropout=.3, weight_decay=.2, augment='none'))
+            and trials == draw_trials(60, 1) != draw_trials(60, 2))
+    recipe = tried(brief_unet(), dict(lr=.5, width=12, dropout=.3, weight_decay=.2, augment='none'))
     assert (recipe.settings['lr'], recipe.settings['weight_decay'], recipe.model, recipe.augment) == (.5, .2, dict(width=12, dropout=.3), 'none')
 
 def test_equal_computing_is_counted_from_the_line_of_costs():
-    assert baselines.equal_steps({'a': (10., 1.), 'b': (0., 2.), 'U-Net': (5., .5)}, {'a': 40, 'b': 20}) == (10 + 40 + 40 - 5)/.5
+    assert equal_compute_unet_steps({'a': (10., 1.), 'b': (0., 2.), 'U-Net': (5., .5)}, {'a': 40, 'b': 20}) == (10 + 40 + 40 - 5)/.5
     ticks, run = iter([0., 12, 20, 52]), []  # 12 s for 5 steps, 32 s for 25
-    assert baselines.cost(run.append, (5, 25), lambda: next(ticks)) == (7., 1.) and run == [5, 5, 25]  # once to warm up
+    assert training_cost(run.append, (5, 25), lambda: next(ticks)) == (7., 1.) and run == [5, 5, 25]  # once to warm up
 
 @pytest.fixture(scope='module')
 def chain(tmp_path_factory, brief_chain):
     "A run whose stages and U-Nets were briefly trained."
-    run, own = brief_chain(tmp_path_factory.mktemp('chain'), '10_evaluate')
-    recipe = evaluate.brief_recipe(4)
-    baselines.fit_unet(own, stage1.stored(own), 'U-Net from scratch', recipe.unet, run.dir/'unets'/'unet_from_scratch')
-    study._write(run.dir/'unets'/'recipe.json', json.dumps(evaluate.asdict(recipe.unet)))
+    run, own = brief_chain(tmp_path_factory.mktemp('chain'), '11_evaluate')
+    recipe = brief_recipe(4)
+    fit_unet(own, stored_method(own), 'U-Net from scratch', recipe.unet, run.dir/'unets'/'unet_from_scratch')
+    write_file(run.dir/'unets'/'recipe.json', json.dumps(asdict(recipe.unet)))
     return run, own
 
 def test_learning_curve_holds_the_unets_and_takes_what_the_run_has(chain, monkeypatch):
     run, own = chain
-    recipe, fitted = evaluate.recipe_of(run), []
-    assert recipe.unet == evaluate.brief_recipe(4).unet
-    real = baselines.fit_unet
-    monkeypatch.setattr(baselines, 'fit_unet', lambda *a, **kw: fitted.append((a[2], a[3].pairs, a[5])) or real(*a, **kw))
+    recipe, fitted = recipe_of(run), []
+    assert recipe.unet == brief_recipe(4).unet
+    real = fit_unet
+    swap(monkeypatch, 'gac.stages.unet', 'fit_unet', lambda *a, **kw: fitted.append((a[2], a[3].pairs, a[5])) or real(*a, **kw))
     ask = dict(pairs=[2, 4], seeds=[0, 1], variants=('pretrained', 'U-Net from scratch'), batch_size=4)
-    told = pairs.knowledge(run, own, own.rows('test'), recipe, **ask)
+    told = learning_curve(run, own, own.rows('test'), recipe, **ask)
     # 4 pairs and seed 0 are those of the run
     assert fitted == [('U-Net from scratch', 2, 0), ('U-Net from scratch', 2, 1), ('U-Net from scratch', 4, 1)]
     net = told[(told.variant == 'U-Net from scratch') & (told.pairs == 4) & (told.seed == 0)].set_index('id').psnr
     batch = tile_batch(own, 'test')
-    direct = metrics.psnr(baselines.painted(baselines.load_unet(run.dir/'unets'/'unet_from_scratch')[0])(batch), batch['truth'])
+    direct = metrics.psnr(unet_method(load_unet(run.dir/'unets'/'unet_from_scratch')[0])(batch), batch['truth'])
     np.testing.assert_allclose(net.loc[batch['id']], direct, atol=1e-4)
-    with pytest.raises(study.GacError, match='99 pairs: tiles has 6 training tiles'):
-        pairs.knowledge(run, own, own.rows('test'), recipe, pairs=[99])
-    gain = pairs.knowledge_gains(told)
+    with pytest.raises(GacError, match='99 pairs: tiles has 6 training tiles'):
+        learning_curve(run, own, own.rows('test'), recipe, pairs=[99])
+    gain = learning_curve_gains(told)
     assert set(gain.step) == {'U-Net from scratch → pretrained'} and set(gain.output) == {'opt_v3'} and set(gain.pairs) == {2, 4}
 
 def test_first_table_says_who_wins(chain):
     run, own = chain
-    stages, rows = evaluate.stage_methods(run, own, own.rows('test'))
-    nets = evaluate.unet_methods(run, stages['Stage 1'])
-    assert list(nets) == ['U-Net from scratch'] and evaluate.unet_methods(run, stages['Stage 1'], 'S1RTC') == {}
+    stages, rows = stage_methods(run, own, own.rows('test'))
+    nets = unet_methods(run, stages['Stage 1'])
+    assert list(nets) == ['U-Net from scratch'] and unet_methods(run, stages['Stage 1'], 'S1RTC') == {}
     for factor, word in ((.9, 'loses to'), (.2, 'beats')):
         fake = stages | {'U-Net from scratch': lambda b: b['truth']*factor, 'Stage 1+2+3': lambda b: b['truth']*.5}
-        table, said = evaluate.rivals(stage1.measure(own, rows, fake), 'world')
+        table, said = compare_with_unets(measure_methods(own, rows, fake), 'world')
         assert word in said and table.step.eq('U-Net from scratch → Stage 1+2+3').all(), said
-    assert evaluate.pairs_of(run, [*stages, *nets])['U-Net from scratch'] == 4
+    assert pairs_of(run, [*stages, *nets])['U-Net from scratch'] == 4
 
 @pytest.mark.slow
 @pytest.mark.parametrize('profile', ['mini', 'paper', 'lowvr', 'full'])
 def test_unets_of_the_profiles_train_as_much_as_the_chain(profile):
-    p = study.read_yaml(study.root()/'nbs'/'params'/f'{profile}.yaml')
+    p = read_yaml(root()/'nbs'/'params'/f'{profile}.yaml')
     said = lambda room, keys: {k: p[room][k] for k in keys if k in p[room]}
-    two = stage2.forecast(p['08_stage2'].get('backbone', 'prithvi_mini'), p['08_stage2'].get('lora_rank', 8),
+    two = forecast_memory(p['08_stage2'].get('backbone', 'prithvi_mini'), p['08_stage2'].get('lora_rank', 8),
                           p['08_stage2'].get('lora_reach', 'attention'), width=48, depth=p['08_stage2'].get('depth', 3))['trainable']
-    three = stage3.build_stage3_model(pretrained=False, **{'name': 'terramind_mini_generate'} | said('09_stage3', ['name', 'depth', 'lora_r']))
-    own = training.weigh(baselines.build_unet(**said('10_baselines', ['width'])))['trainable']
-    assert own == pytest.approx(two + training.weigh(three)['trainable'], rel=baselines.TOLERANCE)
+    three = build_stage3_model(pretrained=False, **{'name': 'terramind_mini_generate'} | said('09_stage3', ['name', 'depth', 'lora_r']))
+    own = weigh_memory(build_unet(**said('10_baselines', ['width'])))['trainable']
+    assert own == pytest.approx(two + weigh_memory(three)['trainable'], rel=SIZE_TOLERANCE)

@@ -4,7 +4,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from gac import study
+from gac.core.environment import provenance
+from gac.core.files import GacError, root, write_file
+from gac.core.run import Run, start_run
+from gac.runner.chain import _recognise, run_chain
+from gac.runner.page import write_page
+from gac.runner.plan import folders_of
+from gac.runner.verify import compare_reports, verify
+from swapping import swap
 
 ROWS = "import pandas as pd\nrun.save_table(pd.DataFrame({'x': range(n)}), 'rows', 'Some rows & more.')"
 FIGURE = ("import matplotlib.pyplot as plt\nfig, ax = plt.subplots(figsize=(2, 1))\nax.plot([0, 1, 4])\nax.set_title('a line')\n"
@@ -22,11 +29,11 @@ def chain(tmp_path, make_notebook):
     return tmp_path
 
 def go(chain, profile='toy', **kw):
-    return study.run_chain(profile, nbs=chain, reports=chain/'report', runs=chain/'run', **kw).status.tolist()
+    return run_chain(profile, nbs=chain, reports=chain/'report', runs=chain/'run', **kw).status.tolist()
 
 def test_chain_skips_resumes_and_reports(chain, capsys):
     (chain/'break').touch()
-    with pytest.raises(study.GacError, match='(?s)01_second failed in cell.*told to fail.*01_second.failed.ipynb.*resumes'):
+    with pytest.raises(GacError, match='(?s)01_second failed in cell.*told to fail.*01_second.failed.ipynb.*resumes'):
         go(chain)
     partial = json.loads((chain/'run/report/notebooks/01_second.failed.ipynb').read_text())
     assert any('before' in ''.join(o.get('text', '')) for c in partial['cells'] for o in c.get('outputs', []))
@@ -45,7 +52,7 @@ def test_chain_skips_resumes_and_reports(chain, capsys):
     about = json.loads((chain/'report/provenance.json').read_text())
     assert about['notebooks']['02_third']['notes'] == {'seed': 1} and about['notebooks']['00_first']['parameters']['n'] == 4
     for text in (page, json.dumps(about), *(p.read_text() for p in (chain/'report/notebooks').glob('*.ipynb'))):
-        assert str(study.root()) not in text and str(Path.home()) not in text
+        assert str(root()) not in text and str(Path.home()) not in text
 
 def test_a_first_run_expects_what_the_report_took(chain, capsys):
     go(chain, dry_run=True)
@@ -63,7 +70,7 @@ def test_a_report_stays_as_it_was_until_a_run_has_ended(chain):
     kept = lambda: {p.relative_to(chain).as_posix(): p.read_bytes() for p in (chain/'report').rglob('*') if p.is_file()}
     before = kept()
     (chain/'break').touch()
-    with pytest.raises(study.GacError, match='(?s)run/report/notebooks.*The report is as it was'): go(chain, sets={'n': 9})
+    with pytest.raises(GacError, match='(?s)run/report/notebooks.*The report is as it was'): go(chain, sets={'n': 9})
     assert kept() == before and len((chain/'run/report/tables/rows.csv').read_text().split()) == 10
     assert go(chain, sets={'n': 9}, dry_run=True) == ['unchanged', 'to run', 'to run']  # goes on where it was
     (chain/'break').unlink()
@@ -75,18 +82,18 @@ def test_a_report_stays_as_it_was_until_a_run_has_ended(chain):
 def test_the_page_begins_with_results_and_ends_with_times(tmp_path):
     "The main table in short and the main figure first; titles are sentences, raw names only links; when and how long comes last."
     entry = lambda tables, figures: dict(tables=tables, figures=figures, missing={}, seconds=62., commit='abc')
-    about = dict(profile='toy', data='world', layout='', **study.provenance(), notebooks={
+    about = dict(profile='toy', data='world', layout='', **provenance(), notebooks={
         '00_first': entry({'rows': 'Some rows. And more of them.'}, {}),
-        '10_evaluate': entry({'results': 'Methods & floors on 3 tiles. Trained on: world.'}, {'stage_gains': 'What each stage adds. In dB.'})})
-    study._write(tmp_path/'provenance.json', json.dumps(about))
-    study._write(tmp_path/'tables/rows.csv', 'x\n1\n')
-    study._write(tmp_path/'tables/results.csv', 'data,method,n_tiles,psnr,psnr_lo,psnr_hi,mse\nworld,Stage 1,3,27.91,27.08,28.75,0.007\n')
+        '11_evaluate': entry({'results': 'Methods & floors on 3 tiles. Trained on: world.'}, {'stage_gains': 'What each stage adds. In dB.'})})
+    write_file(tmp_path/'provenance.json', json.dumps(about))
+    write_file(tmp_path/'tables/rows.csv', 'x\n1\n')
+    write_file(tmp_path/'tables/results.csv', 'data,method,n_tiles,psnr,psnr_lo,psnr_hi,mse\nworld,Stage 1,3,27.91,27.08,28.75,0.007\n')
     cells = [dict(cell_type='markdown', source=['# Evaluation\n', '\n', '> What it is worth'], metadata={})]
-    study._write(tmp_path/'notebooks/10_evaluate.ipynb', json.dumps(dict(cells=cells)))
-    page = study.write_page(tmp_path).read_text()
+    write_file(tmp_path/'notebooks/11_evaluate.ipynb', json.dumps(dict(cells=cells)))
+    page = write_page(tmp_path).read_text()
     order = ['<h2>Results</h2>', '<h3>Methods &amp; floors on 3 tiles.</h3>', '<td>27.91 [27.08, 28.75]</td>', 'src="figures/stage_gains.png"',
-             '<a href="#10_evaluate">Evaluation</a>: What it is worth', '<h3 id="rows">Some rows.</h3>', '<caption>And more of them.</caption>',
-             '<h2 id="10_evaluate">Evaluation</h2>', '<td>0.007</td>', '<h2 id="run">This run</h2>', '<td>1 min 02 s</td>']
+             '<a href="#11_evaluate">Evaluation</a>: What it is worth', '<h3 id="rows">Some rows.</h3>', '<caption>And more of them.</caption>',
+             '<h2 id="11_evaluate">Evaluation</h2>', '<td>0.007</td>', '<h2 id="run">This run</h2>', '<td>1 min 02 s</td>']
     places = [page.find(text) for text in order]
     assert -1 not in places and places == sorted(places), dict(zip(order, places))
     assert '<td class=w>Stage 1</td>' in page and '<th class=w>method</th>' in page and '<th>n_tiles</th>' in page  # words to the left, numbers to the right
@@ -122,41 +129,40 @@ def test_chain_runs_again_what_it_must(chain):
 
 def test_dead_kernel_is_told(chain, make_notebook):
     make_notebook(chain/'00_first.ipynb', 'n: int = 2  # rows', "import os\nos._exit(1)")
-    with pytest.raises(study.GacError, match='(?s)00_first failed with its kernel.*00_first.failed.ipynb'): go(chain)
+    with pytest.raises(GacError, match='(?s)00_first failed with its kernel.*00_first.failed.ipynb'): go(chain)
     assert (chain/'run/report/notebooks/00_first.failed.ipynb').exists()
 
 @pytest.mark.parametrize('profile, kw, message', [
     ('mini!', {}, 'No profile'), ('bad_name', {}, 'Did you mean k?'), ('bad_type', {}, 'bad_type.yaml, 00_first: n is .many.'),
     ('bad_range', {}, 'expected 1 to 9'), ('bad_stage', {}, 'Did you mean 02_third?'),
     ('toy', dict(sets={'n': 12}), 'expected 1 to 9'),
-    ('toy', dict(start='1', only='2'), '--from and --only'), ('toy', dict(start='7'), '--from 7'), ('toy', dict(only='first'), '--only first'),
+    ('toy', dict(start='1', only='2'), '--from and --only'), ('toy', dict(start='7'), '--from 7'), ('toy', dict(only='one'), '--only one'),
     ('toy', dict(data='/nowhere/at/all'), 'no such file'),
     ('bad_runner', {}, "'data'")])
 def test_refused_before_anything_runs(chain, profile, kw, message):
     bad = {'bad_name': 'common: {kk: 2}', 'bad_type': '00_first: {n: many}', 'bad_range': '00_first: {n: 0}',
            'bad_stage': '02_thrid: {}', 'bad_runner': '00_first: {data: here}'}
     for name, text in bad.items(): (chain/'params'/f'{name}.yaml').write_text(f'description: wrong\n{text}\n')
-    with pytest.raises(study.GacError, match=message): go(chain, profile, **kw)
+    with pytest.raises(GacError, match=message): go(chain, profile, **kw)
     assert not (chain/'run').exists() and not (chain/'report').exists()
 
 def test_two_parameters_cells_are_refused(chain, make_notebook):
     make_notebook(chain/'03_none.ipynb', '', tag='other')
-    with pytest.raises(study.GacError, match='03_none.ipynb: 0 cells are tagged parameters'): go(chain)
+    with pytest.raises(GacError, match='03_none.ipynb: 0 cells are tagged parameters'): go(chain)
 
 def test_real_data_gets_its_own_report(chain, monkeypatch, tmp_path):
-    import types
     folder = tmp_path/'some_tiles'
     folder.mkdir()
-    monkeypatch.setitem(sys.modules, 'gac.tiles', types.SimpleNamespace(recognise=lambda path: 'npz'))
-    report, run = study._places('mini', study._recognise(str(folder))[0], '', '')
-    assert (report, run) == (study.root()/'reports/real/some_tiles', study.root()/'runs/real/some_tiles/mini')
-    assert study._recognise(str(folder))[1] == 'npz'
+    monkeypatch.setattr('gac.data.layouts.recognise', lambda path: 'npz')
+    report, run = folders_of('mini', _recognise(str(folder))[0], '', '')
+    assert (report, run) == (root()/'reports/real/some_tiles', root()/'runs/real/some_tiles/mini')
+    assert _recognise(str(folder))[1] == 'npz'
 
 def test_one_chain_at_a_time(chain):
     other = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])
     try:
-        study._write(chain/'run/chain.lock', json.dumps({'pid': other.pid}))
-        with pytest.raises(study.GacError, match=f'process {other.pid} is running this chain'): go(chain)
+        write_file(chain/'run/chain.lock', json.dumps({'pid': other.pid}))
+        with pytest.raises(GacError, match=f'process {other.pid} is running this chain'): go(chain)
     finally:
         other.kill()
         other.wait()
@@ -203,7 +209,7 @@ def test_one_that_fails_lets_its_neighbour_end_and_starts_nothing_more(forked, c
     (forked/'break_01_left').touch()
     path = forked/'02_right.ipynb'
     path.write_text(path.read_text().replace('time.sleep(2)', 'time.sleep(4)'))
-    with pytest.raises(study.GacError, match='01_left failed'): go(forked, jobs=2)
+    with pytest.raises(GacError, match='01_left failed'): go(forked, jobs=2)
     assert 'what runs beside it still ends: 02_right' in capsys.readouterr().out
     (forked/'break_01_left').unlink()
     assert go(forked, dry_run=True) == ['unchanged', 'to run', 'unchanged', 'to run', 'to run']
@@ -212,9 +218,9 @@ def test_nothing_brief_stands_in_for_what_a_chain_should_have_made(forked, tmp_p
     "A notebook that says it builds on nothing, and then misses what an earlier one makes: refused in a chain, a line where it runs alone."
     path = forked/'02_right.ipynb'
     path.write_text(path.read_text().replace('#| reads: 00_first', '#| reads: nothing').replace("print('here')", "run.stand_in('opt_v1')"))
-    with pytest.raises(study.GacError, match='(?s)02_right failed.*opt_v1 of .* is not there.*#. reads:'): go(forked)
+    with pytest.raises(GacError, match='(?s)02_right failed.*opt_v1 of .* is not there.*#. reads:'): go(forked)
     capsys.readouterr()
-    study.Run.open('02_right', 'toy', 0, str(tmp_path/'own'), str(tmp_path/'own_report'), '').stand_in('opt_v1')
+    Run.open('02_right', 'toy', 0, str(tmp_path/'own'), str(tmp_path/'own_report'), '').stand_in('opt_v1')
     assert capsys.readouterr().out.startswith('opt_v1 of this run is not there')
 
 @pytest.mark.parametrize('line, message', [('#| reads: 00_frist', "reads '00_frist'.*Did you mean 00_first"), ('#| reads: 04_last', "reads '04_last': expected notebooks that come before"),
@@ -222,12 +228,12 @@ def test_nothing_brief_stands_in_for_what_a_chain_should_have_made(forked, tmp_p
 def test_a_wrong_place_in_the_chain_is_refused(forked, line, message):
     path = forked/'02_right.ipynb'
     path.write_text(path.read_text().replace('#| reads: 00_first', line))
-    with pytest.raises(study.GacError, match=message): go(forked)
+    with pytest.raises(GacError, match=message): go(forked)
     assert not (forked/'run').exists()
 
 def test_a_number_that_several_notebooks_have_is_refused_for_one(chain, make_notebook):
     make_notebook(chain/'02_other.ipynb', '')
-    with pytest.raises(study.GacError, match='--only 2: which of 02_other, 02_third'): go(chain, only='2', dry_run=True)
+    with pytest.raises(GacError, match='--only 2: which of 02_other, 02_third'): go(chain, only='2', dry_run=True)
     assert go(chain, start='2', dry_run=True) == ['never ran', 'never ran', 'to run', 'to run']
 
 def test_a_notebook_without_what_it_builds_on_is_announced(chain, capsys):
@@ -238,7 +244,7 @@ def test_a_notebook_without_what_it_builds_on_is_announced(chain, capsys):
 
 def test_the_page_tells_nothing_of_a_notebook_that_was_stopped(chain):
     (chain/'break').touch()
-    with pytest.raises(study.GacError): go(chain)
+    with pytest.raises(GacError): go(chain)
     assert go(chain, only='02_third') == ['left alone', 'never ran', 'ran']
     assert list(json.loads((chain/'report/provenance.json').read_text())['notebooks']) == ['00_first', '02_third']
     assert '01_second' not in (chain/'report/index.html').read_text() and not list((chain/'report').rglob('*.failed.ipynb'))
@@ -249,10 +255,10 @@ def test_ctrl_c_at_any_moment_of_a_start_ends_at_once(forked, wait, slow):
     "While the server of the kernels imports, while two kernels start (slow: seconds that takes), while they run: one line, no traceback, no process left."
     import psutil
     for p in forked.glob('0?_*.ipynb'): p.write_text(p.read_text().replace('#| alone', '').replace('time.sleep(2)', 'time.sleep(300)'))
-    code = ("import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler)\nfrom gac import study\n"
+    code = ("import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler)\nfrom gac.runner.chain import run_chain\n"
             "from multiprocessing.context import ForkServerProcess as P\nstart = P.start\n"
             f"P.start = lambda self: (time.sleep({slow}), start(self))\n"
-            f"try: study.run_chain('toy', nbs={str(forked)!r}, reports={str(forked/'report')!r}, runs={str(forked/'run')!r}, jobs=2)\n"
+            f"try: run_chain('toy', nbs={str(forked)!r}, reports={str(forked/'report')!r}, runs={str(forked/'run')!r}, jobs=2)\n"
             "except KeyboardInterrupt: print('stopped')")
     process = subprocess.Popen([sys.executable, '-u', '-c', code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     below = []
@@ -281,7 +287,7 @@ def test_a_stopped_chain_leaves_no_process_and_resumes(chain, name):
     third = chain/'02_third.ipynb'
     old = third.read_text()
     third.write_text(old.replace("run.missing(", "#| reads: 00_first\\nimport time, pathlib; pathlib.Path('beside').touch(); time.sleep(300)\\nrun.missing("))
-    code = f"from gac import study; study.run_chain('toy', nbs={str(chain)!r}, reports={str(chain/'report')!r}, runs={str(chain/'run')!r}, jobs=2)"
+    code = f"from gac.runner.chain import run_chain; run_chain('toy', nbs={str(chain)!r}, reports={str(chain/'report')!r}, runs={str(chain/'run')!r}, jobs=2)"
     process, below = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), []
     try:
         for _ in range(600):
@@ -307,9 +313,10 @@ def test_a_stopped_chain_leaves_no_process_and_resumes(chain, name):
 DETERMINISM = """
 import sys, pandas as pd, numpy as np, matplotlib; matplotlib.use('Agg')
 import matplotlib.pyplot as plt
-from gac import study
-study.style()
-run = study.Run.open('00_toy', 'toy', 3, sys.argv[1] + '/run', sys.argv[1] + '/report', '')
+from gac.core.figures import style
+from gac.core.run import Run
+style()
+run = Run.open('00_toy', 'toy', 3, sys.argv[1] + '/run', sys.argv[1] + '/report', '')
 rng = np.random.default_rng(3)
 df = pd.DataFrame({'method': ['a_b', 'c%'], 'psnr': rng.random(2)*30, 'n': [1, 2], 'none': [None, float('nan')]})
 run.save_table(df, 'table', 'A caption, 50 %.')
@@ -319,7 +326,7 @@ run.save_figure(fig, 'figure')
 """
 
 def test_tables_and_figures_are_the_same_bytes_in_two_processes(tmp_path):
-    for name in 'ab': subprocess.run([sys.executable, '-c', DETERMINISM, str(tmp_path/name)], check=True, cwd=study.root())
+    for name in 'ab': subprocess.run([sys.executable, '-c', DETERMINISM, str(tmp_path/name)], check=True, cwd=root())
     files = sorted(p.relative_to(tmp_path/'a') for p in (tmp_path/'a/report').rglob('*.*'))
     assert [p.name for p in files] == ['figure.png', 'figure.svg', 'table.csv', 'table.md', 'table.tex']
     for p in files: assert (tmp_path/'a'/p).read_bytes() == (tmp_path/'b'/p).read_bytes(), p
@@ -330,41 +337,41 @@ def test_tables_and_figures_are_the_same_bytes_in_two_processes(tmp_path):
 @pytest.fixture
 def house(tmp_path, make_notebook, monkeypatch):
     "A repository of its own with one toy notebook and the report it made."
-    (tmp_path/'settings.ini').write_text((study.root()/'settings.ini').read_text())
+    (tmp_path/'settings.ini').write_text((root()/'settings.ini').read_text())
     (tmp_path/'gac').mkdir()
     make_notebook(tmp_path/'nbs/00_first.ipynb', 'n: int = 2  # rows [1, 9]',
                   "import pandas as pd\ndf = pd.DataFrame({'data': ['world', 'real: x'], 'method': ['a', 'b'], 'psnr': [20., 30.]})\n"
                   "run.save_table(df, 'results')\nrun.save_table(df, 'efficiency')\nrun.save_table(df, 'efficiency_routes')")
     (tmp_path/'nbs/params').mkdir()
     (tmp_path/'nbs/params/toy.yaml').write_text('description: a toy\n')
-    (tmp_path/'nbs/params/tolerances.yaml').write_text((study.root()/'nbs/params/tolerances.yaml').read_text())
+    (tmp_path/'nbs/params/tolerances.yaml').write_text((root()/'nbs/params/tolerances.yaml').read_text())
     monkeypatch.chdir(tmp_path)
-    assert study.root() == tmp_path
-    study.run_chain('toy')
+    assert root() == tmp_path
+    run_chain('toy')
     return tmp_path
 
 def test_verify(house, monkeypatch, capsys):
     monkeypatch.delenv('GAC_REAL_DATA', raising=False)
     (house/'reports/real/some_chips/tables').mkdir(parents=True)
-    study.verify('toy')
+    verify('toy')
     printed = capsys.readouterr().out
     assert 'reports/real/some_chips: skipped' in printed and 'reports/toy/tables/results: as committed' in printed
     assert 'efficiency' not in printed
     table, times = (house/f'reports/toy/tables/{name}.csv' for name in ('results', 'efficiency_routes'))
     times.write_text(times.read_text().replace('30.0000', '99.0000'))  # another machine is slower
-    compare = lambda real: study.compare_reports(house/'reports/toy', house/'runs/verify/0-report', TOLERANCES, real)
+    compare = lambda real: compare_reports(house/'reports/toy', house/'runs/verify/0-report', TOLERANCES, real)
     TOLERANCES = {'skip': ['efficiency'], 'default': {'abs': 1e-4}, 'columns': {'psnr': {'abs': 0.05}}}
     table.write_text(table.read_text().replace('20.0000', '20.0400').replace('30.0000', '31.0000'))
     assert compare(False) == {'results': []}, 'rows on real chips are skipped without them'
     assert compare(True) == {'results': ['row 2, psnr: 30.0000, expected 31.0000']}
     table.write_text(table.read_text().replace('20.0400', '21.0000'))
-    with pytest.raises(study.GacError, match='reports/toy/tables/results: row 1, psnr: 20.0000, expected 21.0000'):
-        study.verify('toy')
-    with pytest.raises(study.GacError, match='holds no tables'): study.verify('mini')
+    with pytest.raises(GacError, match='reports/toy/tables/results: row 1, psnr: 20.0000, expected 21.0000'):
+        verify('toy')
+    with pytest.raises(GacError, match='holds no tables'): verify('mini')
 
 def test_notebooks_that_run_alone_never_meet(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, 'root', lambda: tmp_path)
-    first, second = (study.start(n).dir for n in ('07_stage1', '08_stage2'))  # nbdev_test runs them at the same time
+    swap(monkeypatch, 'gac.core.files', 'root', lambda: tmp_path)
+    first, second = (start_run(n).dir for n in ('07_stage1', '08_stage2'))  # nbdev_test runs them at the same time
     assert first != second and first not in second.parents and second not in first.parents
     # one run, one folder
-    assert study.start('08_stage2', run_dir='runs/mini').dir == study.start('09_stage3', run_dir='runs/mini').dir
+    assert start_run('08_stage2', run_dir='runs/mini').dir == start_run('09_stage3', run_dir='runs/mini').dir

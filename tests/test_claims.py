@@ -4,18 +4,23 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from gac import claims, study
+from gac.core.files import root
+from gac.evaluation.claim_list import CLAIMS
+from gac.evaluation.claims import Claim, class_of, judge_claim, Tables
+from gac.evaluation.claims_report import (
+    claims_figure, claims_page, claims_table, found_ablations, KNOWN_BY, study_findings)
+from swapping import swap
 
-def named(start:str) -> claims.Claim:
+def named(start:str) -> Claim:
     "The claim that begins so."
-    return next(c for c in claims.CLAIMS if c.claim.startswith(start))
+    return next(c for c in CLAIMS if c.claim.startswith(start))
 
 @pytest.fixture
 def report(tmp_path):
     "Writes tables of a report: name -> columns."
-    def write(**tables) -> claims.Tables:
+    def write(**tables) -> Tables:
         for name, columns in tables.items(): pd.DataFrame(columns).to_csv(tmp_path/f'{name}.csv', index=False)
-        return claims.Tables(tmp_path)
+        return Tables(tmp_path)
     return write
 
 def stages(psnr:float, spread:float=1.) -> dict:
@@ -26,25 +31,25 @@ def stages(psnr:float, spread:float=1.) -> dict:
 
 def test_another_table_gives_another_verdict(report):
     target = replace(named('Target: PSNR'), needs=())
-    judged = lambda psnr: claims.judge(target, report(results=stages(psnr)))
+    judged = lambda psnr: judge_claim(target, report(results=stages(psnr)))
     assert judged(31.)['verdict'] == 'holds' and judged(31.)['measured'] == 31. and judged(31.)['lo'] == 30.
     assert judged(29.5)['verdict'] == 'fails, though its interval reaches the claim'
     assert judged(24.)['verdict'] == 'fails'
 
 def test_every_claim_has_one_row_even_where_there_is_no_table(tmp_path, monkeypatch):
-    monkeypatch.setattr(claims, 'CARD', tmp_path/'none')
-    table = claims.claims_table(claims.Tables(tmp_path/'nothing'))
-    assert table.claim.tolist() == [c.claim for c in claims.CLAIMS] and table.claim.is_unique
+    swap(monkeypatch, 'gac.evaluation.claims', 'GPU_REPORT', tmp_path/'none')
+    table = claims_table(Tables(tmp_path/'nothing'))
+    assert table.claim.tolist() == [c.claim for c in CLAIMS] and table.claim.is_unique
     assert list(table.columns) == ['about', 'claim', 'claimed', 'measured', 'lo', 'hi', 'unit', 'verdict', 'how']
-    assert table.measured.isna().all() and set(table.verdict.map(claims.class_of)) == {'cannot be tested here', 'not measured'}
-    for c, verdict in zip(claims.CLAIMS, table.verdict):
+    assert table.measured.isna().all() and set(table.verdict.map(class_of)) == {'cannot be tested here', 'not measured'}
+    for c, verdict in zip(CLAIMS, table.verdict):
         if c.reads:
             assert f'not measured: {c.reads[0][1][next(iter(c.reads[0][1]))][0]}.csv' in verdict, 'the missing table is named'
-    assert claims.report(table).count('\n| ') == len(table) + table.about.nunique()
-    claims.claims_figure(table)  # nothing to show is no error
+    assert claims_page(table).count('\n| ') == len(table) + table.about.nunique()
+    claims_figure(table)  # nothing to show is no error
 
 def test_numbers_of_the_documents_are_all_there():
-    said = {c.said for c in claims.CLAIMS}
+    said = {c.said for c in CLAIMS}
     assert said >= {'25–28', '0.75–0.82', '0.15–0.20', '28–32', '0.82–0.88', '0.18–0.25', '+3–4', '30–34', '0.85–0.90',
                     '0.12–0.16', '+5–6', '25', '5–15', '5–10', '≥ 30', '≥ 0.85', '≤ 0.15', '≤ 5',
                     '< 5', '~0.5', '~1.0', '~2.0', '~28', '40–50', '200–250', '~1.4', '3', '~3.8', '6', '1–8', '< 2', '196',
@@ -55,67 +60,67 @@ def test_numbers_of_the_documents_are_all_there():
 def test_a_hole_in_a_table_is_named_and_stops_nothing(report):
     target = replace(named('Target: PSNR'), needs=())
     without = {k: v for k, v in stages(31.).items() if k != 'psnr'}
-    assert claims.judge(target, report(results=without))['verdict'].startswith('not measured: psnr where')
-    assert claims.judge(target, report(results=stages(31.) | dict(data='real: chips')))['verdict'].startswith('not measured: psnr where')
-    assert claims.judge(target, report(results=stages(31.) | dict(psnr='n/a')))['verdict'] == 'not measured: psnr in results.csv, which reads n/a'
-    assert claims.judge(target, report(results=dict(other=[1])))['verdict'].startswith('not measured: results.csv, which has other columns')
+    assert judge_claim(target, report(results=without))['verdict'].startswith('not measured: psnr where')
+    assert judge_claim(target, report(results=stages(31.) | dict(data='real: chips')))['verdict'].startswith('not measured: psnr where')
+    assert judge_claim(target, report(results=stages(31.) | dict(psnr='n/a')))['verdict'] == 'not measured: psnr in results.csv, which reads n/a'
+    assert judge_claim(target, report(results=dict(other=[1])))['verdict'].startswith('not measured: results.csv, which has other columns')
 
 def test_the_miniature_is_no_test_until_the_inputs_are_there(report):
     target = named('Target: PSNR')
     tables = report(results=stages(31.))
-    verdict = claims.judge(target, tables)['verdict']
+    verdict = judge_claim(target, tables)['verdict']
     assert (verdict.startswith('cannot be tested here: needs the pretrained weights and BigEarthNet v2')
             and verdict.endswith('the miniature holds'))
-    assert claims.judge(target, tables, have=('weights',))['verdict'].startswith('cannot be tested here: needs BigEarthNet v2')
+    assert judge_claim(target, tables, have=('weights',))['verdict'].startswith('cannot be tested here: needs BigEarthNet v2')
     real = report(results=stages(31.) | dict(data='real: bigearthnet'))
-    table = claims.claims_table(real, (target,), have=('weights', 'bigearthnet'))
+    table = claims_table(real, (target,), have=('weights', 'bigearthnet'))
     assert table.verdict[0] == 'holds' and 'real: bigearthnet' in table.how[0]
 
 def test_a_claim_that_holds_in_one_reading_says_which(report):
     saves = named('8 bits save')
     sizes = lambda generator: report(models=dict(model=['terramind_v1_large_generate', 'prithvi_eo_v2_600_tl'],
                                                  int8_mb=[generator, 25.], float32_mb=[100., 100.]))
-    judged = claims.judge(saves, sizes(40.))
+    judged = judge_claim(saves, sizes(40.))
     assert (judged['verdict'].startswith('holds only if nearly all weights') and judged['measured'] == pytest.approx(75)
             and 'otherwise 60 %' in judged['how'])
-    assert claims.judge(saves, sizes(25.))['verdict'] == 'holds'
+    assert judge_claim(saves, sizes(25.))['verdict'] == 'holds'
 
 def test_interval_of_a_share_is_carried_along(report):
     less = named('Stage 3 lowers the SAR-edge')
     tables = report(results=stages(30.), stage_gains=dict(data=['world'], step=['2→3'], metric=['sar_edge'], gain=[.034],
                                                           lo=[.017], hi=[.051]))
-    judged = claims.judge(less, tables)
+    judged = judge_claim(less, tables)
     assert [judged[k] for k in ('measured', 'lo', 'hi')] == pytest.approx([20, 10, 30])
 
 def test_the_second_source_counts_where_the_first_is_missing(report):
     more = named('More diffusion steps')
     grid = dict(timesteps=[1, 10], tokens='expected', clamp='pretraining', n_samples=1, psnr=[26., 26.5])
-    assert claims.judge(more, report(stage1_decodings=grid))['measured'] == pytest.approx(.5)
+    assert judge_claim(more, report(stage1_decodings=grid))['measured'] == pytest.approx(.5)
     row = dict(question=['diffusion steps'], row=['10'], metric=['psnr'], gain=[-.1], lo=[-.2], hi=[0.])
-    assert claims.judge(more, report(ablations=row))['measured'] == pytest.approx(-.1)
+    assert judge_claim(more, report(ablations=row))['measured'] == pytest.approx(-.1)
 
 def test_findings_read_their_numbers(report):
     gains = dict(data='world', step='1→2', metric=['psnr', 'sar_edge_gap'], gain=[.5, -.01], lo=[.3, -.02], hi=[.7, .01])
     tables = report(results=stages(27.25), stage_gains=gains)
-    said = ' '.join(claims.findings(claims.claims_table(tables), tables))
+    said = ' '.join(study_findings(claims_table(tables), tables))
     assert ('27.25' in said and '+0.50 [+0.30, +0.70] dB (for certain)' in said
             and '-0.010 [-0.020, +0.010] (not told apart from nothing)' in said)
-    assert f'Of {len(claims.CLAIMS)} claims' in said and 'Pretraining' not in said  # knowledge_gains.csv is not there
+    assert f'Of {len(CLAIMS)} claims' in said and 'Pretraining' not in said  # knowledge_gains.csv is not there
 
 def test_what_the_foundation_models_bring_is_said_win_or_lose(report):
-    known = dict(zip(('question', 'row'), zip(*claims.KNOWN_BY)))
+    known = dict(zip(('question', 'row'), zip(*KNOWN_BY)))
     rows = {k: [*v, 'clamp'] for k, v in known.items()} | dict(metric='psnr', gain=-.02, lo=-.06, hi=.03)
-    said = claims.found_ablations(report(ablations=rows), 'world')
-    assert f'Of {len(claims.KNOWN_BY) + 1} ablations none is told apart' in said
-    rows |= dict(lo=[*[-.06]*len(claims.KNOWN_BY), -.03], hi=[*[.03]*len(claims.KNOWN_BY), -.01])
-    said = claims.found_ablations(report(ablations=rows), 'world').split('each taken away: ')[1]
-    assert all(f'{q}: {r} -0.02' in said for q, r in claims.KNOWN_BY) and 'clamp' not in said
+    said = found_ablations(report(ablations=rows), 'world')
+    assert f'Of {len(KNOWN_BY) + 1} ablations none is told apart' in said
+    rows |= dict(lo=[*[-.06]*len(KNOWN_BY), -.03], hi=[*[.03]*len(KNOWN_BY), -.01])
+    said = found_ablations(report(ablations=rows), 'world').split('each taken away: ')[1]
+    assert all(f'{q}: {r} -0.02' in said for q, r in KNOWN_BY) and 'clamp' not in said
 
 def test_committed_report_answers_what_needs_no_inputs():
-    folder = study.root()/'reports'/'mini'/'tables'
-    tables = claims.Tables(folder, claims_facts=pd.DataFrame(dict(fact=[], value=[])))
-    free = [c for c in claims.CLAIMS if not c.needs and 'claims_facts' not in str(c.reads)]
-    table = claims.claims_table(tables, free)
+    folder = root()/'reports'/'mini'/'tables'
+    tables = Tables(folder, claims_facts=pd.DataFrame(dict(fact=[], value=[])))
+    free = [c for c in CLAIMS if not c.needs and 'claims_facts' not in str(c.reads)]
+    table = claims_table(tables, free)
     assert len(free) > 5 and np.isfinite(table.measured).sum() > 5
     for c, verdict in zip(free, table.verdict):
         name = next(iter(c.reads[0][1].values()))[0]
@@ -123,17 +128,17 @@ def test_committed_report_answers_what_needs_no_inputs():
 
 def test_a_cost_measured_on_a_card_asks_for_no_weights(tmp_path, monkeypatch):
     "Costs come from gac bench where it has run, and say so; without it the miniature speaks and the claim stays untested."
-    claim = next(c for c in claims.CLAIMS if c.claim == 'Stage 1 of 199,762 tiles takes')
+    claim = next(c for c in CLAIMS if c.claim == 'Stage 1 of 199,762 tiles takes')
     mini = pd.DataFrame([dict(method='this project', steps=10, ms_per_tile=100.)])
-    monkeypatch.setattr(claims, 'CARD', tmp_path/'none')
-    row = claims.judge(claim, claims.Tables(tmp_path, efficiency=mini))
+    swap(monkeypatch, 'gac.evaluation.claims', 'GPU_REPORT', tmp_path/'none')
+    row = judge_claim(claim, Tables(tmp_path, efficiency=mini))
     assert row['verdict'].startswith('cannot be tested here') and row['measured'] == pytest.approx(.1*199762/3600)
     (tmp_path/'gpu/tables').mkdir(parents=True)
     rows = [('TerraTorch, one tile at a time', 700.)]
     pd.DataFrame([dict(method=m, steps=10, precision='32-true', ms_per_tile=t) for m, t in rows]).to_csv(tmp_path/'gpu/tables/efficiency.csv')
     pd.DataFrame([dict(stage='Stage 1, 10 steps', tiles_per_s=100.)]).to_csv(tmp_path/'gpu/tables/efficiency_chain.csv')
     (tmp_path/'gpu/provenance.json').write_text('{"device": "a card"}')
-    monkeypatch.setattr(claims, 'CARD', tmp_path/'gpu')
-    row = claims.judge(claim, claims.Tables(tmp_path, efficiency=mini))
+    swap(monkeypatch, 'gac.evaluation.claims', 'GPU_REPORT', tmp_path/'gpu')
+    row = judge_claim(claim, Tables(tmp_path, efficiency=mini))
     assert row['verdict'] == 'holds only if tiles are drawn in batches' and row['measured'] == pytest.approx(.01*199762/3600)
     assert 'efficiency_chain.csv of gac bench on a card' in row['how']

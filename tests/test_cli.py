@@ -2,7 +2,14 @@
 import configparser, re, resource, subprocess, sys
 
 import pytest
-from gac import cli, efficiency, foundations, study, tiles
+from gac.cli import COMMANDS, GROUPS, main, models
+from gac.core.files import GacError, root
+from gac.data.layouts import LAYOUTS
+from gac.data.store import Store
+from gac.data.stores import from_world
+from gac.models.registry import available
+from gac.runner.plan import chain_notebooks
+from swapping import swap
 
 import tiles_layouts
 
@@ -10,21 +17,21 @@ GAC = [sys.executable, '-c', 'import sys; from gac.cli import main; sys.exit(mai
 
 def call(capsys, *words) -> tuple: # exit code, stdout, stderr
     "Run a command in this process."
-    try: code = cli.main([str(w) for w in words])
+    try: code = main([str(w) for w in words])
     except SystemExit as e: code = e.code
     return code, *capsys.readouterr()
 
-@pytest.mark.parametrize('name', ['', *cli.COMMANDS, *cli.GROUPS])
+@pytest.mark.parametrize('name', ['', *COMMANDS, *GROUPS])
 def test_help(name, capsys):
     code, out, err = call(capsys, *name.split(), '--help')
     assert (code, err) == (0, '') and out.startswith(f'usage: gac {name}'.strip())
 
 def test_the_top_lists_every_command(capsys):
     out = call(capsys, '--help')[1]
-    for name in cli.COMMANDS: assert re.search(rf'^\s+{name.split()[0]}\s+\S', out, re.M), name
+    for name in COMMANDS: assert re.search(rf'^\s+{name.split()[0]}\s+\S', out, re.M), name
 
 def test_every_option_says_what_it_is():
-    for name, (f, options) in cli.COMMANDS.items():
+    for name, (f, options) in COMMANDS.items():
         for names, kwargs in options: assert len(kwargs.get('help', '')) > 5, (name, names)
 
 def test_stage1_options_are_those_of_the_documents(capsys):
@@ -44,7 +51,7 @@ def test_help_loads_no_model_library():
 
 def test_the_package_installs_the_command():
     ini = configparser.ConfigParser()
-    ini.read(study.root()/'settings.ini')
+    ini.read(root()/'settings.ini')
     assert ini['DEFAULT']['console_scripts'] == 'gac=gac.cli:main'
 
 def test_a_mistake_is_one_line_without_traceback():
@@ -74,11 +81,11 @@ def test_refusals(words, said, capsys):
     assert code == 2 and said in err and 'Traceback' not in err
 
 def test_several_lines_of_an_error_stay_lines(capsys, monkeypatch, tmp_path):
-    def broken(*args, **kwargs): raise study.GacError('first\n  second')
-    monkeypatch.setattr(study, 'verify', broken)
+    def broken(*args, **kwargs): raise GacError('first\n  second')
+    swap(monkeypatch, 'gac.runner.verify', 'verify', broken)
     assert call(capsys, 'verify') == (2, '', 'gac: first\n  second\n')
     lines = call(capsys, 'data', 'info', tmp_path)[2].splitlines()
-    assert [line.split(':')[0].strip() for line in lines[1:]] == list(tiles.LAYOUTS)
+    assert [line.split(':')[0].strip() for line in lines[1:]] == list(LAYOUTS)
 
 @pytest.mark.parametrize('words, said', [
     (('info', 'terramind_larg'), 'Did you mean terramind_v1_large?'), (('info', 'nosuch'), 'Nearest of 31'),
@@ -89,15 +96,15 @@ def test_several_lines_of_an_error_stay_lines(capsys, monkeypatch, tmp_path):
     (('run', '--set', 'sed=3'), 'Did you mean seed? Nearest of')])
 def test_a_wrong_name_or_path_is_refused_before_torch_is_loaded(words, said):
     code = f"import sys; from gac.cli import main; code = main({list(words)}); print(code, 'torch' in sys.modules)"
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=study.root())
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=root())
     assert done.stdout == '2 False\n' and said in done.stderr and len(done.stderr) < 300, done.stdout + done.stderr
 
-def test_the_list_of_models_is_terratorchs(): assert cli.models() == foundations.available().to_dict('records')
+def test_the_list_of_models_is_terratorchs(): assert models() == available().to_dict('records')
 
 def test_parameters_are_listed(capsys):
     code, out, _ = call(capsys, 'parameters', '7')
     assert code == 0 and out.startswith('07_stage1\n  seed: int = 0  # ') and 'reports_dir' not in out
-    assert call(capsys, 'parameters')[1].count('  seed: int') == len(study.chain_notebooks(study.root()/'nbs'))
+    assert call(capsys, 'parameters')[1].count('  seed: int') == len(chain_notebooks(root()/'nbs'))
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='pipes of POSIX')
 @pytest.mark.parametrize('words', [('--help',), ('parameters',)])
@@ -108,14 +115,14 @@ def test_a_reader_that_has_read_enough_is_no_error(words):
 
 def test_interruption(capsys, monkeypatch):
     def stopped(*args, **kwargs): raise KeyboardInterrupt
-    monkeypatch.setattr(study, 'run_chain', stopped)
+    swap(monkeypatch, 'gac.runner.chain', 'run_chain', stopped)
     code, _, err = call(capsys, 'run')
     assert code == 130 and 'goes on' in err
 
 def test_run_hands_everything_over(capsys, monkeypatch):
     seen, looked = {}, []
-    monkeypatch.setattr(study, 'run_chain', lambda profile, **kw: seen.update(kw, profile=profile))
-    monkeypatch.setattr(efficiency, 'preflight', lambda *given: looked.append(given))
+    swap(monkeypatch, 'gac.runner.chain', 'run_chain', lambda profile, **kw: seen.update(kw, profile=profile))
+    swap(monkeypatch, 'gac.cost.preflight', 'preflight', lambda *given: looked.append(given))
     code, *_ = call(capsys, 'run', '--profile', 'paper', '--data', 'd', '--reports', 'r', '--from', '07', '--only', '10', '--set',
                     'seed=3',
                     '--set', '07_stage1.steps=[1, 4]', '--force', '--jobs', '3', '--dry-run')
@@ -137,7 +144,7 @@ def test_info(capsys):
 def test_world_and_data_info(tmp_path, capsys):
     words = ('world', '--output-dir', tmp_path/'tiles', '--train', 2, '--val', 1, '--test', 1, '--tile-size', 48, '--seed', 3)
     assert call(capsys, *words)[0] == 0
-    store = tiles.Store(tmp_path/'tiles')
+    store = Store(tmp_path/'tiles')
     assert list(store.table.split) == ['train', 'train', 'val', 'test'] and store.table.id[0] == 'world-3000000'
     code, out, _ = call(capsys, 'data', 'info', tmp_path/'tiles')
     assert code == 0 and 's1_product: S1GRD' in out and 's2: 4 of 4 tiles' in out
@@ -147,7 +154,7 @@ def test_convert_reports_and_options_reach_the_reader(tmp_path, capsys):
     tiles_layouts.npz(tmp_path/'real', n=3)
     code, out, _ = call(capsys, 'data', 'convert', tmp_path/'real', tmp_path/'store', '--split', 'val', '--s1-units', 'dB',
                         '--s2-offset', '0')
-    store = tiles.Store(tmp_path/'store')
+    store = Store(tmp_path/'store')
     assert code == 0 and set(store.table.split) == {'val'} and store.attrs['options']['s2_offset'] == 0
     tiles_layouts.npz(tmp_path/'bad', n=3, change=lambda i: dict(s1=tiles_layouts.radar(i)*float('nan')) if i == 1 else {})
     assert call(capsys, 'data', 'convert', tmp_path/'bad', tmp_path/'some')[0] == 1  # one tile left out: done in part
@@ -155,34 +162,38 @@ def test_convert_reports_and_options_reach_the_reader(tmp_path, capsys):
 
 def test_a_direct_decoder_is_taught_and_used(tmp_path, capsys):
     "gac distill, then gac precompute --direct: other images than the painter's, named in the array's settings; a wrong folder is refused."
-    from gac import tiles
-    store = tiles.from_world(tmp_path/'tiles', 3, 1, 1, size=48)
-    assert cli.main(['distill', '--data-dir', str(store.path), '--output-dir', str(tmp_path/'direct'), '--max-steps', '2', '--batch-size', '2']) == 0
+    from gac.data.stores import from_world
+    store = from_world(tmp_path/'tiles', 3, 1, 1, size=48)
+    assert main(['distill', '--data-dir', str(store.path), '--output-dir', str(tmp_path/'direct'), '--max-steps', '2', '--batch-size', '2']) == 0
     draw = ['precompute', '--data-dir', str(store.path), '--timesteps', '1', '--tokens', 'expected']
-    assert cli.main([*draw, '--output', 'painted']) == 0
-    assert cli.main([*draw, '--output', 'unfolded', '--direct', str(tmp_path/'direct')]) == 0
+    assert main([*draw, '--output', 'painted']) == 0
+    assert main([*draw, '--output', 'unfolded', '--direct', str(tmp_path/'direct')]) == 0
     store.refresh()
     painted, unfolded = (store.read(a, slice(None)) for a in ('painted', 'unfolded'))
     assert not (painted == unfolded).all() and store.arrays['unfolded'].attrs['decoder'] == 'direct'
-    assert cli.main([*draw, '--output', 'none', '--direct', str(tmp_path/'nothing')]) != 0
+    assert main([*draw, '--output', 'none', '--direct', str(tmp_path/'nothing')]) != 0
     assert 'nothing' in capsys.readouterr().err
 
 def test_later_stages_are_drawn_by_any_number_of_workers(tmp_path, capsys, monkeypatch):
     "opt_v2 beside opt_v1 and opt_v3 beside opt_v2, by two workers as by one; a tile without opt_v1 is listed by the worker whose it is."
     import torch
-    from gac import stage1, stage2, stage3
-    store = tiles.from_world(tmp_path/'tiles', 6, 1, 1, size=48, shard=4)
-    refiner, grounder = stage2.build_prithvi_refiner(), stage3.build_stage3_model()
+    from gac.stages.grounding import build_stage3_model
+    from gac.stages.refiner import build_prithvi_refiner
+    from gac.stages.stage2 import save_stage2
+    from gac.stages.stage3 import save_stage3
+    from gac.stages.tileset import derived_store
+    store = from_world(tmp_path/'tiles', 6, 1, 1, size=48, shard=4)
+    refiner, grounder = build_prithvi_refiner(), build_stage3_model()
     for model, seed in ((refiner, 0), (grounder, 1)):
         torch.nn.init.normal_(model.head.out.weight, std=.05, generator=torch.Generator().manual_seed(seed))
-    stage2.save_stage2(refiner, tmp_path/'stage2', {})
-    stage3.save_stage3(grounder, tmp_path/'stage3', {})
+    save_stage2(refiner, tmp_path/'stage2', {})
+    save_stage3(grounder, tmp_path/'stage3', {})
     at = ('--data-dir', store.path, '--batch-size', 2)
     second = ('precompute-stage2', *at, '--stage2-checkpoint', tmp_path/'stage2')
     code, _, said = call(capsys, *second)
     assert code == 2 and 'has no opt_v1. Make it: gac precompute' in said
     for name in ('one', 'two'):
-        beside = stage1.companion(store, tmp_path/name)
+        beside = derived_store(store, tmp_path/name)
         beside.ensure_array('opt_v1', (4, 48, 48), 'int16')
         with beside: beside.write('opt_v1', list(range(7)), store.read('s2', slice(0, 7))[:, [1, 2, 3, 7]].astype('int16'))
     third = ('precompute-stage3', *at, '--stage3-checkpoint', tmp_path/'stage3')
@@ -191,7 +202,7 @@ def test_later_stages_are_drawn_by_any_number_of_workers(tmp_path, capsys, monke
         share = ('--rank', rank, '--world-size', 2)
         assert call(capsys, *second, '--stage1-dir', tmp_path/'two', *share)[0] == code
     for rank, code in ((0, 0), (1, 1)): assert call(capsys, *third, '--stage2-dir', tmp_path/'two', '--rank', rank, '--world-size', 2)[0] == code
-    one, two = (tiles.Store(tmp_path/n) for n in ('one', 'two'))
+    one, two = (Store(tmp_path/n) for n in ('one', 'two'))
     for array in ('opt_v2', 'opt_v3'):
         assert one.written(array).tolist() == [True]*7 + [False]
         assert (one.read(array, range(7)) == two.read(array, range(7))).all()
@@ -205,15 +216,15 @@ def test_later_stages_are_drawn_by_any_number_of_workers(tmp_path, capsys, monke
 
 @pytest.mark.parametrize('stage', [2, 3])
 def test_options_of_a_training_reach_its_settings(stage, tmp_path, capsys, monkeypatch):
-    from gac import stage2, stage3, training
+    from gac.training.settings import Settings
     given = {}
     def noted(**options):
         given.update(options)
         return dict(steps=1, resumed_at=0, metrics={}, output='')
-    monkeypatch.setattr(*((stage2, 'run_stage2') if stage == 2 else (stage3, 'run_stage3')), noted)
+    monkeypatch.setattr('gac.stages.commands.run_stage%d' % stage, noted)
     assert call(capsys, f'train-stage{stage}', '--data-dir', tmp_path, '--output-dir', tmp_path/'x', '--checkpointing', '--devices', 2,
                 '--num-nodes', 3, '--strategy', 'ddp')[0] == 0
-    settings = training.Settings(**{k: given[k] for k in ('checkpointing', 'devices', 'num_nodes', 'strategy')})
+    settings = Settings(**{k: given[k] for k in ('checkpointing', 'devices', 'num_nodes', 'strategy')})
     assert settings.checkpointing and settings.world == 6 and settings.strategy == 'ddp'
 
 def test_what_a_notebook_wrote_down_is_asked_for(capsys, tmp_path):

@@ -5,11 +5,16 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
-from gac import cli, study
+from gac.cli import _pairs, COMMANDS, parser
+from gac.core.files import root
+from gac.runner.layers import all_modules
+from gac.runner.parameters import notebook_parameters
+from gac.runner.plan import chain_notebooks
+from gac.runner.profiles import check_parameters, load_profile, profiles
 
-ROOT = study.root()
+ROOT = root()
 PAGES = [ROOT/'README.md', *sorted((ROOT/'docs').rglob('*.md'))]
-STAGES = {p.stem: study.notebook_parameters(p) for p in study.chain_notebooks(ROOT/'nbs')}
+STAGES = {p.stem: notebook_parameters(p) for p in chain_notebooks(ROOT/'nbs')}
 
 def collect():
     "docs/collect.py, which is no module of the package."
@@ -25,7 +30,7 @@ def commands(text:str) -> list[str]:
 
 def leaf(words:list[str]) -> tuple[argparse.ArgumentParser, list[str]]:
     "The parser of the command the words begin with, and what follows."
-    p = cli.parser()
+    p = parser()
     while words and (sub := next((a for a in p._actions if isinstance(a, argparse._SubParsersAction)), None)):
         if words[0] not in sub.choices: break
         p, words = sub.choices[words[0]], words[1:]
@@ -34,17 +39,17 @@ def leaf(words:list[str]) -> tuple[argparse.ArgumentParser, list[str]]:
 def check_sets(words:list[str], where:str) -> None:
     "Parameters given with --set are declared, and their values fit."
     sets = [words[i + 1] for i, w in enumerate(words) if w == '--set']
-    study.check_parameters(STAGES, {}, cli._pairs([s for s in sets if '=' in s]), where)
+    check_parameters(STAGES, {}, _pairs([s for s in sets if '=' in s]), where)
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_commands_exist(page, capsys):
     text = page.read_text(encoding='utf-8')
     for line in commands(text):
         words = shlex.split(re.sub(r'\$\w+', '1', line))
-        try: args = cli.parser().parse_args(words)
+        try: args = parser().parse_args(words)
         except SystemExit as e: assert not e.code, f'{page.name}: gac {line}: {capsys.readouterr().err}'
         else:
-            if hasattr(args, 'profile'): study.load_profile(args.profile)
+            if hasattr(args, 'profile'): load_profile(args.profile)
         check_sets(words, page.name)
     for span in re.findall(r'`(?:\.venv/bin/)?gac ([a-z][^`…]*)`', re.sub(r'(?ms)^```.*?^```', '', text)):
         p, rest = leaf(shlex.split(span))
@@ -56,7 +61,7 @@ def test_commands_exist(page, capsys):
 @pytest.mark.parametrize('page', PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_options_exist(page):
     "Options that stand by themselves belong to some command."
-    known = {o for f, options in cli.COMMANDS.values() for names, _ in options
+    known = {o for f, options in COMMANDS.values() for names, _ in options
              for o in names} | {'--help', '--no-early-stopping', '--help-notebook', '--config'}
     named = {w for span in re.findall(r'`(--[^`]+)`', page.read_text(encoding='utf-8')) for w in span.split()
              if w.startswith('--')}
@@ -73,7 +78,7 @@ def test_make_targets_exist(page):
 def test_profiles_named_exist():
     for page in PAGES:
         for name in re.findall(r'[Pp]rofiles? `([a-z]+)`', page.read_text(encoding='utf-8')):
-            assert name in study.profiles(), f'{page.name}: {name}'
+            assert name in profiles(), f'{page.name}: {name}'
 
 def test_workflow_runs_the_tests_and_the_documentation():
     jobs = yaml.safe_load((ROOT/'.github'/'workflows'/'test.yml').read_text(encoding='utf-8'))['jobs']
@@ -86,17 +91,17 @@ def test_every_notebook_and_module_has_its_place():
     notebooks = {p.relative_to(ROOT/'nbs').with_suffix('').as_posix() for p in collect().notebooks()} - {'index'}
     assert sorted(listed('tutorial.md', 'nbs')) == sorted(notebooks)
     assert [n for n in listed('tutorial.md', 'nbs') if n in STAGES] == list(STAGES), 'reading order is run order'
-    assert listed('api.md', 'api') == list(study.ROOMS)
+    assert listed('api.md', 'api') == all_modules()
     assert {f'howto/{n}' for n in listed('howto.md', 'howto')} == {f'howto/{p.stem}' for p in (ROOT/'docs'/'howto').glob('*.md')}
 
 def test_api_pages_say_what_comments_say():
     make = collect()
-    for name in study.ROOMS:
+    for name in all_modules():
         page, module = make.api_page(name), make.Module(name)
         missing = [n for n in module.public if not re.search(rf'(?m)^`+\{{py:\w+\}} {n}\b', page)]
         assert not missing, f'gac.{name}: {missing}'
-    page = make.api_page('stage2')
-    assert '(B, 4, H, W) reflectance, any size' in page and 'peak learning rate' in make.api_page('training')
+    page = make.api_page('stages.refiner')
+    assert '(B, 4, H, W) reflectance, any size' in page and 'peak learning rate' in make.api_page('training.settings')
 
 def test_hidden_cells_and_directives_are_left_out():
     cell = lambda source, *tags: dict(cell_type='code', source=source, metadata=dict(tags=list(tags)))
@@ -132,5 +137,5 @@ def test_site_is_whole(tmp_path):
                 broken.append(f'{page.relative_to(html)}: {link}')
     assert not broken, broken
     assert {p.relative_to(html).as_posix() for p in pages} >= {'index.html', 'claims.html',
-                                                               *(f'api/{n}.html' for n in study.ROOMS)}
+                                                               *(f'api/{n}.html' for n in all_modules())}
     assert not [link for found in pages.values() for link in found.links if re.match(r'https?://[^/]*cdn', link)], 'the pages need no other server'

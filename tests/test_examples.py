@@ -5,7 +5,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from gac import study
+from gac.core.environment import sha256
+from gac.core.files import GacError, root
+from gac.data.examples import fetch_examples
 
 sha = lambda content: hashlib.sha256(content).hexdigest()
 
@@ -61,67 +63,67 @@ def registry(server):
 def files(folder): return sorted(p.relative_to(folder).as_posix() for p in folder.rglob('*') if p.is_file())
 
 def test_fetches_once(server, registry, tmp_path):
-    study.fetch_examples(tmp_path, server.url, registry=registry)
+    fetch_examples(tmp_path, server.url, registry=registry)
     whole = ['ben/S2/p1/p1_B02.tif', 'ben/metadata.parquet', 'bigearthnet_v2_official_metadata/m.parquet',
              'bigearthnet_v2_official_metadata/snow.parquet', 'tiles/S1/a.tif', 'tiles/S2/b.tif']
     assert files(tmp_path) == whole
     assert (tmp_path/'ben/S2/p1/p1_B02.tif').read_bytes() == b'chip'*500
     assert pd.read_parquet(tmp_path/'ben/metadata.parquet').patch_id.tolist() == ['p3', 'p1']
     asked = len(server.asked)
-    study.fetch_examples(tmp_path, server.url, registry=registry)
+    fetch_examples(tmp_path, server.url, registry=registry)
     assert len(server.asked) == asked, 'what is there and whole is not fetched again'
     (tmp_path/'tiles/S1/a.tif').write_bytes(b'damaged')
-    study.fetch_examples(tmp_path, server.url, only=['tiles'], registry=registry)
+    fetch_examples(tmp_path, server.url, only=['tiles'], registry=registry)
     assert server.asked[asked:] == ['/o/tiles/1/ex/a.tif'] and files(tmp_path) == whole
 
 def test_wrong_checksum(server, registry, tmp_path):
     server.files['/o/tiles/1/ex/b.tif'] = b'something else'
-    with pytest.raises(study.GacError, match='ex/b.tif: the file has another checksum'):
-        study.fetch_examples(tmp_path, server.url, registry=registry)
+    with pytest.raises(GacError, match='ex/b.tif: the file has another checksum'):
+        fetch_examples(tmp_path, server.url, registry=registry)
     assert files(tmp_path) == ['tiles/S1/a.tif'], 'the wrong file leaves nothing'
 
 def test_wrong_checksum_inside_an_archive(server, registry, tmp_path):
     registry['ben']['members']['S2/p1/p1_B02.tif'][1] = '0'*64
-    with pytest.raises(study.GacError, match='v1_B02.tif has another checksum'):
-        study.fetch_examples(tmp_path, server.url, only=['ben'], registry=registry)
+    with pytest.raises(GacError, match='v1_B02.tif has another checksum'):
+        fetch_examples(tmp_path, server.url, only=['ben'], registry=registry)
     assert files(tmp_path) == []
 
 def test_member_missing_from_the_archive(server, registry, tmp_path):
     registry['ben']['members']['S2/p1/p1_B03.tif'] = ['v1_B03.tif', '0'*64]
-    with pytest.raises(study.GacError, match='p1_B03.tif and 0 more were not inside'):
-        study.fetch_examples(tmp_path, server.url, only=['ben'], registry=registry)
+    with pytest.raises(GacError, match='p1_B03.tif and 0 more were not inside'):
+        fetch_examples(tmp_path, server.url, only=['ben'], registry=registry)
 
 def test_cut_connection_is_tried_again(server, registry, tmp_path):
     server.cuts = {'/o/tiles/1/ex/a.tif': 1, '/o/ben/2/x.tar.bz2': 1}
-    study.fetch_examples(tmp_path, server.url, registry=registry)
+    fetch_examples(tmp_path, server.url, registry=registry)
     assert (tmp_path/'tiles/S1/a.tif').read_bytes() == b'tile a'*999 and (tmp_path/'ben/S2/p1/p1_B02.tif').exists()
 
 def test_connection_that_stays_cut(server, registry, tmp_path, monkeypatch):
     monkeypatch.setattr('time.sleep', lambda s: None)
     server.cuts = {'/o/tiles/1/ex/b.tif': 99}
-    with pytest.raises(study.GacError, match='ex/b.tif: could not be fetched.*run the command again'):
-        study.fetch_examples(tmp_path, server.url, registry=registry)
+    with pytest.raises(GacError, match='ex/b.tif: could not be fetched.*run the command again'):
+        fetch_examples(tmp_path, server.url, registry=registry)
     assert files(tmp_path) == ['tiles/S1/a.tif'], 'what arrived stays, what broke leaves nothing'
     server.cuts, server.asked[:] = {}, []
-    study.fetch_examples(tmp_path, server.url, only=['tiles'], registry=registry)
+    fetch_examples(tmp_path, server.url, only=['tiles'], registry=registry)
     assert server.asked == ['/o/tiles/1/ex/b.tif'], 'only what is missing is fetched'
 
 def test_no_such_file_on_the_server(server, registry, tmp_path, monkeypatch):
     monkeypatch.setattr('time.sleep', lambda s: None)
     del server.files['/o/tiles/1/ex/a.tif']
-    with pytest.raises(study.GacError, match='ex/a.tif: could not be fetched'):
-        study.fetch_examples(tmp_path, server.url, only=['tiles'], registry=registry)
+    with pytest.raises(GacError, match='ex/a.tif: could not be fetched'):
+        fetch_examples(tmp_path, server.url, only=['tiles'], registry=registry)
 
 def test_no_network(registry, tmp_path, monkeypatch):
     monkeypatch.setattr('time.sleep', lambda s: None)
-    with pytest.raises(study.GacError, match='Is there a network'):
-        study.fetch_examples(tmp_path, 'http://127.0.0.1:9', only=['tiles'], registry=registry)
+    with pytest.raises(GacError, match='Is there a network'):
+        fetch_examples(tmp_path, 'http://127.0.0.1:9', only=['tiles'], registry=registry)
 
 def test_the_committed_registry_describes_the_real_chips(real_data):
     "Every file that would be fetched is the file the study has been tested on."
-    registry = yaml.safe_load((study.root()/'nbs/params/examples.yaml').read_text())
+    registry = yaml.safe_load((root()/'nbs/params/examples.yaml').read_text())
     for name, source in registry.items():
         listed = {to: digest for to, (_, digest) in source.get('files', source.get('members')).items()}
-        for to, digest in listed.items(): assert study.sha256(real_data/name/to) == digest, to
+        for to, digest in listed.items(): assert sha256(real_data/name/to) == digest, to
     rows = pd.read_parquet(real_data/'bigearthnet_v2/metadata.parquet')
     assert rows.patch_id.tolist() == registry['bigearthnet_v2']['rows']

@@ -7,10 +7,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from gac import explore, study
+from gac.core.files import GacError, root
+from gac.measure.widgets import attention_viewer, ERROR_TOP, tile_browser, training_monitor
+from gac.runner.execute import strip_widgets
+from gac.runner.parameters import notebook_parameters, read_notebook
+from gac.runner.plan import chain_notebooks
 
-ROOT = study.root()
-STAGES = study.chain_notebooks(ROOT/'nbs')
+ROOT = root()
+STAGES = chain_notebooks(ROOT/'nbs')
 VIEW = 'application/vnd.jupyter.widget-view+json'
 
 def pixels(explorer) -> np.ndarray: return plt.imread(io.BytesIO(explorer.image.value))[..., :3]
@@ -21,7 +25,7 @@ def browser():
     def tile(name):
         truth = np.full((4, 20, 20), .1*int(name))
         return {'radar': np.zeros((20, 20, 3)), 'opt_v1': truth + np.array([0, 0, 0, .05])[:, None, None], 'truth': truth}
-    return explore.tile_browser(['1', '2', '3'], tile, 'radar')
+    return tile_browser(['1', '2', '3'], tile, 'radar')
 
 def share_white(explorer) -> float:
     "Share of white in the middle row, within the axes of the image."
@@ -47,7 +51,7 @@ def test_error_is_of_the_bands_that_are_shown(browser):
     middle = tuple(n//2 for n in dark.shape[:2])
     assert dark[middle].sum() < .1 < bright[middle].sum()
     bar = browser.figure.axes[1]
-    assert bar.get_ylabel() == 'mean absolute error of B08, reflectance' and bar.get_ylim() == (0, explore.ERROR_TOP)
+    assert bar.get_ylabel() == 'mean absolute error of B08, reflectance' and bar.get_ylim() == (0, ERROR_TOP)
 
 @pytest.mark.parametrize('wrong, message', [
     (dict(tile='4'), "tile is '4', expected one of 1, 2, 3"), (dict(line=-.1), 'expected 0 to 1'),
@@ -55,25 +59,25 @@ def test_error_is_of_the_bands_that_are_shown(browser):
     (dict(til='1'), 'Did you mean tile?')])
 def test_out_of_range_is_refused_and_nothing_moves(browser, wrong, message):
     before, picture = browser.values, browser.image.value
-    with pytest.raises(study.GacError, match=re.escape(message)): browser.set(**wrong)
+    with pytest.raises(GacError, match=re.escape(message)): browser.set(**wrong)
     assert browser.values == before and browser.image.value == picture
 
 def test_a_saved_notebook_keeps_the_picture_and_no_dead_widget(browser):
     out = browser._repr_mimebundle_(include=None, exclude=None)
     assert VIEW in out and 'JupyterLab' in out['text/plain']
     assert plt.imread(io.BytesIO(base64.b64decode(out['image/jpeg'])), format='jpeg').shape[2] == 3
-    nb = study.still(dict(metadata=dict(widgets={}), cells=[dict(outputs=[dict(data=out), dict(text='printed')]), {}]))
+    nb = strip_widgets(dict(metadata=dict(widgets={}), cells=[dict(outputs=[dict(data=out), dict(text='printed')]), {}]))
     assert nb['metadata'] == {} and sorted(nb['cells'][0]['outputs'][0]['data']) == ['image/jpeg', 'text/plain']
 
 def test_training_is_watched_while_it_writes(tmp_path):
-    with pytest.raises(study.GacError, match='No training has written'): explore.training_monitor(tmp_path)
+    with pytest.raises(GacError, match='No training has written'): training_monitor(tmp_path)
     for place in ('stage2', 'stage3/head'):
         log = tmp_path/place/'curve'/'metrics.csv'
         log.parent.mkdir(parents=True)
         log.write_text('lr,step,train_loss,val_loss\n.1,1,3.,\n.1,2,2.,2.5\n')
     (tmp_path/'stage4'/'curve').mkdir(parents=True)
     (tmp_path/'stage4'/'curve'/'metrics.csv').touch()  # it has only just begun
-    monitor = explore.training_monitor(tmp_path, 'stage3')
+    monitor = training_monitor(tmp_path, 'stage3')
     assert monitor.controls['training'].options == ('stage2', 'stage3/head') and monitor.values['training'] == 'stage3/head'
     points = lambda: [line.get_xydata().tolist() for line in monitor.figure.axes[0].lines]
     assert points() == [[[1, 3], [2, 2]], [[2, 2.5]]]
@@ -84,7 +88,7 @@ def test_training_is_watched_while_it_writes(tmp_path):
 def test_attention_follows_query_and_layer():
     weights = np.full((2, 1, 16, 8), 1/8.)
     weights[1, 0, 5] = np.eye(8)[2]  # in layer 2 the query in row 1, column 1 reads one token of the radar
-    viewer = explore.attention_viewer(['a'], dict(on=weights), {k: np.zeros((1, 8, 8, 3)) for k in ('radar', 'opt_v2')}, 4)
+    viewer = attention_viewer(['a'], dict(on=weights), {k: np.zeros((1, 8, 8, 3)) for k in ('radar', 'opt_v2')}, 4)
     titles = lambda: [viewer.figure.axes[k].get_title() for k in (1, 3)]
     assert titles() == ['50% of the attention']*2
     viewer.set(layer='2', down=1, across=1)
@@ -92,13 +96,13 @@ def test_attention_follows_query_and_layer():
     assert viewer.figure.axes[1].images[0].get_array().tolist() == [[0, 0], [8, 0]]
 
 def test_import_is_light():
-    code = "import sys; from gac import explore; print(sorted({'torch', 'pandas', 'matplotlib', 'ipywidgets'} & set(sys.modules)))"
+    code = "import sys; import gac.measure.widgets; print(sorted({'torch', 'pandas', 'matplotlib', 'ipywidgets'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT).stdout.strip() == '[]'
 
-@pytest.mark.parametrize('name', ['01_world', '02_tiles', '07_stage1', '08_stage2', '09_stage3', '10_evaluate', '10_trust',
-                                  'explore'])
+@pytest.mark.parametrize('name', ['01_world', '02_tiles', '07_stage1', '08_stage2', '09_stage3', '11_evaluate', '13_trust',
+                                  'lib/measure/widgets'])
 def test_notebook_ends_with_something_to_explore(name):
-    cells = [c for c in study.read_notebook(ROOT/'nbs'/f'{name}.ipynb')['cells'] if c['cell_type'] == 'code']
+    cells = [c for c in read_notebook(ROOT/'nbs'/f'{name}.ipynb')['cells'] if c['cell_type'] == 'code']
     data = [o['data'] for c in cells[-3:] for o in c['outputs'] if 'image/jpeg' in o.get('data', {})]
     assert data and all('JupyterLab' in ''.join(d['text/plain']) for d in data)
 
@@ -106,8 +110,8 @@ WITH_PARAMETERS = [*STAGES, ROOT/'nbs'/'pretrain_mini.ipynb']
 
 def test_the_other_notebooks_have_no_parameters():
     others = set((ROOT/'nbs').glob('*.ipynb')) - set(WITH_PARAMETERS)
-    assert {p.stem for p in others} == {'bench', 'cli', 'explore', 'given', 'index', 'stream'}
-    for p in others: assert not [c for c in study.read_notebook(p)['cells'] if 'parameters' in c['metadata'].get('tags', [])], p
+    assert {p.stem for p in others} == {'index'}
+    for p in others: assert not [c for c in read_notebook(p)['cells'] if 'parameters' in c['metadata'].get('tags', [])], p
 
 @pytest.mark.parametrize('path', WITH_PARAMETERS, ids=lambda p: p.stem)
 def test_papermill_tells_the_parameters(path):
@@ -115,7 +119,7 @@ def test_papermill_tells_the_parameters(path):
     from click.testing import CliRunner
     from papermill.cli import papermill
     from papermill.inspection import inspect_notebook
-    told, declared = inspect_notebook(str(path)), study.notebook_parameters(path)
+    told, declared = inspect_notebook(str(path)), notebook_parameters(path)
     assert list(told) == list(declared)
     for name, p in told.items():
         assert (p['inferred_type_name'], p['default'] != '') == (declared[name].kind, True) and len(p['help']) > 3, p
@@ -180,7 +184,7 @@ def test_slider_changes_the_picture_in_jupyterlab(lab, page):
     page.goto(f'{lab.url}/lab?token={lab.token}')
     page.get_by_role('listitem', name=re.compile('07_stage1.ipynb')).first.wait_for()
     page.screenshot(path=pictures/'1-opened.png')
-    page.goto(f'{lab.url}/lab/tree/explore.ipynb')
+    page.goto(f'{lab.url}/lab/tree/lib/measure/widgets.ipynb')
     page.locator('.jp-Notebook .jp-Cell').first.wait_for()
     page.get_by_text('Python 3').or_(page.get_by_text('python3')).first.wait_for()
     page.locator('.lm-MenuBar-item', has_text='Run').click()

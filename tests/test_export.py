@@ -1,5 +1,5 @@
 "Files a GIS opens, and scenes of any size: what comes out, what a stop leaves, what is refused."
-import json, os, signal, socket, subprocess, sys, time
+import dataclasses, json, os, signal, socket, subprocess, sys, time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -7,9 +7,29 @@ import numpy as np
 import pytest
 from PIL import Image
 import rasterio
-from gac import cli, evaluate, export, stage1, stage2, stage3, study, tiles
-from gac.export import NODATA, Tiling, cog_faults, export_tiles, infer_scene, open_scene
-from gac.study import GacError, OPT_BANDS
+from gac.cli import main
+from gac.core.files import GacError
+from gac.core.vocabulary import OPT_BANDS
+from gac.data.arrays import tile_arrays, to_dn
+from gac.data.convert import convert
+from gac.data.store import Store
+from gac.evaluation.methods import grounder
+from gac.measure.panels import white_of
+from gac.models.decoding import Decoding
+from gac.products.blocks import draw_block
+from gac.products.chain import introduce, SceneChain
+from gac.products.cog import cog_faults, NODATA, OPTICAL, write_cog
+from gac.products.infer import _alone, infer_scene, scene_figure, SPREAD
+from gac.products.infer_tiles import AS_DRAWN, decoding_for, generator_for, infer_tiles
+from gac.products.scene import open_scene
+from gac.products.seams import seam_excess
+from gac.products.tiles import export_tiles, ExportShelf
+from gac.products.tiling import Tiling
+from gac.stages.commands import keep_decoding
+from gac.stages.grounding import build_stage3_model
+from gac.stages.stage3 import save_stage3
+from gac.stages.tileset import derived_store, stage1_settings
+from swapping import swap
 
 sys.path.insert(0, str(Path(__file__).parent))
 import export_chains as chains
@@ -21,13 +41,13 @@ SMALL = Tiling(48, 16, 96)
 def no_waiting_for_the_disk(monkeypatch): monkeypatch.setattr(os, 'fsync', lambda fd: None)
 
 @pytest.fixture(scope='module')
-def chain(): return export.Chain()
+def chain(): return SceneChain()
 
 @pytest.fixture(scope='module')
 def store(tmp_path_factory):
     "Three tiles with two stages."
     path = tmp_path_factory.mktemp('store')
-    s = tiles.Store.create(path/'s', tiles.tile_arrays(48, extra=()), dict(s1_product='S1GRD'))
+    s = Store.create(path/'s', tile_arrays(48, extra=()), dict(s1_product='S1GRD'))
     s.append([dict(id=f't.{i}', s1=layouts.radar(i, 48), s2=layouts.optical(i, 48), crs='EPSG:32629',
                    transform=(10, 0, 6e5 + 480*i, 0, -10, 5.8e6), split=('train', 'test', 'test')[i],
                    date='2017-06-17T11:33:21', month=6) for i in range(3)])
@@ -96,7 +116,7 @@ def test_every_file_has_a_style_of_true_colours(store, tmp_path):
             assert (kind, {k: f.descriptions[i - 1].split()[0]
                            for k, i in bands.items()}) == ('multibandcolor', dict(red='B04', green='B03', blue='B02'))
             x = f.read([3, 2, 1])*1e-4
-        low, high = np.percentile(x, (2, 98)) if product == 'error' else (0, stage1.white_of(x[None]))  # as the picture beside it
+        low, high = np.percentile(x, (2, 98)) if product == 'error' else (0, white_of(x[None]))  # as the picture beside it
         if product == 'error': low, high = -max(-low, high), max(-low, high)  # no error is mid-grey
         np.testing.assert_allclose(stretches, [(low, high)]*3, rtol=1e-3)
     kind, bands, stretches = shown(tmp_path/'s1'/'t.1.tif')
@@ -104,27 +124,27 @@ def test_every_file_has_a_style_of_true_colours(store, tmp_path):
     np.testing.assert_allclose(stretches, [np.percentile(store.read('s1', [1])[0, 0], (2, 98))], rtol=1e-3)
 
 def test_a_style_survives_files_without_data_and_goes_with_a_file_that_cannot_be_written(tmp_path, monkeypatch):
-    layer = export.replace(export.OPTICAL, bands=(*OPT_BANDS, export.SPREAD))
+    layer = dataclasses.replace(OPTICAL, bands=(*OPT_BANDS, SPREAD))
     x = np.full((5, 48, 48), NODATA, 'int16')
-    assert shown(export.write_cog(tmp_path/'empty.tif', x, layer)) == ('multibandcolor', dict(red=3, green=2, blue=1), [(0, 1)]*3)
+    assert shown(write_cog(tmp_path/'empty.tif', x, layer)) == ('multibandcolor', dict(red=3, green=2, blue=1), [(0, 1)]*3)
     x[:, 9:] = 700
-    low, high = shown(export.write_cog(tmp_path/'flat.tif', x, layer))[2][0]
+    low, high = shown(write_cog(tmp_path/'flat.tif', x, layer))[2][0]
     assert (low, high) == (0, .1)  # a dull scene stays dull
     replace = os.replace
     def full(src, dst):
         if str(dst).endswith('.tif'): raise OSError(28, 'No space left on device')
         return replace(src, dst)
     monkeypatch.setattr(os, 'replace', full)
-    with pytest.raises(GacError, match='x.tif: cannot be written'): export.write_cog(tmp_path/'x.tif', x, layer)
+    with pytest.raises(GacError, match='x.tif: cannot be written'): write_cog(tmp_path/'x.tif', x, layer)
     assert not list(tmp_path.glob('*x.*'))
 
 def test_export_goes_on_where_it_was(store, tmp_path, monkeypatch):
-    write, count = export.write_cog, [0]
+    write, count = write_cog, [0]
     def stops(*args):
         count[0] += 1
         if count[0] == 4: raise KeyboardInterrupt
         return write(*args)
-    monkeypatch.setattr(export, 'write_cog', stops)
+    swap(monkeypatch, 'gac.products.cog', 'write_cog', stops)
     with pytest.raises(KeyboardInterrupt): export_tiles(store, tmp_path/'a', ('s1', 'opt_v1'))
     monkeypatch.undo()
     damaged = tmp_path/'a'/'s1'/'t.0.tif'
@@ -137,25 +157,25 @@ def test_export_goes_on_where_it_was(store, tmp_path, monkeypatch):
     assert tree(tmp_path/'a') == tree(tmp_path/'b')  # and nothing half-written lies about
 
 def test_another_model_does_not_overwrite(store, tmp_path):
-    other = stage1.companion(store, tmp_path/'other')
+    other = derived_store(store, tmp_path/'other')
     other.ensure_array('opt_v1', (4, 48, 48), 'int16', dict(bands=list(OPT_BANDS), model='another', seed=5))
     other.write('opt_v1', [0, 1, 2], np.zeros((3, 4, 48, 48), 'int16'))
     other.close()
     export_tiles(store, tmp_path/'out', ('opt_v1',))
-    shelf = export.Shelf
+    shelf = ExportShelf
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(export, 'Shelf', lambda store, stages: shelf(other if stages else store))
+        swap(m, 'gac.products.tiles', 'ExportShelf', lambda store, stages: shelf(other if stages else store))
         with pytest.raises(GacError, match='opt_v1.t.0.tif was made by another model.*--overwrite'):
             export_tiles(store, tmp_path/'out', ('opt_v1',), [other])
     with rasterio.open(tmp_path/'out'/'opt_v1'/'t.0.tif') as f: assert f.tags()['GAC_MODEL'] == 'terramind_mini_generate'
 
 def test_the_command_exports_stages_from_their_folder(store, tmp_path, capsys):
-    other = stage1.companion(store, tmp_path/'other')
+    other = derived_store(store, tmp_path/'other')
     other.ensure_array('opt_v3', (4, 48, 48), 'int16', dict(bands=list(OPT_BANDS), model=dict(name='terramind_mini_generate'),
                                                             weights={}, trained='cafe', source=dict(store.arrays['opt_v2'].attrs)))
     other.write('opt_v3', [0, 1], np.zeros((2, 4, 48, 48), 'int16'))
     other.close()
-    assert cli.main(['export', '--data-dir', str(store.path), '--stage3-dir', str(tmp_path/'other'), '--output-dir',
+    assert main(['export', '--data-dir', str(store.path), '--stage3-dir', str(tmp_path/'other'), '--output-dir',
                      str(tmp_path/'out'), '--products', 'opt_v3,error', '--ids', 't.1']) == 0
     assert 'written 2' in capsys.readouterr().out and sorted(p.name for p in (tmp_path/'out').rglob('*.tif')) == ['t.1.tif']*2
     with rasterio.open(tmp_path/'out'/'error'/'t.1.tif') as f:
@@ -181,7 +201,7 @@ def test_output_that_cannot_be_written(store, tmp_path):
     source = scene(tmp_path/'s1.tif')
     for call in (lambda: export_tiles(store, tmp_path/'file'/'below'),
                  lambda: infer_scene(source, tmp_path/'file'/'o.tif', chains.Grey(), SMALL),
-                 lambda: export.infer_tiles(store.path, tmp_path/'file', chains.of)):
+                 lambda: infer_tiles(store.path, tmp_path/'file', chains.of)):
         with pytest.raises(GacError, match='cannot be written to .*Give another output'): call()
     if os.name == 'posix' and os.geteuid():
         (tmp_path/'locked').mkdir(mode=0o500)
@@ -200,7 +220,7 @@ def test_a_scene_keeps_its_place_and_its_holes(tmp_path):
     assert (report['blocks'] == 4 and report['month'] == 7 and cog_faults(tmp_path/'o.tif') == []
             and (tmp_path/'o.png').stat().st_size > 5000)
     with Image.open(tmp_path/'o.png') as picture: assert picture.width >= 1200  # px
-    axes = export.scene_figure(open_scene(tmp_path/'s1.tif'), tmp_path/'o.tif').axes
+    axes = scene_figure(open_scene(tmp_path/'s1.tif'), tmp_path/'o.tif').axes
     assert [ax.get_xlabel() for ax in axes[:4]] == ['km']*4 and all(ax.get_title() for ax in axes[:4])
     assert [ax.get_ylabel() for ax in axes[4:]] == ['reflectance of each band']*2 + ['reflectance']  # the scales
     missing = np.zeros((130, 170), bool)
@@ -263,45 +283,45 @@ def test_what_a_scene_does_not_tell_is_said(tmp_path, capsys):
 @pytest.mark.parametrize('option, said', [('stage2', 'refiner.safetensors is missing: expected the output of gac train-stage2'),
                                           ('stage3', 'grounding.safetensors is missing: expected the output of gac train-stage3')])
 def test_a_folder_without_a_checkpoint_says_what_makes_one(tmp_path, capsys, option, said):
-    assert cli.main(['infer', str(scene(tmp_path/'s1.tif')), str(tmp_path/'o.tif'), f'--{option}-checkpoint', str(tmp_path)]) == 2
+    assert main(['infer', str(scene(tmp_path/'s1.tif')), str(tmp_path/'o.tif'), f'--{option}-checkpoint', str(tmp_path)]) == 2
     assert said in capsys.readouterr().err
 
 def test_stage1_draws_as_stage2_was_trained(tmp_path, capsys):
     "The decoding a training wrote down; another one is refused."
     for none, said in (('', False), (tmp_path, True)):
-        assert export.decoding_for(none) == stage1.Decoding(1, 'expected')
+        assert decoding_for(none) == Decoding(1, 'expected')
         assert ('stage1.json is not beside them' in capsys.readouterr().out) == said
-    assert str(export.decoding_for('', 3, 'argmax', 'off')) == 'argmax, 3 steps, no clamp'
-    drawn = stage1.Decoding(4, 'sample', 'off', 2)
-    file = stage2.keep_decoding(tmp_path, dict(asdict(drawn), model='another fact of the array'))
+    assert str(decoding_for('', 3, 'argmax', 'off')) == 'argmax, 3 steps, no clamp'
+    drawn = Decoding(4, 'sample', 'off', 2)
+    file = keep_decoding(tmp_path, dict(asdict(drawn), model='another fact of the array'))
     capsys.readouterr()
-    assert export.decoding_for(tmp_path) == export.decoding_for(tmp_path/'refiner.safetensors') == drawn
-    assert export.decoding_for(tmp_path, 4, 'sample') == drawn and capsys.readouterr().out == ''
+    assert decoding_for(tmp_path) == decoding_for(tmp_path/'refiner.safetensors') == drawn
+    assert decoding_for(tmp_path, 4, 'sample') == drawn and capsys.readouterr().out == ''
     for asked in (dict(timesteps=1), dict(tokens='argmax'), dict(clamp='pretraining')):
-        with pytest.raises(GacError, match='trained on images drawn otherwise .*leave --' + next(iter(asked))): export.decoding_for(tmp_path, **asked)
+        with pytest.raises(GacError, match='trained on images drawn otherwise .*leave --' + next(iter(asked))): decoding_for(tmp_path, **asked)
     for bad in ('{', '[]', '{"timesteps": 1}', json.dumps(asdict(drawn) | dict(timesteps='4'))):
         file.write_text(bad)
-        with pytest.raises(GacError, match='stage1.json does not say how Stage 1 drew'): export.decoding_for(tmp_path)
+        with pytest.raises(GacError, match='stage1.json does not say how Stage 1 drew'): decoding_for(tmp_path)
     file.write_text(json.dumps(asdict(drawn) | dict(tokens='best')))
-    with pytest.raises(GacError, match="stage1.json: tokens is 'best'"): export.decoding_for(tmp_path)
-    assert stage2.keep_decoding(tmp_path, dict(model='another program')) is None and export.decoding_for(tmp_path) == stage1.Decoding(1, 'expected')
+    with pytest.raises(GacError, match="stage1.json: tokens is 'best'"): decoding_for(tmp_path)
+    assert keep_decoding(tmp_path, dict(model='another program')) is None and decoding_for(tmp_path) == Decoding(1, 'expected')
 
 def test_stage1_draws_with_the_generator_of_the_checkpoints(tmp_path, chain):
     "The generator, weights and precision that are written beside a checkpoint; another one is refused."
-    made = stage1.settings(chain.generator, chain.decoding, 0)
-    stage2.keep_decoding(tmp_path, made)
-    name, drawn = export.generator_for(tmp_path)
+    made = stage1_settings(chain.generator, chain.decoding, 0)
+    keep_decoding(tmp_path, made)
+    name, drawn = generator_for(tmp_path)
     assert (name, drawn) == ('terramind_mini_generate', {k: made[k] for k in ('model', 'weights', 'precision')})
-    assert export.generator_for('', '', '') == ('terramind_mini_generate', {}) and export.generator_for('', '', 'x') == ('x', {})
+    assert generator_for('', '', '') == ('terramind_mini_generate', {}) and generator_for('', '', 'x') == ('x', {})
     with pytest.raises(GacError, match='--name terramind_v1_large_generate: .* drawn by terramind_mini_generate. Leave --name out'):
-        export.generator_for(tmp_path, '', 'terramind_v1_large_generate')
-    stage2.keep_decoding(tmp_path, made | dict(model='terramind_v1_large_generate'))
-    assert export.generator_for(tmp_path)[0] == 'terramind_v1_large_generate'  # never the miniature in its place
-    stage2.keep_decoding(tmp_path, made | dict(decoder='direct'))
-    with pytest.raises(GacError, match='--direct'): export.generator_for(tmp_path)
-    export.Chain(drawn=drawn)
-    with pytest.raises(GacError, match='trained on images drawn with x.pt .0123.*--weights'): export.Chain(drawn=drawn | dict(weights={'x.pt': '0123'}))
-    assert export.Chain(drawn=drawn | dict(precision='bf16-true, compiled')).generator.precision == 'bf16-true'
+        generator_for(tmp_path, '', 'terramind_v1_large_generate')
+    keep_decoding(tmp_path, made | dict(model='terramind_v1_large_generate'))
+    assert generator_for(tmp_path)[0] == 'terramind_v1_large_generate'  # never the miniature in its place
+    keep_decoding(tmp_path, made | dict(decoder='direct'))
+    with pytest.raises(GacError, match='--direct'): generator_for(tmp_path)
+    SceneChain(drawn=drawn)
+    with pytest.raises(GacError, match='trained on images drawn with x.pt .0123.*--weights'): SceneChain(drawn=drawn | dict(weights={'x.pt': '0123'}))
+    assert SceneChain(drawn=drawn | dict(precision='bf16-true, compiled')).generator.precision == 'bf16-true'
 
 WRONG = {'one band': (dict(change=lambda x: x[:1], names=()), 'gdal_merge.py -separate'),
          'three bands': (dict(change=lambda x: np.concatenate([x, x[:1]]), names=()), '3 bands without names'),
@@ -340,7 +360,7 @@ def test_blocks_of_another_scene_or_model_are_refused(tmp_path):
     with pytest.raises(GacError, match='begun with other tiling.*--overwrite'):
         infer_scene(source, tmp_path/'o.tif', chains.Grey(), Tiling(48, 8, 96))
     with pytest.raises(GacError, match='begun with other steps'): infer_scene(source, tmp_path/'o.tif', chains.Mirror(), SMALL)
-    with export._alone(tmp_path/'o.tif.parts'):
+    with _alone(tmp_path/'o.tif.parts'):
         with pytest.raises(GacError, match='another process'): infer_scene(source, tmp_path/'o.tif', chains.Grey(), SMALL)
     infer_scene(source, tmp_path/'o.tif', chains.Mirror(), SMALL, overwrite=True)
     assert not (tmp_path/'o.tif.parts').exists()
@@ -383,45 +403,46 @@ def test_a_killed_run_ends_on_the_bytes_of_an_unbroken_one(tmp_path):
 def test_seams_are_measured_and_blending_takes_them_away(tmp_path):
     opened, r = open_scene(scene(tmp_path/'s1.tif', 240, 240)), np.random.default_rng(0)
     texture = r.normal(0, .01, (4, 240, 240))
-    measured = {o: export.seam_excess(texture + 1e-4*export.draw_block(opened, (0, 0, 240, 240), chains.Grey(), Tiling(48, o)),
+    measured = {o: seam_excess(texture + 1e-4*draw_block(opened, (0, 0, 240, 240), chains.Grey(), Tiling(48, o)),
                                       Tiling(48, o)) for o in (0, 24)}
     assert measured[0]['excess'] > 1 > 10*abs(measured[0]['hi']) and abs(measured[24]['excess']) < .05*measured[0]['excess']
-    none = export.seam_excess(texture, Tiling(48, 24))
+    none = seam_excess(texture, Tiling(48, 24))
     assert none['lo'] - .02 < none['excess'] < none['hi'] + .02
 
 # ---- gac infer: the trained chain ------------------------------------------------------------------------------------------------
 
 def test_a_tile_of_a_scene_does_not_depend_on_its_neighbours(chain, tmp_path):
     opened = open_scene(scene(tmp_path/'s1.tif', 150, 150))
-    one, many = (export.draw_block(opened, (0, 0, 150, 150), chain, Tiling(64, 16), 7, 4, batch_size=n).astype(int)
+    one, many = (draw_block(opened, (0, 0, 150, 150), chain, Tiling(64, 16), 7, 4, batch_size=n).astype(int)
                  for n in (1, 5))
     assert np.abs(one - many).max() <= 1  # rounding of floats alone
     r = opened.read(0, 0, 64, 64)[None]
     batch = dict(id=['0,0'], s1=r, month=np.array([7]), biome=np.array([4]))
-    corner = tiles.to_dn(chain(batch)['opt_v1'][0])
+    corner = to_dn(chain(batch)['opt_v1'][0])
     assert np.abs(one[:, :48, :48] - corner[:, :48, :48]).max() <= 1  # where no other tile is, it is the tile itself
 
 def test_the_command_on_a_scene_and_on_tiles(store, tmp_path, capsys):
     source = scene(tmp_path/'s1.tif', 100, 90)
     args = ['--tile-size', '64', '--overlap', '16', '--uncertainty', '2', '--visualise']
-    assert cli.main(['infer', str(source), str(tmp_path/'o.tif'), *args]) == 0
+    assert main(['infer', str(source), str(tmp_path/'o.tif'), *args]) == 0
     with rasterio.open(tmp_path/'o.tif') as f:
         x, tags = f.read(), f.tags()
         assert f.count == 5 and (x[4] > 0).all() and tags['GAC_MODEL'] == 'terramind_mini_generate' and json.loads(tags['GAC_WEIGHTS'])
     assert (tmp_path/'o.png').exists()
     capsys.readouterr()
     for said in ('drawn 2', 'drawn 0'):
-        assert cli.main(['infer', str(store.path), str(tmp_path/'tiles'), '--split', 'test', '--visualise']) == 0
+        assert main(['infer', str(store.path), str(tmp_path/'tiles'), '--split', 'test', '--visualise']) == 0
         assert said in capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path/'tiles').rglob('*.*')) == ['panels.png', 't.1.qml', 't.1.tif', 't.2.qml', 't.2.tif']
     with rasterio.open(tmp_path/'tiles'/'opt_v1'/'t.2.tif') as f:
         assert f.tags()['GAC_ID'] == 't.2' and tuple(f.transform)[:6] == (10, 0, 6e5 + 960, 0, -10, 5.8e6)
-    assert cli.main(['infer', str(tmp_path/'nowhere.tif'), str(tmp_path/'p.tif')]) == 2 or 'nothing here' in capsys.readouterr().err
+    assert main(['infer', str(tmp_path/'nowhere.tif'), str(tmp_path/'p.tif')]) == 2 or 'nothing here' in capsys.readouterr().err
 
 PEAK = """
 import sys; sys.path.insert(0, sys.argv[1])
 import export_chains
-from gac.export import *
+from gac.products.infer import infer_scene
+from gac.products.tiling import Tiling
 peak = lambda: int(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])/1024
 before = peak()
 infer_scene(sys.argv[2], sys.argv[3], export_chains.Grey(), Tiling(120, 40, 480))
@@ -451,7 +472,7 @@ def test_memory_does_not_grow_with_the_scene(tmp_path):
 
 # ---- stages of one chain ----------------------------------------------------------------------------------------------
 
-DRAWN = dict(asdict(stage1.Decoding(1, 'expected')), model='terramind_mini_generate', weights={'a.pt': '01'}, precision='32-true')
+DRAWN = dict(asdict(Decoding(1, 'expected')), model='terramind_mini_generate', weights={'a.pt': '01'}, precision='32-true')
 
 @pytest.mark.parametrize('differs, said', [(dict(timesteps=10), '10 steps'), (dict(tokens='sample'), 'sampled'),
                                            (dict(model='terramind_v1_large_generate'), 'terramind_v1_large_generate'),
@@ -459,12 +480,12 @@ DRAWN = dict(asdict(stage1.Decoding(1, 'expected')), model='terramind_mini_gener
 def test_stages_of_two_chains_do_not_draw_together(tmp_path, differs, said):
     "What is written beside Stage 3's checkpoint counts as much as what is beside Stage 2's."
     two, three = tmp_path/'two', tmp_path/'three'
-    stage2.keep_decoding(two, DRAWN), stage2.keep_decoding(three, DRAWN)
-    def both(): return export.decoding_for(two, stage3_checkpoint=three), export.generator_for(two, three)[0]
-    assert both() == (stage1.Decoding(1, 'expected'), 'terramind_mini_generate')
-    stage2.keep_decoding(three, DRAWN | dict(precision='bf16-true'))
+    keep_decoding(two, DRAWN), keep_decoding(three, DRAWN)
+    def both(): return decoding_for(two, stage3_checkpoint=three), generator_for(two, three)[0]
+    assert both() == (Decoding(1, 'expected'), 'terramind_mini_generate')
+    keep_decoding(three, DRAWN | dict(precision='bf16-true'))
     assert both()[1] == 'terramind_mini_generate', 'another precision draws the same images but for rounding'
-    stage2.keep_decoding(three, DRAWN | differs)
+    keep_decoding(three, DRAWN | differs)
     with pytest.raises(GacError, match=f'three.*{said}'): both()
 
 @pytest.mark.parametrize('stage', [2, 3])
@@ -473,11 +494,11 @@ def test_a_stage_is_not_given_images_of_another_generator(store, tmp_path, capsy
     made = store.arrays['opt_v1'].attrs
     said = {k: made[k] for k in ('model', 'weights', 'timesteps', 'tokens', 'clamp', 'n_samples')}
     folder = tmp_path/'checkpoint'
-    run = lambda: (cli.main([f'precompute-stage{stage}', '--data-dir', str(store.path), f'--stage{stage}-checkpoint', str(folder)]), capsys.readouterr().err)
-    stage2.keep_decoding(folder, said | dict(timesteps=10, model='terramind_v1_large_generate'))
+    run = lambda: (main([f'precompute-stage{stage}', '--data-dir', str(store.path), f'--stage{stage}-checkpoint', str(folder)]), capsys.readouterr().err)
+    keep_decoding(folder, said | dict(timesteps=10, model='terramind_v1_large_generate'))
     code, err = run()
     assert code == 2 and 'model terramind_v1_large_generate, here terramind_mini_generate; timesteps 10, here 1' in err and 'gac precompute' in err
-    stage2.keep_decoding(folder, said)
+    keep_decoding(folder, said)
     assert 'is missing' in run()[1], 'there is no model here, and that is all that is wrong'
 
 def test_both_trainings_of_the_chain_write_down_how_their_images_were_drawn():
@@ -487,31 +508,31 @@ def test_both_trainings_of_the_chain_write_down_how_their_images_were_drawn():
 def test_stage3_reads_the_product_of_the_tiles_and_the_weights_that_are_named(tmp_path, monkeypatch, capsys):
     "As gac infer does: a Stage 3 that was trained on S1GRD reads S1RTC by TerraMind's own embedding of it."
     layouts.geotiff(tmp_path/'c', 1, 32, product='S1RTC', dem=False)
-    tiles.convert(tmp_path/'c', tmp_path/'s', size=32)
-    place = tiles.Store(tmp_path/'s')
+    convert(tmp_path/'c', tmp_path/'s', size=32)
+    place = Store(tmp_path/'s')
     place.ensure_array('opt_v2', (4, 32, 32), 'int16', dict(trained='beef'))
     with place: place.write('opt_v2', [0], layouts.optical(5, 32, 4).astype('int16')[None])
-    model = stage3.build_stage3_model()
-    stage3.save_stage3(model, tmp_path/'three', {})
-    assert cli.main(['precompute-stage3', '--data-dir', str(tmp_path/'s'), '--stage3-checkpoint', str(tmp_path/'three')]) == 0
+    model = build_stage3_model()
+    save_stage3(model, tmp_path/'three', {})
+    assert main(['precompute-stage3', '--data-dir', str(tmp_path/'s'), '--stage3-checkpoint', str(tmp_path/'three')]) == 0
     place.refresh()
     assert place.arrays['opt_v3'].attrs['model']['radar'] == 'S1RTC'
-    asked, build = [], stage3.build_stage3_model
-    monkeypatch.setattr(stage3, 'build_stage3_model', lambda *a, weights='', **k: asked.append(weights) or build(*a, **k))
-    evaluate.grounder(tmp_path/'three', 'S1RTC', weights='somewhere')
+    asked, build = [], build_stage3_model
+    swap(monkeypatch, 'gac.stages.grounding', 'build_stage3_model', lambda *a, weights='', **k: asked.append(weights) or build(*a, **k))
+    grounder(tmp_path/'three', 'S1RTC', weights='somewhere')
     assert asked == ['somewhere']*2
 
 def test_stage3_without_stage2_says_what_it_was_trained_on(tmp_path, chain):
-    stage3.save_stage3(stage3.build_stage3_model(), tmp_path/'three', {})
-    alone = export.Chain('', tmp_path/'three')
-    assert any('trained on images of Stage 2 and is given those of Stage 1' in line for line in export.introduce(alone, '', tmp_path/'three'))
+    save_stage3(build_stage3_model(), tmp_path/'three', {})
+    alone = SceneChain('', tmp_path/'three')
+    assert any('trained on images of Stage 2 and is given those of Stage 1' in line for line in introduce(alone, '', tmp_path/'three'))
 
 def test_a_training_is_refused_its_folder_before_a_model_is_built(store, tmp_path, monkeypatch, capsys):
     (tmp_path/'file').touch()
-    for room, name in ((stage2, 'load_stage2'), (stage2, 'build_prithvi_refiner'), (stage3, 'build_stage3_model')):
-        monkeypatch.setattr(room, name, lambda *a, **k: pytest.fail('a model was built'))
+    for room, name in (('gac.stages.stage2', 'load_stage2'), ('gac.stages.refiner', 'build_prithvi_refiner'), ('gac.stages.grounding', 'build_stage3_model')):
+        swap(monkeypatch, room, name, lambda *a, **k: pytest.fail('a model was built'))
     for stage, more in ((2, []), (3, ['--stage2-checkpoint', str(tmp_path)])):
-        assert cli.main([f'train-stage{stage}', '--data-dir', str(store.path), '--output-dir', str(tmp_path/'file'/'out'), *more]) == 2
+        assert main([f'train-stage{stage}', '--data-dir', str(store.path), '--output-dir', str(tmp_path/'file'/'out'), *more]) == 2
         assert f'{tmp_path/"file"}: cannot be written to' in capsys.readouterr().err
 
 def test_tiles_are_written_as_they_were_drawn_and_that_is_said(store, tmp_path, capsys):
@@ -519,9 +540,9 @@ def test_tiles_are_written_as_they_were_drawn_and_that_is_said(store, tmp_path, 
     class Third(chains.Grey):
         output = 'opt_v3'
         def __call__(self, batch, sampled=False): return dict(opt_v3=.2 + .004*(np.indices((len(batch['s1']), 4, *batch['s1'].shape[2:])).sum(0) % 2).astype('float32'))
-    export.infer_tiles(store.path, tmp_path/'tiles', lambda product: Third(), max_tiles=1)
-    assert export.AS_DRAWN in capsys.readouterr().out
+    infer_tiles(store.path, tmp_path/'tiles', lambda product: Third(), max_tiles=1)
+    assert AS_DRAWN in capsys.readouterr().out
     with rasterio.open(next((tmp_path/'tiles'/'opt_v3').glob('*.tif'))) as f: assert set(np.unique(f.read())) == {2000, 2040}
     infer_scene(scene(tmp_path/'s1.tif', 60, 60), tmp_path/'o.tif', Third(), Tiling(48, 16, 96, notch=True))
     with rasterio.open(tmp_path/'o.tif') as f: assert np.ptp(f.read()) <= 1
-    assert export.AS_DRAWN not in capsys.readouterr().out
+    assert AS_DRAWN not in capsys.readouterr().out

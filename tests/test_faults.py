@@ -6,17 +6,44 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from gac import export, nyc, stage1, stage2, stage3, study, tiles, training
+from odc.geo.geobox import GeoBox
+
+from gac.core.files import GacError
+from gac.core.run import start_run
+from gac.core.tensors import read_safetensors, read_torch
+from gac.core.vocabulary import OPT_BANDS
+from gac.data.arrays import to_dn, to_reflectance
+from gac.data.convert import convert
+from gac.data.store import Store
+from gac.data.stores import from_world
+from gac.measure.tables import stored_method
+from gac.nyc import chips
+from gac.nyc.chips import save_geotiff
+from gac.nyc.thoughts import anywhere_grid
+from gac.products.cog import write_cog
+from gac.products.infer import infer_scene
+from gac.products.tiles import export_tiles
+from gac.products.tiling import Tiling
+from gac.runner.chain import run_chain
+from gac.runner.parameters import read_notebook
+from gac.stages.datasets import Pairs, Triples
+from gac.stages.grounding import build_stage3_model
+from gac.stages.refiner import build_prithvi_refiner
+from gac.stages.stage1 import build_terramind_generator, precompute_stage1
+from gac.stages.stage2 import train_stage2
+from gac.stages.stage3 import train_stage3
+from gac.stages.tileset import derived_store
+from gac.training.fit import export_best, fit_model
+from gac.training.settings import Settings
+from swapping import swap
 import rasterio
-from gac.metrics import read_torch
-from gac.study import GacError, OPT_BANDS
 
 sys.path.insert(0, str(Path(__file__).parent))
 import export_chains as chains
 import faults_disk as faults
 import tiles_layouts as layouts
 
-BRIEF = training.Settings(lr=1e-3, max_steps=8, batch_size=2, grad_accum_steps=1, val_every=2, save_every=2, early_stopping=False,
+BRIEF = Settings(lr=1e-3, max_steps=8, batch_size=2, grad_accum_steps=1, val_every=2, save_every=2, early_stopping=False,
                           log_every=1, warmup=0., accelerator='cpu')
 SMALL = dict(width=16, depth=1)
 
@@ -27,14 +54,14 @@ def no_waiting_for_the_disk(monkeypatch): monkeypatch.setattr(os, 'fsync', lambd
 def given(tmp_path_factory) -> types.SimpleNamespace:
     "What the writers are given: tiles with the images of the first stages, models, files of every layout."
     home = tmp_path_factory.mktemp('given')
-    store = tiles.from_world(home/'tiles', 4, 2, 2, size=48, shard=4)
-    dim = tiles.to_dn(tiles.to_reflectance(store.read('s2', slice(None), OPT_BANDS))*.8 + .02)
+    store = from_world(home/'tiles', 4, 2, 2, size=48, shard=4)
+    dim = to_dn(to_reflectance(store.read('s2', slice(None), OPT_BANDS))*.8 + .02)
     for name in ('opt_v1', 'opt_v2'):
         store.ensure_array(name, dim.shape[1:], 'int16', dict(bands=list(OPT_BANDS), model=name, seed=0))
         with store: store.write(name, slice(None), dim)
     scene = layouts.write_tif(home/'scene.tif', np.tile(layouts.radar(0, 60), (1, 2, 2)), names=('VV', 'VH'))
     return types.SimpleNamespace(home=home, store=store, scene=scene, npz=layouts.npz(home/'npz', 3),
-                                 generator=stage1.build_terramind_generator(), toys=toys(home/'toys'))
+                                 generator=build_terramind_generator(), toys=toys(home/'toys'))
 
 def toys(folder:Path) -> Path:
     "A chain of two notebooks without prose."
@@ -44,7 +71,7 @@ def toys(folder:Path) -> Path:
     (folder/'params').mkdir(parents=True)
     (folder/'params'/'toy.yaml').write_text('description: a toy\n')
     for name in ('00_first', '01_second'):
-        open_run = f"from gac import study\nrun = study.Run.open('{name}', profile, seed, run_dir, reports_dir, data)"
+        open_run = f"from gac.core.run import Run\nrun = Run.open('{name}', profile, seed, run_dir, reports_dir, data)"
         table = f"import pandas as pd\nrun.save_table(pd.DataFrame({{'x': range(300)}}), 'table_{name}', 'Rows.')\nrun.artefact('{name}.bin').write_bytes(bytes(9999))"
         (folder/f'{name}.ipynb').write_text(json.dumps(dict(cells=[cell(head, 'parameters'), cell(open_run), cell(table)],
                                                             metadata={}, nbformat=4, nbformat_minor=5)))
@@ -52,7 +79,7 @@ def toys(folder:Path) -> Path:
 
 def in_this_process(source, to, values, **_) -> None:
     "What papermill does, without a kernel."
-    space, cells = dict(values), study.read_notebook(source)['cells'][1:]
+    space, cells = dict(values), read_notebook(source)['cells'][1:]
     for cell in cells: exec(cell['source'], space)
     Path(to).write_text(Path(source).read_text())
 
@@ -62,11 +89,11 @@ def write_report(at, given):
     import papermill
     with pytest.MonkeyPatch.context() as m:
         m.setattr(papermill, 'execute_notebook', in_this_process)
-        study.run_chain('toy', nbs=given.toys, reports=at/'report', runs=at/'run')
+        run_chain('toy', nbs=given.toys, reports=at/'report', runs=at/'run')
 
 def write_figures(at, given):
     import matplotlib.pyplot as plt
-    run = study.start('00_toy', 'toy', 0, str(at/'run'), str(at/'report'))
+    run = start_run('00_toy', 'toy', 0, str(at/'run'), str(at/'report'))
     run.save_table(pd.DataFrame(dict(x=range(900))), 'table')
     fig, ax = plt.subplots()
     ax.imshow(np.random.default_rng(0).random((90, 90)))
@@ -76,38 +103,38 @@ def write_figures(at, given):
 def train(at, given):
     torch.manual_seed(0)
     model, data = torch.nn.Linear(64, 64), torch.utils.data.TensorDataset(torch.rand(8, 64))
-    training.fit(model, lambda m, b: {'loss': m(b[0]).square().mean()}, data, data, BRIEF, at/'run', every=0)
-    training.export_best(at/'run', at/'model.safetensors', 'toy')
+    fit_model(model, lambda m, b: {'loss': m(b[0]).square().mean()}, data, data, BRIEF, at/'run', every=0)
+    export_best(at/'run', at/'model.safetensors', 'toy')
 
 def train2(at, given):
-    sets = (stage2.Pairs(given.store, given.store.rows(s), stage1.stored(given.store)) for s in ('train', 'val'))
-    stage2.train_stage2(stage2.build_prithvi_refiner(**SMALL), *sets, BRIEF, at, every=0)
+    sets = (Pairs(given.store, given.store.rows(s), stored_method(given.store)) for s in ('train', 'val'))
+    train_stage2(build_prithvi_refiner(**SMALL), *sets, BRIEF, at, every=0)
 
 def train3(at, given):
-    sets = (stage3.Triples(given.store, given.store.rows(s), stage1.stored(given.store, 'opt_v2')) for s in ('train', 'val'))
-    stage3.train_stage3(stage3.build_stage3_model(**SMALL, taps=2, lora_r=2), *sets, BRIEF, at, frozen=.5, crop=24, every=0)
+    sets = (Triples(given.store, given.store.rows(s), stored_method(given.store, 'opt_v2')) for s in ('train', 'val'))
+    train_stage3(build_stage3_model(**SMALL, taps=2, lora_r=2), *sets, BRIEF, at, frozen=.5, crop=24, every=0)
 
 def write_chip(at, given):
     from affine import Affine
-    r, box = np.random.default_rng(0), nyc.GeoBox((48, 48), Affine(10, 0, 6e5, 0, -10, 4.5e6), 'EPSG:32618')
-    nyc.write_chip(at, 'c0', box, r.uniform(1, 9e3, (1, 12, 48, 48)), r.normal(-12, 3, (1, 2, 48, 48)),
+    r, box = np.random.default_rng(0), GeoBox((48, 48), Affine(10, 0, 6e5, 0, -10, 4.5e6), 'EPSG:32618')
+    chips.write_chip(at, 'c0', box, r.uniform(1, 9e3, (1, 12, 48, 48)), r.normal(-12, 3, (1, 2, 48, 48)),
                    r.uniform(0, 99, (48, 48)), np.zeros((48, 48), int), ['2021-07-18'])
 
 def precompute(at, given):
-    stage1.precompute(given.store, given.generator, into=stage1.companion(given.store, at/'stages'), timesteps=1,
+    precompute_stage1(given.store, given.generator, into=derived_store(given.store, at/'stages'), timesteps=1,
                       tokens='expected', batch_size=2)
 
 WRITERS = {
-    'procedural tiles': lambda at, given: tiles.from_world(at/'tiles', 4, 1, 1, size=32, batch=2, shard=4),
-    'converted tiles': lambda at, given: tiles.convert(given.npz, at/'tiles', size=60, batch=2),
+    'procedural tiles': lambda at, given: from_world(at/'tiles', 4, 1, 1, size=32, batch=2, shard=4),
+    'converted tiles': lambda at, given: convert(given.npz, at/'tiles', size=60, batch=2),
     'images of Stage 1': precompute,
     'tables and figures': write_figures,
     'checkpoints': train,
     'Stage 2': train2,
     'Stage 3': train3,
-    'GeoTIFFs of tiles': lambda at, given: export.export_tiles(given.store, at/'tif', ('s1', 'opt_v1')),
-    'GeoTIFF of a scene': lambda at, given: export.infer_scene(given.scene, at/'scene.tif', chains.Grey(),
-                                                               export.Tiling(48, 16, 96)),
+    'GeoTIFFs of tiles': lambda at, given: export_tiles(given.store, at/'tif', ('s1', 'opt_v1')),
+    'GeoTIFF of a scene': lambda at, given: infer_scene(given.scene, at/'scene.tif', chains.Grey(),
+                                                               Tiling(48, 16, 96)),
     'chip of New York': write_chip,
     'chain and report': write_report,
 }
@@ -120,7 +147,7 @@ def content(folder:Path) -> dict:
     "What lies in a folder: bytes of files, tensors of checkpoints, of what holds a date only that it is there; nothing that is hidden."
     def of(path):
         if path.name in TIMED: return b''
-        if path.suffix == '.safetensors': return {k: v.numpy().tobytes() for k, v in training.read_safetensors(path)[0].items()}
+        if path.suffix == '.safetensors': return {k: v.numpy().tobytes() for k, v in read_safetensors(path)[0].items()}
         if path.suffix == '.ckpt': return {k: v.numpy().tobytes() for k, v in read_torch(path)['state_dict'].items()}
         return path.read_bytes()
     files = sorted(p for p in folder.rglob('*') if p.is_file() and p.name not in ('chain.lock', 'guard', 'lock'))
@@ -145,7 +172,7 @@ def unbroken(given) -> dict:
 
 @pytest.mark.parametrize('name', WRITERS)
 def test_a_full_or_read_only_disk_is_told_and_loses_nothing(name, given, unbroken, tmp_path, monkeypatch):
-    monkeypatch.setattr(stage1, 'disk_forecast', lambda *args: dict(need=0, free=0))  # it would refuse before anything is written
+    swap(monkeypatch, 'gac.stages.tileset', 'disk_forecast', lambda *args: dict(need=0, free=0))  # it would refuse before anything is written
     write, (want, size, _) = WRITERS[name], unbroken(name)
     held = []  # as a notebook holds the last error, and with it the store that was being written
     def refused(disk):
@@ -174,10 +201,10 @@ def test_a_full_or_read_only_disk_is_told_and_loses_nothing(name, given, unbroke
 
 def test_a_geotiff_is_whole_or_refused_however_full_the_disk_is(tmp_path):
     "GDAL itself says nothing where the room ends while it closes a small file."
-    x, box = layouts.optical(0, 48, 4).astype('int16'), nyc._nowhere(48)
+    x, box = layouts.optical(0, 48, 4).astype('int16'), anywhere_grid(48)
     def work():
         disk, path, said = faults.Disk(tmp_path/'disk', 4), tmp_path/'disk'/'x.tif', 0
-        for write in (lambda: export.write_cog(path, x), lambda: nyc._save(path, x.astype('uint16'), box)):
+        for write in (lambda: write_cog(path, x), lambda: save_geotiff(path, x.astype('uint16'), box)):
             for kb in range(4, 40, 4):
                 disk.change(kb)
                 try: write()
@@ -207,10 +234,10 @@ def test_killed_at_any_file_it_goes_on_to_the_same_end(name, given, unbroken, tm
 
 def test_a_command_on_a_full_disk_is_one_line(capsys, monkeypatch):
     import errno
-    from gac import cli
+    from gac.cli import main
     def full(*args, **kw): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'some/file')
-    monkeypatch.setattr(study, 'verify', full)
-    assert cli.main(['verify']) == 2
+    swap(monkeypatch, 'gac.runner.verify', 'verify', full)
+    assert main(['verify']) == 2
     assert capsys.readouterr().err.startswith('gac: some/file: cannot be written (No space left on device). Make room')
 
 # ---- files that were cut short, see test_fuzz for all the rest ------------------------------------------------------------------------
@@ -222,19 +249,19 @@ def test_a_store_that_was_cut_short_names_the_file(given, tmp_path, file):
     for keep in (0, len(whole)//2, len(whole) - 1):
         path.write_bytes(whole[:keep])
         with pytest.raises(GacError, match='(?i)damaged|cannot be read') as e:
-            tiles.Store(tmp_path/'tiles').read('s1', slice(None))
+            Store(tmp_path/'tiles').read('s1', slice(None))
         assert (path.name if file.startswith('t') else 'arrays') in str(e.value) and ('estore' in str(e.value) or 'again' in str(e.value))
     path.unlink()
-    with pytest.raises(GacError): tiles.Store(tmp_path/'tiles').read('s1', slice(None))
+    with pytest.raises(GacError): Store(tmp_path/'tiles').read('s1', slice(None))
     path.write_bytes(whole)
-    assert len(tiles.Store(tmp_path/'tiles').read('s1', slice(None))) == 8
+    assert len(Store(tmp_path/'tiles').read('s1', slice(None))) == 8
 
 def test_a_table_of_bigearthnet_that_was_cut_short_is_named(tmp_path):
     layouts.bigearthnet(tmp_path/'ben', 1)
     table = tmp_path/'ben'/'metadata.parquet'
     table.write_bytes(table.read_bytes()[:-9])
     with pytest.raises(GacError, match='metadata.parquet: cannot be read as Parquet.*fetch it again'):
-        tiles.convert(tmp_path/'ben', tmp_path/'out')
+        convert(tmp_path/'ben', tmp_path/'out')
 
 # ---- tiles that show nothing or are scaled otherwise than their data set ------------------------------------------------------------------
 
@@ -259,14 +286,14 @@ TILES = {
 @pytest.mark.filterwarnings('ignore:divide by zero', 'ignore:invalid value')
 def test_a_tile_that_cannot_be_right_is_left_out_and_said(tmp_path, what):
     change, said = TILES[what]
-    report = tiles.convert(layouts.npz(tmp_path/'npz', change=lambda i: change if i == 1 else {}), tmp_path/'out')
+    report = convert(layouts.npz(tmp_path/'npz', change=lambda i: change if i == 1 else {}), tmp_path/'out')
     assert report['status'].tolist() == ['ok', 'error', 'ok'] and said in report['reason'][1], report['reason'][1]
-    assert tiles.Store(tmp_path/'out').table['id'].tolist() == ['n0', 'n2'] and 'n1.npz' in report['file'][1]
+    assert Store(tmp_path/'out').table['id'].tolist() == ['n0', 'n2'] and 'n1.npz' in report['file'][1]
 
 def test_a_training_on_values_that_are_not_finite_stops_at_once(tmp_path):
     data = torch.utils.data.TensorDataset(torch.full((4, 8), torch.nan))
     with pytest.raises(GacError, match='The loss is nan in step 0: inspect the batch, or lower lr'):
-        training.fit(torch.nn.Linear(8, 8), lambda m, b: {'loss': m(b[0]).square().mean()}, data, None, BRIEF, tmp_path, every=0)
+        fit_model(torch.nn.Linear(8, 8), lambda m, b: {'loss': m(b[0]).square().mean()}, data, None, BRIEF, tmp_path, every=0)
 
 # ---- the soak ----------------------------------------------------------------------------------------------------------------------------
 

@@ -9,8 +9,27 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from hypothesis.extra import numpy as sn
-from gac import export, foundations, metrics, nyc, stage3, study, tiles, training
-from gac.study import GacError
+from gac.core.files import GacError, read_json
+from gac.core.tensors import read_torch
+from gac.core.vocabulary import OPT_BANDS
+from gac.data.arrays import tile_arrays
+from gac.data.bigearthnet import read_bigearthnet
+from gac.data.convert import _loaded
+from gac.data.dates import parse_date
+from gac.data.layouts import READERS
+from gac.data.places import read_ecoregions
+from gac.data.readers import Options
+from gac.data.records import DatasetUnits, records_of
+from gac.data.store import check_id, COLUMNS, Store
+from gac.models.weights import read_weights
+from gac.nyc.chips import Chips, finish
+from gac.products.scene import open_scene
+from gac.products.tiles import tile_file_name
+from gac.runner.parameters import check_value, notebook_parameters, Parameter
+from gac.runner.profiles import check_parameters, load_profile
+from gac.stages.inference import radar_in, read_images
+from gac.training.checkpoints import load_checkpoint, save_checkpoint
+from gac.training.settings import Settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiles_layouts as layouts
@@ -57,12 +76,12 @@ def spoilt(good:bytes):
 
 # ---- bytes -------------------------------------------------------------------------------------------------------------------------------
 
-def load(layout, src, opt=tiles.Options(size=40)):
+def load(layout, src, opt=Options(size=40)):
     "Every tile of a data set, as conversion reads it."
-    arrays = {n: (shape, dtype, *rest) for n, (shape, dtype, *rest) in tiles.tile_arrays(40, study.OPT_BANDS, ()).items()}
-    for job in tiles.READERS[layout](src, opt):
-        source = tried(tiles._loaded, job)
-        if source is not None: tried(lambda: list(tiles.records_of(source, tiles.Units('dB', 'dn', 0, False), opt, arrays)))
+    arrays = {n: (shape, dtype, *rest) for n, (shape, dtype, *rest) in tile_arrays(40, OPT_BANDS, ()).items()}
+    for job in READERS[layout](src, opt):
+        source = tried(_loaded, job)
+        if source is not None: tried(lambda: list(records_of(source, DatasetUnits('dB', 'dn', 0, False), opt, arrays)))
 
 def torch_bytes(x) -> bytes:
     buffer = io.BytesIO()
@@ -70,20 +89,20 @@ def torch_bytes(x) -> bytes:
     return buffer.getvalue()
 
 def read_chain(folder):
-    stages = {'00_x': study.notebook_parameters(folder/'00_x.ipynb')}
-    return study.check_parameters(stages, study.load_profile('toy', folder))
+    stages = {'00_x': notebook_parameters(folder/'00_x.ipynb')}
+    return check_parameters(stages, load_profile('toy', folder))
 
-def whole_store(path): return tiles.Store(path).read('s1', slice(None))
+def whole_store(path): return Store(path).read('s1', slice(None))
 
 def journalled(path:Path) -> Path:
     "A store with a batch in its journal."
-    store = tiles.Store.create(path, writer.ARRAYS, shard=8)
+    store = Store.create(path, writer.ARRAYS, shard=8)
     store.append([writer.record(i) for i in range(3)])
     return path
 
 def locked(path:Path) -> None:
     "A store that another machine writes to."
-    tiles.Store.create(path, writer.ARRAYS)
+    Store.create(path, writer.ARRAYS)
     (path/'journal').mkdir()
     (path/'journal'/'tiles.0of1.lock').write_text('{"pid": 1, "host": "elsewhere", "started": 0.5}')
 
@@ -97,7 +116,7 @@ def city(folder:Path) -> Path:
     "The tables of a data set of chips."
     from affine import Affine
     chips = pd.DataFrame([dict(id=f'c{i}', top=0, left=90*i, split=s, files={}) for i, s in enumerate(('train', 'val', 'test'))])
-    nyc.finish(folder, chips, dict(size=48, crs='EPSG:32618', days=['2021-07-18']))
+    finish(folder, chips, dict(size=48, crs='EPSG:32618', days=['2021-07-18']))
     return folder
 
 FILES = {  # name -> (what makes it in a folder, the file that is changed, the reader of the folder)
@@ -106,34 +125,34 @@ FILES = {  # name -> (what makes it in a folder, the file that is changed, the r
             partial(load, 'npz')),
     'tortilla': (lambda d: layouts.benv2(d/'b.tortilla', 1), 'b.tortilla', partial(load, 'benv2')),
     'table of BigEarthNet': (lambda d: layouts.bigearthnet(d, 1), 'metadata.parquet',
-                             lambda d: tiles.read_bigearthnet(d, tiles.Options())),
+                             lambda d: read_bigearthnet(d, Options())),
     'table of a store': (writer.work, 'table.parquet', whole_store),
     'zarr.json of a store': (writer.work, 'arrays/zarr.json', whole_store),
     'zarr.json of an array': (writer.work, 'arrays/s1/zarr.json', whole_store),
     'shard': (writer.work, 'arrays/s1/c/1/0/0/0', whole_store),
     'journal': (journalled, 'journal/tiles.0of1.000000000.0-2.safetensors', whole_store),
-    'lock': (locked, 'journal/tiles.0of1.lock', lambda d: tiles.Store(d)._writers()),
+    'lock': (locked, 'journal/tiles.0of1.lock', lambda d: Store(d)._writers()),
     'Torch file': (lambda d: (d/'x.pt').write_bytes(torch_bytes(dict(s1=torch.zeros(1, 2, 9, 9), n=3, s='x'))), 'x.pt',
-                   lambda d: metrics.read_torch(d/'x.pt')),
-    'safetensors': (lambda d: training.save_checkpoint(d/'x.safetensors', dict(a=torch.zeros(3, 3)), 'toy'), 'x.safetensors',
-                    lambda d: training.load_checkpoint(d/'x.safetensors', 'toy')),
+                   lambda d: read_torch(d/'x.pt')),
+    'safetensors': (lambda d: save_checkpoint(d/'x.safetensors', dict(a=torch.zeros(3, 3)), 'toy'), 'x.safetensors',
+                    lambda d: load_checkpoint(d/'x.safetensors', 'toy')),
     'weights': (lambda d: (d/'x.pt').write_bytes(torch_bytes(dict(a=torch.zeros(3)))), 'x.pt',
-                lambda d: foundations.read_weights(d/'x.pt')),
+                lambda d: read_weights(d/'x.pt')),
     'profile': (lambda d: (notebook(d/'00_x.ipynb'), (d/'toy.yaml').write_text('description: a toy\nneeds: {gpu: 1}\n00_x: {k: 4}\ncommon:\n  name: b\n')), 'toy.yaml', read_chain),
     'notebook': (lambda d: (notebook(d/'00_x.ipynb'), (d/'toy.yaml').write_text('description: a toy\n00_x: {k: 4}\n')),
                  '00_x.ipynb', read_chain),
     'state of the chain': (lambda d: (d/'chain.json').write_text('{"00_x": {"key": "a", "seconds": 3}}'), 'chain.json',
-                           lambda d: study._read_json(d/'chain.json').get('00_x')),
+                           lambda d: read_json(d/'chain.json').get('00_x')),
     'scene': (lambda d: layouts.write_tif(d/'s.tif', layouts.radar(0, 60), names=('VV', 'VH')), 's.tif',
-              lambda d: export.open_scene(d/'s.tif').read(0, 0, 60, 60)),
+              lambda d: open_scene(d/'s.tif').read(0, 0, 60, 60)),
     'images in NPZ': (lambda d: np.savez(d/'n.npz', s1=layouts.radar(0, 9)), 'n.npz',
-                      lambda d: stage3.radar_in(stage3.read_images(d/'n.npz'), 'n.npz')),
+                      lambda d: radar_in(read_images(d/'n.npz'), 'n.npz')),
     'images in a Torch file': (lambda d: (d/'x.pt').write_bytes(torch_bytes(torch.zeros(1, 2, 9, 9))), 'x.pt',
-                               lambda d: stage3.radar_in(stage3.read_images(d/'x.pt'), 'x.pt')),
-    'manifest of chips': (city, 'manifest.json', nyc.Chips),
-    'table of chips': (city, 'chips.csv', nyc.Chips),
+                               lambda d: radar_in(read_images(d/'x.pt'), 'x.pt')),
+    'manifest of chips': (city, 'manifest.json', Chips),
+    'table of chips': (city, 'chips.csv', Chips),
     'map of ecoregions': (lambda d: (d/'e.geojson').write_text(json.dumps(dict(type='FeatureCollection', features=[dict(type='Feature', properties=dict(BIOME=4), geometry=dict(type='Point', coordinates=[5, 50]))]))),
-                          'e.geojson', lambda d: tiles.read_ecoregions(d/'e.geojson')),
+                          'e.geojson', lambda d: read_ecoregions(d/'e.geojson')),
 }
 
 @CASES
@@ -166,32 +185,32 @@ def test_values_of_parameters(cases):
     limits = st.sampled_from([{}, dict(low=0., high=9.), dict(choices=('a', 'b'))])
     def check(args):
         kind, value, more = args
-        got = tried(study.check_value, study.Parameter('k', kind, None, 'a number', **more), value, 'toy.yaml')
+        got = tried(check_value, Parameter('k', kind, None, 'a number', **more), value, 'toy.yaml')
         if got is not None and more and isinstance(got, (int, float)): assert 0 <= got <= 9 or 'choices' in more
     anything(cases*4, st.tuples(st.sampled_from(KINDS), plain, limits), check)
 
 @CASES
 def test_profiles_of_any_structure(cases, tmp_path):
-    stages = {'00_x': {'k': study.Parameter('k', 'int', 3), 'profile': study.Parameter('profile', 'str', '')}}
+    stages = {'00_x': {'k': Parameter('k', 'int', 3), 'profile': Parameter('profile', 'str', '')}}
     def check(sections):
         (tmp_path/'toy.yaml').write_text(json.dumps(dict(description='a toy') | sections, default=str))
-        tried(lambda: study.check_parameters(stages, study.load_profile('toy', tmp_path)))
+        tried(lambda: check_parameters(stages, load_profile('toy', tmp_path)))
     anything(cases, st.dictionaries(st.sampled_from(('common', '00_x', '00_y', '')),
                                     st.one_of(plain, st.dictionaries(st.sampled_from(('k', 'profile', 'z')), plain)), max_size=3),
                                     check)
 
 @CASES
 def test_settings_of_a_training(cases):
-    names = st.sampled_from(list(training.Settings.__dataclass_fields__))
-    anything(cases*2, st.dictionaries(names, plain, max_size=3), lambda some: tried(lambda: training.Settings(**some).steps(9)))
+    names = st.sampled_from(list(Settings.__dataclass_fields__))
+    anything(cases*2, st.dictionaries(names, plain, max_size=3), lambda some: tried(lambda: Settings(**some).steps(9)))
 
 @CASES
 def test_dates_and_ids(cases, tmp_path):
     def check(text):
-        date = tiles.parse_date(text)
+        date = parse_date(text)
         assert date == '' or 1 <= int(date[5:7]) <= 12
-        if (name := tried(tiles.check_id, text)):
-            assert (tmp_path/f'{name}.tif').resolve().parent == tmp_path.resolve() and export._file_name(name)
+        if (name := tried(check_id, text)):
+            assert (tmp_path/f'{name}.tif').resolve().parent == tmp_path.resolve() and tile_file_name(name)
     anything(cases*4, st.one_of(st.text(max_size=30), st.from_regex(r'[0-9T:._/\\-]{1,30}'),
                                 st.sampled_from(('..', '.', 'a/../b', 'a\n', 'con', 'a\0b', '~', '-rf'))), check)
 
@@ -203,7 +222,7 @@ def test_arrays_of_any_type_and_shape(cases, tmp_path):
     def check(arrays):
         np.savez(tmp_path/'n.npz', **arrays)
         load('npz', tmp_path/'n.npz')
-        if 's1' in arrays or 's1_vv' in arrays: tried(lambda: stage3.radar_in(stage3.read_images(tmp_path/'n.npz'), 'n.npz'))
+        if 's1' in arrays or 's1_vv' in arrays: tried(lambda: radar_in(read_images(tmp_path/'n.npz'), 'n.npz'))
     anything(cases*2, st.dictionaries(st.sampled_from(('s1', 's1_vv', 's1_vh', 's2', 'id', 'month', 'transform', 'crs', 'lulc',
                                                        'lon', 'date', 'split')), array, max_size=5), check)
 
@@ -211,11 +230,11 @@ def test_arrays_of_any_type_and_shape(cases, tmp_path):
 def test_facts_about_a_tile(cases, tmp_path):
     "Whatever a record says, the store takes it and gives it back, or refuses it and goes on."
     path, n = tmp_path/'s', [0]
-    with tiles.Store.create(path, writer.ARRAYS, shard=4) as store:
+    with Store.create(path, writer.ARRAYS, shard=4) as store:
         def check(facts):
             before = len(store)
             kept = tried(store.append, [writer.record(n[0] % 90) | dict(id=f'i{n[0]}') | facts])
             n[0] += 1
             assert len(store.table) == len(store) in (before, before + 1)
-        anything(cases, st.dictionaries(st.sampled_from((*tiles.COLUMNS, 'more', 's1', 's2')), plain, max_size=2), check)
-    assert len(tiles.Store(path).read('s1', slice(None))) == len(store)
+        anything(cases, st.dictionaries(st.sampled_from((*COLUMNS, 'more', 's1', 's2')), plain, max_size=2), check)
+    assert len(Store(path).read('s1', slice(None))) == len(store)

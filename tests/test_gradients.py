@@ -2,7 +2,18 @@
 import numpy as np
 import pytest
 import torch
-from gac import foundations, gradients, study, training
+from gac.core.files import GacError
+from gac.models.build import build_model
+from gac.models.diffusion import scheduler_for
+from gac.models.generator import build_generator
+from gac.models.gradient_flow.barriers import (
+    BARRIERS, dissect, generate_through, group_of, make_batch, probe_gradients, STOPS, undecorated, without_barriers)
+from gac.models.gradient_flow.costs import cost_of, score_function
+from gac.models.gradient_flow.routes import (
+    GRADIENT_ROUTES, Route, route_reach, train, trainable, unreached, with_lora)
+from gac.models.gradient_flow.survey import reinit_zero_layers, survey
+from gac.models.mini import CORE
+from gac.training.order import seeded
 from terratorch.models.backbones.terramind.model.generate import GenerationSampler
 from terratorch.models.backbones.terramind.model.terramind import TerraMind
 from terratorch.models.backbones.terramind.tokenizer.scheduling.diffusion_pipeline import PipelineCond
@@ -16,28 +27,28 @@ EXPECTED = {'as shipped': set(), '− pipeline no_grad': {'UNet'}, '− code loo
 @pytest.fixture(scope='module')
 def generator():
     "The miniature with random numbers in it: no property below depends on its training."
-    with training.seeded(0): model = foundations.build_generator(pretrained=False)
-    gradients.wake(model)
+    with seeded(0): model = build_generator(pretrained=False)
+    reinit_zero_layers(model)
     return model
 
 @pytest.fixture(scope='module')
 def encoder():
-    with training.seeded(0): return foundations.build('terramind_mini', pretrained=False, modalities=['S1GRD'])
+    with seeded(0): return build_model('terramind_mini', pretrained=False, modalities=['S1GRD'])
 
 def tile(generator, size=24, n=1):
     r = np.random.default_rng(0)
-    return gradients.make_batch(generator, r.normal(-15, 3, (n, 2, size, size)), r.uniform(0, .5, (n, 12, size, size)), size)
+    return make_batch(generator, r.normal(-15, 3, (n, 2, size, size)), r.uniform(0, .5, (n, 12, size, size)), size)
 
 @pytest.fixture(scope='module')
 def batch(generator): return tile(generator)
 
 def reached(table) -> set: return set(table.module[table.params_with_grad > 0])
 
-def dissected(generator, batch) -> dict: return {k: reached(t) for k, t in gradients.dissect(generator, batch, steps=2).items()}
+def dissected(generator, batch) -> dict: return {k: reached(t) for k, t in dissect(generator, batch, steps=2).items()}
 
 def test_the_library_has_these_barriers_and_each_is_one_by_itself(generator, batch):
     assert dissected(generator, batch) == EXPECTED
-    shipped = gradients.probe(generator, batch)
+    shipped = probe_gradients(generator, batch)
     assert 'does not require grad' in shipped.attrs['error'] and set(shipped.verdict) == {'backward raises', 'not on this route'}
 
 @pytest.mark.parametrize('method', ['forward_encoder', 'forward_decoder', 'forward_logits'])
@@ -49,15 +60,15 @@ def test_another_barrier_on_the_path_would_be_seen(generator, batch, method, mon
 @pytest.mark.parametrize('owner, name, barrier', [(GenerationSampler, 'generate', 'sampler no_grad'),
                                                   (PipelineCond, '__call__', 'pipeline no_grad')])
 def test_a_barrier_that_is_gone_is_named(generator, batch, owner, name, barrier, monkeypatch):
-    monkeypatch.setattr(owner, name, gradients.undecorated(getattr(owner, name)))
-    with pytest.raises(study.GacError, match=r'not under torch.no_grad\(\)'): gradients.probe(generator, batch, [barrier])
+    monkeypatch.setattr(owner, name, undecorated(getattr(owner, name)))
+    with pytest.raises(GacError, match=r'not under torch.no_grad\(\)'): probe_gradients(generator, batch, [barrier])
 
 def test_a_clamp_that_is_gone_is_named(generator, batch):
     scheduler = generator.tokenizer().noise_scheduler
     old = dict(thresholding=scheduler.config.thresholding, clip_sample=scheduler.config.clip_sample)
     scheduler.register_to_config(thresholding=False, clip_sample=False)
     try:
-        with pytest.raises(study.GacError, match='does not limit'): gradients.probe(generator, batch, ['clamp'])
+        with pytest.raises(GacError, match='does not limit'): probe_gradients(generator, batch, ['clamp'])
     finally: scheduler.register_to_config(**old)
 
 def test_a_choice_made_elsewhere_is_noticed(generator, batch, monkeypatch):
@@ -68,7 +79,7 @@ def test_a_choice_made_elsewhere_is_noticed(generator, batch, monkeypatch):
         out[target]['tensor'] = out[target]['tensor'].flip(-1)
         return out
     monkeypatch.setattr(GenerationSampler, 'roar_step_batched', shuffled)
-    with pytest.raises(study.GacError, match='disagree'): gradients.probe(generator, batch, gradients.STOPS)
+    with pytest.raises(GacError, match='disagree'): probe_gradients(generator, batch, STOPS)
 
 @pytest.mark.parametrize('temperature', [1., 0.])
 def test_removal_changes_no_value_and_leaves_nothing_behind(generator, batch, temperature, monkeypatch):
@@ -79,72 +90,72 @@ def test_removal_changes_no_value_and_leaves_nothing_behind(generator, batch, te
                      list(vars(generator.core.sampler)),
                      dict(scheduler.config))
     before = state()
-    shipped, _ = gradients.generate_through(generator, batch)
-    for k in range(1, len(gradients.STOPS) + 1):
-        image, tape = gradients.generate_through(generator, batch, gradients.STOPS[:k])
-        assert torch.allclose(image, shipped, atol=1e-4), gradients.STOPS[:k]
+    shipped, _ = generate_through(generator, batch)
+    for k in range(1, len(STOPS) + 1):
+        image, tape = generate_through(generator, batch, STOPS[:k])
+        assert torch.allclose(image, shipped, atol=1e-4), STOPS[:k]
     image.square().mean().backward()
     assert tape.codes.grad.abs().sum() > 0 and generator.net.mask_token.grad.abs().sum() > 0
     with pytest.raises(ZeroDivisionError):
-        with gradients.opened(generator, gradients.BARRIERS): 1/0
+        with without_barriers(generator, BARRIERS): 1/0
     assert all(a == b for a, b in zip(state(), before))
-    assert torch.equal(gradients.generate_through(generator, batch)[0], shipped)
+    assert torch.equal(generate_through(generator, batch)[0], shipped)
 
 def test_the_clamp_takes_the_gradient_of_what_it_holds(generator):
-    scheduler = foundations.scheduler_for(generator.tokenizer())
+    scheduler = scheduler_for(generator.tokenizer())
     scheduler.set_timesteps(1, mode='trailing')
     out = torch.tensor([.5, 3.]).reshape(1, 1, 1, 2).requires_grad_()
     scheduler.step(out, scheduler.timesteps[0], torch.zeros_like(out)).prev_sample.sum().backward()
     assert (out.grad != 0).flatten().tolist() == [True, False]
 
-@pytest.mark.parametrize('name', gradients.ROUTES)
+@pytest.mark.parametrize('name', GRADIENT_ROUTES)
 def test_a_route_reaches_all_it_passes_and_nothing_else(generator, encoder, batch, name):
-    route = gradients.Route(name, encoder if name == 'encoder' else generator, generator, steps=2)
-    table = gradients.reach(route, batch)
-    assert reached(table) == set(gradients.ROUTES[name])
-    assert (table.verdict[~table.module.isin(gradients.ROUTES[name])] == 'not on this route').all()
+    route = Route(name, encoder if name == 'encoder' else generator, generator, steps=2)
+    table = route_reach(route, batch)
+    assert reached(table) == set(GRADIENT_ROUTES[name])
+    assert (table.verdict[~table.module.isin(GRADIENT_ROUTES[name])] == 'not on this route').all()
 
 def adapted(name, lora=True):
-    with training.seeded(0):
-        model = foundations.build('terramind_mini', pretrained=False,
-                                  modalities=['S1GRD']) if name == 'encoder' else foundations.build_generator(pretrained=False)
-    gradients.wake(model)
-    reads = foundations.build_generator(pretrained=False) if name == 'encoder' else model
-    route = gradients.Route(name, model, reads)
-    return route, gradients.with_lora(route, lora=lora)
+    with seeded(0):
+        model = build_model('terramind_mini', pretrained=False,
+                                  modalities=['S1GRD']) if name == 'encoder' else build_generator(pretrained=False)
+    reinit_zero_layers(model)
+    reads = build_generator(pretrained=False) if name == 'encoder' else model
+    route = Route(name, model, reads)
+    return route, with_lora(route, lora=lora)
 
-@pytest.mark.parametrize('name', gradients.ROUTES)
+@pytest.mark.parametrize('name', GRADIENT_ROUTES)
 def test_adapters_sit_where_they_should_all_learn_and_the_loss_falls(name):
     route, hit = adapted(name)
-    depth = foundations.CORE['encoder_depth' if name == 'encoder' else 'decoder_depth']
+    depth = CORE['encoder_depth' if name == 'encoder' else 'decoder_depth']
     assert len(hit) == depth*(2 if name == 'encoder' else 3)
-    groups = {gradients.group_of(n) for n in gradients.trainable(route)}
+    groups = {group_of(n) for n in trainable(route)}
     assert groups == ({'encoder', 'head'} if name == 'encoder'
-                      else {'cross-attention'} | ({'head'} if 'head' in gradients.ROUTES[name] else set()))
+                      else {'cross-attention'} | ({'head'} if 'head' in GRADIENT_ROUTES[name] else set()))
     frozen = {n: p.detach().clone() for n, p in route.named_parameters() if not p.requires_grad}
     # its image moves only where a token's best code changes: larger steps, and the best of them
     hard = name == 'straight-through'
-    losses = gradients.train(route, tile(route.reads), 8 if hard else 4, 1e-2 if hard else 1e-3)
-    assert min(losses[1:]) < losses[0] and gradients.unreached(route) == []
+    losses = train(route, tile(route.reads), 8 if hard else 4, 1e-2 if hard else 1e-3)
+    assert min(losses[1:]) < losses[0] and unreached(route) == []
     assert all(torch.equal(p, frozen[n]) for n, p in route.named_parameters() if n in frozen)
 
 def test_the_shipped_generator_gives_its_adapters_nothing():
     "Stage 3 as first described: adapters on the cross-attention, a loss on the image the generator draws."
     route, _ = adapted('tokens')
-    image, _ = gradients.generate_through(route.model, tile(route.model))
+    image, _ = generate_through(route.model, tile(route.model))
     with pytest.raises(RuntimeError, match='does not require grad'): image.mean().backward()
-    image, _ = gradients.generate_through(route.model, tile(route.model), ['pipeline no_grad'])
+    image, _ = generate_through(route.model, tile(route.model), ['pipeline no_grad'])
     # the UNet is frozen now: still nothing
     with pytest.raises(RuntimeError, match='does not require grad'): image.mean().backward()
-    assert set(gradients.unreached(route)) == set(gradients.trainable(route)) != set()
+    assert set(unreached(route)) == set(trainable(route)) != set()
 
 def test_without_adapters_only_the_head_learns():
     route, hit = adapted('features', lora=False)
-    assert hit.empty and {gradients.group_of(n) for n in gradients.trainable(route)} == {'head'}
+    assert hit.empty and {group_of(n) for n in trainable(route)} == {'head'}
 
 def test_memory_grows_with_the_diffusion_steps():
     route, _ = adapted('expected code')
-    rows = [gradients.cost_of(route, tile(route.reads), k, 1) for k in (1, 4)]
+    rows = [cost_of(route, tile(route.reads), k, 1) for k in (1, 4)]
     assert rows[1]['peak_memory_mb'] > rows[0]['peak_memory_mb'] > sum(p.numel() for p in route.parameters())*4e-6
     assert list(rows[0]) == ['device', 'method', 'steps', 'precision', 'batch', 'ms_per_tile', 'tiles_per_s', 'peak_memory_mb',
                              'params', 'trainable']
@@ -156,17 +167,17 @@ def test_the_score_function_estimate_agrees_with_the_exact_gradient():
     q = (p.log() + book @ theta).softmax(-1)
     exact, = torch.autograd.grad((q*(book[:, 0] - .8)**2).sum(), theta)
     picked = book[torch.multinomial(p, 200_000, True, generator=torch.Generator().manual_seed(0))][:, None]
-    estimate = gradients.score_function((picked[:, 0, 0] - .8)**2, picked, (p @ book)[None])
+    estimate = score_function((picked[:, 0, 0] - .8)**2, picked, (p @ book)[None])
     assert float(estimate) == pytest.approx(float(exact), abs=2e-3)
 
 @pytest.mark.slow
 def test_the_library_itself_has_the_same_barriers_and_routes():
     "terramind_v1_tiny_generate as TerraTorch builds it, 300 M random parameters, one tile of 96 px."
-    with training.seeded(0):
-        big = foundations.build_generator('terramind_v1_tiny_generate', pretrained=False)
-        encoder = foundations.build('terramind_v1_tiny', pretrained=False, modalities=['S1GRD'])
-    gradients.wake(big)
-    flow, notes = gradients.survey(big, encoder, tile(big, 96), 'library')
+    with seeded(0):
+        big = build_generator('terramind_v1_tiny_generate', pretrained=False)
+        encoder = build_model('terramind_v1_tiny', pretrained=False, modalities=['S1GRD'])
+    reinit_zero_layers(big)
+    flow, notes = survey(big, encoder, tile(big, 96), 'library')
     got = {route: reached(part) for route, part in flow.groupby('route')}
-    assert got == EXPECTED | {k: set(v) for k, v in gradients.ROUTES.items()}
+    assert got == EXPECTED | {k: set(v) for k, v in GRADIENT_ROUTES.items()}
     assert 'does not require grad' in notes['as shipped']['error']

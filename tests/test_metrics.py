@@ -8,11 +8,13 @@ import torch
 import torchvision
 from hypothesis import given, settings, strategies as st
 
-from gac import metrics
-from gac.metrics import (ALEXNET_FILE, EDGE_EPS, LPIPS, MEASURES, SAR_MEASURES, bootstrap_ci, edge_agreement, edge_recall,
-                         hallucination, image_edges, mae, paired_gain, psnr, rgb,
-                         rmse, sam_deg, sar_edge, sar_edge_gap, ssim, summary, tile_metrics)
-from gac.study import GacError
+from gac.core.files import GacError
+from gac.measure.edges import (
+    edge_agreement, EDGE_EPS, edge_recall, hallucination, image_edges, sar_edge, sar_edge_gap, SAR_MEASURES)
+from gac.measure.metrics import mae, psnr, rmse, sam_deg, ssim
+from gac.measure.perception import ALEXNET_FILE, LPIPS, rgb
+from gac.measure.statistics import bootstrap_ci, paired_gain, summary
+from gac.measure.tile_metrics import MEASURES, tile_metrics
 
 
 def tiles(n=2, size=64, seed=0): return torch.rand(n, 4, size, size, generator=torch.Generator().manual_seed(seed))*.3
@@ -48,7 +50,7 @@ def test_lpips_equals_the_package_on_the_same_backbone(alexnet, tmp_path, monkey
 
 def test_lpips_looks_in_the_hub_cache_and_checks_the_published_name(alexnet, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
-    monkeypatch.setattr(metrics, 'root', lambda: tmp_path)
+    monkeypatch.setattr('gac.measure.perception.root', lambda: tmp_path)
     missing = LPIPS()
     assert not missing.available and ALEXNET_FILE in missing.reason and 'data' in missing.reason
     assert missing(tiles(), tiles()).isnan().all()

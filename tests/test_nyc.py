@@ -11,13 +11,28 @@ import yaml
 from pyproj import Transformer
 from rasterio.transform import from_origin
 
-from gac import downstream, nyc, study
-from gac.study import GacError
+from gac.core.files import GacError, root
+from gac.core.vocabulary import S2_BANDS
+from gac.models.build import build_model
+from gac.nyc.build import build_chips, BuildOptions, stac_to_db
+from gac.nyc.chips import assign_splits, chip_places, Chips, split_gap, write_chip
+from gac.nyc.city import city, from_city
+from gac.nyc.gate import gate, publish
+from gac.nyc.series import from_series, map_with
+from gac.nyc.sources import Catalogue, check_contents, Files, S2_ASSETS
+from gac.nyc.survey import (
+    class_shares, class_table, majority, metres_per_pixel, NO_LABEL, NYC_CLASSES, utm_grid, warped)
+from gac.nyc.thoughts import generate_thoughts
+from gac.nyc.tim import (
+    as_it_loads, config_differences, equal_compute_steps, FAMILIES, gflop, read_test, run_config, run_settings,
+    scores, standardisation, THOUGHT, TIM_INPUTS, TIM_VARIANTS)
+from gac.products.downstream_config import at_root, open_config, write_config
+from swapping import swap
 from odc.geo.geobox import GeoBox
 
 DAYS = ('2021-01-12', '2021-04-15', '2021-07-20', '2021-10-23')
 S1_DAYS = ('2021-01-10', '2021-04-16', '2021-07-18', '2021-10-22')
-OPT = nyc.BuildOptions(size=32, per_block=2, guard=8, test=8, val=.15)
+OPT = BuildOptions(size=32, per_block=2, guard=8, test=8, val=.15)
 EAST, NORTH, N = 584_000, 4_510_000, 200  # the area: 2 km in UTM zone 18
 
 def codes(x, y) -> np.ndarray: # metres in UTM
@@ -84,7 +99,7 @@ def changed(area, tmp_path):
     return change
 
 @pytest.fixture(scope='module')
-def built(area, tmp_path_factory) -> nyc.Chips: return nyc.build(nyc.Files(area), tmp_path_factory.mktemp('built')/'nyc', opt=OPT)
+def built(area, tmp_path_factory) -> Chips: return build_chips(Files(area), tmp_path_factory.mktemp('built')/'nyc', opt=OPT)
 
 def test_labels_lie_where_the_images_do(built):
     assert built.about['crs'] == 'EPSG:32618' and built.about['s1_unit'] == 'linear' and built.about['offsets'] == [0]*4
@@ -94,7 +109,7 @@ def test_labels_lie_where_the_images_do(built):
         top, left = built.table.set_index('id').loc[name, ['top', 'left']]
         t = rasterio.Affine(*built.about['transform'])*rasterio.Affine.translation(left, top)
         code = codes(*places('EPSG:32618', t, *label.shape))
-        truth = nyc.class_table()[code]
+        truth = class_table()[code]
         ok = label >= 0
         right, n = right + (label == truth)[ok].sum(), n + ok.sum()
         inside = ok & (np.abs(s2[:, 0] - s2[:, 0].mean(0)).max(0) < 9e9) & (label == 2)
@@ -126,11 +141,11 @@ def test_a_survey_on_any_grid(tmp_path, crs, turn, step):
     t = rasterio.Affine.translation(x, y)*rasterio.Affine.rotation(turn)*rasterio.Affine.scale(step, -step)*rasterio.Affine.translation(-n/2, -n/2)
     survey = save(tmp_path/'survey.tif', codes(*places(crs, t, n, n))[None], crs, t, nodata=0)
     with rasterio.open(survey) as src:
-        assert nyc.metres_per_pixel(src) == pytest.approx(step*{'EPSG:2263': 1200/3937, 'EPSG:4326': 111_320}.get(crs, 1))
-    grid = nyc.utm_grid(survey)
-    label = nyc.majority(nyc.class_shares(survey, grid))
-    known = label != nyc.NO_LABEL
-    truth = nyc.class_table()[codes(*places('EPSG:32618', grid.affine, *grid.shape))]
+        assert metres_per_pixel(src) == pytest.approx(step*{'EPSG:2263': 1200/3937, 'EPSG:4326': 111_320}.get(crs, 1))
+    grid = utm_grid(survey)
+    label = majority(class_shares(survey, grid))
+    known = label != NO_LABEL
+    truth = class_table()[codes(*places('EPSG:32618', grid.affine, *grid.shape))]
     corners = np.array(Transformer.from_crs(crs, 'EPSG:32618', always_xy=True).transform(*t*(np.array([0, n, n, 0]), np.array([0, 0, n, n]))))
     ground = abs(np.cross(corners[:, 1] - corners[:, 0], corners[:, 3] - corners[:, 0]))
     assert (label == truth)[known].mean() > (.75 if step == 30 else .9) and known.sum()*100 == pytest.approx(ground, rel=.05)
@@ -152,15 +167,15 @@ def test_a_survey_that_does_not_fit_in_memory_is_read_in_strips(tmp_path, monkey
             reads.append(x.size)
             return x
     monkeypatch.setattr(rasterio.vrt, 'WarpedVRT', Watched)
-    grid = nyc.utm_grid(tmp_path/'big.tif')
+    grid = utm_grid(tmp_path/'big.tif')
     top, left = 30_000*step/10, 30_000*step/10
-    label = nyc.majority(nyc.class_shares(tmp_path/'big.tif', grid[int(top) - 96:int(top) + 128, int(left) - 96:int(left) + 128]))
-    assert {2, 3, nyc.NO_LABEL} == set(np.unique(label)) and (label != nyc.NO_LABEL).sum()*100 == pytest.approx((2048*step)**2, rel=.1)
+    label = majority(class_shares(tmp_path/'big.tif', grid[int(top) - 96:int(top) + 128, int(left) - 96:int(left) + 128]))
+    assert {2, 3, NO_LABEL} == set(np.unique(label)) and (label != NO_LABEL).sum()*100 == pytest.approx((2048*step)**2, rel=.1)
     assert len(reads) == 14 and max(reads) < 4_000_000 < side**2/1000
 
 def test_split_and_manifest(built):
     about, table = built.about, built.table
-    assert about['n']['test'] == 8 and nyc.split_gap(table, 32) >= 8 == about['gap_px']['train and test']
+    assert about['n']['test'] == 8 and split_gap(table, 32) >= 8 == about['gap_px']['train and test']
     assert not set(table.block[table.split == 'test']) & set(table.block[table.split == 'train'])
     boxes = {s: [(r.top, r.left) for r in table[table.split == s].itertuples()] for s in ('train', 'test')}
     apart = [max(abs(a - c), abs(b - d)) - 32 for a, b in boxes['test'] for c, d in boxes['train']]
@@ -174,18 +189,18 @@ def test_split_and_manifest(built):
     (built.folder/'chips'/victim).write_bytes(saved)
 
 def test_exactly_64_test_chips_where_the_area_allows():
-    places = nyc.layout((1400, 1400), 80, 2, 16)
-    places[list(nyc.CLASSES)] = np.random.default_rng(0).dirichlet([1]*5, len(places))
-    places['split'] = nyc.deal(places)
+    places = chip_places((1400, 1400), 80, 2, 16)
+    places[list(NYC_CLASSES)] = np.random.default_rng(0).dirichlet([1]*5, len(places))
+    places['split'] = assign_splits(places)
     assert len(places) >= 192 and (places.split == 'test').sum() == 64
     few = places[:60].copy()
-    few['split'] = nyc.deal(few)
-    assert (few.split == 'test').sum() == 20 and nyc.split_gap(few, 80) >= 16
+    few['split'] = assign_splits(few)
+    assert (few.split == 'test').sum() == 20 and split_gap(few, 80) >= 16
 
 def test_a_whole_data_set_has_exactly_64_test_chips(tmp_path):
-    chips = nyc.from_city(tmp_path/'city', 1, 270, nyc.BuildOptions(size=16, guard=4, test=64, suffix='.npy'))
+    chips = from_city(tmp_path/'city', 1, 270, BuildOptions(size=16, guard=4, test=64, suffix='.npy'))
     assert chips.about['n']['test'] == len(chips.ids('test')) == 64 and len(set(chips.table.id)) == len(chips.table) >= 192
-    assert (nyc.split_gap(chips.table, 16) >= 4
+    assert (split_gap(chips.table, 16) >= 4
             and not set(chips.table.block[chips.table.split == 'test']) & set(chips.table.block[chips.table.split == 'train']))
 
 def test_four_timestamps_differ(built):
@@ -201,19 +216,19 @@ def test_clouds_are_filled_from_other_dates(built):
     for name in cloudy.id: assert (built.read(name, 'S2L2A') > 0).all()
 
 def test_stops_and_goes_on(area, built, tmp_path, monkeypatch):
-    real, calls = nyc.write_chip, []
+    real, calls = write_chip, []
     def twice(*a, **kw):
         calls.append(a[1])
         if len(calls) == 3: raise KeyboardInterrupt
         return real(*a, **kw)
-    monkeypatch.setattr(nyc, 'write_chip', twice)
-    with pytest.raises(KeyboardInterrupt): nyc.build(nyc.Files(area), tmp_path/'nyc', opt=OPT)
-    again = nyc.build(nyc.Files(area), tmp_path/'nyc', opt=OPT)
+    swap(monkeypatch, 'gac.nyc.chips', 'write_chip', twice)
+    with pytest.raises(KeyboardInterrupt): build_chips(Files(area), tmp_path/'nyc', opt=OPT)
+    again = build_chips(Files(area), tmp_path/'nyc', opt=OPT)
     assert len(calls) == len(again.table) + 1  # only the one that failed was made twice
     assert (again.folder/'chips.csv').read_bytes() == (built.folder/'chips.csv').read_bytes()
 
 def refused(path:Path, out:Path, match:str, opt=OPT):
-    with pytest.raises(GacError, match=match): nyc.build(nyc.Files(path), out/'nyc', opt=opt)
+    with pytest.raises(GacError, match=match): build_chips(Files(path), out/'nyc', opt=opt)
 
 def test_one_date_four_times_is_refused(changed, tmp_path):
     def by_date(spec): spec['dates'][2]['date'] = spec['dates'][1]['date']
@@ -238,11 +253,11 @@ def test_zero_terrain_is_refused(changed, tmp_path):
 
 def test_missing_files_dates_and_bands_are_named(changed):
     with pytest.raises(GacError, match='s2_gone.tif is not there'):
-        nyc.Files(changed(lambda s: s['dates'][0].update(s2='s2_gone.tif')))
-    with pytest.raises(GacError, match=r'dates\[1\]: s1 missing'): nyc.Files(changed(lambda s: s['dates'][1].pop('s1')))
-    with pytest.raises(GacError, match='is no date'): nyc.Files(changed(lambda s: s['dates'][1].update(date='spring')))
+        Files(changed(lambda s: s['dates'][0].update(s2='s2_gone.tif')))
+    with pytest.raises(GacError, match=r'dates\[1\]: s1 missing'): Files(changed(lambda s: s['dates'][1].pop('s1')))
+    with pytest.raises(GacError, match='is no date'): Files(changed(lambda s: s['dates'][1].update(date='spring')))
     with pytest.raises(GacError, match='band .*B12.* missing'):
-        nyc.Files(changed(lambda s: s['dates'][0].update(s2={'B02': 'dem.tif'})))
+        Files(changed(lambda s: s['dates'][0].update(s2={'B02': 'dem.tif'})))
 
 def test_a_raster_without_a_place_is_refused(changed, tmp_path):
     path = changed(lambda spec: None)
@@ -256,7 +271,7 @@ def test_the_offset_of_baseline_4_is_taken_off(tmp_path):
     spec = yaml.safe_load(path.read_text())
     for d in spec['dates']: d['baseline'] = '05.00'
     path.write_text(yaml.safe_dump(spec))
-    chips = nyc.build(nyc.Files(path), tmp_path/'nyc', opt=OPT)
+    chips = build_chips(Files(path), tmp_path/'nyc', opt=OPT)
     assert chips.about['offsets'] == [1000]*4
     name = next(i for i in chips.table.id if (chips.read(i, 'LABEL') == 2).mean() > .3)
     assert np.median(chips.read(name, 'S2L2A')[0, 0][chips.read(name, 'LABEL') == 2]) < 200
@@ -281,7 +296,7 @@ def write_catalogue(area:Path, to:Path, days=DAYS, relative:bool=False) -> Path:
                 save(to/f'{path.stem}_{name}.tif', src.read(n)[None], str(src.crs), src.transform, nodata=src.nodata)
         return {name: to/f'{path.stem}_{name}.tif' for name in names}
     to.mkdir()
-    common = [nyc.S2_ASSETS[b][1] for b in study.S2_BANDS]
+    common = [S2_ASSETS[b][1] for b in S2_BANDS]
     for day, s1_day in zip(days, S1_DAYS):
         item('sentinel-2-l2a', f'S2_{day}', day,
              split(area.parent/f's2_{day}.tif', common) | {'scl': area.parent/f'scl_{day}.tif'},
@@ -298,11 +313,11 @@ SPANS = ('2021-01-12', '2021-04-01/2021-04-30', '2021-07-20', '2021-10-01/2021-1
 
 def test_a_static_catalogue_gives_the_same_chips(area, tmp_path):
     url, survey = write_catalogue(area, tmp_path/'cat'), area.parent/'landcover.tif'
-    grid = nyc.utm_grid(survey)[30:180, 30:180]
-    source = nyc.Catalogue(url, grid, SPANS)
+    grid = utm_grid(survey)[30:180, 30:180]
+    source = Catalogue(url, grid, SPANS)
     assert [d.day for d in source.dates] == list(DAYS) and [d.s1_day for d in source.dates] == list(S1_DAYS)
-    opt = nyc.BuildOptions(size=64, per_block=1, guard=8, test=1, val=.2)
-    one, two = (nyc.build(s, tmp_path/f'nyc{i}', survey, opt, grid=grid) for i, s in enumerate((nyc.Files(area), source)))
+    opt = BuildOptions(size=64, per_block=1, guard=8, test=1, val=.2)
+    one, two = (build_chips(s, tmp_path/f'nyc{i}', survey, opt, grid=grid) for i, s in enumerate((Files(area), source)))
     assert len(one.table) == 4 and one.table.drop(columns='files').equals(two.table.drop(columns='files'))
     for name in one.table.id[one.table.seen == 1]:
         a, b = ({m: c.read(name, m).astype(float) for m in ('LABEL', 'S2L2A', 'S1RTC', 'DEM')} for c in (one, two))
@@ -311,14 +326,14 @@ def test_a_static_catalogue_gives_the_same_chips(area, tmp_path):
 
 def test_missing_dates_are_named_all_at_once(area, tmp_path):
     url = write_catalogue(area, tmp_path/'cat', DAYS[:3])
-    grid = nyc.utm_grid(area.parent/'landcover.tif')
+    grid = utm_grid(area.parent/'landcover.tif')
     with pytest.raises(GacError, match='2021-10-01/2021-10-31; .*2022-01-01/2022-01-31'):
-        nyc.Catalogue(url, grid, (*SPANS, '2022-01-01/2022-01-31'))
+        Catalogue(url, grid, (*SPANS, '2022-01-01/2022-01-31'))
     with pytest.raises(GacError, match='2021-01-12 is used for 2 of 2'):
-        nyc.Catalogue(url, grid, ('2021-01-12', '2021-01-01/2021-01-31'))
+        Catalogue(url, grid, ('2021-01-12', '2021-01-01/2021-01-31'))
     with pytest.raises(GacError, match='no Sentinel-1 image within 1 days of 2021-01-12'):
-        nyc.Catalogue(url, grid, ('2021-01-12',), s1_days=1)
-    with pytest.raises(GacError, match='not a readable STAC catalogue'): nyc.Catalogue(tmp_path/'nothing.json', grid, SPANS)
+        Catalogue(url, grid, ('2021-01-12',), s1_days=1)
+    with pytest.raises(GacError, match='not a readable STAC catalogue'): Catalogue(tmp_path/'nothing.json', grid, SPANS)
 
 @contextmanager
 def served(catalogue:Path): # -> address, searches it was asked
@@ -352,16 +367,16 @@ def served(catalogue:Path): # -> address, searches it was asked
     finally: server.shutdown(); server.server_close()
 
 def test_an_api_is_searched(area, tmp_path):
-    static, grid = write_catalogue(area, tmp_path/'cat'), nyc.utm_grid(area.parent/'landcover.tif')[30:94, 30:94]
+    static, grid = write_catalogue(area, tmp_path/'cat'), utm_grid(area.parent/'landcover.tif')[30:94, 30:94]
     with served(static) as (url, asked):
-        api = nyc.Catalogue(url, grid, SPANS)
+        api = Catalogue(url, grid, SPANS)
         # four optical, four radar, terrain
         assert len(asked) == 9 and asked[0]['collections'] == ['sentinel-2-l2a'] and len(asked[0]['bbox']) == 4
-        walked = nyc.Catalogue(static, grid, SPANS)
+        walked = Catalogue(static, grid, SPANS)
         assert [(d.day, d.s1_day) for d in api.dates] == [(d.day, d.s1_day) for d in walked.dates]
         assert (np.array_equal(api.s2(api.dates[1], grid)[0], walked.s2(walked.dates[1], grid)[0])
                 and np.array_equal(api.dem(grid), walked.dem(grid)))
-        with pytest.raises(GacError, match='no Sentinel-2 image .*2023-01-01'): nyc.Catalogue(url, grid, ('2023-01-01',))
+        with pytest.raises(GacError, match='no Sentinel-2 image .*2023-01-01'): Catalogue(url, grid, ('2023-01-01',))
 
 def test_a_catalogue_from_the_command_line(area, tmp_path, capsys):
     "A catalogue whose links and assets are relative, as one is that was copied to a disk."
@@ -372,16 +387,16 @@ def test_a_catalogue_from_the_command_line(area, tmp_path, capsys):
              str(tmp_path/'nyc'), '--tile-size', '64',
              '--guard', '8', '--test', '2', '--dates']
     assert main([*words, ','.join(SPANS)]) == 0
-    chips = nyc.Chips(tmp_path/'nyc')
+    chips = Chips(tmp_path/'nyc')
     chips.verify()
-    assert "'test': 2" in capsys.readouterr().out and chips.days == list(DAYS) and nyc.split_gap(chips.table, 64) >= 8
+    assert "'test': 2" in capsys.readouterr().out and chips.days == list(DAYS) and split_gap(chips.table, 64) >= 8
     assert main([*words, ','.join(SPANS[:3])]) == 2 and 'expected 4' in capsys.readouterr().err
 
 def test_from_the_command_line(area, tmp_path, capsys):
     from gac.cli import main
     size = ['--tile-size', '64', '--guard', '8', '--test', '1']
     assert main(['nyc', 'build', '--sources', str(area), '--output-dir', str(tmp_path/'nyc'), *size]) == 0
-    assert "'test': 1" in capsys.readouterr().out and nyc.Chips(tmp_path/'nyc').size == 64
+    assert "'test': 1" in capsys.readouterr().out and Chips(tmp_path/'nyc').size == 64
     assert main(['nyc', 'build', '--output-dir', str(tmp_path/'x')]) == 2 and 'either --sources' in capsys.readouterr().err
     assert main(['nyc', 'publish', '--run-dir', str(tmp_path), '--output-dir', str(tmp_path/'out')]) == 2
     assert 'no finished comparison' in capsys.readouterr().err
@@ -402,105 +417,105 @@ def tagged(path:Path, x:np.ndarray, scales=(), offsets=(), names=(), mask=None, 
 def test_scale_tags_masks_and_infinite_values_are_read_as_elsewhere(tmp_path):
     top, ones = (np.arange(20) < 10)[:, None] & np.ones((20, 20), bool), np.ones((2, 20, 20))
     hundredths = tagged(tmp_path/'s1.tif', np.where(top, -32768, -1234*ones).astype('int16'), (.01, .01), nodata=-32768)
-    x = nyc.warped(hundredths, BOX)
+    x = warped(hundredths, BOX)
     assert np.isnan(x[:, :10]).all() and x[:, 10:] == pytest.approx(-12.34)
     s2 = np.full((12, 20, 20), 2500, 'uint16')
     reflectance = tagged(tmp_path/'s2.tif', s2, (1e-4,)*12, (-.1,)*12)
-    assert nyc.warped(reflectance, BOX, [3], dn=True) == pytest.approx(1500) and nyc.warped(reflectance, BOX, [3]) == pytest.approx(.15)
-    assert nyc.warped(tagged(tmp_path/'plain.tif', s2), BOX, [3], dn=True) == pytest.approx(2500)
-    masked = nyc.warped(tagged(tmp_path/'m.tif', s2, mask=np.where(top, 0, 255).astype('uint8')), BOX, [1])
+    assert warped(reflectance, BOX, [3], dn=True) == pytest.approx(1500) and warped(reflectance, BOX, [3]) == pytest.approx(.15)
+    assert warped(tagged(tmp_path/'plain.tif', s2), BOX, [3], dn=True) == pytest.approx(2500)
+    masked = warped(tagged(tmp_path/'m.tif', s2, mask=np.where(top, 0, 255).astype('uint8')), BOX, [1])
     assert np.isnan(masked[0, :10]).all() and (masked[0, 10:] == 2500).all()
-    assert np.isnan(nyc.warped(tagged(tmp_path/'dem.tif', np.where(top, np.inf, 5*ones[:1]).astype('f4')), BOX)[0, :10]).all()
-    with pytest.raises(GacError, match='band 2 has no scale or offset tag'): nyc.warped(tagged(tmp_path/'half.tif', s2[:2], (1e-4, 1.)), BOX)
+    assert np.isnan(warped(tagged(tmp_path/'dem.tif', np.where(top, np.inf, 5*ones[:1]).astype('f4')), BOX)[0, :10]).all()
+    with pytest.raises(GacError, match='band 2 has no scale or offset tag'): warped(tagged(tmp_path/'half.tif', s2[:2], (1e-4, 1.)), BOX)
 
 def test_an_exact_zero_in_db_is_no_radar():
     x = np.full((2, 4, 4), -12., 'float32')
     x[1, :2] = 0
-    assert np.isnan(nyc.to_db(x, 'dB')[1, :2]).all() and (nyc.to_db(x, 'dB')[1, 2:] == -12).all()
+    assert np.isnan(stac_to_db(x, 'dB')[1, :2]).all() and (stac_to_db(x, 'dB')[1, 2:] == -12).all()
 
 def test_a_named_band_is_read_by_its_name(changed):
     def named(spec):
         for d in spec['dates']: d.update(s1='s1_named.tif')
     path = changed(named)
     tagged(path.parent/'s1_named.tif', np.stack([np.full((20, 20), v, 'float32') for v in (-18, -11)]), names=('Sigma0_VH_db', 'Sigma0_VV_db'))
-    source = nyc.Files(path)
+    source = Files(path)
     assert source.s1(source.dates[0], BOX)[:, 5, 5].tolist() == [-11, -18]
     tagged(path.parent/'s1_named.tif', np.ones((2, 20, 20), 'float32'), names=('HH', 'HV'))
-    with pytest.raises(GacError, match=r's1_named.tif: bands HH, HV: expected VV and VH.*s1: \{VV: FILE, VH: FILE\}'): nyc.Files(path)
+    with pytest.raises(GacError, match=r's1_named.tif: bands HH, HV: expected VV and VH.*s1: \{VV: FILE, VH: FILE\}'): Files(path)
 
 # ---- the experiment
 
 @pytest.fixture(scope='module')
-def town(tmp_path_factory) -> nyc.Chips:
-    return nyc.from_city(tmp_path_factory.mktemp('town')/'data', 0, 210,
-                         nyc.BuildOptions(size=48, guard=12, test=4, val=.1, suffix='.npy'))
+def town(tmp_path_factory) -> Chips:
+    return from_city(tmp_path_factory.mktemp('town')/'data', 0, 210,
+                         BuildOptions(size=48, guard=12, test=4, val=.1, suffix='.npy'))
 
 def configured(town, out:Path, name:str, **kw) -> Path:
-    c = nyc.config(nyc.VARIANTS[name], str(town.folder), str(out/'run'),
+    c = run_settings(TIM_VARIANTS[name], str(town.folder), str(out/'run'),
                    **dict(steps=2, batch_size=2, suffix='.npy', thoughts=str(out/'thoughts'))
                    | kw)
-    return downstream.write_config(out/'config.yaml', c)
+    return write_config(out/'config.yaml', c)
 
 def test_the_city_has_seasons_and_a_clean_split(town):
     assert len(set(town.days)) == 4
-    for i in town.table.id: nyc.check_contents(town.read(i, 'S2L2A').astype(float), town.days)
-    assert nyc.split_gap(town.table, 48) >= 12
+    for i in town.table.id: check_contents(town.read(i, 'S2L2A').astype(float), town.days)
+    assert split_gap(town.table, 48) >= 12
     green = [np.median((x[7] - x[3])/(x[7] + x[3])) for x in np.concatenate([town.read(i, 'S2L2A').astype(float)
         for i in town.table.id[town.table.vegetation > .5]]).reshape(-1, 4, 12, 48, 48).mean(0)]
     assert green[2] > green[0] + .1  # July is greener than January
-    again = nyc.from_city(town.folder, 0, 210, nyc.BuildOptions(size=48, guard=12, test=4, val=.1, suffix='.npy'))
+    again = from_city(town.folder, 0, 210, BuildOptions(size=48, guard=12, test=4, val=.1, suffix='.npy'))
     assert again.about == town.about
-    with pytest.raises(GacError, match='other options'): nyc.from_city(town.folder, 1, 210)
+    with pytest.raises(GacError, match='other options'): from_city(town.folder, 1, 210)
 
-@pytest.mark.parametrize('family', nyc.FAMILIES)
+@pytest.mark.parametrize('family', FAMILIES)
 def test_thinking_and_not_differ_in_the_thought_alone(family):
-    plain = nyc.config(nyc.VARIANTS['no TiM'], 'd', 'o', family=family)
-    for name, v in nyc.VARIANTS.items():
-        if v.tim and v.modalities == nyc.INPUTS:
-            assert nyc.differences(plain, nyc.config(v, 'd', 'o', family=family)) == set(nyc.THOUGHT), name
-    alone = [nyc.config(nyc.VARIANTS[n], 'd', 'o', family=family) for n in ('S1 alone', 'S1 alone, TiM LULC')]
-    assert nyc.differences(*alone) == set(nyc.THOUGHT)
-    longer = nyc.differences(plain, nyc.config(nyc.VARIANTS['no TiM, equal compute'], 'd', 'o', family=family, steps=150))
+    plain = run_settings(TIM_VARIANTS['no TiM'], 'd', 'o', family=family)
+    for name, v in TIM_VARIANTS.items():
+        if v.tim and v.modalities == TIM_INPUTS:
+            assert config_differences(plain, run_settings(v, 'd', 'o', family=family)) == set(THOUGHT), name
+    alone = [run_settings(TIM_VARIANTS[n], 'd', 'o', family=family) for n in ('S1 alone', 'S1 alone, TiM LULC')]
+    assert config_differences(*alone) == set(THOUGHT)
+    longer = config_differences(plain, run_settings(TIM_VARIANTS['no TiM, equal compute'], 'd', 'o', family=family, steps=150))
     assert longer == {'trainer.max_steps', 'trainer.callbacks', 'model.init_args.scheduler_hparams.milestones'}
 
 @pytest.mark.parametrize('profile', ['mini', 'paper'])
 def test_committed_configurations_differ_in_the_thought_alone(profile):
     "The files of the committed reports, their folders of weights and predictions apart."
-    folder, compared = study.root()/'reports'/profile/'configs', 0
+    folder, compared = root()/'reports'/profile/'configs', 0
     for given, thinking in (('no_TiM', 'TiM_LULC'), ('no_TiM', 'TiM_NDVI'), ('no_TiM', 'TiM_LULC_NDVI'),
                             ('S1_alone', 'S1_alone_TiM_LULC'), ('base_no_TiM', 'base_TiM_LULC')):
         for path in sorted(folder.glob(f'nyc_{thinking}*.yaml')):
             if not (end := path.stem.removeprefix(f'nyc_{thinking}')) == '' and not end[1:].isdigit(): continue
             text = (path.read_text(), (folder/f'nyc_{given}{end}.yaml').read_text())
             own = [t.replace(f'/{n.removeprefix("base_")}{e}', '/RUN') for t, n in zip(text, (thinking, given)) for e in [end]]
-            assert nyc.differences(*map(yaml.safe_load, own)) == set(nyc.THOUGHT), path.name
+            assert config_differences(*map(yaml.safe_load, own)) == set(THOUGHT), path.name
             compared += 1
     assert compared >= 2
 
 def test_the_paper_profile_has_every_run_and_three_seeds():
-    paper = yaml.safe_load((study.root()/'nbs'/'params'/'paper.yaml').read_text())['13_nyc_tim']
-    assert set(paper['runs']) == set(nyc.VARIANTS) and len(set(paper['seeds'])) >= 3
+    paper = yaml.safe_load((root()/'nbs'/'params'/'paper.yaml').read_text())['16_new_york']
+    assert set(paper['runs']) == set(TIM_VARIANTS) and len(set(paper['seeds'])) >= 3
 
 @pytest.mark.parametrize('profile', ['mini', 'paper'])
 def test_equal_compute_is_equal(town, tmp_path, profile):
     "The steps in the profile spend the arithmetic of the thinking run, counted anew."
-    params = yaml.safe_load((study.root()/'nbs'/'params'/f'{profile}.yaml').read_text())['13_nyc_tim']
-    cost = [nyc.gflop(configured(town, tmp_path/str(i), name, batch_size=params['batch_size']))
+    params = yaml.safe_load((root()/'nbs'/'params'/f'{profile}.yaml').read_text())['16_new_york']
+    cost = [gflop(configured(town, tmp_path/str(i), name, batch_size=params['batch_size']))
             for i, name in enumerate(('TiM LULC', 'no TiM, equal compute'))]
-    assert cost[0] > 1.3*cost[1] and params['equal_compute_steps'] == nyc.equal_steps(params['steps'], *cost)
+    assert cost[0] > 1.3*cost[1] and params['equal_compute_steps'] == equal_compute_steps(params['steps'], *cost)
 
 def test_four_dates_reach_the_model(town, tmp_path):
     "The batch holds the dates of a chip in their order, standardised, and no two of them are the same."
-    cli = downstream.open_config(configured(town, tmp_path, 'no TiM'))
-    with downstream.at_root():
+    cli = open_config(configured(town, tmp_path, 'no TiM'))
+    with at_root():
         cli.datamodule.setup('test')
         batch = cli.datamodule.aug(next(iter(cli.datamodule.test_dataloader())))
-    name, made = Path(batch['filename']['mask'][0]).name.rsplit('_', 1)[0], nyc.city(0, 210)
+    name, made = Path(batch['filename']['mask'][0]).name.rsplit('_', 1)[0], city(0, 210)
     top, left = town.table.set_index('id').loc[name, ['top', 'left']]
     seen = {m: np.asarray(x, np.float32)[..., top:top + 48, left:left + 48]
             for m, x in dict(S2L2A=made['s2'], S1RTC=made['s1'], DEM=made['dem'][None, None].repeat(4, 0)).items()}
-    for m in nyc.INPUTS:
-        mean, std = (np.array(v, np.float32)[:, None, None] for v in nyc.standardisation('mini', m))
+    for m in TIM_INPUTS:
+        mean, std = (np.array(v, np.float32)[:, None, None] for v in standardisation('mini', m))
         x = batch['image'][m][0].numpy()  # (C, T, H, W)
         assert x.shape[1] == 4
         for t in range(4): np.testing.assert_allclose(x[:, t], (seen[m][t] - mean)/std, rtol=1e-3, atol=1e-3)
@@ -520,13 +535,13 @@ def test_runs_start_alike_and_see_the_same_chips_in_the_same_order(town, tmp_pat
             self.moved = {k for k, p in module.model.named_parameters() if p.grad is not None and p.grad.any()}
     watched = []
     for name in ('S1 alone', 'S1 alone, TiM LULC'):
-        cli = downstream.open_config(configured(town, tmp_path/name, name, steps=5))
+        cli = open_config(configured(town, tmp_path/name, name, steps=5))
         if watched:  # as where a builder has drawn more random numbers
             for k, p in cli.model.model.named_parameters():
                 if not k.startswith('encoder.'): torch.nn.init.normal_(p)
         watched.append(Watch())
         cli.trainer.callbacks.append(watched[-1])
-        with downstream.at_root(): cli.trainer.fit(cli.model, cli.datamodule)
+        with at_root(): cli.trainer.fit(cli.model, cli.datamodule)
     a, b = watched
     assert a.seen == b.seen and len(a.seen) == 5 and a.seen[0] != a.seen[-1]  # over more than one round
     assert a.start.keys() == b.start.keys() and all((a.start[k] == b.start[k]).all() for k in a.start)
@@ -535,48 +550,48 @@ def test_runs_start_alike_and_see_the_same_chips_in_the_same_order(town, tmp_pat
 
 def test_a_run_is_not_made_twice_and_its_score_is_terratorchs(town, tmp_path):
     path = configured(town, tmp_path, 'S1 alone')
-    one = nyc.run_config(path)
+    one = run_config(path)
     made = (tmp_path/'run'/'test.npz').stat().st_mtime_ns
-    two = nyc.run_config(path)
+    two = run_config(path)
     assert (tmp_path/'run'/'test.npz').stat().st_mtime_ns == made and (one['confusion'] == two['confusion']).all() and sorted(one[
         'id']) == sorted(town.ids('test'))
-    theirs, mine = json.loads((tmp_path/'run'/'metrics.json').read_text()), nyc.scores(one['confusion'].sum(0))
+    theirs, mine = json.loads((tmp_path/'run'/'metrics.json').read_text()), scores(one['confusion'].sum(0))
     for a, b in (('mIoU', 'miou'), ('Pixel_Accuracy', 'pixel_accuracy'), ('F1_Score', 'f1'), ('IoU_water', 'iou_water')):
         assert abs(theirs[f'test/{a}'] - mine[b]) < 1e-4, a
-    again = nyc.run_config(configured(town, tmp_path/'again', 'S1 alone'))
+    again = run_config(configured(town, tmp_path/'again', 'S1 alone'))
     assert (again['confusion'] == one['confusion']).all()
 
 def test_a_thought_that_does_not_load_is_said_and_given_instead(tmp_path):
-    v = nyc.VARIANTS['TiM LULC']
-    instead, status = nyc.as_it_loads(v, weights=str(tmp_path))
-    assert status.startswith('fallback, LULC given: ') and 'terramind_mini.safetensors' in status and nyc.as_it_loads(v) == (v, 'ran')
-    c = nyc.config(instead, 'd', 'o', thoughts='t')
+    v = TIM_VARIANTS['TiM LULC']
+    instead, status = as_it_loads(v, weights=str(tmp_path))
+    assert status.startswith('fallback, LULC given: ') and 'terramind_mini.safetensors' in status and as_it_loads(v) == (v, 'ran')
+    c = run_settings(instead, 'd', 'o', thoughts='t')
     assert c['data']['init_args']['data_root']['LULC'] == 't' and c['model']['init_args']['model_args']['backbone'] == 'terramind_mini'
 
 def test_the_fallback_gives_every_thought_that_was_asked_for(town, tmp_path, monkeypatch):
     "Land cover and NDVI, made ahead by the generator, read as the thinking backbone would have thought them, and trained on."
-    real = nyc.foundations.build
+    real = build_model
     def broken(name, *args, **kw):
         if name.endswith('_tim'): raise RuntimeError('size mismatch')
         return real(name, *args, **kw)
-    monkeypatch.setattr(nyc.foundations, 'build', broken)
-    instead, status = nyc.as_it_loads(nyc.VARIANTS['TiM LULC+NDVI'])
+    swap(monkeypatch, 'gac.models.build', 'build_model', broken)
+    instead, status = as_it_loads(TIM_VARIANTS['TiM LULC+NDVI'])
     assert (instead.given, instead.tim, status) == (('LULC', 'NDVI'), (), 'fallback, LULC and NDVI given: size mismatch')
-    found = nyc.think(town, tmp_path/'thoughts', wanted=instead.given)
+    found = generate_thoughts(town, tmp_path/'thoughts', wanted=instead.given)
     name = town.ids('test')[0]
     lulc, ndvi = (np.load(tmp_path/'thoughts'/f'{name}_{m}.npy') for m in instead.given)
     assert ((lulc.reshape(4, -1, 48, 48).argmax(1) == found[name]).all() and ndvi.shape == (4, 48, 48)
             and -1.2 < ndvi.min() < ndvi.max() < 1.2)
-    c = nyc.config(instead, str(town.folder), str(tmp_path/'run'), 1, 2, suffix='.npy', thoughts=str(tmp_path/'thoughts'))
-    assert c['data']['init_args']['modalities'] == [*nyc.INPUTS, 'LULC', 'NDVI']
-    assert nyc.run_config(downstream.write_config(tmp_path/'config.yaml', c))['confusion'].sum() == 4*48*48
+    c = run_settings(instead, str(town.folder), str(tmp_path/'run'), 1, 2, suffix='.npy', thoughts=str(tmp_path/'thoughts'))
+    assert c['data']['init_args']['modalities'] == [*TIM_INPUTS, 'LULC', 'NDVI']
+    assert run_config(write_config(tmp_path/'config.yaml', c))['confusion'].sum() == 4*48*48
 
 def test_a_run_with_other_weights_is_made_anew(town, tmp_path, monkeypatch):
     path = configured(town, tmp_path, 'S1 alone', steps=1)
-    nyc.run_config(path)
+    run_config(path)
     mark = (tmp_path/'run'/'made_of.txt').read_text()
-    monkeypatch.setattr(nyc.foundations, 'weights_checksums', lambda *args, **kw: {'terramind_mini.safetensors': 'other'})
-    nyc.run_config(path)
+    swap(monkeypatch, 'gac.models.build', 'weights_checksums', lambda *args, **kw: {'terramind_mini.safetensors': 'other'})
+    run_config(path)
     assert (tmp_path/'run'/'made_of.txt').read_text() != mark
 
 def test_the_gate_draws_seeds_and_blocks():
@@ -584,12 +599,12 @@ def test_the_gate_draws_seeds_and_blocks():
     good, bad = np.diag([90]*5) + 1, np.diag([40]*5) + 11
     a, b = (np.stack([[c]*12 for c in per_seed]) for per_seed in ((good, bad, bad), (bad, bad, bad)))
     blocks = np.repeat(np.arange(6), 2)
-    one_seed = nyc.gate(a, b, blocks)
+    one_seed = gate(a, b, blocks)
     assert one_seed['gain'] > 10 and one_seed['lo'] == 0 and (one_seed['verdict'], one_seed['seeds']) == ('open', 3)
     c = np.stack([[good if k == 0 else bad for k in blocks]]*3)
-    one_block = nyc.gate(c, b, blocks)
+    one_block = gate(c, b, blocks)
     assert one_block['gain'] > 2 and (one_block['lo'], one_block['verdict']) == (0, 'open')
-    assert nyc.gate(np.stack([[good]*12]*3), b, blocks)['verdict'] == 'strong'
+    assert gate(np.stack([[good]*12]*3), b, blocks)['verdict'] == 'strong'
 
 def test_a_class_of_one_block_does_not_move_the_gate_by_its_absence():
     "Bare ground lies in one block and neither run finds it; one pixel predicted elsewhere must not count as a class lost."
@@ -599,21 +614,21 @@ def test_a_class_of_one_block_does_not_move_the_gate_by_its_absence():
     b = a.copy()
     b[0, 2:, 0, 0] -= 1
     b[0, 2:, 0, 1] += 1  # a pixel of vegetation called bare
-    g = nyc.gate(a, b, np.repeat(np.arange(6), 2))
+    g = gate(a, b, np.repeat(np.arange(6), 2))
     assert 0 < g['gain'] < 1 and g['hi'] < 1
 
 def test_a_given_thought_runs(town, tmp_path):
-    found = nyc.think(town, tmp_path/'thoughts')
+    found = generate_thoughts(town, tmp_path/'thoughts')
     assert set(found) == set(town.table.id[town.table.split != 'spare']) and next(iter(found.values())).shape == (4, 48, 48)
-    assert nyc.run_config(configured(town, tmp_path, 'LULC given', steps=1))['confusion'].sum() == 4*48*48
+    assert run_config(configured(town, tmp_path, 'LULC given', steps=1))['confusion'].sum() == 4*48*48
 
 def test_the_parser_refuses_what_terratorch_does_not_know(tmp_path):
-    c = nyc.config(nyc.VARIANTS['TiM LULC'], 'd', 'o', family='base')
-    assert downstream.open_config(downstream.write_config(tmp_path/'good.yaml', c),
+    c = run_settings(TIM_VARIANTS['TiM LULC'], 'd', 'o', family='base')
+    assert open_config(write_config(tmp_path/'good.yaml', c),
                                   build=False).config.model.init_args.model_args['backbone'] == 'terramind_v1_base_tim'
     c['trainer']['max_step'] = 3
     with pytest.raises(GacError, match='max_step'):
-        downstream.open_config(downstream.write_config(tmp_path/'bad.yaml', c), build=False)
+        open_config(write_config(tmp_path/'bad.yaml', c), build=False)
 
 def test_publishing_needs_a_certain_gain(tmp_path):
     import huggingface_hub, torch
@@ -628,9 +643,9 @@ def test_publishing_needs_a_certain_gain(tmp_path):
     kept = lambda **kw: (run/'gate.json').write_text(json.dumps(dict(data='a city', seed=0, folders={'TiM LULC': 'runs/TiM_LULC_0'}, status=status,
         gate=[row | kw, dearer])))
     kept()
-    with pytest.raises(GacError, match='Nothing to publish.*TiM LULC .1.6'): nyc.publish(tmp_path/'run', tmp_path/'out')
+    with pytest.raises(GacError, match='Nothing to publish.*TiM LULC .1.6'): publish(tmp_path/'run', tmp_path/'out')
     kept(lo=.3, verdict='stable')
-    out = nyc.publish(tmp_path/'run', tmp_path/'out')
+    out = publish(tmp_path/'run', tmp_path/'out')
     assert load_file(out/'model.safetensors')['head.weight'].tolist() == [1, 1] and (out/'config.yaml').exists()
     card = (out/'README.md').read_text()
     about = huggingface_hub.ModelCard(card).data
@@ -639,22 +654,22 @@ def test_publishing_needs_a_certain_gain(tmp_path):
     assert '**stable**' in card and '+1.60 points of mIoU [+0.30, +3.00]' in card and '-3.2' in card
     (run/'gate.json').write_text(json.dumps(dict(data='', seed=0, folders={'TiM LULC': '../../../etc'}, status=status,
                                                  gate=[row | dict(lo=.3)])))
-    with pytest.raises(GacError, match='outside the run'): nyc.publish(tmp_path/'run', tmp_path/'out')
+    with pytest.raises(GacError, match='outside the run'): publish(tmp_path/'run', tmp_path/'out')
 
 def test_a_published_model_draws_the_maps_of_the_run(town, tmp_path):
     "Weights and configuration of the published folder, loaded key by key, give the test's predictions."
     import torch
     from safetensors.torch import load_file
     path, run = configured(town, tmp_path/'run'/'nyc', 'TiM LULC'), tmp_path/'run'/'nyc'
-    tested = nyc.run_config(path)
+    tested = run_config(path)
     shutil.copy(path, run/'run'/'config.yaml')
     row = dict(run='TiM LULC', against='no TiM', gain=1.6, lo=.3, hi=3., verdict='stable', blocks=16, seeds=3)
     (run/'gate.json').write_text(json.dumps(dict(data='a city', seed=0, folders={'TiM LULC': 'run'}, status={'TiM LULC': 'ran'},
                                                  gate=[row])))
-    out = nyc.publish(tmp_path/'run', tmp_path/'out')
-    cli = downstream.open_config(out/'config.yaml')
+    out = publish(tmp_path/'run', tmp_path/'out')
+    cli = open_config(out/'config.yaml')
     cli.model.model.load_state_dict(load_file(out/'model.safetensors'), strict=True)
-    with downstream.at_root(), torch.no_grad():
+    with at_root(), torch.no_grad():
         cli.datamodule.setup('test')
         for batch in map(cli.datamodule.aug, cli.datamodule.test_dataloader()):
             pred = cli.model.model.eval()({k: x.float() for k, x in batch['image'].items()}).output.argmax(1).numpy()
@@ -662,13 +677,13 @@ def test_a_published_model_draws_the_maps_of_the_run(town, tmp_path):
                 assert (p == tested['prediction'][list(tested['id']).index(Path(f).name.rsplit('_', 1)[0])]).all()
 
 def test_the_real_time_series_goes_through(real_data, town, tmp_path):
-    there = nyc.from_series(real_data/'time_series_belgium'/'worldcereal_preprocessed_inputs.nc', tmp_path/'series')
+    there = from_series(real_data/'time_series_belgium'/'worldcereal_preprocessed_inputs.nc', tmp_path/'series')
     assert len(set(there.days)) == 4 and len(there.table) == 4
     x = there.read(there.table.id[0], 'S1RTC')
     assert x.shape == (4, 2, 48, 48) and -35 < x.min() < x.max() < 15 and 100 < there.read(there.table.id[0], 'DEM').mean() < 200
     path = configured(town, tmp_path, 'TiM LULC', steps=1)
-    nyc.run_config(path)
-    maps = nyc.map_with(path, there)
+    run_config(path)
+    maps = map_with(path, there)
     assert set(maps) == set(there.table.id) and all(m.shape == (48, 48) and m.max() < 5 for m in maps.values())
 
 @pytest.mark.slow
@@ -676,16 +691,16 @@ def test_terratorch_runs_the_same_file(town, tmp_path):
     "terratorch fit and test, in processes of their own, give the numbers of the run inside this one."
     import os, subprocess, sys
     path = configured(town, tmp_path, 'S1 alone, TiM LULC')
-    here = nyc.run_config(path)['confusion']
+    here = run_config(path)['confusion']
     shutil.move(tmp_path/'run', tmp_path/'kept')
-    start = 'import gac.study, sys; from terratorch.__main__ import main; sys.argv[0] = "terratorch"; main()'
-    env = os.environ | dict(PYTHONPATH=str(study.root()))
+    start = 'import gac, sys; from terratorch.__main__ import main; sys.argv[0] = "terratorch"; main()'
+    env = os.environ | dict(PYTHONPATH=str(root()))
     for words in (['fit', '--config', str(path)],
                   ['test', '--config', str(path), '--ckpt_path', str(tmp_path/'run'/'final.ckpt')]):
-        done = subprocess.run([sys.executable, '-c', start, *words], cwd=study.root(), env=env, capture_output=True, text=True,
+        done = subprocess.run([sys.executable, '-c', start, *words], cwd=root(), env=env, capture_output=True, text=True,
                               timeout=1800)
         assert done.returncode == 0, done.stderr[-2000:]
-    assert (nyc.read_test(tmp_path/'run')['confusion'] == here).all() and not (study.root()/'config.yaml').exists()
+    assert (read_test(tmp_path/'run')['confusion'] == here).all() and not (root()/'config.yaml').exists()
 
 @pytest.mark.parametrize('what', ['mask', 'place'])
 def test_what_lies_beside_a_raster_is_seen_though_gdal_was_told_not_to_look(tmp_path, what):
@@ -698,6 +713,6 @@ def test_what_lies_beside_a_raster_is_seen_though_gdal_was_told_not_to_look(tmp_
             f.write(x if what == 'mask' else (x % 251).astype('uint8'))
             if what == 'mask': f.write_mask(there)
     with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN='EMPTY_DIR'):
-        box = nyc.utm_grid(path)
+        box = utm_grid(path)
         assert tuple(box.shape) == (60, 60)
-        if what == 'mask': np.testing.assert_array_equal(np.isnan(nyc.warped(path, box, how='nearest')[0]), ~there)
+        if what == 'mask': np.testing.assert_array_equal(np.isnan(warped(path, box, how='nearest')[0]), ~there)

@@ -6,10 +6,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import rasterio
-from gac import export, stage3, tiles
 from gac.cli import main
-from gac.study import GacError
-from gac.tiles import GUARD, SplitRule, Store, convert, deal_split, frequent_reasons, split_room, split_store
+from gac.core.files import GacError, root
+from gac.data.convert import convert, frequent_reasons
+from gac.data.readers import nested
+from gac.data.splits import deal_split, SPLIT_BY, split_room, split_store, SplitRule
+from gac.data.store import GUARD, is_id, Store
+from gac.products.blocks import draw_block
+from gac.products.cog import write_cog
+from gac.products.scene import open_scene
+from gac.products.tiling import Tiling
+from gac.stages.stage3 import _ids, _same
 
 import tiles_layouts as layouts
 
@@ -77,7 +84,7 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path, capsy
         assert code == 2 and f'no training tiles (4 test). Make some: gac data split {store}' in said
     with pytest.raises(GacError, match='gac data convert'): Store(tmp_path/'c')
 
-@pytest.mark.parametrize('by', tiles.SPLIT_BY)
+@pytest.mark.parametrize('by', SPLIT_BY)
 def test_splits_do_not_leak_and_follow_the_seed(by):
     r = np.random.default_rng(0)
     table = pd.DataFrame(dict(lon=r.uniform(10, 14, 600), lat=r.uniform(60, 62, 600), scene=[f's{i//3}' for i in range(600)]))
@@ -128,7 +135,7 @@ def test_convert_says_why_as_the_shell_spells_it(tmp_path, capsys):
     assert first in capsys.readouterr().out
 
 def test_no_message_spells_an_option_as_python_does():
-    text = '\n'.join(p.read_text(encoding='utf-8') for p in Path(tiles.__file__).parent.glob('*.py'))
+    text = '\n'.join(p.read_text(encoding='utf-8') for p in (root()/'gac').rglob('*.py'))
     found = re.findall(r"""['"][^'"\n]*\b(?:Say|say|name|Or name[^'"\n]*) (?:size|s1_units|s2_units|s1_bands|s2_bands|s2_offset|weights)=[^'"\n]*""", text)
     assert not found, found
 
@@ -153,10 +160,10 @@ def test_a_stage3_training_sees_that_the_split_changed(tmp_path):
     class Some:
         def __init__(self, ids): self.store, self.rows = type('S', (), dict(table=pd.DataFrame(dict(id=ids)))), np.arange(3)
         def __len__(self): return 3
-    made = lambda ids: dict(settings={}, tiles=stage3._ids(Some(ids)))
+    made = lambda ids: dict(settings={}, tiles=_ids(Some(ids)))
     (tmp_path/'made.json').write_text(__import__('json').dumps(made(['a', 'b', 'c'])))
-    assert stage3._same(tmp_path, made(['a', 'b', 'c']), False)
-    with pytest.raises(GacError, match='other tiles'): stage3._same(tmp_path, made(['a', 'b', 'd']), False)
+    assert _same(tmp_path, made(['a', 'b', 'c']), False)
+    with pytest.raises(GacError, match='other tiles'): _same(tmp_path, made(['a', 'b', 'd']), False)
 
 class Framed:
     "A chain with what real ones have: darker at a tile's border, and a pattern of 2 px."
@@ -169,20 +176,20 @@ class Framed:
 @pytest.mark.parametrize('h, w', [(300, 260), (130, 40), (20, 30)])
 def test_a_scene_has_no_frame_and_no_chequer(tmp_path, h, w):
     file = layouts.write_tif(tmp_path/'s.tif', np.random.default_rng(0).normal(-12, 2, (2, h, w)).astype('float32') - np.array([0, 6], 'float32')[:, None, None], names=('VV', 'VH'))
-    scene = export.open_scene(file)
-    draw = lambda *tiling: export.draw_block(scene, (0, 0, h, w), Framed(), export.Tiling(*tiling))/1e4
+    scene = open_scene(file)
+    draw = lambda *tiling: draw_block(scene, (0, 0, h, w), Framed(), Tiling(*tiling))/1e4
     plain, infer = draw(120, 40, 960), draw(120, 40, 960, 40, True)
     turn = 1 - 2*(np.arange(w) % 2)
     assert abs((plain*turn).mean()) > .0015 and abs((infer*turn).mean()) < .0002
     assert plain[:, 0].mean() < .16 and infer[:, 0].mean() > .195 and infer[..., -1].mean() > .195
     parts = draw(120, 40, 120, 40, True)
-    for b in export.Tiling(120, 40, 120).blocks(h, w):
-        part = export.draw_block(scene, b, Framed(), export.Tiling(120, 40, 120, 40, True))/1e4
+    for b in Tiling(120, 40, 120).blocks(h, w):
+        part = draw_block(scene, b, Framed(), Tiling(120, 40, 120, 40, True))/1e4
         np.testing.assert_allclose(part, parts[:, b[0]:b[0] + b[2], b[1]:b[1] + b[3]], atol=1e-4)
 
 def test_the_style_of_a_dull_scene_is_dull(tmp_path):
     x = np.random.default_rng(0).integers(400, 500, (4, 64, 64)).astype('int16')
-    export.write_cog(tmp_path/'dull.tif', x)
+    write_cog(tmp_path/'dull.tif', x)
     style = (tmp_path/'dull.qml').read_text()
     assert style.count('<minValue>0</minValue><maxValue>0.1</maxValue>') == 3
 
@@ -197,6 +204,6 @@ def test_convert_takes_real_chips_smaller_than_a_tile(tmp_path, real_data, capsy
 def test_a_name_with_accents_and_spaces_is_taken(tmp_path):
     "What an id cannot hold goes from the name; two that become alike stay apart, and a plain name stays as it is."
     for name in ('scène été 1', 'scene ete 1', 'plain_2'): (tmp_path/f'{name}.npz').touch()
-    names = {p.stem: n for p, n in tiles.nested(tmp_path, ('.npz',)).items()}
+    names = {p.stem: n for p, n in nested(tmp_path, ('.npz',)).items()}
     assert names['plain_2'] == 'plain_2' and len(set(names.values())) == 3
-    assert all(tiles.is_id(n) and n.startswith(('scene_ete_1', 'plain')) for n in names.values())
+    assert all(is_id(n) and n.startswith(('scene_ete_1', 'plain')) for n in names.values())

@@ -6,10 +6,25 @@ import numpy as np
 import pandas as pd
 import pytest
 import rasterio
-from gac import cli, export, study, tiles
-from gac.data import dates, raster, units
-from gac.study import GacError, OPT_BANDS, S2_BANDS
-from gac.tiles import Store, convert
+from gac.cli import main
+from gac.core.files import fingerprint_files, GacError, real_data, root, writable
+from gac.core.run import Run
+from gac.core.vocabulary import OPT_BANDS, OPT_INDEX, S2_BANDS
+from gac.data.convert import _loaded, convert
+from gac.data.dates import date_of
+from gac.data.layouts import READERS, recognise
+from gac.data.raster import check_order
+from gac.data.readers import Options
+from gac.data.records import _check_scale
+from gac.data.store import Store
+from gac.data.stores import real_store
+from gac.data.units import check_negative
+from gac.products.infer import _months, infer_scene
+from gac.products.scene import open_scene
+from gac.products.tiles import export_tiles
+from gac.products.tiling import Tiling
+from gac.runner.plan import _key, modules_used
+from swapping import swap
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiles_layouts as layouts
@@ -46,7 +61,7 @@ def both(folder:Path, x, how:dict, **options) -> tuple: # the scene, the tiles, 
     "The same radar file as a scene and as a source of tiles."
     src = pair(folder, (x, how))
     made = []
-    for read in (lambda: export.open_scene(src/'S1GRD'/'a0.tif', say=False, **options).read(0, 0, *x.shape[1:]),
+    for read in (lambda: open_scene(src/'S1GRD'/'a0.tif', say=False, **options).read(0, 0, *x.shape[1:]),
                  lambda: stored(src, folder/'store', **options)):
         try: made.append(read())
         except GacError as e: made.append(e)
@@ -98,7 +113,7 @@ def test_infer_and_convert_read_the_same_radar(tmp_path, what):
     x, how, options = RADAR_FILES[what]
     src = write(tmp_path/'src'/'S1GRD'/'a0.tif', x, **how).parents[1]
     write(src/'S2L2A'/'a0.tif', layouts.optical(3, 240)[:, :120], names=S2_BANDS, **{k: how[k] for k in ('crs', 'transform') if k in how})
-    got = export.open_scene(src/'S1GRD'/'a0.tif', say=False, **options).read(0, 0, 120, 240)
+    got = open_scene(src/'S1GRD'/'a0.tif', say=False, **options).read(0, 0, 120, 240)
     seen, made = np.isfinite(got).all(0), stored(src, tmp_path/'store', **options)
     for left in (0, 120):
         if seen[:, left:left + 120].all(): np.testing.assert_array_equal(made[f'a0_0_{left}'], got[:, :, left:left + 120])
@@ -113,7 +128,7 @@ def test_a_mask_is_seen_though_gdal_was_told_not_to_look(tmp_path, monkeypatch):
     x, how, _ = RADAR_FILES['mask beside it']
     path = write(tmp_path/'a.tif', x, **how)
     with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN='EMPTY_DIR'):
-        seen = np.isfinite(export.open_scene(path, say=False).read(0, 0, 120, 240)).all(0)
+        seen = np.isfinite(open_scene(path, say=False).read(0, 0, 120, 240)).all(0)
     np.testing.assert_array_equal(seen, ~HOLE)
 
 REFUSED = {  # name -> (values, how they are written, options, what both say)
@@ -147,14 +162,14 @@ def test_infer_and_convert_refuse_the_same_radar(tmp_path, what):
     x, how, options, said = REFUSED[what]
     src = write(tmp_path/'S1GRD'/'a0.tif', x, **how).parents[1]
     write(src/'S2L2A'/'a0.tif', DN, names=S2_BANDS, **{k: how[k] for k in ('crs', 'transform') if k in how})
-    with pytest.raises(GacError, match=said): export.open_scene(src/'S1GRD'/'a0.tif', say=False, **options).read(0, 0, 120, 120)
+    with pytest.raises(GacError, match=said): open_scene(src/'S1GRD'/'a0.tif', say=False, **options).read(0, 0, 120, 120)
     with pytest.raises(GacError, match=said): stored(src, tmp_path/'store', **options)
 
 @pytest.mark.parametrize('reader', ['infer', 'geotiff', 'npz', 'bigearthnet', 'benv2'])
 def test_every_reader_measures_pixels_on_the_ground(tmp_path, reader):
     "10 units of Web Mercator are 5 m at 60° N, in every layout."
     at = dict(crs='EPSG:3857', north=8.4e6)
-    if reader == 'infer': read = lambda: export.open_scene(layouts.write_tif(tmp_path/'s.tif', DB, names=('VV', 'VH'), **at))
+    if reader == 'infer': read = lambda: open_scene(layouts.write_tif(tmp_path/'s.tif', DB, names=('VV', 'VH'), **at))
     elif reader == 'geotiff': read = lambda: convert(pair(tmp_path/'f', crs='EPSG:3857', transform=(10, 0, 0, 0, -10, 8.4e6)), tmp_path/'o')
     elif reader == 'npz':
         np.savez(tmp_path/'n.npz', s1=DB, s2=DN, crs='EPSG:3857', transform=(10, 0, 0, 0, -10, 8.4e6))
@@ -192,7 +207,7 @@ def test_optical_numbers_come_out_as_dn(tmp_path, what):
     report = convert(src, tmp_path/'store', **options)
     assert report['status'].tolist() == ['ok'], report['reason'].tolist()
     got = Store(tmp_path/'store').read('s2', [0], OPT_BANDS)[0].astype(int)
-    assert np.abs(got - DN[list(study.OPT_INDEX)]).max() <= (1 if 'option' in what or 'tagged' in what else 0)
+    assert np.abs(got - DN[list(OPT_INDEX)]).max() <= (1 if 'option' in what or 'tagged' in what else 0)
 
 STEPS = np.rint((DN/3000*255).clip(0, 255)).astype('f4')
 OPTICAL_REFUSED = {
@@ -267,7 +282,7 @@ def test_a_transform_without_a_coordinate_system_is_carried_on(tmp_path):
     src = pair(tmp_path/'src', crs=None)
     convert(src, tmp_path/'store')
     assert list(Store(tmp_path/'store').table['transform'][0]) == list(TEN) and Store(tmp_path/'store').table['crs'][0] == ''
-    export.export_tiles(Store(tmp_path/'store'), tmp_path/'out', ('s1',))
+    export_tiles(Store(tmp_path/'store'), tmp_path/'out', ('s1',))
     with rasterio.open(tmp_path/'out'/'s1'/'a0.tif') as f: assert (f.crs, tuple(f.transform)[:6]) == (None, TEN)
 
 SENTINEL = 'S1A_IW_GRDH_1SDV_20210714T051200_20210714T051225_038781'
@@ -275,20 +290,20 @@ SENTINEL = 'S1A_IW_GRDH_1SDV_20210714T051200_20210714T051225_038781'
 def test_a_local_system_lies_nowhere_and_is_read(tmp_path):
     "Its tiles have no longitude; a scene has no biome of its place."
     src = pair(tmp_path/'src', crs='LOCAL_CS["site",UNIT["metre",1]]')
-    scene = export.open_scene(src/'S1GRD'/'a0.tif', say=False)
-    assert np.isnan(scene.place_of(0, 0, 120)).all() and export._months(scene, 0, 0) == (0, 0)
+    scene = open_scene(src/'S1GRD'/'a0.tif', say=False)
+    assert np.isnan(scene.place_of(0, 0, 120)).all() and _months(scene, 0, 0) == (0, 0)
     np.testing.assert_array_equal(stored(src, tmp_path/'store')['a0'], DB)
     assert Store(tmp_path/'store').table['lon'].isna().all()
 
 def test_a_sentinel_name_goes_before_a_tag_and_the_difference_is_said(tmp_path, capsys):
     tags = dict(TIFFTAG_DATETIME='2022:01:03 10:00:00')
     src = pair(tmp_path/'src', name=SENTINEL, tags=tags)
-    assert export.open_scene(src/'S1GRD'/f'{SENTINEL}.tif').date == '2021-07-14T05:12:00'
+    assert open_scene(src/'S1GRD'/f'{SENTINEL}.tif').date == '2021-07-14T05:12:00'
     said = 'its name says 2021-07-14, its TIFFTAG_DATETIME 2022-01-03'
     assert said in capsys.readouterr().out
     convert(src, tmp_path/'store')
     assert said in capsys.readouterr().out and Store(tmp_path/'store').table['month'][0] == 7
-    assert dates.date_of('harbour', (tags,)) == ('2022-01-03T10:00:00', '')
+    assert date_of('harbour', (tags,)) == ('2022-01-03T10:00:00', '')
 
 # ---- tables, hidden files, sources that change --------------------------------------------------------------------------------------------------------------
 
@@ -361,23 +376,23 @@ def test_a_corrected_source_is_not_taken_for_the_old_one(tmp_path, capsys):
     assert report['status'].tolist() == ['ok', 'error', 'ok'] and 'has changed since it was converted' in report['reason'][1]
     out = capsys.readouterr().out
     assert '2 there before' in out and '1 error' in out and ' ok' not in out
-    assert cli.main(['data', 'convert', str(src), str(tmp_path/'out')]) == 1
+    assert main(['data', 'convert', str(src), str(tmp_path/'out')]) == 1
 
 def test_a_run_converts_data_that_changed_again(tmp_path):
     src = layouts.npz(tmp_path/'npz', 2)
-    run = study.Run('02_tiles', 'smoke', 0, tmp_path/'run', tmp_path/'reports', str(src))
-    before = tiles.real_store(run).read('s1', [1])
+    run = Run('02_tiles', 'smoke', 0, tmp_path/'run', tmp_path/'reports', str(src))
+    before = real_store(run).read('s1', [1])
     np.savez(src/'n1.npz', s1=layouts.radar(9), s2=layouts.optical(9, count=4), month=2)
-    np.testing.assert_array_equal(tiles.real_store(run).read('s1', [1])[0], layouts.radar(9))
+    np.testing.assert_array_equal(real_store(run).read('s1', [1])[0], layouts.radar(9))
     assert not np.array_equal(before[0], layouts.radar(9))
 
 def test_the_fingerprint_of_data_sees_every_file(tmp_path):
     layouts.bigearthnet(tmp_path/'ben', 1)
     file = sorted((tmp_path/'ben').rglob('*_VV.tif'))[0]
-    seen = [study._fingerprint(tmp_path/'ben')]
+    seen = [fingerprint_files(tmp_path/'ben')]
     def change(how):
         how()
-        seen.append(study._fingerprint(tmp_path/'ben'))
+        seen.append(fingerprint_files(tmp_path/'ben'))
     stat = file.stat()
     change(lambda: os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1)))  # a nanosecond
     change(lambda: file.write_bytes(file.read_bytes() + b'0'))
@@ -387,16 +402,16 @@ def test_the_fingerprint_of_data_sees_every_file(tmp_path):
     assert len({json.dumps(s) for s in seen}) == 5 and seen[3] == seen[4]  # an empty folder holds nothing
     for name in ('.DS_Store', '._x.tif', 'tiles.lock'): change(lambda: (tmp_path/'ben'/name).touch())
     (tmp_path/'ben'/'loop').symlink_to(tmp_path/'ben')
-    assert seen[5] == seen[-1] and study._fingerprint(tmp_path/'nowhere') == []
+    assert seen[5] == seen[-1] and fingerprint_files(tmp_path/'nowhere') == []
 
 def test_a_change_of_the_door_changes_the_keys_of_what_reads_through_it(tmp_path):
     "gac/data/raster.py is part of every notebook that imports the tiles."
     import shutil
-    package = shutil.copytree(study.root()/'gac', tmp_path/'gac', ignore=shutil.ignore_patterns('__pycache__'))
-    path = study.root()/'nbs'/'02_tiles.ipynb'
-    key = lambda: study._key(path, dict(data=''), {}, package, {})
+    package = shutil.copytree(root()/'gac', tmp_path/'gac', ignore=shutil.ignore_patterns('__pycache__'))
+    path = root()/'nbs'/'02_tiles.ipynb'
+    key = lambda: _key(path, dict(data=''), {}, package, {})
     first = key()
-    assert key() == first and {'data', 'data.raster', 'data.units', 'data.dates'} <= study.modules_used('from gac import tiles', package)
+    assert key() == first and {'data', 'data.raster', 'data.units', 'data.dates'} <= modules_used('from gac.data import convert', package)
     for name in ('raster', 'units', 'dates', '__init__'):
         file, before = package/'data'/f'{name}.py', key()
         file.write_text(file.read_text(encoding='utf-8') + '\n# changed\n', encoding='utf-8')
@@ -413,20 +428,20 @@ def test_an_output_that_is_the_input_is_refused_before_anything_is_read(tmp_path
     file = write(tmp_path/'a'/'s1.tif', DB, ('VV', 'VH'))
     whole = file.read_bytes()
     for path in ways(tmp_path, file).values():
-        assert cli.main(['infer', str(file), str(path), '--overwrite', '--month', '6']) == 2
+        assert main(['infer', str(file), str(path), '--overwrite', '--month', '6']) == 2
         assert 'is the input itself' in capsys.readouterr().err and file.read_bytes() == whole
     src = layouts.npz(tmp_path/'npz', 1)
     for words in (['data', 'convert', str(src), str(src)], ['infer', str(src), str(src)]):
-        assert cli.main(words) == 2 and 'is the input itself' in capsys.readouterr().err
+        assert main(words) == 2 and 'is the input itself' in capsys.readouterr().err
     assert sorted(p.name for p in src.iterdir()) == ['n0.npz']
 
 def test_an_output_that_cannot_be_one_is_refused_before_anything_is_drawn(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(export, 'Chain', lambda *args: pytest.fail('models are built'))
+    swap(monkeypatch, 'gac.products.chain', 'SceneChain', lambda *args: pytest.fail('models are built'))
     file = write(tmp_path/'s1.tif', DB, ('VV', 'VH'))
     (tmp_path/'folder').mkdir()
     before = sorted(tmp_path.rglob('*'))
     for out, said in (('folder', 'is a folder'), ('o.png', 'ends in .tif'), ('s1.tif/o.tif', 'cannot be written')):
-        assert cli.main(['infer', str(file), str(tmp_path/out), '--overwrite', '--month', '6']) == 2
+        assert main(['infer', str(file), str(tmp_path/out), '--overwrite', '--month', '6']) == 2
         assert said in capsys.readouterr().err and sorted(tmp_path.rglob('*')) == before
 
 def test_what_was_said_is_not_asked_for(tmp_path, capsys):
@@ -436,7 +451,7 @@ def test_what_was_said_is_not_asked_for(tmp_path, capsys):
     assert report['status'].tolist() == ['error', 'ok', 'ok'] and '--s1-units' not in report['reason'][0]
     scene = write(tmp_path/'s.tif', DB, ('VV', 'VH'), crs=None)
     import export_chains as chains
-    export.infer_scene(scene, tmp_path/'o.tif', chains.Grey(), export.Tiling(48, 16, 96), month=6, biome=4)
+    infer_scene(scene, tmp_path/'o.tif', chains.Grey(), Tiling(48, 16, 96), month=6, biome=4)
     assert not {'--biome', '--month'} & set(capsys.readouterr().out.replace(')', ' ').replace('(', ' ').split())
 
 # ---- numbers on another scale, an offset taken off twice ---------------------------------------------------------------------------------------------
@@ -483,18 +498,18 @@ def test_an_offset_taken_off_twice_is_refused(tmp_path, what):
 @pytest.mark.parametrize('where', ['pairs', 'bigearthnet_v2', 'geobench_benv2', 'terramesh_tiles'])
 def test_no_real_chip_is_taken_for_another_scale(where):
     "Dark sea, snow, and a chip that happens to have even values alone: all are DN, each as a data set of its own."
-    if not (study.real_data() and (study.real_data()/where).exists()): pytest.skip('shared/real is not here')
-    folder = study.real_data()/where
+    if not (real_data() and (real_data()/where).exists()): pytest.skip('shared/real is not here')
+    folder = real_data()/where
     for src in sorted(p for p in folder.iterdir() if p.is_dir()) if where == 'pairs' else [folder]:
-        for job in tiles.READERS[tiles.recognise(src)](src, tiles.Options(keep_snow_cloud=True)):
+        for job in READERS[recognise(src)](src, Options(keep_snow_cloud=True)):
             if job.load is None: continue
-            try: source = tiles._loaded(job)
+            try: source = _loaded(job)
             except GacError: continue
-            tiles._check_scale([source], 'dn')
+            _check_scale([source], 'dn')
             x = source.s2.astype('f8')
-            units.check_negative(x, 0)
+            check_negative(x, 0)
             if source.name == 'S2A_MSIL2A_20170613T101031_N9999_R022_T33UUP_29_83':
-                with pytest.raises(GacError, match='taken off twice'): units.check_negative(x, 1000)
+                with pytest.raises(GacError, match='taken off twice'): check_negative(x, 1000)
 
 @pytest.mark.parametrize('kind, band, said', [('S2', 'B02', '_B01.tif: no scale or offset tag'), ('S1', 'VV', '_VH.tif: no scale or offset tag')])
 def test_a_scale_that_some_files_of_a_patch_lack_costs_the_patch(tmp_path, kind, band, said):
@@ -513,7 +528,7 @@ def test_scales_of_the_files_of_a_patch_are_applied_file_by_file(tmp_path):
         layouts.write_tif(file, x/np.float32(factor), pixel=place.a, west=place.c)
         with rasterio.open(file, 'r+') as f: f.scales = (factor,)
     convert(tmp_path/'ben', tmp_path/'out')
-    np.testing.assert_array_equal(Store(tmp_path/'out').read('s2', [0], OPT_BANDS)[0], layouts.optical(0)[list(study.OPT_INDEX)])
+    np.testing.assert_array_equal(Store(tmp_path/'out').read('s2', [0], OPT_BANDS)[0], layouts.optical(0)[list(OPT_INDEX)])
     np.testing.assert_allclose(Store(tmp_path/'out').read('s1', [0])[0], layouts.radar(0))
 
 # ---- dates of a pair, mirrored grids, sea among land ------------------------------------------------------------------------------------------------
@@ -540,7 +555,7 @@ def test_radar_and_truth_of_other_times_are_said(tmp_path, capsys, layout, late)
 def test_a_grid_from_east_to_west_is_refused(tmp_path, e):
     place = dict(transform=(-10, 0, 6e5, 0, e, 5.8e6))
     src = pair(tmp_path/'src', **place)
-    for read in (lambda: export.open_scene(src/'S1GRD'/'a0.tif'), lambda: stored(src, tmp_path/'o')):
+    for read in (lambda: open_scene(src/'S1GRD'/'a0.tif'), lambda: stored(src, tmp_path/'o')):
         with pytest.raises(GacError, match='a0.tif: its columns run from east to west.*gdalwarp'): read()
 
 def sea(vv:float, vh:float, seed:int=3) -> np.ndarray: # (2, 120, 120) dB
@@ -559,25 +574,25 @@ def test_a_sea_among_land_is_taken_in_the_unit_of_the_others(tmp_path, vv, vh, u
 
 def test_an_amplitude_of_the_sea_alone_is_not_taken_for_power(tmp_path):
     src = pair(tmp_path/'src', (10**(sea(-14, -26)/20), NAMES))
-    for read in (lambda **o: export.open_scene(src/'S1GRD'/'a0.tif', say=False, **o), lambda **o: convert(src, tmp_path/'o', **o)):
+    for read in (lambda **o: open_scene(src/'S1GRD'/'a0.tif', say=False, **o), lambda **o: convert(src, tmp_path/'o', **o)):
         with pytest.raises(GacError, match='fit linear and amplitude.*--s1-units'): read()
         read(s1_units='amplitude')
-    assert export.open_scene(write(tmp_path/'p.tif', 10**(sea(-14, -20)/10), ('VV', 'VH')), say=False).unit == 'linear'
+    assert open_scene(write(tmp_path/'p.tif', 10**(sea(-14, -20)/10), ('VV', 'VH')), say=False).unit == 'linear'
 
 @pytest.mark.filterwarnings('error')
 def test_radar_of_zeros_is_refused_without_a_warning(tmp_path):
     "NumPy's `All-NaN slice encountered` helps nobody."
     src = pair(tmp_path/'src', (DB*0, {}))
-    for read in (lambda: export.open_scene(src/'S1GRD'/'a0.tif', say=False), lambda: stored(src, tmp_path/'o')):
+    for read in (lambda: open_scene(src/'S1GRD'/'a0.tif', say=False), lambda: stored(src, tmp_path/'o')):
         with pytest.raises(GacError, match='a0.tif|exactly 0|no unit'): read()
-    raster.check_order([]), raster.check_order([DB*0])
+    check_order([]), check_order([DB*0])
 
 # ---- paths ---------------------------------------------------------------------------------------------------------------------------------------------
 
 def test_a_file_in_the_way_of_an_output_is_named(tmp_path):
     (tmp_path/'note').touch()
     for out in ('note', 'note/deep/er'):
-        with pytest.raises(GacError, match=r'cannot be written to \(.*note is a file, and a folder is needed there.*Give another output') as e: study.writable(tmp_path/out)
+        with pytest.raises(GacError, match=r'cannot be written to \(.*note is a file, and a folder is needed there.*Give another output') as e: writable(tmp_path/out)
         assert 'exists' not in str(e.value) and 'permission' not in str(e.value)
 
 @pytest.mark.skipif(os.name != 'posix', reason='of POSIX shells')

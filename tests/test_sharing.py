@@ -10,8 +10,17 @@ import yaml
 from huggingface_hub import ModelCard, metadata_load
 from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file
-from gac import cli, foundations, stage2, stage3, study, training
-from gac.study import GacError, OPT_BANDS
+from gac.cli import main
+from gac.core.files import GacError
+from gac.core.vocabulary import OPT_BANDS
+from gac.models.registry import model_entry
+from gac.stages.commands import keep_decoding, read_decoding
+from gac.stages.grounding import build_stage3_model
+from gac.stages.refiner import build_prithvi_refiner
+from gac.stages.stage2 import fingerprint_stage2, load_stage2, read_stage2, save_stage2
+from gac.stages.stage3 import load_stage3, save_stage3
+from gac.training.adapters import ADAPTER_FILES
+from gac.training.checkpoints import load_checkpoint, write_card
 
 SMALL = dict(width=16, depth=1)
 MEASURED = dict(val_psnr=27.25, val_psnr_calibrated=28.125, val_ssim=.75, val_sar_edge=.5, val_loss=-3., val_psnr_v2=float('nan'))
@@ -28,10 +37,10 @@ def drawn(model):
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory) -> dict:
     home = tmp_path_factory.mktemp('sharing')
-    two, three = drawn(stage2.build_prithvi_refiner(**SMALL)), drawn(stage3.build_stage3_model(taps=2, lora_r=2, **SMALL))
+    two, three = drawn(build_prithvi_refiner(**SMALL)), drawn(build_stage3_model(taps=2, lora_r=2, **SMALL))
     more = dict(steps=40, pairs=12, data='procedural world')
-    return dict(stage2=stage2.save_stage2(two, home/'two', MEASURED, **more),
-                stage3=stage3.save_stage3(three, home/'three', MEASURED,
+    return dict(stage2=save_stage2(two, home/'two', MEASURED, **more),
+                stage3=save_stage3(three, home/'three', MEASURED,
                                           stage2=dict(backbone='prithvi_mini', bands=list(OPT_BANDS)), **more))
 
 @pytest.fixture
@@ -81,10 +90,10 @@ def test_the_card_is_one_of_the_hub_and_tells_what_was_measured(folders, stage):
 @pytest.mark.parametrize('stage, name', [('stage2', 'prithvi_eo_v2_600'), ('stage3', 'terramind_v1_large_generate')])
 def test_the_base_model_is_a_repository_of_the_hub(folders, tmp_path, stage, name):
     "Real backbones have one, miniatures have none."
-    repository = foundations.entry(name).repo
+    repository = model_entry(name).repo
     validate_repo_id(repository)
     meta = json.loads((folders[stage]/f'{HEADS[stage]}.json').read_text()) | dict(backbone=name)
-    head = metadata_load(training.write_card(tmp_path, meta, 'A title', 'It does.', 'code', repository))
+    head = metadata_load(write_card(tmp_path, meta, 'A title', 'It does.', 'code', repository))
     assert (head['base_model'], head['base_model_relation']) == (repository, 'adapter')
     assert 'base_model' not in metadata_load(folders[stage]/'README.md')
     assert json.loads((folders[stage]/'adapter_config.json').read_text())['base_model_name_or_path'] == meta['params'].get('backbone', meta['params'].get('name'))
@@ -105,52 +114,52 @@ def test_the_name_of_a_repository_is_enough(folders, hub, capsys):
     for stage, what in (('stage2', 'refiner'), ('stage3', 'model')):
         here, there = run_card(folders[stage]), run_card(folders[stage], f'someone/gac-{stage}.v1')
         np.testing.assert_array_equal(here['image'], there['image'])
-    assert cli.main(['stage3', 'info', '--stage3-checkpoint', 'someone/gac-stage3.v1']) == 0 and 'val_psnr' in capsys.readouterr().out
-    other = stage2.build_prithvi_refiner(lora_r=0, **SMALL)
-    hub('someone/gac-stage2.v1', stage2.save_stage2(other, Path('plain')), 'plain', '1'*40)
-    assert (stage2.load_stage2('someone/gac-stage2.v1@plain').config['lora_r'] == 0
-            and stage2.load_stage2('someone/gac-stage2.v1').config['lora_r'] == 8)
+    assert main(['stage3', 'info', '--stage3-checkpoint', 'someone/gac-stage3.v1']) == 0 and 'val_psnr' in capsys.readouterr().out
+    other = build_prithvi_refiner(lora_r=0, **SMALL)
+    hub('someone/gac-stage2.v1', save_stage2(other, Path('plain')), 'plain', '1'*40)
+    assert (load_stage2('someone/gac-stage2.v1@plain').config['lora_r'] == 0
+            and load_stage2('someone/gac-stage2.v1').config['lora_r'] == 8)
     shutil.copytree(folders['stage2'], 'someone/gac-stage2.v1')  # a folder of that name comes first
-    state, meta = training.load_checkpoint('someone/gac-stage2.v1/refiner.safetensors')
-    assert stage2.read_stage2('someone/gac-stage2.v1')[1] == meta
+    state, meta = load_checkpoint('someone/gac-stage2.v1/refiner.safetensors')
+    assert read_stage2('someone/gac-stage2.v1')[1] == meta
 
 def test_what_is_nowhere_is_told_with_repository_and_files(hub, monkeypatch, capsys):
     with pytest.raises(GacError, match=r'nobody/nothing is no folder here and not in the Hugging Face cache \(HF_HUB_OFFLINE is set\)') as e:
-        stage2.load_stage2('nobody/nothing')
+        load_stage2('nobody/nothing')
     assert 'refiner.safetensors' in str(e.value) and 'hf download nobody/nothing' in str(e.value)
-    assert cli.main(['stage3', 'info', '--stage3-checkpoint', 'nobody/nothing']) == 2
+    assert main(['stage3', 'info', '--stage3-checkpoint', 'nobody/nothing']) == 2
     assert 'needs grounding.safetensors' in capsys.readouterr().err
     # it is of another stage
-    with pytest.raises(GacError, match=r'needs grounding.safetensors'): stage3.load_stage3('someone/gac-stage2.v1')
+    with pytest.raises(GacError, match=r'needs grounding.safetensors'): load_stage3('someone/gac-stage2.v1')
     monkeypatch.delenv('HF_HUB_OFFLINE')
     asked = []
     def download(repo_id, local_files_only, **more):
         asked.append((repo_id, local_files_only, more['revision']))
         raise OSError('no route')
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', download)
-    with pytest.raises(GacError, match='the Hub gave OSError'): stage2.load_stage2('nobody/nothing@main')
+    with pytest.raises(GacError, match='the Hub gave OSError'): load_stage2('nobody/nothing@main')
     assert asked == [('nobody/nothing', True, 'main'), ('nobody/nothing', False, 'main')]
     Path('runs').mkdir()
     for place in ('runs/stage2', 'a/b/c', '../x/y', 'nothing', './some/one'):  # a slip in a path is not asked of the Hub
-        with pytest.raises(GacError, match='is missing'): stage2.load_stage2(place)
+        with pytest.raises(GacError, match='is missing'): load_stage2(place)
     assert len(asked) == 2
 
 def test_adapters_of_earlier_versions_lie_one_below(folders, tmp_path):
     old = shutil.copytree(folders['stage2'], tmp_path/'old')
     (old/'adapters').mkdir()
-    for name in training.ADAPTER_FILES: shutil.move(old/name, old/'adapters'/name)
-    assert stage2.fingerprint(stage2.load_stage2(old)) == stage2.fingerprint(stage2.load_stage2(folders['stage2']))
+    for name in ADAPTER_FILES: shutil.move(old/name, old/'adapters'/name)
+    assert fingerprint_stage2(load_stage2(old)) == fingerprint_stage2(load_stage2(folders['stage2']))
     shutil.rmtree(old/'adapters')
-    with pytest.raises(GacError, match='old/adapter_config.json is missing'): stage2.load_stage2(old)
+    with pytest.raises(GacError, match='old/adapter_config.json is missing'): load_stage2(old)
 
 def test_how_stage1_drew_comes_with_the_repository(hub, folders, tmp_path, monkeypatch):
     "From the cache where it is there; one without it is no error; and what is fetched is a whole checkpoint."
-    assert stage2.read_decoding('someone/gac-stage2.v1') is None
+    assert read_decoding('someone/gac-stage2.v1') is None
     told = shutil.copytree(folders['stage2'], tmp_path/'told')
-    stage2.keep_decoding(told, dict(timesteps=3, tokens='argmax', clamp='off', n_samples=1))
+    keep_decoding(told, dict(timesteps=3, tokens='argmax', clamp='off', n_samples=1))
     hub('someone/told', told)
-    assert str(stage2.read_decoding('someone/told')) == 'argmax, 3 steps, no clamp'
+    assert str(read_decoding('someone/told')) == 'argmax, 3 steps, no clamp'
     asked = []
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda **k: asked.append(set(k['allow_patterns'])) or str(told))
-    stage2.read_decoding('someone/other')
+    read_decoding('someone/other')
     assert asked == [{p.name for p in told.iterdir()}]

@@ -6,11 +6,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gac import foundations, metrics, stage1, stage2, stage3, study, tiles, training
-from gac.study import GacError, OPT_BANDS
+from gac.core.files import GacError
+from gac.core.vocabulary import OPT_BANDS
+from gac.data.arrays import to_dn
+from gac.data.store import Store
+from gac.data.stores import from_world
+from gac.measure.tables import load_tiles, stored_method
+from gac.stages.commands import run_stage3
+from gac.stages.datasets import remember, Triples
+from gac.stages.grounding import build_stage3_model
+from gac.stages.inference import grounding_report, infer_files, precompute_stage3, stage3_inference
+from gac.stages.stage2 import REFINER_FILE
+from gac.stages.stage3 import _prepare, load_stage3, save_stage3, stage3_step, train_stage3, watch
+from gac.training.checkpoints import save_checkpoint
+from gac.training.settings import Settings
+from swapping import swap
 
 SMALL = dict(width=16, depth=1, taps=2, lora_r=2)
-QUICK = training.Settings(lr=5e-3, max_steps=4, batch_size=2, grad_accum_steps=1, val_every=2, save_every=2, early_stopping=False,
+QUICK = Settings(lr=5e-3, max_steps=4, batch_size=2, grad_accum_steps=1, val_every=2, save_every=2, early_stopping=False,
                           log_every=1, warmup=0.)
 
 def blurred(batch) -> np.ndarray: # (n, 4, H, W)
@@ -20,50 +33,50 @@ def blurred(batch) -> np.ndarray: # (n, 4, H, W)
 @pytest.fixture(scope='session')
 def original(tmp_path_factory) -> Path:
     "12 small tiles in shards of 4, with an opt_v2."
-    store = tiles.from_world(tmp_path_factory.mktemp('stage3')/'tiles', 8, 2, 2, size=48, shard=4)
+    store = from_world(tmp_path_factory.mktemp('stage3')/'tiles', 8, 2, 2, size=48, shard=4)
     store.ensure_array('opt_v2', (4, 48, 48), 'int16', dict(made='by blurring the truth'))
-    store.write('opt_v2', range(12), tiles.to_dn(blurred(stage1.read_tiles(store, range(12)))))
+    store.write('opt_v2', range(12), to_dn(blurred(load_tiles(store, range(12)))))
     store.close()
     return store.path
 
 @pytest.fixture
-def store(original, tmp_path): return tiles.Store(shutil.copytree(original, tmp_path/'tiles'))
+def store(original, tmp_path): return Store(shutil.copytree(original, tmp_path/'tiles'))
 
 def sets(store, lies=0.):
     "Training and validation tiles."
-    images = stage1.stored(store, 'opt_v2')
-    return stage3.Triples(store, store.rows('train'), images, lies), stage3.Triples(store, store.rows('val'), images)
+    images = stored_method(store, 'opt_v2')
+    return Triples(store, store.rows('train'), images, lies), Triples(store, store.rows('val'), images)
 
 def weights_of(model) -> dict: return {k: v.clone() for k, v in model.state_dict().items()}
 
 @pytest.mark.parametrize('route, options', [('features', {}), ('tokens', {}), ('soft', dict(codes='rounded'))])
 def test_every_route_changes_adapters_and_head_and_nothing_else(store, tmp_path, route, options):
-    model = stage3.build_stage3_model(1, route=route, **SMALL, **options)
+    model = build_stage3_model(1, route=route, **SMALL, **options)
     before = weights_of(model)
-    fit = stage3.train_stage3(model, *sets(store), QUICK, tmp_path/'out', crop=24, strength=False, every=0)
+    fit = train_stage3(model, *sets(store), QUICK, tmp_path/'out', crop=24, strength=False, every=0)
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert changed and all(k.startswith('head.') or ('cross_attn' in k and 'lora_' in k) for k in changed), changed
     assert any('lora_' in k for k in changed) and any(k.startswith('head.') for k in changed) == (route == 'features')
     assert fit.steps == 4 and {'val_psnr', 'val_psnr_v2', 'val_sar_edge_gap', 'val_monitor'} <= set(fit.curve)
-    again = stage3.load_stage3(tmp_path/'out')
+    again = load_stage3(tmp_path/'out')
     for k, v in model.state_dict().items(): assert torch.equal(v, again.state_dict()[k]), k
 
 @pytest.mark.parametrize('route, what', [('tokens', 'tokens'), ('features', 'features')])
 def test_what_is_kept_with_the_tiles_is_of_the_model_that_trains(store, tmp_path, route, what):
     "A comparison trains one model after the other on the same tiles."
-    some, other = (stage3.build_stage3_model(1, route=route, seed=1, pretrained=p, **SMALL) for p in (True, False))
+    some, other = (build_stage3_model(1, route=route, seed=1, pretrained=p, **SMALL) for p in (True, False))
     train, val = sets(store)
     for k, model in enumerate((other, some)):
-        stage3.train_stage3(model, train, val, QUICK, tmp_path/str(k), frozen=1., crop=24, strength=False, every=0)
+        train_stage3(model, train, val, QUICK, tmp_path/str(k), frozen=1., crop=24, strength=False, every=0)
     own, _ = sets(store)
-    assert torch.equal(train.more[what], stage3.remember(own, some, what).more[what])
-    assert not torch.equal(train.more[what], stage3.remember(own, other, what).more[what])
+    assert torch.equal(train.more[what], remember(own, some, what).more[what])
+    assert not torch.equal(train.more[what], remember(own, other, what).more[what])
 
 @pytest.mark.parametrize('reach, parts', [('cross', {'decoder.cross_attn'}),
                                           ('attention', {'decoder.cross_attn', 'decoder.self_attn', 'encoder.attn'}),
     ('linear', {'decoder.cross_attn', 'decoder.self_attn', 'decoder.mlp', 'encoder.attn', 'encoder.mlp'})])
 def test_reach(reach, parts):
-    model = stage3.build_stage3_model(reach=reach, **SMALL)
+    model = build_stage3_model(reach=reach, **SMALL)
     free = [n.split('.') for n, p in model.generator.named_parameters() if p.requires_grad]
     assert all(n[:3] == ['core', 'sampler', 'model'] and n[-3] in ('lora_A', 'lora_B') for n in free)
     assert {f'{n[3]}.{n[5]}' for n in free} == parts
@@ -72,10 +85,10 @@ def test_untrained_returns_its_input_and_control_does_not_see(store):
     train, _ = sets(store)
     s1, v2 = (train[0][k][None] for k in ('s1', 'opt_v2'))
     for see in (True, False):
-        model = stage3.build_stage3_model(see=see, **SMALL)
+        model = build_stage3_model(see=see, **SMALL)
         with torch.no_grad(): assert torch.equal(model(s1, v2, timesteps=8), v2)
         assert bool(model.features(s1, v2).abs().sum()) == see
-    seeing, blind = (stage3.build_stage3_model(see=see, **SMALL) for see in (True, False))
+    seeing, blind = (build_stage3_model(see=see, **SMALL) for see in (True, False))
     # one start
     for (k, a), (_, b) in zip(seeing.head.state_dict().items(), blind.head.state_dict().items()): assert torch.equal(a, b), k
 
@@ -83,7 +96,7 @@ def test_bands_are_given_by_name(store):
     "A model that is shown red as blue must read something else."
     train, _ = sets(store)
     s1, v2 = (train[0][k][None] for k in ('s1', 'opt_v2'))
-    model = stage3.build_stage3_model(**SMALL)
+    model = build_stage3_model(**SMALL)
     with torch.no_grad(): assert (model.features(s1, v2) - model.features(s1, v2.flip(1))).abs().max() > 1e-2
     read, _ = model.generator._read(model.inputs(s1, v2), None, 'S2L2A')
     placed = model.generator.units.outward(read[model.generator.inputs['S2L2A']], model.generator.inputs['S2L2A'], OPT_BANDS)
@@ -92,26 +105,26 @@ def test_bands_are_given_by_name(store):
 def test_best_checkpoint_never_trades_psnr(store):
     train, _ = sets(store)
     batch = {k: torch.stack([train[i][k] for i in range(4)]) for k in ('s1', 'opt_v2', 'truth')}
-    good = stage3.watch(batch['truth'], batch['truth'], batch['opt_v2'], batch['s1'])
+    good = watch(batch['truth'], batch['truth'], batch['opt_v2'], batch['s1'])
     # its edges are fine, its brightness is not
-    bad = stage3.watch(batch['truth'] + .2, batch['truth'], batch['opt_v2'], batch['s1'])
-    same = stage3.watch(batch['opt_v2'], batch['truth'], batch['opt_v2'], batch['s1'])
+    bad = watch(batch['truth'] + .2, batch['truth'], batch['opt_v2'], batch['s1'])
+    same = watch(batch['opt_v2'], batch['truth'], batch['opt_v2'], batch['s1'])
     assert good['monitor'] < same['monitor'] < bad['monitor']
     assert same['monitor'] == same['sar_edge_gap'] == same['monitor_v2'] and bad['monitor'] > 1
 
 def test_a_harmful_training_leaves_the_image_as_it_is(store, tmp_path, capsys):
-    model = stage3.build_stage3_model(**SMALL)
+    model = build_stage3_model(**SMALL)
     train, val = sets(store)
     harmful = replace(QUICK, lr=3., max_steps=2)
-    stage3.train_stage3(model, train, val, harmful, tmp_path/'out', frozen=1., crop=24, every=0)
+    train_stage3(model, train, val, harmful, tmp_path/'out', frozen=1., crop=24, every=0)
     assert 'stays as it is' in capsys.readouterr().out and json.loads((tmp_path/'out'/'grounding.json').read_text())['strength'] == 0
     s1, v2 = (train[0][k][None] for k in ('s1', 'opt_v2'))
-    with torch.no_grad(): assert torch.equal(stage3.load_stage3(tmp_path/'out')(s1, v2), v2)
+    with torch.no_grad(): assert torch.equal(load_stage3(tmp_path/'out')(s1, v2), v2)
 
 def test_interrupted_training_gives_the_same_curve(store, tmp_path):
     def trained(out, stop=None):
-        model = stage3.build_stage3_model(**SMALL)
-        original_step = stage3.stage3_step
+        model = build_stage3_model(**SMALL)
+        original_step = stage3_step
         def fragile(*args, **kw):
             step, seen = original_step(*args, **kw), []
             def f(m, b):
@@ -120,11 +133,11 @@ def test_interrupted_training_gives_the_same_curve(store, tmp_path):
                     if stop and len(seen) > stop: raise KeyboardInterrupt
                 return step(m, b)
             return f
-        stage3.stage3_step = fragile
+        sys.modules['gac.stages.stage3'].stage3_step = fragile
         try:
-            return stage3.train_stage3(model, *sets(store, .5), replace(QUICK, max_steps=8), out, frozen=.5, crop=24,
+            return train_stage3(model, *sets(store, .5), replace(QUICK, max_steps=8), out, frozen=.5, crop=24,
                                        strength=False, every=0), model
-        finally: stage3.stage3_step = original_step
+        finally: sys.modules['gac.stages.stage3'].stage3_step = original_step
     whole, a = trained(tmp_path/'whole')
     with pytest.raises(BaseException): trained(tmp_path/'broken', stop=3)  # in the first part
     with pytest.raises(BaseException): trained(tmp_path/'broken', stop=5)
@@ -132,26 +145,26 @@ def test_interrupted_training_gives_the_same_curve(store, tmp_path):
     for k in ('train_loss', 'val_psnr'): np.testing.assert_allclose(resumed.curve[k], whole.curve[k], rtol=1e-5)
     for k, v in a.state_dict().items(): torch.testing.assert_close(v, b.state_dict()[k])
     with pytest.raises(GacError, match='other crop'):
-        stage3.train_stage3(b, *sets(store, .5), replace(QUICK, max_steps=8), tmp_path/'whole', frozen=.5, crop=36)
+        train_stage3(b, *sets(store, .5), replace(QUICK, max_steps=8), tmp_path/'whole', frozen=.5, crop=36)
 
 def test_features_are_kept_for_the_next_training_that_sees_the_same(store):
     train, _ = sets(store)
-    made = lambda **kw: stage3.build_stage3_model(width=8, depth=0, **kw)
+    made = lambda **kw: build_stage3_model(width=8, depth=0, **kw)
     first = made()
-    stage3._prepare(train, first, 'head')
+    _prepare(train, first, 'head')
     kept = train.more['features']
-    stage3._prepare(train, made(lora_r=0), 'head')  # adapters that have not moved change nothing
+    _prepare(train, made(lora_r=0), 'head')  # adapters that have not moved change nothing
     assert train.more['features'] is kept
-    stage3._prepare(train, made(pretrained=False), 'head')
+    _prepare(train, made(pretrained=False), 'head')
     assert not torch.equal(train.more['features'], kept)
-    stage3._prepare(train, first, 'head')
+    _prepare(train, first, 'head')
     assert torch.equal(train.more['features'], kept)
     with torch.no_grad():
         for k, v in first.named_parameters():
             if 'lora_B' in k: v.normal_(std=.1)
-    stage3._prepare(train, first, 'head')
+    _prepare(train, first, 'head')
     assert not torch.equal(train.more['features'], kept)
-    stage3._prepare(train, first, 'adapters')
+    _prepare(train, first, 'adapters')
     assert 'features' not in train.more
 
 def test_lies_are_the_tiles_own(store):
@@ -161,66 +174,66 @@ def test_lies_are_the_tiles_own(store):
         assert torch.equal(a, b) and not torch.equal(a, train.tile(i)['opt_v2'])
         assert torch.equal(train[i]['truth'], train.tile(i)['truth'])
     assert torch.equal(val[0]['opt_v2'], val.tile(0)['opt_v2'])
-    other = stage3.Triples(store, store.rows('train'), train.images, 1., seed=1)
+    other = Triples(store, store.rows('train'), train.images, 1., seed=1)
     assert any(not torch.equal(train[i]['opt_v2'], other[i]['opt_v2']) for i in range(8))
 
 def test_precompute_resumes_and_leaves_the_same_values(store, tmp_path, monkeypatch):
-    model = stage3.build_stage3_model(**SMALL)
+    model = build_stage3_model(**SMALL)
     with torch.no_grad(): model.head.out.weight.normal_(std=.05)
-    whole = tiles.Store(shutil.copytree(store.path, tmp_path/'whole'))
-    assert stage3.precompute_stage3(whole, model, batch_size=2)['processed'] == 12
-    calls, real = [], stage3.stage3_inference
+    whole = Store(shutil.copytree(store.path, tmp_path/'whole'))
+    assert precompute_stage3(whole, model, batch_size=2)['processed'] == 12
+    calls, real = [], stage3_inference
     def fragile(*args, **kw):
         calls.append(1)
         if len(calls) > 3: raise KeyboardInterrupt
         return real(*args, **kw)
-    monkeypatch.setattr(stage3, 'stage3_inference', fragile)
-    with pytest.raises(KeyboardInterrupt): stage3.precompute_stage3(store, model, batch_size=2)
-    monkeypatch.setattr(stage3, 'stage3_inference', real)
-    report = stage3.precompute_stage3(tiles.Store(store.path), model, batch_size=2)
+    swap(monkeypatch, 'gac.stages.inference', 'stage3_inference', fragile)
+    with pytest.raises(KeyboardInterrupt): precompute_stage3(store, model, batch_size=2)
+    swap(monkeypatch, 'gac.stages.inference', 'stage3_inference', real)
+    report = precompute_stage3(Store(store.path), model, batch_size=2)
     assert (report['processed'], report['skipped'], report['errors']) == (6, 6, 0)
-    np.testing.assert_array_equal(tiles.Store(store.path).read('opt_v3', slice(None)), whole.read('opt_v3', slice(None)))
-    two = tiles.Store(shutil.copytree(store.path, tmp_path/'two'))
+    np.testing.assert_array_equal(Store(store.path).read('opt_v3', slice(None)), whole.read('opt_v3', slice(None)))
+    two = Store(shutil.copytree(store.path, tmp_path/'two'))
     two.drop('opt_v3')
-    reports = [stage3.precompute_stage3(tiles.Store(two.path), model, batch_size=2, rank=r, world_size=2) for r in (1, 0)]
+    reports = [precompute_stage3(Store(two.path), model, batch_size=2, rank=r, world_size=2) for r in (1, 0)]
     assert sum(r['processed'] for r in reports) == 12 and 0 < reports[0]['processed'] < 12
-    np.testing.assert_array_equal(tiles.Store(two.path).read('opt_v3', slice(None)), whole.read('opt_v3', slice(None)))
+    np.testing.assert_array_equal(Store(two.path).read('opt_v3', slice(None)), whole.read('opt_v3', slice(None)))
     with torch.no_grad(): model.head.out.weight.normal_(std=.05)
-    with pytest.raises(GacError, match='trained'): stage3.precompute_stage3(whole, model)  # another model does not mix in
-    assert stage3.precompute_stage3(whole, model, overwrite=True)['processed'] == 12
+    with pytest.raises(GacError, match='trained'): precompute_stage3(whole, model)  # another model does not mix in
+    assert precompute_stage3(whole, model, overwrite=True)['processed'] == 12
 
 def test_files_and_refusals(store, tmp_path):
-    model = stage3.build_stage3_model(**SMALL)
-    stage3.save_stage3(model, tmp_path/'ckpt', stage2=dict(backbone='prithvi_mini', bands=list(OPT_BANDS)))
+    model = build_stage3_model(**SMALL)
+    save_stage3(model, tmp_path/'ckpt', stage2=dict(backbone='prithvi_mini', bands=list(OPT_BANDS)))
     card = json.loads((tmp_path/'ckpt'/'grounding.json').read_text())
     assert (card['kind'], card['backbone'], card['stage2']['backbone']) == ('stage3', 'terramind_mini_generate', 'prithvi_mini')
     assert (tmp_path/'ckpt'/'adapter_model.safetensors').exists()
     for backbone, bands, said in (('prithvi_eo_v2_600_tl', OPT_BANDS, 'backbone'),
                                   ('prithvi_mini', ('B02', 'B03', 'B04', 'B8A'), 'bands')):
-        training.save_checkpoint(tmp_path/said/stage2.HEAD_FILE, {'x': torch.zeros(1)}, 'stage2', backbone, bands)
-        with pytest.raises(GacError, match=f'{said} is'): stage3.load_stage3(tmp_path/'ckpt', tmp_path/said)
+        save_checkpoint(tmp_path/said/REFINER_FILE, {'x': torch.zeros(1)}, 'stage2', backbone, bands)
+        with pytest.raises(GacError, match=f'{said} is'): load_stage3(tmp_path/'ckpt', tmp_path/said)
     train, _ = sets(store)
     s1, v2 = (torch.stack([train[i][k] for i in range(2)]) for k in ('s1', 'opt_v2'))
     np.savez(tmp_path/'in.npz', s1_vv=s1[:, 0], s1_vh=s1[:, 1], opt_v2=v2, s2_real=v2)
-    report = stage3.infer_files(tmp_path/'in.npz', tmp_path/'out.npz', tmp_path/'ckpt', timesteps=8)
+    report = infer_files(tmp_path/'in.npz', tmp_path/'out.npz', tmp_path/'ckpt', timesteps=8)
     with np.load(tmp_path/'out.npz', allow_pickle=False) as z:
         assert (sorted(z.files) == ['opt_v3', 's1_vh', 's1_vv'] and np.array_equal(z['opt_v3'], v2.numpy())
                 and np.array_equal(z['s1_vv'], s1[:, 0].numpy()))
     assert report['tiles'] == 2 and report['mse_v3'] == 0
     torch.save(dict(s1=s1), tmp_path/'s1.pt'), torch.save(v2[:, :3], tmp_path/'three.pt'), (tmp_path/'cut.pt').write_bytes(b'PK')
     with pytest.raises(GacError, match='expected \\(tiles, 4'):
-        stage3.infer_files(tmp_path/'s1.pt', tmp_path/'o.pt', tmp_path/'ckpt', tmp_path/'three.pt')
+        infer_files(tmp_path/'s1.pt', tmp_path/'o.pt', tmp_path/'ckpt', tmp_path/'three.pt')
     with pytest.raises(GacError, match='no readable Torch file'):
-        stage3.infer_files(tmp_path/'cut.pt', tmp_path/'o.pt', tmp_path/'ckpt')
-    with pytest.raises(GacError, match='missing'): stage3.infer_files(tmp_path/'none.npz', tmp_path/'o.pt', tmp_path/'ckpt')
-    assert 'cross' in stage3.stage3_info(tmp_path/'ckpt')
+        infer_files(tmp_path/'cut.pt', tmp_path/'o.pt', tmp_path/'ckpt')
+    with pytest.raises(GacError, match='missing'): infer_files(tmp_path/'none.npz', tmp_path/'o.pt', tmp_path/'ckpt')
+    assert 'cross' in grounding_report(tmp_path/'ckpt')
 
 def test_command_line_bodies(store, tmp_path):
     with pytest.raises(GacError, match='no opt_v2'):
-        bare = tiles.from_world(tmp_path/'bare', 1, 1, 1, size=48)
-        stage3.run_stage3(bare.path, tmp_path/'x')
+        bare = from_world(tmp_path/'bare', 1, 1, 1, size=48)
+        run_stage3(bare.path, tmp_path/'x')
     options = dict(max_steps=2, batch_size=2, grad_accum_steps=1, val_every=2, save_every=2, tile_size=24, lora_rank=2,
                    save_visualizations=True)
-    report = stage3.run_stage3(store.path, tmp_path/'out', **options)
+    report = run_stage3(store.path, tmp_path/'out', **options)
     assert report['steps'] == 2 and np.isfinite(report['metrics']['val_psnr']) and (tmp_path/'out'/'panels.png').exists()
-    assert stage3.run_stage3(store.path, tmp_path/'out', **options)['resumed_at'] > 0  # nothing left to do
+    assert run_stage3(store.path, tmp_path/'out', **options)['resumed_at'] > 0  # nothing left to do

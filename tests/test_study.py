@@ -3,14 +3,15 @@ import json, re, subprocess, sys, time
 
 import pandas as pd
 import pytest
-from gac import study
+from gac.core.files import root
+from gac.runner.plan import chain_notebooks
 
 def run(home, data='') -> tuple: # status of each notebook, seconds
     "Run the chain, reports and artefacts in `home`."
     options = dict(data=str(data), reports=str(home/'report'), runs=str(home/'run'))
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, '-c', f"from gac import study\nstudy.run_chain('smoke', **{options})"],
-                          capture_output=True, text=True, cwd=study.root())
+    done = subprocess.run([sys.executable, '-c', f"from gac.runner.chain import run_chain\nrun_chain('smoke', **{options})"],
+                          capture_output=True, text=True, cwd=root())
     assert done.returncode == 0, done.stdout + done.stderr
     return re.findall(r'(?m)^\| \d\d_\w+ +\| (\w+)', done.stdout), time.perf_counter() - began
 
@@ -20,7 +21,7 @@ def overwritten(run) -> list: # files
             if (run/a).is_file() and (run/a).stat().st_mtime > r.stat().st_mtime]
 
 def test_every_notebook_runs_in_order_and_then_there_is_nothing_to_do(tmp_path):
-    assert run(tmp_path)[0] == ['ran']*len(study.chain_notebooks(study.root()/'nbs'))
+    assert run(tmp_path)[0] == ['ran']*len(chain_notebooks(root()/'nbs'))
     status, seconds = run(tmp_path)
     assert set(status) == {'unchanged'} and seconds < 20
     assert (tmp_path/'report/index.html').exists()
@@ -34,8 +35,8 @@ def test_every_notebook_runs_in_order_and_then_there_is_nothing_to_do(tmp_path):
 @pytest.mark.slow
 def test_the_study_trains_on_tiles_it_is_given(tmp_path):
     "Enough tiles of somebody's store: every stage learns from them, and the report is about them."
-    from gac import tiles
-    tiles.from_world(tmp_path/'given', tiles.MIN_PAIRS, 8, 8, size=80)  # windows of 64 px to train on and of 40 for land cover
+    from gac.data.stores import MIN_PAIRS, from_world
+    from_world(tmp_path/'given', MIN_PAIRS, 8, 8, size=80)  # windows of 64 px to train on and of 40 for land cover
     run(tmp_path, tmp_path/'given')
     assert set(pd.read_csv(tmp_path/'report/tables/results.csv').data) == {'real: given'}
     about = json.loads((tmp_path/'report/provenance.json').read_text())['notebooks']

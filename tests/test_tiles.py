@@ -7,9 +7,23 @@ import pandas as pd
 import pytest
 import rasterio, rasterio.warp, rasterio.windows
 import zarr
-from gac import study, tiles
-from gac.study import GacError, OPT_BANDS, S2_BANDS
-from gac.tiles import Store, convert
+import socket, tempfile
+
+from gac.core.files import GacError
+from gac.core.run import Run
+from gac.core.vocabulary import OPT_BANDS, S2_BANDS
+from gac.data.arrays import crop_back, pad_to_multiple
+from gac.data.convert import convert
+from gac.data.geotiff import _geotiff_source
+from gac.data.layouts import LAYOUTS, recognise
+from gac.data.places import EARTH
+from gac.data.shards import FORMAT
+from gac.data.splits import split_room, split_store, SplitRule
+from gac.data.store import Store
+from gac.data.stores import from_world, real_store, study_store, training_store
+from gac.data.units import s1_unit
+from gac.data.world.scenes import draw_scene
+from swapping import swap
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiles_layouts as layouts
@@ -115,11 +129,11 @@ def test_ranks_write_the_bytes_of_one_writer(tmp_path, unbroken):
 def test_a_second_writer_is_refused_and_told_who_writes(tmp_path):
     path = tmp_path/'s'
     Store.create(path, writer.ARRAYS, shard=8)
-    hold = ('import sys; from gac.tiles import Store; s = Store(sys.argv[1]); s.acquire(); print("held", flush=True); sys.stdin.read()')
+    hold = ('import sys; from gac.data.store import Store; s = Store(sys.argv[1]); s.acquire(); print("held", flush=True); sys.stdin.read()')
     other = subprocess.Popen([sys.executable, '-c', hold, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == 'held\n'
-        with pytest.raises(GacError, match=f'process {other.pid} on {tiles.socket.gethostname()} writes tiles'):
+        with pytest.raises(GacError, match=f'process {other.pid} on {socket.gethostname()} writes tiles'):
             Store(path).append([writer.record(0)])
         assert len(Store(path)) == 0  # readers are welcome
     finally: other.kill(), other.wait()
@@ -189,25 +203,25 @@ def test_padding_and_cropping_are_exact():
     for _ in range(200):
         h, w, m = rng.integers(1, 70, 3)
         x = rng.normal(size=(h, w))
-        y, crop = tiles.pad_to_multiple(x, int(m))
+        y, crop = pad_to_multiple(x, int(m))
         assert y.shape == (-(-h//m)*m, -(-w//m)*m)
-        np.testing.assert_array_equal(tiles.crop_back(y, crop), x)
+        np.testing.assert_array_equal(crop_back(y, crop), x)
         if min(h, w) > m:
             np.testing.assert_array_equal(y, np.pad(x, [((-n % m)//2, -n % m - (-n % m)//2) for n in (h, w)], mode='reflect'))
 
 def test_a_world_that_was_stopped_goes_on(tmp_path, monkeypatch):
     calls = []
-    scene = tiles.scene
+    scene = draw_scene
     def stops(seed, size):
         calls.append(seed)
         if len(calls) == 6: raise KeyboardInterrupt
         return scene(seed, size)
-    monkeypatch.setattr(tiles, 'scene', stops)
-    with pytest.raises(KeyboardInterrupt): tiles.from_world(tmp_path/'a', 4, 2, 2, size=32, batch=2)
+    swap(monkeypatch, 'gac.data.world.scenes', 'draw_scene', stops)
+    with pytest.raises(KeyboardInterrupt): from_world(tmp_path/'a', 4, 2, 2, size=32, batch=2)
     assert len(Store(tmp_path/'a')) == 4
-    tiles.from_world(tmp_path/'a', 4, 2, 2, size=32, batch=2)
+    from_world(tmp_path/'a', 4, 2, 2, size=32, batch=2)
     monkeypatch.undo()
-    tiles.from_world(tmp_path/'b', 4, 2, 2, size=32, batch=3)
+    from_world(tmp_path/'b', 4, 2, 2, size=32, batch=3)
     assert writer.tree(tmp_path/'a') == writer.tree(tmp_path/'b')
     assert sorted(set(calls)) == [0, 1, 2, 3, 800_000, 800_001, 900_000, 900_001]
 
@@ -220,7 +234,7 @@ def errors(report:pd.DataFrame) -> dict:
 
 def test_bigearthnet(tmp_path):
     table = layouts.bigearthnet(tmp_path/'ben', 4, contains_cloud_or_shadow=[False, False, False, True])
-    assert tiles.recognise(tmp_path/'ben') == 'bigearthnet_v2'
+    assert recognise(tmp_path/'ben') == 'bigearthnet_v2'
     report = convert(tmp_path/'ben', tmp_path/'out')
     assert report['status'].tolist() == ['ok']*3 + ['excluded'] and report['reason'].iloc[3] == 'cloud or shadow'
     store = Store(tmp_path/'out')
@@ -275,7 +289,7 @@ def test_benv2(tmp_path, how):
         layouts.benv2(tmp_path/'b'/'benv2.0001.part.tortilla', 1,
                       lambda i: dict(patch_id='S2A_MSIL2A_20170617T113321_N9999_R080_T29UPU_90_90', contains_seasonal_snow=True))
         src = src.parent
-    assert tiles.recognise(src) == 'benv2'
+    assert recognise(src) == 'benv2'
     report = convert(src, tmp_path/'out')
     assert report['status'].tolist() == ['ok']*3 + ['excluded']*(how != 'a file') and set(report['reason']) <= {'', 'seasonal snow'}
     store = Store(tmp_path/'out')
@@ -323,12 +337,12 @@ def test_radar_bands_taken_by_their_order_are_said(tmp_path, capsys):
 def test_a_stopped_conversion_goes_on_with_the_same_bytes(tmp_path, monkeypatch):
     layouts.geotiff(tmp_path/'tif', 5)
     convert(tmp_path/'tif', tmp_path/'whole', batch=2)
-    load = tiles._geotiff_source
+    load = _geotiff_source
     def stops(name, *rest):
         if name == 'a4' and stops.armed: raise KeyboardInterrupt
         return load(name, *rest)
-    monkeypatch.setattr(tiles, '_samples', lambda jobs, n=16: [j.load() for j in jobs[:2]])
-    monkeypatch.setattr(tiles, '_geotiff_source', stops)
+    swap(monkeypatch, 'gac.data.convert', '_samples', lambda jobs, n=16: [j.load() for j in jobs[:2]])
+    swap(monkeypatch, 'gac.data.geotiff', '_geotiff_source', stops)
     stops.armed = True
     with pytest.raises(KeyboardInterrupt): convert(tmp_path/'tif', tmp_path/'part', batch=2)
     assert len(Store(tmp_path/'part')) == 4 and not (tmp_path/'part'/'report.csv').exists()
@@ -340,25 +354,25 @@ def test_a_stopped_conversion_goes_on_with_the_same_bytes(tmp_path, monkeypatch)
     assert a == b
 
 def test_a_run_keeps_its_real_store_until_data_or_options_change(tmp_path, monkeypatch, capsys):
-    run = study.Run('02_tiles', 'smoke', 0, tmp_path/'run', tmp_path/'reports', str(layouts.npz(tmp_path/'npz')))
-    assert len(tiles.real_store(run)) == 3
+    run = Run('02_tiles', 'smoke', 0, tmp_path/'run', tmp_path/'reports', str(layouts.npz(tmp_path/'npz')))
+    assert len(real_store(run)) == 3
     capsys.readouterr()
-    assert len(tiles.real_store(run)) == 3 and capsys.readouterr().out == ''
-    assert tiles.real_store(run, size=96).arrays['s1'].shape[0] == 12
-    assert len(tiles.real_store(run, str(layouts.npz(tmp_path/'other'/'npz', 2)), size=96)) == 8
+    assert len(real_store(run)) == 3 and capsys.readouterr().out == ''
+    assert real_store(run, size=96).arrays['s1'].shape[0] == 12
+    assert len(real_store(run, str(layouts.npz(tmp_path/'other'/'npz', 2)), size=96)) == 8
     run.data = ''
-    assert tiles.real_store(run) is None
+    assert real_store(run) is None
 
 def test_tiles_of_an_earlier_format_are_made_anew_by_their_run_and_refused_elsewhere(tmp_path, capsys):
-    run = study.Run('02_tiles', 'smoke', 0, tmp_path/'run', tmp_path/'reports')
-    store = tiles.study_store(run, 2, 1, 1, size=32)
+    run = Run('02_tiles', 'smoke', 0, tmp_path/'run', tmp_path/'reports')
+    store = study_store(run, 2, 1, 1, size=32)
     want, group = store.read('s1', slice(None)), store.path/'arrays'/'zarr.json'
-    group.write_text(group.read_text().replace(f'"format": {tiles.FORMAT}', '"format": 1'))
+    group.write_text(group.read_text().replace(f'"format": {FORMAT}', '"format": 1'))
     with pytest.raises(GacError, match='format 1, this version reads 2. Convert the tiles again'): Store(store.path)
-    np.testing.assert_array_equal(tiles.study_store(run, 2, 1, 1, size=32).read('s1', slice(None)), want)
+    np.testing.assert_array_equal(study_store(run, 2, 1, 1, size=32).read('s1', slice(None)), want)
     assert 'tiles of format 1 are made anew in format 2' in capsys.readouterr().out
     group.write_text('{"attributes": []}')  # damaged, and not taken for old
-    with pytest.raises(GacError): tiles.study_store(run)
+    with pytest.raises(GacError): study_store(run)
     assert group.exists()
 
 # ---- readers: what is wrong is a row of the report, and the rest goes on --------------------------------------------------------
@@ -500,8 +514,8 @@ def test_ambiguous_units(tmp_path, change, asks, settle):
 def test_no_layout_and_no_option_by_guess(tmp_path):
     (tmp_path/'x').mkdir()
     (tmp_path/'x'/'photo.jpg').touch()
-    with pytest.raises(GacError, match='photo.jpg') as e: tiles.recognise(tmp_path/'x')
-    assert all(k in str(e.value) for k in tiles.LAYOUTS)
+    with pytest.raises(GacError, match='photo.jpg') as e: recognise(tmp_path/'x')
+    assert all(k in str(e.value) for k in LAYOUTS)
     src = layouts.npz(tmp_path/'npz', 1)
     with pytest.raises(GacError, match='there are size'): convert(src, tmp_path/'o', tile_size=96)
     for wrong in (dict(s1_units='decibel'), dict(s2_units='raw'), dict(s2_offset='yes')):
@@ -526,7 +540,7 @@ def test_real_terramesh(tmp_path, real_data):
         assert np.allclose(list(f.window_transform(rasterio.windows.Window(0, 104, 120, 120)))[:6], store.table['transform'][i])
 
 def test_the_stray_offset_of_a_public_chip_is_seen(tmp_path, real_data, monkeypatch):
-    monkeypatch.setattr(tiles, 'KNOWN_OFFSETS', {})
+    swap(monkeypatch, 'gac.data.units', 'KNOWN_OFFSETS', {})
     report = convert(real_data/'terramesh_tiles', tmp_path/'out')
     assert list(errors(report)) == ['433D_629L_3_1'] and '969 to 7668' in errors(report)['433D_629L_3_1']
     report = convert(real_data/'terramesh_tiles', tmp_path/'settled', s2_offset={'433D_629L_3_1': 1000})
@@ -570,17 +584,17 @@ def test_real_power_and_amplitude_are_told_apart(real_data):
     for path in sorted((real_data/'terramesh_tiles'/'S1RTC').glob('*.tif')):
         with rasterio.open(path) as f: chips.append(f.read())
     for x in ([c] for c in chips):
-        assert tiles.s1_unit(x) == 'dB' and tiles.s1_unit([10**(x[0]/10)]) == 'linear' and tiles.s1_unit([10**(x[0]/20)]) == 'amplitude'
+        assert s1_unit(x) == 'dB' and s1_unit([10**(x[0]/10)]) == 'linear' and s1_unit([10**(x[0]/20)]) == 'amplitude'
 
 def test_a_run_trains_on_the_tiles_it_is_given_where_they_suffice(tmp_path, monkeypatch):
-    tiles.from_world(tmp_path/'given', 5, 2, 2, size=48)
-    tiles.from_world(tmp_path/'run/tiles', 3, 1, 1, size=48)
-    run = study.Run.open('08_stage2', 'smoke', 0, str(tmp_path/'run'), str(tmp_path/'reports'), str(tmp_path/'given'))
-    monkeypatch.setattr(tiles, 'MIN_PAIRS', 5)
-    label, store = tiles.training_store(run)
+    from_world(tmp_path/'given', 5, 2, 2, size=48)
+    from_world(tmp_path/'run/tiles', 3, 1, 1, size=48)
+    run = Run.open('08_stage2', 'smoke', 0, str(tmp_path/'run'), str(tmp_path/'reports'), str(tmp_path/'given'))
+    swap(monkeypatch, 'gac.data.stores', 'MIN_PAIRS', 5)
+    label, store = training_store(run)
     assert (label, len(store.rows('train'))) == ('real: given', 5) and not run.record['missing']
-    monkeypatch.setattr(tiles, 'MIN_PAIRS', 6)
-    label, store = tiles.training_store(run)
+    swap(monkeypatch, 'gac.data.stores', 'MIN_PAIRS', 6)
+    label, store = training_store(run)
     assert (label, len(store.rows('train'))) == ('world', 3)
     assert '5 train, 2 val, 2 test tiles; 6 to train on' in str(run.record['missing'])
 
@@ -590,11 +604,11 @@ def test_a_converted_folder_is_kept_whoever_asks(tmp_path):
     r = np.random.default_rng(0)
     s1 = r.normal([[[-11]], [[-17]]], 2, (2, 96, 96)).astype('f4')
     np.savez(tmp_path/'npz'/'a.npz', s1=s1, s2=r.integers(200, 4000, (4, 96, 96)).astype('u2'), month=5)
-    run = study.Run.open('02_tiles', 'smoke', 0, str(tmp_path/'run'), str(tmp_path/'reports'), str(tmp_path/'npz'))
-    assert tiles.real_store(run, size=96).arrays['s1'].shape == (1, 2, 96, 96)
+    run = Run.open('02_tiles', 'smoke', 0, str(tmp_path/'run'), str(tmp_path/'reports'), str(tmp_path/'npz'))
+    assert real_store(run, size=96).arrays['s1'].shape == (1, 2, 96, 96)
     made = (tmp_path/'run/real/table.parquet').stat().st_mtime_ns
-    assert tiles.real_store(run).arrays['s1'].shape == (1, 2, 96, 96) and (tmp_path/'run/real/table.parquet').stat().st_mtime_ns == made
-    assert tiles.real_store(run, size=48).arrays['s1'].shape[0] == 4
+    assert real_store(run).arrays['s1'].shape == (1, 2, 96, 96) and (tmp_path/'run/real/table.parquet').stat().st_mtime_ns == made
+    assert real_store(run, size=48).arrays['s1'].shape[0] == 4
 
 # ---- splits and several data sets in one store
 
@@ -606,21 +620,21 @@ def chips_at(root:Path, kms, size:int=32, **more) -> Path:
         layouts.write_tif(root/'S2L2A'/f'c{x}.tif', layouts.optical(i, size), tags=dict(datetime='2021-08-23T13:22:41'), **place)
     return root
 
-@pytest.mark.parametrize('step', ['_note', '_write_table'])
+@pytest.mark.parametrize('step', ['gac.data.splits.note_attributes', 'gac.data.store.write_table'])
 def test_a_split_that_was_cut_short_is_made_by_the_next_call(tmp_path, monkeypatch, step):
     "It is not taken for a split that came with the tiles."
     convert(chips_at(tmp_path/'c', range(0, 60, 5)), tmp_path/'s', size=32)
     def stop(*args, **more): raise KeyboardInterrupt
     with monkeypatch.context() as m:
-        m.setattr(tiles, step, stop)
-        with pytest.raises(KeyboardInterrupt): tiles.split_store(tmp_path/'s', tiles.SplitRule('place', guard=1.))
-    assert tiles.split_store(tmp_path/'s', tiles.SplitRule('place', guard=1.)) == dict(train=8, val=2, test=2)
+        swap(m, *step.rsplit('.', 1), stop)
+        with pytest.raises(KeyboardInterrupt): split_store(tmp_path/'s', SplitRule('place', guard=1.))
+    assert split_store(tmp_path/'s', SplitRule('place', guard=1.)) == dict(train=8, val=2, test=2)
     assert Store(tmp_path/'s').attrs['split']['by'] == 'place'
 
 def test_tiles_that_join_what_a_split_keeps_apart_are_taken_and_said(tmp_path, capsys):
     "The conversion has gone well; that the split has to be made again is a line of its report."
     convert(chips_at(tmp_path/'c', range(0, 30, 5)), tmp_path/'s', size=32)
-    tiles.split_store(tmp_path/'s', tiles.SplitRule('place'))
+    split_store(tmp_path/'s', SplitRule('place'))
     report = convert(chips_at(tmp_path/'d', (2.5, 7.5, 12.5, 17.5, 22.5)), tmp_path/'s', size=32, append=True)
     assert report.status.tolist() == ['ok']*5
     said = capsys.readouterr().out
@@ -628,24 +642,24 @@ def test_tiles_that_join_what_a_split_keeps_apart_are_taken_and_said(tmp_path, c
 
 def test_tiles_of_one_place_have_no_guard_distance_to_make_smaller(tmp_path):
     convert(layouts.npz(tmp_path/'c', 6, lambda i: dict(lon=10., lat=50.)), tmp_path/'s')
-    with pytest.raises(GacError, match='overlaps one of val or test, so all are of one place') as e: tiles.split_store(tmp_path/'s', tiles.SplitRule('random'))
+    with pytest.raises(GacError, match='overlaps one of val or test, so all are of one place') as e: split_store(tmp_path/'s', SplitRule('random'))
     assert '--guard' not in str(e.value)
-    with pytest.raises(GacError, match='--guard nan'): tiles.SplitRule(guard=float('nan'))
-    with pytest.raises(GacError, match='--seed -1'): tiles.SplitRule(seed=-1)
+    with pytest.raises(GacError, match='--guard nan'): SplitRule(guard=float('nan'))
+    with pytest.raises(GacError, match='--seed -1'): SplitRule(seed=-1)
 
 def test_room_between_splits_is_that_of_their_edges():
     "Centres 1.3 km apart on the diagonal: tiles of 1.2 km that overlap. The nearest centres need not be the nearest edges."
-    km = 180/np.pi/tiles.EARTH
+    km = 180/np.pi/EARTH
     table = lambda *at: pd.DataFrame(dict(split=['train', *['test']*(len(at) - 1)], lon=[x*km for x, _ in at], lat=[y*km for _, y in at]))
-    assert tiles.split_room(table((0, 0), (.92, .92)))['train, test'] == pytest.approx(.92 - 1.2, abs=1e-4)
-    assert tiles.split_room(table((0, 0), (2.5, 0), (1.9, 1.9)))['train, test'] == pytest.approx(1.9 - 1.2, abs=1e-3)
+    assert split_room(table((0, 0), (.92, .92)))['train, test'] == pytest.approx(.92 - 1.2, abs=1e-4)
+    assert split_room(table((0, 0), (2.5, 0), (1.9, 1.9)))['train, test'] == pytest.approx(1.9 - 1.2, abs=1e-3)
 
 def test_a_split_with_few_tiles_to_train_on_says_so_and_what_it_dropped(tmp_path, capsys):
     convert(chips_at(tmp_path/'c', range(0, 60, 2)), tmp_path/'s', size=32)
-    counts = tiles.split_store(tmp_path/'s', tiles.SplitRule('random', guard=3.))
+    counts = split_store(tmp_path/'s', SplitRule('random', guard=3.))
     assert counts['train'] < 10 and f'train has {counts["train"]} tiles where 21 were asked for' in capsys.readouterr().out
     Store(tmp_path/'s').ensure_array('opt_v2', (4, 32, 32), 'int16', dict(trained='feed'))
-    tiles.split_store(tmp_path/'s', tiles.SplitRule('random', seed=3), overwrite=True)
+    split_store(tmp_path/'s', SplitRule('random', seed=3), overwrite=True)
     assert 'opt_v2 dropped. Train the stages that drew them anew' in capsys.readouterr().out
 
 def test_a_store_is_no_folder_above_its_tiles(tmp_path):
@@ -665,10 +679,10 @@ def test_advice_on_another_radar_product_can_be_followed(tmp_path):
 def test_a_place_that_cannot_be_written_to_is_refused_before_tiles_are_read(tmp_path, monkeypatch):
     (tmp_path/'file').touch()
     layouts.npz(tmp_path/'c', 1)
-    monkeypatch.setattr(tiles, '_loaded', lambda job: pytest.fail('tiles were read'))
+    swap(monkeypatch, 'gac.data.convert', '_loaded', lambda job: pytest.fail('tiles were read'))
     with pytest.raises(GacError, match=f'{tmp_path/"file"}: cannot be written to'): convert(tmp_path/'c', tmp_path/'file'/'deep'/'s')
     with monkeypatch.context() as m:
         def shut(dir): raise PermissionError(13, 'Permission denied', str(dir))
-        m.setattr(study.tempfile, 'TemporaryFile', shut)
+        m.setattr(tempfile, 'TemporaryFile', shut)
         with pytest.raises(GacError, match=f'{tmp_path}: cannot be written to .Permission denied'): convert(tmp_path/'c', tmp_path/'new'/'s')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['c', 'file'], 'nothing is left'

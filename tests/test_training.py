@@ -7,10 +7,16 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from gac import training
-from gac.metrics import read_torch
-from gac.study import GacError
-from gac.training import Order, Settings, Task, export_best, fit, inject_lora, load_checkpoint, load_trained, to_int8, unfreeze
+from gac.core.files import GacError
+from gac.core.tensors import read_torch
+from gac.training.adapters import inject_lora, unfreeze
+from gac.training.checkpoints import load_checkpoint, load_trained, trained_state
+from gac.training.fit import export_best, fit_model
+from gac.training.int8 import autocast_for, to_int8
+from gac.training.loop import Task, trainer
+from gac.training.order import Order
+from gac.training.settings import Settings
+from swapping import swap
 
 SETTINGS = Settings(lr=.01, max_steps=11, batch_size=2, grad_accum_steps=2, warmup=.2, val_every=3, save_every=3, log_every=1,
                     num_workers=0, accelerator='cpu')
@@ -61,9 +67,9 @@ class Killer:
 
 def _attempt(folder, settings, int8, moment, count):
     killer = Killer(moment, count)
-    killer.move, training.os.replace = os.replace, killer.replace
+    killer.move, os.replace = os.replace, killer.replace
     torch.set_num_threads(1)
-    fit(vit(int8), killer.step, Tiles(10), Tiles(6), settings, folder, every=0)
+    fit_model(vit(int8), killer.step, Tiles(10), Tiles(6), settings, folder, every=0)
 
 
 def attempt(*args):
@@ -82,13 +88,13 @@ DEATHS = [('training', 3, 0), ('validation', 2, 0), ('training', 9, 2), ('before
 @pytest.mark.parametrize('int8', [False, True], ids=['float32', 'int8'])
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, int8):
     torch.set_num_threads(1)
-    whole = fit(vit(int8), step, Tiles(10), Tiles(6), SETTINGS, tmp_path/'whole', every=0)
+    whole = fit_model(vit(int8), step, Tiles(10), Tiles(6), SETTINGS, tmp_path/'whole', every=0)
     broken = tmp_path/'broken'
     # dropout, augmentation and order must survive, with workers as without
     for moment, count, workers in DEATHS[3:] if int8 else DEATHS:
         code = attempt(broken, replace(SETTINGS, num_workers=workers), int8, moment, count)
         assert code == (0 if moment == 'never' else -signal.SIGKILL), (moment, code)
-    again = fit(vit(int8), step, Tiles(10), Tiles(6), SETTINGS, broken, every=0)  # finished: only loaded
+    again = fit_model(vit(int8), step, Tiles(10), Tiles(6), SETTINGS, broken, every=0)  # finished: only loaded
     assert again.steps == again.resumed_at == 11
     assert again.curve.to_csv() == whole.curve.to_csv()
     logged = [(p/'curve'/'metrics.csv').read_text() for p in (tmp_path/'whole', broken)]
@@ -105,21 +111,21 @@ def test_interrupted_and_called_again_equals_uninterrupted(tmp_path, capsys):
     def stopped(model, batch):
         if model.training and next(steps) == 15: os.kill(os.getpid(), signal.SIGINT)
         return step(model, batch)
-    with pytest.raises(KeyboardInterrupt): fit(vit(), stopped, Tiles(12), Tiles(4), SETTINGS, tmp_path/'a', name='toy')
+    with pytest.raises(KeyboardInterrupt): fit_model(vit(), stopped, Tiles(12), Tiles(4), SETTINGS, tmp_path/'a', name='toy')
     assert 'toy: interrupted at step 7; step 6 is kept.' in capsys.readouterr().out and signal.getsignal(signal.SIGINT) is before
-    again = fit(vit(), step, Tiles(12), Tiles(4), SETTINGS, tmp_path/'a')
-    whole = fit(vit(), step, Tiles(12), Tiles(4), SETTINGS, tmp_path/'b')
+    again = fit_model(vit(), step, Tiles(12), Tiles(4), SETTINGS, tmp_path/'a')
+    whole = fit_model(vit(), step, Tiles(12), Tiles(4), SETTINGS, tmp_path/'b')
     assert again.resumed_at == 6 and again.curve.drop(columns='gpu_memory_mb').equals(whole.curve.drop(columns='gpu_memory_mb'))
 
 def test_mixed_precision_trains_adapters_on_8_bit_weights(tmp_path):
-    result = fit(vit(int8=True), step, Tiles(10), Tiles(6), replace(SETTINGS, precision='bf16-mixed'), tmp_path, every=0)
+    result = fit_model(vit(int8=True), step, Tiles(10), Tiles(6), replace(SETTINGS, precision='bf16-mixed'), tmp_path, every=0)
     assert result.curve.train_loss.iloc[-3:].mean() < result.curve.train_loss.iloc[:3].mean()
 
 
 def test_beginning_anew_forgets_the_old(tmp_path):
-    fit(vit(), step, Tiles(10), Tiles(6), SETTINGS, tmp_path, every=0)
+    fit_model(vit(), step, Tiles(10), Tiles(6), SETTINGS, tmp_path, every=0)
     with pytest.raises(ZeroDivisionError):
-        fit(vit(), lambda m, b: 1/0, Tiles(10), Tiles(6), SETTINGS, tmp_path, resume=False, every=0)
+        fit_model(vit(), lambda m, b: 1/0, Tiles(10), Tiles(6), SETTINGS, tmp_path, resume=False, every=0)
     assert not (tmp_path/'last.ckpt').exists() and not (tmp_path/'best.ckpt').exists()
 
 
@@ -129,20 +135,20 @@ def test_rounds_follow_one_sequence(tmp_path):
             seen.append(i)
             return super().__getitem__(i)
     seen = []
-    fit(vit(), step, Recorded(10), None, SETTINGS, tmp_path, every=0)
+    fit_model(vit(), step, Recorded(10), None, SETTINGS, tmp_path, every=0)
     assert seen == [i for i, _ in Order(10, per_round=11*2*2)]  # four full passes and a piece, over four rounds
 
 
 def test_early_stopping_is_final(tmp_path):
     settings = replace(SETTINGS, lr=0., max_steps=60, early_stopping_patience=2)  # nothing moves, so nothing improves
-    result = fit(vit(), step, Tiles(10), Tiles(6), settings, tmp_path, every=0)
+    result = fit_model(vit(), step, Tiles(10), Tiles(6), settings, tmp_path, every=0)
     assert result.steps == 9  # the first validation and two without improvement
-    again = fit(vit(), step, Tiles(10), Tiles(6), settings, tmp_path, every=0)
+    again = fit_model(vit(), step, Tiles(10), Tiles(6), settings, tmp_path, every=0)
     assert (again.steps, again.resumed_at) == (9, 9)
 
 
 def test_no_validation_needs_no_best(tmp_path):
-    result = fit(vit(), step, Tiles(10), None, SETTINGS, tmp_path, every=0)
+    result = fit_model(vit(), step, Tiles(10), None, SETTINGS, tmp_path, every=0)
     assert result.best is None and result.steps == 11 and list(result.curve.step) == list(range(1, 12))
     state, meta = load_checkpoint(export_best(tmp_path, tmp_path/'out.safetensors', 'stage2', 'vit'), kind='stage2')
     load_trained(vit(), state)
@@ -151,14 +157,14 @@ def test_no_validation_needs_no_best(tmp_path):
 
 
 def test_broken_training_checkpoint_is_named(tmp_path):
-    fit(vit(), step, Tiles(10), None, SETTINGS, tmp_path, every=0)
+    fit_model(vit(), step, Tiles(10), None, SETTINGS, tmp_path, every=0)
     last = tmp_path/'last.ckpt'
     last.write_bytes(last.read_bytes()[:3000])
     with pytest.raises(GacError, match=r'last\.ckpt is no readable Torch file'):
-        fit(vit(), step, Tiles(10), None, SETTINGS, tmp_path, every=0)
+        fit_model(vit(), step, Tiles(10), None, SETTINGS, tmp_path, every=0)
     torch.save({'state_dict': {}}, last)
     with pytest.raises(GacError, match='not written by this study'):
-        fit(vit(), step, Tiles(10), None, SETTINGS, tmp_path, every=0)
+        fit_model(vit(), step, Tiles(10), None, SETTINGS, tmp_path, every=0)
 
 
 class Bomb:
@@ -180,10 +186,10 @@ def test_devices_share_the_sequence(monkeypatch, world):
     for r in range(3):
         shares = []
         for rank in range(world):
-            monkeypatch.setattr(training, '_rank', lambda: (rank, world))
+            swap(monkeypatch, 'gac.training.order', 'process_rank', lambda: (rank, world))
             order.set_epoch(r)
             shares.append(list(order))
-        monkeypatch.setattr(training, '_rank', lambda: (0, 1))
+        swap(monkeypatch, 'gac.training.order', 'process_rank', lambda: (0, 1))
         whole.set_epoch(r)
         assert [item for turn in zip(*shares) for item in turn] == list(whole)
 
@@ -191,7 +197,7 @@ def test_devices_share_the_sequence(monkeypatch, world):
 def test_frozen_weights_do_not_move(tmp_path):
     model = vit()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    fit(model, step, Tiles(10), None, SETTINGS, tmp_path, every=0)
+    fit_model(model, step, Tiles(10), None, SETTINGS, tmp_path, every=0)
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved == {n for n, p in model.named_parameters() if p.requires_grad}
 
@@ -203,7 +209,7 @@ def test_a_checkpointed_training_is_the_same_training(tmp_path):
         for options in rounds:
             model = vit(int8=True)
             model.blocks[0].mlp.register_forward_pre_hook(lambda *_: called.append(torch.is_grad_enabled()))
-            done = fit(model, step, Tiles(10), Tiles(6), replace(SETTINGS, **options), tmp_path/folder, every=0)
+            done = fit_model(model, step, Tiles(10), Tiles(6), replace(SETTINGS, **options), tmp_path/folder, every=0)
             assert not any('forward' in vars(m) for m in model.modules())
         return done, model, sum(called)
     plain, a, once = trained('plain', {})
@@ -211,20 +217,20 @@ def test_a_checkpointed_training_is_the_same_training(tmp_path):
     assert twice == 2*once == 44
     columns = [c for c in plain.curve if c != 'gpu_memory_mb']
     assert (plain.curve[columns].fillna(0) == saving.curve[columns].fillna(0)).all(axis=None)
-    for k, v in training.trained_state(a).items(): assert torch.equal(v, training.trained_state(b)[k]), k
+    for k, v in trained_state(a).items(): assert torch.equal(v, trained_state(b)[k]), k
     seen = []
     def stopped(model, batch):
         seen.append(model.training)
         if sum(seen) > 15: raise KeyboardInterrupt
         return step(model, batch)
-    with pytest.raises(KeyboardInterrupt): fit(vit(int8=True), stopped, Tiles(10), Tiles(6), SETTINGS, tmp_path/'changed', every=0)
+    with pytest.raises(KeyboardInterrupt): fit_model(vit(int8=True), stopped, Tiles(10), Tiles(6), SETTINGS, tmp_path/'changed', every=0)
     changed, c, _ = trained('changed', dict(checkpointing=True))
     assert 0 < changed.resumed_at < 11 and changed.curve.train_loss.tolist() == plain.curve.train_loss.tolist()
 
 
 def test_checkpointing_is_refused_where_no_blocks_are_named(tmp_path):
     with pytest.raises(GacError, match='Linear names no blocks'):
-        fit(nn.Linear(2, 2), step, Tiles(10), None, replace(SETTINGS, checkpointing=True), tmp_path, every=0)
+        fit_model(nn.Linear(2, 2), step, Tiles(10), None, replace(SETTINGS, checkpointing=True), tmp_path, every=0)
 
 
 @pytest.mark.parametrize('given, env, said', [
@@ -235,7 +241,7 @@ def test_checkpointing_is_refused_where_no_blocks_are_named(tmp_path):
 def test_a_console_says_how_several_devices_train(monkeypatch, tmp_path, given, env, said):
     monkeypatch.setattr('sys.ps1', '>>> ', raising=False)
     for k, v in env.items(): monkeypatch.setenv(k, v)
-    with pytest.raises(GacError, match=said): fit(vit(), step, Tiles(10), None, replace(SETTINGS, **given), tmp_path, every=0)
+    with pytest.raises(GacError, match=said): fit_model(vit(), step, Tiles(10), None, replace(SETTINGS, **given), tmp_path, every=0)
 
 
 def test_unknown_strategies_are_refused():
@@ -244,13 +250,13 @@ def test_unknown_strategies_are_refused():
 
 def test_resumed_accounts_for_every_key():
     task = Task(vit(), step, SETTINGS, 11)
-    checkpoint = {'state_dict': {k: v for k, v in training.trained_state(task).items() if 'lora_B' not in k}}
+    checkpoint = {'state_dict': {k: v for k, v in trained_state(task).items() if 'lora_B' not in k}}
     with pytest.raises(GacError, match='missing: .*lora_B'): task.on_load_checkpoint(checkpoint)
 
 def test_the_curve_shows_the_loss_whatever_a_step_gathers(tmp_path):
     def both(model, batch): return (terms := step(model, batch)) | dict(term=terms['loss'].detach())
     for n in (1, 3):
-        curve = fit(vit(), both, Tiles(12), None, replace(SETTINGS, grad_accum_steps=n, max_steps=2, val_every=2, save_every=2, log_every=1),
+        curve = fit_model(vit(), both, Tiles(12), None, replace(SETTINGS, grad_accum_steps=n, max_steps=2, val_every=2, save_every=2, log_every=1),
                     tmp_path/str(n), every=0).curve
         assert curve.train_loss.tolist() == pytest.approx(curve.train_term.tolist(), rel=1e-5), n
 
@@ -259,6 +265,6 @@ def test_float16_on_a_cpu_is_refused_before_a_step(tmp_path):
     "Lightning would train in bfloat16 there, and the card would say float16."
     for accelerator in ('auto', 'cpu'):
         with pytest.raises(GacError, match='--precision 16-mixed needs a GPU'):
-            training.trainer(replace(SETTINGS, precision='16-mixed', accelerator=accelerator), tmp_path/'out', 1)
-    with pytest.raises(GacError, match='--precision 16-mixed needs a GPU'): training.mixed('cpu', '16-mixed')
+            trainer(replace(SETTINGS, precision='16-mixed', accelerator=accelerator), tmp_path/'out', 1)
+    with pytest.raises(GacError, match='--precision 16-mixed needs a GPU'): autocast_for('cpu', '16-mixed')
     assert not (tmp_path/'out').exists()

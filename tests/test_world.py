@@ -4,7 +4,13 @@ import hashlib, os, subprocess, sys, time
 import numpy as np
 import pytest
 
-from gac import study, world
+from gac.core.files import GacError, root
+from gac.data.world.calibration import (
+    calibration, CHANNELS, ks_table, lag_correlation, measure_pool, real_chips, window_looks)
+from gac.data.world.noise import gamma_db, HELD_OUT_BASE, PRETRAIN_BASE, seed_rng, SPECKLE_LOOKS, STUDY_SEEDS
+from gac.data.world.places import BIOME_PLACES, draw_place
+from gac.data.world.scenes import draw_scene, scene_batches
+from swapping import swap
 
 KS_LIMIT = .2
 SCENES = 240
@@ -17,26 +23,26 @@ def digest(s):
 
 @pytest.fixture(scope='module')
 def scenes():
-    return [world.scene(seed) for seed in range(SCENES)]
+    return [draw_scene(seed) for seed in range(SCENES)]
 
 
 # -- one seed, one scene
 
 @pytest.mark.parametrize('threads', ['1', '2'])
 def test_same_scene_in_another_process(threads):
-    code = ("import sys; sys.path.insert(0, 'tests'); from test_world import digest; from gac import world; "
-            "print(digest(world.scene(4, clouds=True)), digest(world.scene(10**8 + 7, 96)))")
+    code = ("import sys; sys.path.insert(0, 'tests'); from test_world import digest; from gac.data.world import scenes; "
+            "print(digest(scenes.draw_scene(4, clouds=True)), digest(scenes.draw_scene(10**8 + 7, 96)))")
     env = dict(os.environ, OMP_NUM_THREADS=threads, PYTHONHASHSEED=threads)
-    done = subprocess.run([sys.executable, '-c', code], cwd=study.root(), env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.split()[-2:] == [digest(world.scene(4, clouds=True)), digest(world.scene(10**8 + 7, 96))]
+    done = subprocess.run([sys.executable, '-c', code], cwd=root(), env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-2:] == [digest(draw_scene(4, clouds=True)), digest(draw_scene(10**8 + 7, 96))]
 
 
 def test_scene_does_not_depend_on_what_came_before():
     np.random.seed(0)
-    before = digest(world.scene(11))
-    world.scene(12, 64)
+    before = digest(draw_scene(11))
+    draw_scene(12, 64)
     np.random.random(7)
-    assert digest(world.scene(11)) == before != digest(world.scene(12))
+    assert digest(draw_scene(11)) == before != digest(draw_scene(12))
 
 
 # The committed miniature weights were pretrained on these very scenes: summaries of some of them, to notice a change of the world.
@@ -57,7 +63,7 @@ FROZEN = {  # seed: (landscape, biome, month), mean DN of the 12 bands, mean dB 
 
 @pytest.mark.parametrize('seed', FROZEN)
 def test_the_world_is_frozen(seed):
-    s = world.scene(seed)
+    s = draw_scene(seed)
     at, s2, s1, dem = FROZEN[seed]
     assert (s['kind'], s['biome'], s['month']) == at
     np.testing.assert_allclose(s['s2'].mean((1, 2)), s2, rtol=1e-3)
@@ -69,19 +75,19 @@ def test_the_world_is_frozen(seed):
 
 @pytest.mark.parametrize('size', [32, 64, 97, 120, 128, 256])
 def test_any_size(size):
-    s = world.scene(3, size, clouds=True)
+    s = draw_scene(3, size, clouds=True)
     kinds = dict(s1grd=(2, 'float32'), s1rtc=(2, 'float32'), s2=(12, 'uint16'), dem=(0, 'float32'), lulc=(0, 'uint8'),
                  ndvi=(0, 'float32'), cloud_mask=(0, 'bool'))
     for name, (bands, dtype) in kinds.items():
         assert s[name].shape == ((bands, size, size) if bands else (size, size)) and s[name].dtype == dtype, name
         assert np.isfinite(s[name]).all(), name
-    assert 'cloud_mask' not in world.scene(3, size)
+    assert 'cloud_mask' not in draw_scene(3, size)
 
 
 def test_every_biome_in_every_month():
-    for biome, (_, regions, kinds) in world.PLACES.items():
+    for biome, (_, regions, kinds) in BIOME_PLACES.items():
         for month in range(1, 13):
-            s = world.scene(1000*biome + month, 64, month, biome)
+            s = draw_scene(1000*biome + month, 64, month, biome)
             assert (s['biome'], s['month']) == (biome, month) and s['kind'] in kinds
             _, west, east, south, north = next(r for r in regions if r[0] == s['region'])
             assert west <= s['lon'] <= east and south <= s['lat'] <= north
@@ -111,7 +117,7 @@ def test_what_can_be_seen(scenes):
 def test_radar_knows_no_month():
     snow = 0
     for seed in range(12):
-        year = [world.scene(seed, 64, month) for month in range(1, 13)]
+        year = [draw_scene(seed, 64, month) for month in range(1, 13)]
         for name in ('s1grd', 's1rtc', 'dem', 'lulc'):
             assert all(np.array_equal(s[name], year[0][name]) for s in year), name
         assert all(not np.array_equal(s['s2'], year[0]['s2']) for s in year[1:]) or year[0]['kind'] == 'sea'
@@ -121,9 +127,9 @@ def test_radar_knows_no_month():
 
 def test_radar_knows_no_colour(monkeypatch):
     "Whatever the optical stream draws (crops, soil colour, haze), the radar stays as it is."
-    plain, stream = world.scene(2), world._rng
-    monkeypatch.setattr(world, '_rng', lambda seed, purpose: stream(seed + 1 if purpose == 'optical' else seed, purpose))
-    other = world.scene(2)
+    plain, stream = draw_scene(2), seed_rng
+    swap(monkeypatch, 'gac.data.world.noise', 'seed_rng', lambda seed, purpose: stream(seed + 1 if purpose == 'optical' else seed, purpose))
+    other = draw_scene(2)
     assert np.array_equal(plain['s1grd'], other['s1grd']) and np.array_equal(plain['lulc'], other['lulc'])
     assert not np.array_equal(plain['s2'], other['s2'])
 
@@ -132,9 +138,9 @@ def test_seasons_are_turned_south_of_the_equator():
     def summer_minus_winter(biome, region):
         gains = []
         for seed in range(400):
-            p = world.place(seed, biome=biome)
+            p = draw_place(seed, biome=biome)
             if p['region'] != region or p['kind'] not in ('farms', 'pasture'): continue
-            gains.append(world.scene(seed, 64, 7, biome)['ndvi'].mean() - world.scene(seed, 64, 1, biome)['ndvi'].mean())
+            gains.append(draw_scene(seed, 64, 7, biome)['ndvi'].mean() - draw_scene(seed, 64, 1, biome)['ndvi'].mean())
             if len(gains) == 6: return np.mean(gains)
     assert summer_minus_winter(4, 'Western Europe') > .05 > -.05 > summer_minus_winter(4, 'Southern Chile')
 
@@ -142,81 +148,81 @@ def test_seasons_are_turned_south_of_the_equator():
 # -- likeness to real chips
 
 def test_distributions_agree_with_real_chips(scenes):
-    table = world.ks_table(scenes)
-    assert list(table.channel) == list(world.CHANNELS)
+    table = ks_table(scenes)
+    assert list(table.channel) == list(CHANNELS)
     assert table.ks.max() < KS_LIMIT, table.to_string()
 
 
 def test_ks_notices_a_world_that_is_off(scenes):
     "The mark has teeth: 3 dB or a third of the reflectance is enough to fail it."
     off = [dict(s, s1grd=s['s1grd'] + 3, s2=(s['s2']*1.5).astype(np.uint16)) for s in scenes]
-    table = world.ks_table(off).set_index('channel').ks
+    table = ks_table(off).set_index('channel').ks
     assert (table[['VV grd', 'B03', 'B11']] > KS_LIMIT).all()
 
 
 def test_neighbouring_pixels_agree_with_real_chips(scenes):
-    for name, real in world.calibration()['correlation'].items():
-        key, i = world.CHANNELS[name]
-        own = np.median([world.correlation(s[key][i], 2) for s in scenes[:120]], axis=0)
+    for name, real in calibration()['correlation'].items():
+        key, i = CHANNELS[name]
+        own = np.median([lag_correlation(s[key][i], 2) for s in scenes[:120]], axis=0)
         assert np.abs(own - real[:2]).max() < .16, (name, own, real[:2])
 
 
 def test_speckle_has_the_stated_looks():
     z = np.random.default_rng(0).standard_normal((512, 512))
-    for looks in world.LOOKS.values():
-        power = 10**(world.gamma_db(z, looks)/10)
+    for looks in SPECKLE_LOOKS.values():
+        power = 10**(gamma_db(z, looks)/10)
         assert abs(power.mean() - 1) < .01 and abs(1/power.var() - looks) < .15
 
 
 def test_speckle_on_the_sea_agrees_with_real_sea():
-    real = world.calibration()['sea']
-    sea = [world.scene(n) for n in range(250) if world.place(n)['kind'] == 'sea']
-    for product in world.LOOKS:
+    real = calibration()['sea']
+    sea = [draw_scene(n) for n in range(250) if draw_place(n)['kind'] == 'sea']
+    for product in SPECKLE_LOOKS:
         vv = [s[f's1{product}'][0] for s in sea]
-        assert abs(np.median([world.window_looks(v) for v in vv]) - real['looks']) < .8
-        assert np.abs(np.median([world.correlation(v, 2) for v in vv], axis=0) - real['correlation'][:2]).max() < .06
+        assert abs(np.median([window_looks(v) for v in vv]) - real['looks']) < .8
+        assert np.abs(np.median([lag_correlation(v, 2) for v in vv], axis=0) - real['correlation'][:2]).max() < .06
 
 
 def test_committed_statistics_are_those_of_the_chips(real_data):
-    chips = world.chips(real_data)
+    chips = real_chips(real_data)
     if len(chips) < 28: pytest.skip(f'{real_data} holds only part of the pool: {len(chips)} of 28 images')
-    new, known = world.calibrate(chips), world.calibration()
+    new, known = measure_pool(chips), calibration()
     assert new['pool'] == known['pool'] and new['sea']['chips'] == known['sea']['chips']
-    for name in world.CHANNELS: np.testing.assert_allclose(new['quantiles'][name], known['quantiles'][name], atol=.11)
+    for name in CHANNELS: np.testing.assert_allclose(new['quantiles'][name], known['quantiles'][name], atol=.11)
     for name in known['correlation']: np.testing.assert_allclose(new['correlation'][name], known['correlation'][name], atol=2e-3)
 
 
 # -- seeds, speed, errors
 
 def test_seeds_are_disjoint():
-    assert world.STUDY_SEEDS.stop <= world.PRETRAIN_BASE < world.HELD_OUT_BASE
-    batches = world.stream(world.PRETRAIN_BASE, 64, 2)
+    assert STUDY_SEEDS.stop <= PRETRAIN_BASE < HELD_OUT_BASE
+    batches = scene_batches(PRETRAIN_BASE, 64, 2)
     seeds = [int(n) for _ in range(3) for n in next(batches)['seed']]
-    assert seeds == [world.PRETRAIN_BASE + i for i in range(6)] and not set(seeds) & set(world.STUDY_SEEDS)
+    assert seeds == [PRETRAIN_BASE + i for i in range(6)] and not set(seeds) & set(STUDY_SEEDS)
 
 
 def test_stream_gives_the_scenes():
-    batch = next(world.stream(world.HELD_OUT_BASE, 64, 3))
+    batch = next(scene_batches(HELD_OUT_BASE, 64, 3))
     for i in range(3):
-        s = world.scene(world.HELD_OUT_BASE + i, 64)
+        s = draw_scene(HELD_OUT_BASE + i, 64)
         for name in s: assert np.array_equal(batch[name][i], s[name]), name
 
 
 def test_fast_enough():
     "20 per second and core are promised; half of it must hold even where cores are shared (processor time, not the clock on the wall)."
-    world.scene(0)
+    draw_scene(0)
     start = time.process_time()
-    for seed in range(30): world.scene(seed)
+    for seed in range(30): draw_scene(seed)
     assert 30/(time.process_time() - start) > 10
 
 
 @pytest.mark.parametrize('wrong, message', [(dict(month=0), 'expected 1 to 12'), (dict(biome=2), 'the world has scenes for'),
                                             (dict(size=16), 'at least 32'), (dict(seed=-1), 'numbered from 0')])
 def test_wrong_wishes_are_refused(wrong, message):
-    with pytest.raises(study.GacError, match=message): world.scene(**{'seed': 1, **wrong})
+    with pytest.raises(GacError, match=message): draw_scene(**{'seed': 1, **wrong})
 
 
 def test_scenes_need_no_file(monkeypatch):
     "Scenes come from the code alone, wherever it is installed."
-    monkeypatch.setattr(world, 'root', lambda: pytest.fail('a scene asked for the repository'))
-    world.scene(1, 64)
+    monkeypatch.setattr('gac.data.world.calibration.root', lambda: pytest.fail('a scene asked for the repository'))
+    draw_scene(1, 64)

@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import rasterio
-from gac import tiles
-from gac.study import S2_BANDS
+from gac.core.vocabulary import S2_BANDS
+from gac.data.bigearthnet import BEN_PIXELS
 
 def radar(seed:int, size:int=120) -> np.ndarray:
     "(2, size, size) dB."
@@ -37,7 +37,7 @@ def bigearthnet(root:Path, n:int=3, **columns) -> pd.DataFrame:
                          contains_seasonal_snow=False, contains_cloud_or_shadow=False))
         place = dict(west=6e5 + 1200*i)
         for b, x in zip(S2_BANDS, optical(i)):
-            step = 120//tiles.BEN_PIXELS[b]
+            step = 120//BEN_PIXELS[b]
             write_tif(root/'BigEarthNet-S2'/patch.rsplit('_', 2)[0]/patch/f'{patch}_{b}.tif', x[::step, ::step], pixel=10.*step,
                       **place)
         for p, x in zip(('VV', 'VH'), radar(i)):

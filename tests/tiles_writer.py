@@ -3,7 +3,7 @@ import os, sys
 from pathlib import Path
 
 import numpy as np
-from gac.tiles import Store
+from gac.data.store import Store
 
 N, SHARD, BATCH = 28, 8, 3  # tiles, tiles in a shard, tiles in a batch
 ARRAYS = dict(s1=((2, 16, 16), 'float32', dict(bands=['VV', 'VH'])), s2=((4, 16, 16), 'uint16', {}))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['APART', 'parse_date', 'month_of', 'product_date', 'date_of', 'tag_date', 'far_apart']
 
-# %% ../../nbs/lib/data/dates.ipynb #30d9de38
+# %% ../../nbs/lib/data/dates.ipynb #9019c34b
 import re
 from datetime import datetime
 
@@ -23,6 +23,7 @@ def parse_date(
     except ValueError: return ''
     return f'{y}-{m}-{d}' + ('T' + ':'.join(clock) if clock[0] else '')
 
+# %% ../../nbs/lib/data/dates.ipynb #a36023f1
 def month_of(
     date:str, # as parse_date takes it
 ) -> int: # 1–12, 0 where unknown
@@ -39,6 +40,7 @@ def product_date(
     late = re.search(r'_V((?:19|20)\d{6}T\d{6})', name)
     return parse_date(late[1] if late else name)
 
+# %% ../../nbs/lib/data/dates.ipynb #79c590bc
 def _iso(text) -> str: return re.sub(r'^(\d{4}):(\d\d):(\d\d)', r'\1-\2-\3', str(text))  # TIFF writes 2021:07:14
 
 def date_of(
@@ -62,6 +64,7 @@ def tag_date(
     "The date that the tags of a file give it."
     return next((d for k in ('datetime', 'TIFFTAG_DATETIME') if (d := parse_date(_iso(tags.get(k, ''))))), '')
 
+# %% ../../nbs/lib/data/dates.ipynb #3b7cf3b9
 def far_apart(
     s1:str, s2:str, # dates, as parse_date takes them
 ) -> str: # empty: near, or unknown
@@ -70,4 +73,3 @@ def far_apart(
     if not (one and two): return ''
     days = abs((datetime.fromisoformat(one[:10]) - datetime.fromisoformat(two[:10])).days)
     return f'Sentinel-1 is of {one[:10]} and Sentinel-2 of {two[:10]}, {days} days apart: they may not show the same fields' if days > APART else ''
-

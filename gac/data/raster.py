@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RADAR', 'OPTICAL', 'PIXEL', 'WARP', 'NOWHERE', 'GDAL', 'BY_ORDER', 'is_generic', 'radar_name', 'optical_name', 'Kind',
            'name_bands', 'to_degrees', 'lon_lat', 'ground_size', 'check_grid', 'reading', 'Raster', 'same_scale',
-           'open_raster', 'pick', 'check_order']
+           'check_opened', 'open_raster', 'pick', 'check_order']
 
-# %% ../../nbs/lib/data/raster.ipynb #ee66670e
+# %% ../../nbs/lib/data/raster.ipynb #1fa6d7a5
 import re, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,8 +22,9 @@ from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 
+from ..core.files import GacError
+from ..core.vocabulary import OPT_BANDS, S1_BANDS, S2_BANDS
 from .units import median_of
-from ..study import GacError, OPT_BANDS, S1_BANDS, S2_BANDS
 
 # %% ../../nbs/lib/data/raster.ipynb #00626021
 # words that make something else of a band's name
@@ -42,12 +43,14 @@ def _words(text) -> list[str]:
     "The words of a band's name, in capitals."
     return re.sub(r'[^A-Z0-9]+', ' ', str(text or '').upper()).split()
 
+# %% ../../nbs/lib/data/raster.ipynb #59c60c46
 def is_generic(
     name:str|None, # of a band
 ) -> bool:
     "Whether a name says nothing: none, `Band 1`, `lyr.1`."
     return _NUMBERED.match(str(name or '').strip()) is not None
 
+# %% ../../nbs/lib/data/raster.ipynb #9f724092
 def radar_name(
     text:str|None, # e.g. Sigma0_VV_db
 ) -> str: # VV, VH, HH or HV; empty: none of them
@@ -56,6 +59,7 @@ def radar_name(
     found = set(re.findall(r'(?<![A-Z])(VV|VH|HH|HV)(?![A-Z])', str(text or '').upper()))
     return found.pop() if len(found) == 1 else ''
 
+# %% ../../nbs/lib/data/raster.ipynb #f07c213a
 def optical_name(
     text:str|None, # e.g. B2, blue, S2_B02_10m
 ) -> str: # B01 … B12 or B8A; empty: none of them
@@ -81,6 +85,7 @@ class Kind:
     name:Callable # text -> band
     option:str # that names the bands
 
+# %% ../../nbs/lib/data/raster.ipynb #b725f01c
 RADAR = Kind('Sentinel-1', S1_BANDS, S1_BANDS, radar_name, '--s1-bands')
 OPTICAL = Kind('Sentinel-2', S2_BANDS, OPT_BANDS, optical_name, '--s2-bands')
 
@@ -95,6 +100,7 @@ def _as_asked(names:tuple, asked:tuple, kind:Kind) -> tuple:
         raise GacError(f'{kind.option} {",".join(asked)}: expected a name for each of {len(names)} bands, {", ".join(kind.least)} among them.')
     return wanted
 
+# %% ../../nbs/lib/data/raster.ipynb #e29a0c19
 def name_bands(
     names:tuple, # descriptions of the bands of a file, None or empty where there is none
     kind:Kind, # RADAR or OPTICAL
@@ -133,6 +139,7 @@ def to_degrees(crs:str): # pyproj Transformer
     from pyproj import Transformer
     return Transformer.from_crs(crs, 'EPSG:4326', always_xy=True)
 
+# %% ../../nbs/lib/data/raster.ipynb #0ca7413f
 def lon_lat(
     crs:str, # e.g. EPSG:32629
     x:float, y:float, # in its units
@@ -143,6 +150,7 @@ def lon_lat(
     except CRSError: raise
     except ProjError: return float('nan'), float('nan')
 
+# %% ../../nbs/lib/data/raster.ipynb #f73401e8
 def ground_size(
     crs:str, # e.g. EPSG:3857
     transform:tuple, # six numbers
@@ -155,6 +163,7 @@ def ground_size(
     (lon, lat), *others = [to_degrees(crs).transform(*p) for p in at]
     return tuple(Geod(ellps='WGS84').inv(lon, lat, *p)[2] for p in others)
 
+# %% ../../nbs/lib/data/raster.ipynb #4e46ef50
 def check_grid(
     where:str, # file, for the message
     crs:str, # empty: none
@@ -204,6 +213,7 @@ def reading(
     except (RasterioError, CPLE_BaseError, ValueError, OverflowError) as e:  # tags and coordinate systems that make no sense
         raise GacError(f'{path}: cannot be read ({str(e).splitlines()[0] if str(e) else type(e).__name__}). Is it a GeoTIFF, and whole? Fetch or write it again.') from e
 
+# %% ../../nbs/lib/data/raster.ipynb #ed4c74b9
 @dataclass(frozen=True)
 class Raster:
     "A GeoTIFF that was looked at; `open_raster` makes it."
@@ -286,6 +296,7 @@ class Raster:
         if not missing.any(): return x
         return np.where(missing, np.nan, x if x.dtype.kind == 'f' else x.astype('float32' if x.dtype.itemsize <= 2 else 'float64'))
 
+# %% ../../nbs/lib/data/raster.ipynb #40060379
 def same_scale(rasters:list) -> None: # of Raster, one band each
     "Refuse files of one image of which only some have a scale tag; where all have one, each is applied to its file."
     bare = [r for r in rasters if not r.says_scale(r.bands[0])]
@@ -294,13 +305,15 @@ def same_scale(rasters:list) -> None: # of Raster, one band each
         raise GacError(f'{bare[0].path}: no scale or offset tag, and {Path(other.path).name} has one. Give every file its own (gdal_edit.py '
                        '-scale, -offset).')
 
-def _checked(path, scales:tuple, offsets:tuple) -> None:
+# %% ../../nbs/lib/data/raster.ipynb #aedadf3b
+def check_opened(path, scales:tuple, offsets:tuple) -> None:
     "Refuse scale and offset tags that are no numbers to reckon with."
     for i, (s, o) in enumerate(zip(scales, offsets), 1):
         if not np.isfinite((s, o)).all() or not s:
             raise GacError(f'{path}: band {i} has the tags scale {s:g} and offset {o:g}, which make no values. Mend them (gdal_edit.py '
                            '-scale, -offset).')
 
+# %% ../../nbs/lib/data/raster.ipynb #0ebb506c
 def open_raster(
     path:str|Path, # a GeoTIFF; with `blob` its name, for messages
     blob:bytes|None=None, # its content, where it is not a file of its own
@@ -323,7 +336,7 @@ def open_raster(
         gcps = bool(f.gcps[0])
     if made.dtype.startswith('complex'):
         raise GacError(f'{path}: {made.dtype} values are single-look complex; expected calibrated, terrain-corrected backscatter.')
-    _checked(path, made.scales, made.offsets)
+    check_opened(path, made.scales, made.offsets)
     if grid: check_grid(str(path), made.crs, made.transform, *made.shape, gcps)
     return made
 
@@ -340,6 +353,7 @@ def pick(
     if missing := [b for b in wanted if b not in names]: raise GacError(f'missing band {", ".join(missing)} (there are {", ".join(names)}).')
     return x if tuple(names) == tuple(wanted) else x[[names.index(b) for b in wanted]]
 
+# %% ../../nbs/lib/data/raster.ipynb #22cc07df
 def check_order(
     samples:list, # (2, H, W) VV and VH, told apart by their order alone
 ) -> None:
