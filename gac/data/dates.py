@@ -58,7 +58,7 @@ def date_of(
 # %% ../../nbs/lib/data/dates.ipynb #5c0a1e12
 APART = 30  # days between radar and optical image, above which the report gives the interval
 
-# %% ../../nbs/lib/data/dates.ipynb #1112bb55
+# %% ../../nbs/lib/data/dates.ipynb #66b11967
 def tag_date(
     tags:dict, # of one file, name -> value
 ) -> str: # ISO date; empty: none
@@ -74,4 +74,4 @@ def far_apart(
     if not (one and two): return ''
     days = abs((datetime.fromisoformat(one[:10]) - datetime.fromisoformat(two[:10])).days)
     return (f'Sentinel-1 is of {one[:10]} and Sentinel-2 of {two[:10]}, {days} days apart: they may not show the same '
-            f'fields' if days > APART else '')
+            'fields' if days > APART else '')

@@ -20,7 +20,7 @@ LAYOUTS = dict(
     store='a folder with table.parquet and arrays/: a tile store of this project',
     bigearthnet_v2='a folder with BigEarthNet-S1/, BigEarthNet-S2/ and metadata.parquet',
     geotiff='a folder with S2L2A/ and S1GRD/ or S1RTC/ (and DEM/, LULC/, NDVI/ if any), GeoTIFFs of the same names in '
-    'each, nested or not',
+            'each, nested or not',
     npz='an .npz file or a folder of them, nested or not, with s1 (or s1_vv and s1_vh) and s2 (or s2_real)',
     benv2='a .tortilla file or a folder of them, with samples of s1 and s2: benv2 of GEO-Bench-2')
 READERS = dict(bigearthnet_v2=read_bigearthnet, geotiff=read_geotiff, npz=read_npz, benv2=read_benv2)

@@ -69,17 +69,16 @@ def read_ecoregions(
     try: frame = geopandas.read_file(path)
     except Exception as e:
         raise GacError(f'{path}: cannot be read as a map ({type(e).__name__}: {e}). Give a shapefile or GeoPackage, '
-                       f'whole.') from e
+                       'whole.') from e
     if 'BIOME' not in frame.columns:
         raise GacError(f'{path}: no column BIOME (there are {", ".join(map(str, frame.columns))}). Give the '
-                       f'ecoregions of Olson et al. '
-                       '2001.')
+                       'ecoregions of Olson et al. 2001.')
     return frame.to_crs(4326)
 
 # %% ../../nbs/lib/data/places.ipynb #d63610c7
 EARTH = 6371.  # km, mean radius
 
-# %% ../../nbs/lib/data/places.ipynb #0f3a436f
+# %% ../../nbs/lib/data/places.ipynb #30cb59cd
 def on_sphere(
     table, # with lon and lat, degrees
 ) -> np.ndarray: # (n, 3) km

@@ -21,7 +21,7 @@ SHARD = 128  # tiles per shard file
 ABSENT = np.uint64(2**64 - 1)  # entry of the index for an absent chunk
 CODEC = Blosc(cname='zstd', clevel=1, shuffle=Blosc.BITSHUFFLE)  # compresses one tile; decoding needs no parameters
 
-# %% ../../nbs/lib/data/shards.ipynb #eda85394
+# %% ../../nbs/lib/data/shards.ipynb #16e26b1a
 def write_whole(
     path:Path, # of the file
     content:bytes,
@@ -68,8 +68,7 @@ def shard_index(
     tail = f.read()
     if len(tail) != length or google_crc32c.value(tail[:-4]) != int.from_bytes(tail[-4:], 'little'):
         raise GacError(f'{f.name}: this shard is damaged (its index fails the checksum). Restore the file, or delete '
-                       f'it and run the stage '
-                       'that wrote it again.')
+                       'it and run the stage that wrote it again.')
     return np.frombuffer(tail[:-4], '<u8').reshape(shard, 2)
 
 # %% ../../nbs/lib/data/shards.ipynb #f8f62a27

@@ -72,8 +72,8 @@ def check_radar(
     "Refuse constant radar, and decibels without a negative value."
     seen = [np.concatenate([s[i][np.isfinite(s[i])].ravel() for s in samples]) for i in (0, 1)]
     if any(v.size and v.min() == v.max() for v in seen):
-        raise GacError(f'Sentinel-1: VV or VH is one value everywhere (all goes from {range_of(samples)}), so it shows '
-                       f'nothing.')
+        raise GacError(f'Sentinel-1: VV or VH is one value everywhere (all goes from {range_of(samples)}), so it '
+                       'shows nothing.')
     if unit == 'dB' and all(v.size and v.min() >= 0 for v in seen):
         way = 'It was said with --s1-units; convert it apart' if told else 'Say --s1-units, or convert it apart'
         raise GacError(f'Sentinel-1 from {range_of(samples)}: no negative value in a data set of dB. {way}.')
@@ -139,7 +139,7 @@ def _is_sea(samples:list, vv:float, vh:float) -> bool:
     return (SEA[0] <= level['VV'] - level['VH'] <= SEA[1] and all(a <= level[p] <= b for p, (a, b) in DB_RANGE.items())
             and spread_of(samples, 'amplitude') <= ROUGH)
 
-# %% ../../nbs/lib/data/units.ipynb #7e23045d
+# %% ../../nbs/lib/data/units.ipynb #dfdef805
 def s1_unit(
     samples:list, # arrays (2, H, W), VV and VH in the unit of the file
     asked:str='auto', # dB, linear or amplitude; auto: by the rules above
@@ -160,13 +160,11 @@ def s1_unit(
         scaled = unit != 'dB' and _looks_scaled(samples, S1_UNITS[unit](vv), S1_UNITS[unit](vh), unit)
         if scaled:
             raise GacError(f'{seen} stay within 0 to 1 and look scaled for a network, not measured. Give backscatter, '
-                           f'or say what they are: '
-                           '--s1-units dB, linear (power) or amplitude.')
+                           'or say what they are: --s1-units dB, linear (power) or amplitude.')
         if unit != 'linear' or spread_of(samples, unit) >= SMOOTH or not _is_sea(samples, vv, vh): return unit
         fits.append('amplitude')
     raise GacError(f'{seen} fit {" and ".join(fits) or "no unit"}.{_scale_hint(vv, vh, negative)} Say --s1-units dB, '
-                   f'linear (power) or '
-                   'amplitude.')
+                   'linear (power) or amplitude.')
 
 # %% ../../nbs/lib/data/units.ipynb #b0f1e997
 def check_like(
@@ -182,8 +180,8 @@ def check_like(
     if unit in fits or (unit == 'amplitude' and _is_sea([x], vv, vh)): return
     if fits or (unit == 'dB' and negative >= .5 and vh > DB_RANGE['VH'][1]):
         raise GacError(f'Sentinel-1 from {range_of([x])} (medians {vv:.4g} VV, {vh:.4g} VH) fits '
-                       f'{" and ".join(fits) or "no unit"}, in a data set '
-                       f'of {unit}. Convert it apart, or say --s1-units {unit} if it is.')
+                       f'{" and ".join(fits) or "no unit"}, in a data set of {unit}. Convert it apart, or say '
+                       f'--s1-units {unit} if it is.')
 
 # %% ../../nbs/lib/data/units.ipynb #9d271c5d
 def _scale_hint(vv:float, vh:float, negative:float) -> str:
@@ -221,8 +219,8 @@ def check_dn(
                        f'{way}.')
     if (share := bright_share(samples)) > TOO_MANY:
         raise GacError(f'{where}Sentinel-2 values from {range_of(samples)}: as DN, {share:.1%} of a band lie above '
-                       f'reflectance '
-                       f'{TOO_BRIGHT}, so they count on another scale (65535 = 1: --s2-scale 1.5259e-5). {way}.')
+                       f'reflectance {TOO_BRIGHT}, so they count on another scale (65535 = 1: --s2-scale 1.5259e-5). '
+                       f'{way}.')
 
 # %% ../../nbs/lib/data/units.ipynb #db29a67f
 def is_screen(
@@ -242,8 +240,7 @@ def check_wrapped(
     "Refuse a tile with negative numbers that were stored as uint16."
     if many := int((x > WRAPPED).any(0).sum()):
         raise GacError(f'Sentinel-2 from {range_of([x])}: {many} px above {WRAPPED} DN look like numbers below zero '
-                       f'that were stored '
-                       'without a sign. Write them as int16, or say --s2-units dn if they are right.')
+                       'that were stored without a sign. Write them as int16, or say --s2-units dn if they are right.')
 
 # %% ../../nbs/lib/data/units.ipynb #59880e2f
 def s2_unit(
@@ -262,8 +259,8 @@ def s2_unit(
     if 0 < high <= 2 and all(s.dtype.kind == 'f' for s in samples): return 'reflectance'
     factor = '0.01 if they are percent' if 2 < high <= 150 else '0.001 if they are thousandths'
     raise GacError(f'{where}: Sentinel-2 values from {range_of(samples)} ({samples[0].dtype}) are neither DN nor '
-                   f'reflectance for sure. Say '
-                   f'--s2-units dn or reflectance, or give the factor to reflectance (--s2-scale {factor}).')
+                   f'reflectance for sure. Say --s2-units dn or reflectance, or give the factor to reflectance '
+                   f'(--s2-scale {factor}).')
 
 # %% ../../nbs/lib/data/units.ipynb #5c0a1e02
 DARK = 1000  # DN; land has pixels above it
@@ -299,8 +296,7 @@ def why_scaled(
     dark = [x for x, b in zip(samples, bands) if is_dark(x, tuple(b))]
     if 2*len(dark) > len(samples):
         return (f'as reflectance, nothing lies above {DARK/1e4:g} though B08 is the brightest band, which is darker '
-                f'than land. Give the factor to '
-                'reflectance (--s2-scale 0.001 if they are thousandths)')
+                'than land. Give the factor to reflectance (--s2-scale 0.001 if they are thousandths)')
     step = int(np.gcd.reduce(steps)) if steps else 1
     if step < 2 or (step == 2 and len(steps) == 1): return ''
     return f'all are multiples of {step}, which DN are not. Give the factor to reflectance (--s2-scale {1e-4/step:g})'
@@ -325,9 +321,8 @@ def check_negative(
     if share <= NEGATIVE[1]: return
     way = 'Say --s2-offset 0' if offset > 0 else f'Say --s2-offset {offset - S2_OFFSET} to put it back'
     raise GacError(f'Sentinel-2 from {range_of([x])} DN{f", less {offset}" if offset else ""}: {share:.0%} of a band '
-                   f'lie below reflectance '
-                   f'{NEGATIVE[0]/1e4:g}, as where the offset of 0.1 was taken off twice. {way}, or write the file '
-                   f'again.')
+                   f'lie below reflectance {NEGATIVE[0]/1e4:g}, as where the offset of 0.1 was taken off twice. '
+                   f'{way}, or write the file again.')
 
 # %% ../../nbs/lib/data/units.ipynb #4e916a5b
 def has_baseline(
