@@ -335,7 +335,7 @@ def _former(dst:Path, jobs:list) -> pd.DataFrame: # as convert returns it
     report = pd.read_csv(dst/'report.csv', keep_default_na=False)
     return report[~report['file'].isin({j.file for j in jobs})]
 
-# %% ../../nbs/lib/data/convert.ipynb #e8995afb
+# %% ../../nbs/lib/data/convert.ipynb #96b0587b
 def options_as_json(
     opt:Options, # of the conversion
 ) -> dict: # without the factors that are 0, for stores of earlier versions

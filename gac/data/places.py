@@ -78,7 +78,7 @@ def read_ecoregions(
 # %% ../../nbs/lib/data/places.ipynb #d63610c7
 EARTH = 6371.  # km, mean radius
 
-# %% ../../nbs/lib/data/places.ipynb #30cb59cd
+# %% ../../nbs/lib/data/places.ipynb #e01cf973
 def on_sphere(
     table, # with lon and lat, degrees
 ) -> np.ndarray: # (n, 3) km
@@ -93,7 +93,7 @@ def split_by_block(
     block:float=20., # side of a block, km
     guard:float=3., # km; tiles of train nearer to val or test, and of val nearer to test, are left out
     seed:int=0, # of the random order of blocks
-) -> np.ndarray: # 'train', 'val', 'test' or 'guard' for every tile
+) -> np.ndarray: # 'train', 'val', 'test' or 'guard' for each tile
     "Deal tiles into splits by whole blocks of land, with a guard distance between the splits."
     from scipy.spatial import cKDTree
     if not np.isfinite(table[['lon', 'lat']].to_numpy(float)).all():
