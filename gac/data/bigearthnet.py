@@ -102,8 +102,8 @@ def check_same_place(
         raise GacError(f'{what}: transform {b.transform}, expected the place of {a.transform}.')
 
 # %% ../../nbs/lib/data/bigearthnet.ipynb #a95cab88
-BEN_PIXELS = {**{b: 120 for b in OPT_BANDS}, **{b: 60 for b in ('B05', 'B06', 'B07', 'B8A', 'B11', 'B12')}, 'B01': 20,
-              'B09': 20}  # band -> side, px
+BEN_PIXELS = {  # band -> side, px
+    **{b: 120 for b in OPT_BANDS}, **{b: 60 for b in ('B05', 'B06', 'B07', 'B8A', 'B11', 'B12')}, 'B01': 20, 'B09': 20}
 
 def _bigearthnet_band(path:Path, band:str, opt:Options) -> tuple: # values (H, W) at their own size, Raster
     "Read one band of a patch."
@@ -151,7 +151,7 @@ def _flag(value, column:str) -> bool:
     if text in ('false', 'f', 'no', 'n', '0', '0.0'): return False
     raise GacError(f'{column} is {value!r}, expected true or false.')
 
-# %% ../../nbs/lib/data/bigearthnet.ipynb #edd991f9
+# %% ../../nbs/lib/data/bigearthnet.ipynb #bf44ffc4
 def parse_labels(
     value, # of a cell: list, array, or text of a list
 ) -> str: # joined by |
@@ -182,8 +182,8 @@ def _bigearthnet_job(i:int, row:dict, src:Path, known:tuple, opt:Options) -> Job
     job = Job(name, str(src/'metadata.parquet'), None)
     try:
         for column in ('patch_id', 's1_name'):
-            if not isinstance(row[column], str) or not row[column]: raise GacError(f'{column} is {row[column]!r}, '
-                                                                                   'expected a name.')
+            if not isinstance(row[column], str) or not row[column]:
+                raise GacError(f'{column} is {row[column]!r}, expected a name.')
             check_id(row[column])
         at = (row['patch_id'].rsplit('_', 2)[0], row['patch_id']), (row['s1_name'].rsplit('_', 3)[0], row['s1_name'])
         job.files = src.joinpath('BigEarthNet-S2', *at[0]), src.joinpath('BigEarthNet-S1', *at[1])
@@ -222,7 +222,7 @@ def _folders(base:Path) -> set:
                        'metadata.parquet side by side.')
     return {(a.name, b.name) for a in os.scandir(base) if a.is_dir() for b in os.scandir(a.path)}
 
-# %% ../../nbs/lib/data/bigearthnet.ipynb #dc96ff26
+# %% ../../nbs/lib/data/bigearthnet.ipynb #59900499
 def failing_loader(
     e:Exception, # found while listing
 ) -> Callable: # () -> never returns

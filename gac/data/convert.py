@@ -335,7 +335,7 @@ def _former(dst:Path, jobs:list) -> pd.DataFrame: # as convert returns it
     report = pd.read_csv(dst/'report.csv', keep_default_na=False)
     return report[~report['file'].isin({j.file for j in jobs})]
 
-# %% ../../nbs/lib/data/convert.ipynb #96b0587b
+# %% ../../nbs/lib/data/convert.ipynb #20d3e47c
 def options_as_json(
     opt:Options, # of the conversion
 ) -> dict: # without the factors that are 0, for stores of earlier versions
@@ -359,8 +359,8 @@ def _loaded(job:Job) -> Source:
             MemoryError) as e:
         raise GacError(f'{job.file}: cannot be read ({type(e).__name__}: {e}).')
     for what, x in dict(s1=source.s1, s2=source.s2, **source.extra).items():
-        if x.dtype.kind not in 'iuf' or not x.size: raise GacError(f'{job.file}: {what} is {x.dtype}{x.shape}, '
-                                                                   'expected numbers.')
+        if x.dtype.kind not in 'iuf' or not x.size:
+            raise GacError(f'{job.file}: {what} is {x.dtype}{x.shape}, expected numbers.')
     return source
 
 # %% ../../nbs/lib/data/convert.ipynb #0c90f4a3

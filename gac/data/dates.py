@@ -58,7 +58,7 @@ def date_of(
 # %% ../../nbs/lib/data/dates.ipynb #5c0a1e12
 APART = 30  # days between radar and optical image, above which the report gives the interval
 
-# %% ../../nbs/lib/data/dates.ipynb #66b11967
+# %% ../../nbs/lib/data/dates.ipynb #492c26cb
 def tag_date(
     tags:dict, # of one file, name -> value
 ) -> str: # ISO date; empty: none

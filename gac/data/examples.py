@@ -42,7 +42,7 @@ def _bigearthnet_rows(rows:list[str], tables:list[Path], to:Path) -> None:
     found.set_index('patch_id').loc[rows].reset_index().to_parquet(tmp)
     os.replace(tmp, to)
 
-# %% ../../nbs/lib/data/examples.ipynb #c5654a95
+# %% ../../nbs/lib/data/examples.ipynb #2d59020b
 def fetch_examples(
     dest:str|Path='data/real', # target folder, absolute or below the root
     base_url:str='https://raw.githubusercontent.com', # server of the repositories

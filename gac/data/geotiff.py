@@ -27,8 +27,8 @@ def _geotiff_source(name:str, files:dict, product:str, opt:Options) -> Source:
     rasters = {kind: open_source(path, opt, kinds.get(kind)) for kind, path in files.items()}
     r2, r1 = rasters['S2L2A'], rasters[product]
     for kind, r in rasters.items():
-        if r.shape != r2.shape: raise GacError(f'{files[kind]}: {r.height}×{r.width} px, S2L2A has '
-                                               f'{r2.height}×{r2.width}.')
+        if r.shape != r2.shape:
+            raise GacError(f'{files[kind]}: {r.height}×{r.width} px, S2L2A has {r2.height}×{r2.width}.')
         check_same_place(r2, r, str(files[kind]))
     (s1, certain), (s2, bands) = read_radar_bands(r1, opt.s1_bands), read_optical(r2, opt.s2_bands)
     date, note = date_of(name, tuple(r.tags for kind, r in rasters.items() if kind != 'DEM'))
@@ -60,7 +60,7 @@ def _way_name(way:str) -> str: # as in _by_way
 
 def _optical_first(kind:str) -> tuple: return (kind != 'S2L2A', kind not in ('NDVI', 'LULC'), kind)  # order of dates
 
-# %% ../../nbs/lib/data/geotiff.ipynb #b2b68f3b
+# %% ../../nbs/lib/data/geotiff.ipynb #475398b0
 def read_geotiff(
     src:Path, # folder with S2L2A, and S1GRD or S1RTC
     opt:Options, # of the conversion

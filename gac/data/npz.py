@@ -53,8 +53,8 @@ def _npz(path:Path) -> dict:
     have = {k: v[None] if single else v for k, v in have.items()}
     n = len(have['s2'])
     for k, v in have.items():
-        if not v.ndim or len(v) != n: raise GacError(f'{path}: {k} has {len(v) if v.ndim else "no"} entries, s2 has '
-                                                     f'{n}.')
+        if not v.ndim or len(v) != n:
+            raise GacError(f'{path}: {k} has {len(v) if v.ndim else "no"} entries, s2 has {n}.')
     return have
 
 # %% ../../nbs/lib/data/npz.ipynb #8d6d1fc2
@@ -100,7 +100,7 @@ def _value(x:np.ndarray):
     v = x.item()
     return v.decode('utf-8', 'replace') if isinstance(v, bytes) else v
 
-# %% ../../nbs/lib/data/npz.ipynb #507fd55c
+# %% ../../nbs/lib/data/npz.ipynb #a26ba4e6
 def read_npz(
     src:Path, # NPZ file or folder of them
     opt:Options, # of the conversion

@@ -33,13 +33,12 @@ DIFFERENCE MINUS DIV LAYOVER SHADOW AREA NOISE MIN MAX QUALITY QA WEIGHT CLOUD P
 # words that do not identify a band
 _NOISE = set('''S2 S2A S2B S2C L2A S2L2A MSI SR BOA TOA REFLECTANCE REFL SURFACE BAND 10M 20M 60M CENTRAL WAVELENGTH NM DN
 B'''.split())
-_COLOURS = dict(COASTAL='B01', COASTALAEROSOL='B01', AEROSOL='B01', AEROSOLS='B01', ULTRABLUE='B01', BLUE='B02',
-                GREEN='B03', RED='B04',
-    REDEDGE='B05', REDEDGE1='B05', RE1='B05', REDEDGE2='B06', RE2='B06', REDEDGE3='B07', RE3='B07', NIR='B08',
-                NIRBROAD='B08',
-    NIR1='B08', NIR08='B8A', NIRNARROW='B8A', NARROWNIR='B8A', REDEDGE4='B8A', RE4='B8A', NIR2='B8A', NIR09='B09',
-                WATERVAPOR='B09',
-    WATERVAPOUR='B09', CIRRUS='B10', SWIR1='B11', SWIR16='B11', SWIR2='B12', SWIR22='B12')
+_COLOURS = dict(
+    COASTAL='B01', COASTALAEROSOL='B01', AEROSOL='B01', AEROSOLS='B01', ULTRABLUE='B01', BLUE='B02', GREEN='B03',
+    RED='B04', REDEDGE='B05', REDEDGE1='B05', RE1='B05', REDEDGE2='B06', RE2='B06', REDEDGE3='B07', RE3='B07',
+    NIR='B08', NIRBROAD='B08', NIR1='B08', NIR08='B8A', NIRNARROW='B8A', NARROWNIR='B8A', REDEDGE4='B8A', RE4='B8A',
+    NIR2='B8A', NIR09='B09', WATERVAPOR='B09', WATERVAPOUR='B09', CIRRUS='B10', SWIR1='B11', SWIR16='B11', SWIR2='B12',
+    SWIR22='B12')
 _NUMBERED = re.compile(r'(?i)(bands?|layer|lyr|channel|gr[ae]y|undefined|array)?[ _.\-#:]*\d*$')
 
 def _words(text) -> list[str]:
@@ -142,7 +141,7 @@ PIXEL = (7.5, 12.5)  # m, accepted as 10 m
 WARP = 'gdalwarp -t_srs EPSG:326<zone> -tr 10 10 -r bilinear makes it so'  # advice of the errors
 NOWHERE = (float('nan'),)*6  # transform of a file without one
 
-# %% ../../nbs/lib/data/raster.ipynb #7eb48c9f
+# %% ../../nbs/lib/data/raster.ipynb #3a41994e
 @lru_cache(64)
 def to_degrees(
     crs:str, # e.g. EPSG:32629

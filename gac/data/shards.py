@@ -21,7 +21,7 @@ SHARD = 128  # tiles per shard file
 ABSENT = np.uint64(2**64 - 1)  # entry of the index for an absent chunk
 CODEC = Blosc(cname='zstd', clevel=1, shuffle=Blosc.BITSHUFFLE)  # compresses one tile; decoding needs no parameters
 
-# %% ../../nbs/lib/data/shards.ipynb #16e26b1a
+# %% ../../nbs/lib/data/shards.ipynb #f32cbbfd
 def write_whole(
     path:Path, # of the file
     content:bytes,

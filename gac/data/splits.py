@@ -94,7 +94,7 @@ def _settled_rule(rule:SplitRule, table:pd.DataFrame) -> SplitRule:
     free = dict(block=min(3., (block or 0)/4), place=3.).get(rule.by, 0.)
     return replace(rule, block=block, guard=free if rule.guard is None else rule.guard)
 
-# %% ../../nbs/lib/data/splits.ipynb #526f2ec0
+# %% ../../nbs/lib/data/splits.ipynb #01b7e2db
 def split_groups(
     table:pd.DataFrame, # with lon, lat (degrees, NaN where unknown) and scene
     rule:SplitRule, # with block and guard distance in km
@@ -195,7 +195,7 @@ def _check_split(store:Store, rule:dict, overwrite:bool) -> None:
                        'that is there: tested under another one, they would be tested on what they learnt from. Keep '
                        'the split, or replace it and drop these arrays (--overwrite).')
 
-# %% ../../nbs/lib/data/splits.ipynb #f8944970
+# %% ../../nbs/lib/data/splits.ipynb #6789b276
 def count_splits(
     split:pd.Series, # of a table
 ) -> str:
@@ -235,8 +235,9 @@ def split_store(
 def _write_split(store:Store, split:np.ndarray, rule:dict, overwrite:bool) -> None:
     "Write the split into the table and the rule into the attributes."
     if not (split == 'train').any():
-        if rule['guard']: raise GacError(f'{store.path}: within {rule["guard"]:g} km of val and test lies every tile '
-                                         'that is left to train on. Take a smaller --guard.')
+        if rule['guard']:
+            raise GacError(f'{store.path}: within {rule["guard"]:g} km of val and test lies every tile that is left '
+                           'to train on. Take a smaller --guard.')
         raise GacError(f'{store.path}: every tile that is left to train on overlaps one of val or test, so all are of '
                        'one place. Add tiles of other places (gac data convert --append), or train without: --val 0 '
                        '--test 0.')

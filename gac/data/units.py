@@ -139,7 +139,7 @@ def _is_sea(samples:list, vv:float, vh:float) -> bool:
     return (SEA[0] <= level['VV'] - level['VH'] <= SEA[1] and all(a <= level[p] <= b for p, (a, b) in DB_RANGE.items())
             and spread_of(samples, 'amplitude') <= ROUGH)
 
-# %% ../../nbs/lib/data/units.ipynb #6acb1b96
+# %% ../../nbs/lib/data/units.ipynb #cedadbfc
 def s1_unit(
     samples:list, # arrays (2, H, W), VV and VH in the unit of the file
     asked:str='auto', # dB, linear or amplitude; auto: by the rules above
