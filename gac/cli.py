@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'PLACES', 'GROUPS', 'PROFILE', 'SEED', 'WEIGHTS', 'STRICT', 'LAYOUT', 'READING', 'BATCH', 'MAX_TILES',
-           'SHARE', 'LATER', 'DECODING', 'opt', 'command', 'parser', 'refuse', 'main', 'run', 'parameters', 'verify',
-           'version', 'models', 'info', 'pretrain', 'pretrain_params', 'world', 'data_convert', 'data_split',
-           'data_examples', 'data_info', 'precompute', 'distill', 'precompute_stage2', 'precompute_stage3',
-           'train_stage2', 'train_stage3', 'train_as', 'stage3_info', 'stage3_infer', 'nyc_build', 'nyc_publish',
-           'downstream', 'uncertainty', 'claims', 'bench', 'infer', 'export']
+           'SHARE', 'LATER', 'FORMER_OPTIONS', 'DECODING', 'opt', 'command', 'parser', 'refuse', 'main', 'run',
+           'parameters', 'verify', 'version', 'models', 'info', 'pretrain', 'pretrain_params', 'world', 'data_convert',
+           'data_split', 'data_examples', 'data_info', 'precompute', 'distill', 'precompute_stage2',
+           'precompute_stage3', 'train_stage2', 'train_stage3', 'train_as', 'stage3_info', 'stage3_infer', 'nyc_build',
+           'nyc_publish', 'downstream', 'uncertainty', 'claims', 'bench', 'infer', 'export']
 
 # %% ../nbs/lib/cli.ipynb #35573b05
-import argparse, os, sys
+import argparse, os, re, sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from .core.config import config_of, config_parameters, Stage2Config, Stage3Config
 
 # %% ../nbs/lib/cli.ipynb #f33065f8
 COMMANDS = {}  # 'data convert' -> (function, options)
@@ -185,7 +187,7 @@ Notebooks whose code, parameters and inputs are unchanged are skipped; a run tha
 def parameters(notebook):
     "List what `gac run --set` can change: the parameters of every notebook with type, default and meaning."
     from gac.core.files import root
-    from gac.runner.parameters import notebook_parameters
+    from gac.core.parameters import notebook_parameters
     from gac.runner.plan import chain_notebooks, pick_notebook
     from gac.runner.profiles import RUNNER_SETS
     paths = chain_notebooks(root()/'nbs')
@@ -506,37 +508,38 @@ or usable radar are listed and left out; the exit code is then 1."""
     return _filled(report, into.path, 'opt_v3', options['rank'], options['world_size'])
 
 # %% ../nbs/lib/cli.ipynb #81bcf6f9
-def _training(epochs:int, lr:float) -> tuple: # defaults of a stage
-    "Options both trainings share."
-    return (opt('--output-dir', required=True, metavar='DIR',
+# names that options of the trainings had before they were made from the settings
+FORMER_OPTIONS = dict(steps='--max-steps', pairs='--max-tiles', crop='--tile-size')
+
+def _config_options(cls, notebook:str) -> tuple: # class of settings; notebook of the study that trains by it
+    "Return an option for each setting; what is not given is None."
+    found = [opt('--profile', default='', metavar='NAME', help=f'train what {notebook} trains in this profile; further options go before it')]
+    for p in config_parameters(cls).values():
+        names = ['--' + p.name.replace('_', '-'), *filter(None, [FORMER_OPTIONS.get(p.name)])]
+        kind, meaning = p.kind.partition('[')[0], re.sub(r' *[\[{][^\[{]*[\]}]$', '', p.help)
+        how = dict(default=None, dest=p.name, help=f'{meaning} (default: {",".join(p.default) if kind == "list" else p.default})')
+        if kind == 'bool': how['action'] = argparse.BooleanOptionalAction
+        elif kind == 'list': how |= dict(type=_words, metavar='A,B')
+        elif p.choices: how['choices'] = p.choices
+        else: how |= dict(type=dict(int=int, float=float, str=str)[kind], metavar=dict(int='N', float='X', str='NAME')[kind])
+        found.append(opt(*names, **how))
+    return (*found, opt('--output-dir', required=True, metavar='DIR',
                 help='adapters, head, card and curve; called again after a stop, the training goes on from there'),
-        opt('--epochs', type=float, default=epochs, metavar='N', help='passes over the training pairs'),
-        opt('--max-steps', type=_at_least(0), default=0, metavar='N', help='optimizer steps; 0: as many as the epochs need'),
-        opt('--batch-size', type=_at_least(1), default=1, metavar='N', help='tiles per backward pass'),
-        opt('--grad-accum-steps', type=_at_least(1), default=8, metavar='N', help='backward passes to an optimizer step'),
-        opt('--lr', type=float, default=lr, metavar='RATE', help='peak learning rate'),
-        opt('--precision', choices=('32-true', 'bf16-mixed', '16-mixed'), default='32-true',
-            help='arithmetic; 16-mixed needs a GPU'),
-        opt('--checkpointing', action='store_true',
-            help='compute the activations of the frozen blocks twice: less memory, a third more time'),
-        opt('--lora-rank', type=_at_least(0), default=8, metavar='R', help='rank of the adapters'),
-        opt('--lora-alpha', type=_at_least(1), default=16, metavar='A', help='their scale is alpha/rank'),
         opt('--freeze-backbone', action='store_true', help='no adapters: only the head trains'),
-        opt('--max-tiles', type=_at_least(0), default=0, metavar='N', help='training pairs; 0: all'),
-        opt('--val-every', type=_at_least(1), default=500, metavar='N', help='optimizer steps between validations'),
-        opt('--save-every', type=_at_least(1), default=2500, metavar='N',
-            help='optimizer steps between checkpoints, a multiple of --val-every'),
-        opt('--early-stopping', action=argparse.BooleanOptionalAction, default=True,
-            help='stop when validation no longer improves'),
-        opt('--early-stopping-patience', type=_at_least(0), default=10, metavar='N', help='validations without improvement'),
         opt('--save-visualizations', action='store_true', help='panels.png in the output folder'),
-        opt('--num-workers', type=_at_least(0), default=0, metavar='N', help='processes that load tiles; none on Windows'),
-        opt('--devices', type=int, default=1, metavar='N', help='GPUs per node'),
-        opt('--num-nodes', type=_at_least(1), default=1, metavar='N', help='machines'),
-        opt('--strategy', default='auto', help="how devices train together; auto: DDP, and see gac.training.settings.STRATEGIES"),
         opt('--overwrite', action='store_true', help='replace a training that was made with other settings'), SEED, WEIGHTS)
 
-# %% ../nbs/lib/cli.ipynb #8ff250b2
+def _config_given(cls, notebook:str, profile:str, options:dict, freeze_backbone:bool): # options: taken out of it
+    "Return the settings that a profile and options make; options of other kinds stay."
+    values = {}
+    if profile:
+        from gac.runner.profiles import profile_values
+        values = profile_values(notebook, profile)
+    given = {name: v for name in config_parameters(cls) if (v := options.pop(name)) is not None}
+    if given.get('metadata') == ['none']: given['metadata'] = []
+    if freeze_backbone: given |= dict(lora_rank=0, unfreeze_last_n_blocks=0)
+    return config_of(cls, values | given, 'this training')
+
 def _trained(report:dict) -> None:
     "The last line of a training, told by the first of its processes."
     from gac.training.order import process_rank
@@ -545,22 +548,17 @@ def _trained(report:dict) -> None:
     how = f'best on validation: {values}' if values else 'nothing to validate on: the last step is kept'
     print(f"{report['steps']} steps (begun at {report['resumed_at']}), {how}, output {report['output']}")
 
+# %% ../nbs/lib/cli.ipynb #8ff250b2
 @command(opt('--data-dir', required=True, metavar='DIR', help='tile store with radar and truth'),
     opt('--stage1-dir', '--stage1-outputs-dir', default='', metavar='DIR',
         help='store with opt_v1 (gac precompute --output-dir); nothing: the one at --data-dir'),
-    opt('--backbone', default='prithvi_mini', help='Prithvi by the name of gac info, e.g. prithvi_eo_v2_600_tl'),
-    opt('--load-in-8bit', action='store_true', help='frozen linear layers in 8 bits (bitsandbytes)'),
-    opt('--unfreeze-last-n-blocks', type=_at_least(0), default=0, metavar='N', help='blocks of the encoder that train in full'),
-    opt('--metadata', type=_words, default=['month', 'biome'], metavar='A,B',
-        help='what the refiner is told: month,biome, one of them, or none'),
-    opt('--tile-size', type=_at_least(0), default=0, metavar='PX',
-        help='side of the random window of a tile that a step sees; 0: the whole tile'),
-    *_training(30, 1e-4), name='train-stage2')
-def train_stage2(metadata, **options):
+    *_config_options(Stage2Config, '08_stage2'), name='train-stage2')
+def train_stage2(profile, freeze_backbone, data_dir, output_dir, **options):
     """Stage 2: train Prithvi's adapters and the ConvNeXt head to refine opt_v1.
 Needs opt_v1 (gac precompute). Writes the best checkpoint as adapters in peft's format, the head and a card."""
+    config = _config_given(Stage2Config, '08_stage2', profile, options, freeze_backbone)
     from gac.stages.commands import run_stage2
-    _trained(run_stage2(metadata=tuple(m for m in metadata if m != 'none'), **options))
+    _trained(run_stage2(data_dir, output_dir, config, **options))
 
 # %% ../nbs/lib/cli.ipynb #2eaf19f6
 @command(opt('--data-dir', required=True, metavar='DIR', help='tile store with radar and truth'),
@@ -569,25 +567,19 @@ Needs opt_v1 (gac precompute). Writes the best checkpoint as adapters in peft's 
         help='output of gac train-stage2, or its repository on the Hugging Face Hub; opt_v2 is made with it where there is none yet'),
     opt('--stage1-dir', '--stage1-outputs-dir', default='', metavar='DIR',
         help='store with opt_v1; nothing: the one at --data-dir'),
-    opt('--name', default='terramind_mini_generate', help='generator, see gac info'),
-    opt('--route', choices=('features', 'tokens', 'soft'), default='features',
-        help='how the generator is trained, see 06_gradient_flow'),
-    opt('--lora-cross-attention-only', action=argparse.BooleanOptionalAction, default=True,
-        help='adapters on cross-attention alone; without: on all linear layers'),
-    opt('--timesteps', type=_at_least(1), default=10, metavar='N', help='diffusion steps of the token routes'),
-    opt('--select', choices=('gap', 'raw', 'psnr'), default='gap',
-        help='best checkpoint by distance of SAR-edge agreement to the truth, by its raw value, or by PSNR'),
-    opt('--tile-size', type=_at_least(0), default=60, metavar='PX', help='side of the window the head trains on; 0: the whole tile'),
-    *_training(50, 5e-5), name='train-stage3')
-def train_stage3(stage1_dir, stage2_dir, **options):
+    opt('--lora-cross-attention-only', action=argparse.BooleanOptionalAction, default=None, help='--reach cross; --no-…: --reach linear'),
+    *_config_options(Stage3Config, '09_stage3'), name='train-stage3')
+def train_stage3(profile, freeze_backbone, data_dir, output_dir, stage1_dir, stage2_dir, lora_cross_attention_only, **options):
     """Stage 3: train adapters on TerraMind's cross-attention and the head to ground opt_v2 in the radar.
 Needs opt_v2, or a Stage 2 checkpoint to make it with from opt_v1, beside which it is stored."""
     from gac.core.files import check_place
+    if lora_cross_attention_only is not None: options['reach'] = options['reach'] or ('cross' if lora_cross_attention_only else 'linear')
+    config = _config_given(Stage3Config, '09_stage3', profile, options, freeze_backbone)
     from gac.stages.commands import run_stage3
-    check_place(options['output_dir'])
+    check_place(output_dir)
     place = stage2_dir or stage1_dir
-    if options['stage2_checkpoint'] and not stage2_dir: _opt_v2(options['data_dir'], place, options['stage2_checkpoint'], options['weights'])
-    _trained(run_stage3(stage2_dir=place, **options))
+    if options['stage2_checkpoint'] and not stage2_dir: _opt_v2(data_dir, place, options['stage2_checkpoint'], options['weights'])
+    _trained(run_stage3(data_dir, output_dir, config, stage2_dir=place, **options))
 
 # %% ../nbs/lib/cli.ipynb #515da6eb
 @command(opt('file', metavar='FILE', help='training.json, in the folder of a training that a notebook was to make on several devices'), name='train-as')

@@ -1,14 +1,18 @@
 "The command line: help of every command, quick and complete; refusals in one line; the whole way from tiles to opt_v1."
-import configparser, re, resource, subprocess, sys
+import configparser, json, re, resource, subprocess, sys
+from dataclasses import asdict, replace
 
 import pytest
 from gac.cli import COMMANDS, GROUPS, main, models
+from gac.core.config import config_parameters, Stage2Config, Stage3Config
 from gac.core.files import GacError, root
+from gac.core.parameters import notebook_parameters
 from gac.data.layouts import LAYOUTS
 from gac.data.store import Store
 from gac.data.stores import from_world
 from gac.models.registry import available
 from gac.runner.plan import chain_notebooks
+from gac.runner.profiles import profile_values
 from swapping import swap
 
 import tiles_layouts
@@ -216,17 +220,66 @@ def test_later_stages_are_drawn_by_any_number_of_workers(tmp_path, capsys, monke
 
 @pytest.mark.parametrize('stage', [2, 3])
 def test_options_of_a_training_reach_its_settings(stage, tmp_path, capsys, monkeypatch):
-    from gac.training.settings import Settings
     given = {}
-    def noted(**options):
-        given.update(options)
+    def noted(data_dir, output_dir, config, **options):
+        given.update(options, config=config)
         return dict(steps=1, resumed_at=0, metrics={}, output='')
     monkeypatch.setattr('gac.stages.commands.run_stage%d' % stage, noted)
     assert call(capsys, f'train-stage{stage}', '--data-dir', tmp_path, '--output-dir', tmp_path/'x', '--checkpointing', '--devices', 2,
                 '--num-nodes', 3, '--strategy', 'ddp')[0] == 0
-    settings = Settings(**{k: given[k] for k in ('checkpointing', 'devices', 'num_nodes', 'strategy')})
-    assert settings.checkpointing and settings.world == 6 and settings.strategy == 'ddp'
+    config = given['config']
+    assert (config.checkpointing, config.devices, config.num_nodes, config.strategy) == (True, 2, 3, 'ddp')
+    assert config.lr == type(config)().lr and config.steps == type(config)().steps  # what is not given is the recipe's
 
 def test_what_a_notebook_wrote_down_is_asked_for(capsys, tmp_path):
     code, _, said = call(capsys, 'train-as', tmp_path/'training.json')
     assert code == 2 and 'training.json is missing' in said
+
+@pytest.mark.parametrize('cls, notebook', [(Stage2Config, '08_stage2'), (Stage3Config, '09_stage3')])
+def test_a_setting_is_declared_once(cls, notebook):
+    "The notebook's parameter cell has the same types, ranges and comments; profile mini trains the defaults, on tiles of its own number."
+    declared, known = notebook_parameters(root()/'nbs'/f'{notebook}.ipynb'), config_parameters(cls)
+    for name, p in known.items():
+        of = declared[name]
+        assert (of.kind, of.help, of.low, of.high, of.choices) == (p.kind, p.help, p.low, p.high, p.choices), name
+    mini = profile_values(notebook, 'mini')
+    odd = {n for n, p in known.items() if n not in ('pairs', 'val_tiles') and mini[n] != p.default}
+    assert not odd, f'profile mini trains {notebook} with another {odd} than {cls.__name__} says'
+
+@pytest.mark.parametrize('stage', [2, 3])
+def test_a_profile_gives_its_values_and_options_go_before_it(stage, tmp_path, capsys, monkeypatch):
+    given = []
+    monkeypatch.setattr(f'gac.stages.commands.run_stage{stage}', lambda data_dir, output_dir, config, **more: given.append(config) or dict(steps=1, resumed_at=0, metrics={}, output=''))
+    words = (f'train-stage{stage}', '--data-dir', tmp_path, '--output-dir', tmp_path/'x')
+    assert call(capsys, *words, '--profile', 'full')[0] == 0 == call(capsys, *words, '--profile', 'full', '--max-steps', 7, '--no-early-stopping')[0]
+    full = profile_values({2: '08_stage2', 3: '09_stage3'}[stage], 'full')
+    assert asdict(given[0]) == {k: full[k] for k in asdict(given[0])}
+    assert given[1] == replace(given[0], steps=7, early_stopping=False)
+    code, _, said = call(capsys, *words, '--profile', 'fulll')
+    assert code == 2 and 'Did you mean full' in said
+    code, _, said = call(capsys, *words, '--dropout', '2')
+    assert code == 2 and 'dropout is 2.0, expected 0 to 1' in said
+
+def same_but_for_the_time(*files) -> None:
+    "Every byte of the tensors, and the card without the time it was written."
+    tensors, cards = [], []
+    for f in files:
+        data = f.read_bytes()
+        size = int.from_bytes(data[:8], 'little')
+        card = json.loads(json.loads(data[8:8 + size])['__metadata__']['gac'])
+        card.pop('time')
+        tensors.append(data[8 + size:])
+        cards.append(card)
+    assert tensors[0] == tensors[1] and cards[0] == cards[1]
+
+def test_a_command_trains_what_the_chain_trains(tmp_path, capsys):
+    "Equal bytes of the checkpoint: the notebook run by papermill, and the command with the same profile, on the same tiles."
+    import papermill
+    run = tmp_path/'run'
+    for name in ('07_stage1', '08_stage2', '09_stage3'):
+        papermill.execute_notebook(root()/'nbs'/f'{name}.ipynb', tmp_path/f'{name}.ipynb', dict(run_dir=str(run), reports_dir=str(tmp_path/'report')), cwd=root(), progress_bar=False)
+    store = next(p.parent for p in run.rglob('table.parquet'))
+    assert call(capsys, 'train-stage2', '--profile', 'smoke', '--data-dir', store, '--output-dir', tmp_path/'two')[0] == 0
+    same_but_for_the_time(tmp_path/'two'/'refiner.safetensors', run/'stage2'/'refiner.safetensors')
+    assert call(capsys, 'train-stage3', '--profile', 'smoke', '--data-dir', store, '--stage2-dir', store, '--stage2-checkpoint', run/'stage2', '--output-dir', tmp_path/'three')[0] == 0
+    same_but_for_the_time(tmp_path/'three'/'grounding.safetensors', run/'stage3'/'grounding.safetensors')

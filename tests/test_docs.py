@@ -8,7 +8,7 @@ import yaml
 from gac.cli import _pairs, COMMANDS, parser
 from gac.core.files import root
 from gac.runner.layers import all_modules
-from gac.runner.parameters import notebook_parameters
+from gac.core.parameters import notebook_parameters
 from gac.runner.plan import chain_notebooks
 from gac.runner.profiles import check_parameters, load_profile, profiles
 

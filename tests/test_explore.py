@@ -10,7 +10,7 @@ import pytest
 from gac.core.files import GacError, root
 from gac.measure.widgets import attention_viewer, ERROR_TOP, tile_browser, training_monitor
 from gac.runner.execute import strip_widgets
-from gac.runner.parameters import notebook_parameters, read_notebook
+from gac.core.parameters import notebook_parameters, read_notebook
 from gac.runner.plan import chain_notebooks
 
 ROOT = root()

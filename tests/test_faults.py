@@ -25,7 +25,7 @@ from gac.products.infer import infer_scene
 from gac.products.tiles import export_tiles
 from gac.products.tiling import Tiling
 from gac.runner.chain import run_chain
-from gac.runner.parameters import read_notebook
+from gac.core.parameters import read_notebook
 from gac.stages.datasets import Pairs, Triples
 from gac.stages.grounding import build_stage3_model
 from gac.stages.refiner import build_prithvi_refiner

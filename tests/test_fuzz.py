@@ -25,7 +25,7 @@ from gac.models.weights import read_weights
 from gac.nyc.chips import Chips, finish
 from gac.products.scene import open_scene
 from gac.products.tiles import tile_file_name
-from gac.runner.parameters import check_value, notebook_parameters, Parameter
+from gac.core.parameters import check_value, notebook_parameters, Parameter
 from gac.runner.profiles import check_parameters, load_profile
 from gac.stages.inference import radar_in, read_images
 from gac.training.checkpoints import load_checkpoint, save_checkpoint

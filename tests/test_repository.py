@@ -10,7 +10,7 @@ from gac.core.files import root
 from gac.runner.execute import strip_widgets
 from gac.runner.layers import layer_violations
 from gac.runner.page import render_readme
-from gac.runner.parameters import check_value, notebook_parameters, read_notebook
+from gac.core.parameters import check_value, notebook_parameters, read_notebook
 from gac.runner.profiles import check_parameters, load_profile, profiles
 
 ROOT = root()

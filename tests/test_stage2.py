@@ -19,6 +19,7 @@ from gac.data.stores import from_world
 from gac.measure.metrics import psnr
 from gac.measure.tables import load_tiles
 from gac.models.mini import MINI_STATS
+from gac.core.config import Stage2Config
 from gac.stages.commands import run_stage2
 from gac.stages.datasets import Pairs
 from gac.stages.losses import Stage2Loss
@@ -354,14 +355,14 @@ def test_command(copy, tmp_path):
     beside = derived_store(store, tmp_path/'beside')
     beside.ensure_array('opt_v1', (4, 40, 40), 'int16', {})
     with beside: beside.write('opt_v1', list(range(5)), store.read('opt_v1', slice(0, 5)))
-    options = dict(stage1_dir=tmp_path/'beside', max_steps=2, batch_size=2, grad_accum_steps=1, val_every=2, save_every=2,
-                   accelerator='cpu', early_stopping=False)
-    done = run_stage2(store.path, tmp_path/'out', unfreeze_last_n_blocks=1, lora_rank=4, **options)
+    options = dict(stage1_dir=tmp_path/'beside', accelerator='cpu')
+    few = Stage2Config(steps=2, batch_size=2, val_every=2, save_every=2)
+    done = run_stage2(store.path, tmp_path/'out', replace(few, unfreeze_last_n_blocks=1, lora_rank=4), **options)
     card = read_stage2(tmp_path/'out')[1]
     assert card['pairs'] == 5 and card['params']['lora_r'] == 4 and done['steps'] == 2  # only tiles that have opt_v1
-    with pytest.raises(GacError, match='other refiner'): run_stage2(store.path, tmp_path/'out', **options)
-    assert run_stage2(store.path, tmp_path/'out', overwrite=True, **options)['resumed_at'] == 0
-    assert run_stage2(store.path, tmp_path/'out', **options)['resumed_at'] == 2
+    with pytest.raises(GacError, match='other refiner'): run_stage2(store.path, tmp_path/'out', few, **options)
+    assert run_stage2(store.path, tmp_path/'out', few, overwrite=True, **options)['resumed_at'] == 0
+    assert run_stage2(store.path, tmp_path/'out', few, **options)['resumed_at'] == 2
 
 def test_short_sequences_are_attended_to_alike(monkeypatch):
     from torch.nn.attention import SDPBackend

@@ -12,6 +12,7 @@ from gac.data.arrays import to_dn
 from gac.data.store import Store
 from gac.data.stores import from_world
 from gac.measure.tables import load_tiles, stored_method
+from gac.core.config import Stage3Config
 from gac.stages.commands import run_stage3
 from gac.stages.datasets import remember, Triples
 from gac.stages.grounding import build_stage3_model
@@ -232,8 +233,7 @@ def test_command_line_bodies(store, tmp_path):
     with pytest.raises(GacError, match='no opt_v2'):
         bare = from_world(tmp_path/'bare', 1, 1, 1, size=48)
         run_stage3(bare.path, tmp_path/'x')
-    options = dict(max_steps=2, batch_size=2, grad_accum_steps=1, val_every=2, save_every=2, tile_size=24, lora_rank=2,
-                   save_visualizations=True)
-    report = run_stage3(store.path, tmp_path/'out', **options)
+    few = Stage3Config(steps=2, batch_size=2, val_every=2, crop=24, lora_rank=2)
+    report = run_stage3(store.path, tmp_path/'out', few, save_visualizations=True)
     assert report['steps'] == 2 and np.isfinite(report['metrics']['val_psnr']) and (tmp_path/'out'/'panels.png').exists()
-    assert run_stage3(store.path, tmp_path/'out', **options)['resumed_at'] > 0  # nothing left to do
+    assert run_stage3(store.path, tmp_path/'out', few)['resumed_at'] > 0  # nothing left to do

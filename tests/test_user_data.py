@@ -23,7 +23,7 @@ from gac.models.true_tiles import true_tiles
 from gac.products.downstream_images import divisor_of
 from gac.runner.chain import run_chain
 from gac.runner.page import write_page
-from gac.runner.parameters import read_notebook
+from gac.core.parameters import read_notebook
 from gac.runner.plan import chain_notebooks, claim_name, folders_of
 from swapping import swap
 

@@ -10,7 +10,7 @@ import os, signal, sys, threading, uuid
 from collections import Counter
 from contextlib import suppress
 
-from .parameters import read_notebook
+from ..core.parameters import read_notebook
 from .plan import code_of, modules_used
 
 # %% ../../nbs/lib/runner/kernels.ipynb #b9d04e57

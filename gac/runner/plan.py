@@ -17,7 +17,7 @@ from ..core.environment import sha256, weights_in_use
 from ..core.figures import safe_name
 from ..core.files import (
     did_you_mean, fingerprint_files, GacError, read_json, relative_to_root, root, writable, write_file)
-from .parameters import notebook_parameters, read_notebook, tags_of
+from ..core.parameters import notebook_parameters, read_notebook, tags_of
 from .profiles import check_parameters, find_notebooks, load_profile
 
 # %% ../../nbs/lib/runner/plan.ipynb #1926f0bb

@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..core.config import Stage2Config, Stage3Config
 from ..core.figures import save_picture
 from ..core.files import check_place, GacError, write_file
+from ..data.stores import window_of
 from ..measure.metrics import psnr
 from ..measure.panels import by_gain, panels
 from ..measure.tables import stored_method
@@ -23,17 +25,17 @@ from ..models.decoding import Decoding
 from ..models.weights import find_folder
 from .conditions import METADATA
 from .datasets import Pairs, Triples
-from .grounding import build_stage3_model, Stage3GroundingModel
+from .grounding import Stage3GroundingModel
 from .inference import stage3_inference
-from .losses import Stage2Loss, Stage3Loss
-from .refiner import build_prithvi_refiner, PrithviRefiner
+from .recipes import (
+    build_grounding, build_refiner, loop_settings, stage2_data, stage2_loss, stage3_data, stage3_loss)
+from .refiner import PrithviRefiner
 from .stage2 import read_stage2, refine, REFINER_FILE, train_stage2
 from .stage3 import read_stage3, train_stage3
 from .tileset import derived_store, open_tiles, paired_rows
 from ..training.adapters import ADAPTER_FILES
 from ..training.checkpoints import CARD_FILE
 from ..training.int8 import check_precision
-from ..training.settings import Settings
 
 # %% ../../nbs/lib/stages/commands.ipynb #0587339c
 DECODING_FILE = 'stage1.json'  # beside a checkpoint: how the images were drawn that it was trained on
@@ -124,51 +126,25 @@ def drawn_for(
 def run_stage2(
     data_dir, # tile store with radar and truth
     output_dir, # of the training: adapters, head, card, curve
-    stage1_dir='', # store or companion with opt_v1; empty: data_dir
-    backbone:str='prithvi_mini', # as TerraTorch names it
-    weights:str='', # folder of its weights
-    lora_rank:int=8, # of the adapters
-    lora_alpha:int=16, # their scale is alpha/rank
-    load_in_8bit:bool=False, # frozen linear layers in 8 bits
-    unfreeze_last_n_blocks:int=0, # of the encoder
-    freeze_backbone:bool=False, # neither adapters nor unfrozen blocks: only the head trains
-    metadata=('month', 'biome'), # what the refiner is told
-    max_tiles:int=0, # training pairs; 0: all
-    tile_size:int=0, # px of a random window; 0: whole tiles
-    epochs:float=30., # passes over the pairs, where max_steps is 0
-    max_steps:int=0, # optimizer steps
-    batch_size:int=1, # tiles per backward pass
-    grad_accum_steps:int=8, # backward passes to a step
-    lr:float=1e-4, # peak learning rate
-    precision:str='32-true', # or bf16-mixed, 16-mixed
-    val_every:int=500, # steps between validations
-    save_every:int=2500, # steps between checkpoints
-    early_stopping:bool=True, # stop when validation PSNR no longer rises
-    early_stopping_patience:int=10, # validations without a rise
-    loss=None, # name of a term -> weight; None: those of Stage2Loss
+    config:Stage2Config=Stage2Config(), # settings of the training
+    stage1_dir='', # store or derived store with opt_v1; empty: data_dir
+    weights:str='', # folder of the backbone's weights
     save_visualizations:bool=False, # panels.png in the output folder
     seed:int=0, # of everything random
     overwrite:bool=False, # replace a training that was made otherwise
     **more, # further fields of settings.Settings
 ) -> dict: # steps, resumed_at, metrics, output
-    "What `gac train-stage2` does."
+    "Train Stage 2 on the tiles of a store, as `gac train-stage2` does."
     store, _ = open_tiles(data_dir)
     place = derived_store(store, stage1_dir) if stage1_dir and Path(stage1_dir).resolve() != store.path.resolve() else store
     if 'opt_v1' not in place.arrays:
         raise GacError(f'{place.path} has no opt_v1. Make it: gac precompute --data-dir {data_dir}')
-    images, rows = stored_method(place), paired_rows(store, place, 'opt_v1')
     check_place(output_dir)
-    settings = Settings(lr=lr, epochs=float(epochs), max_steps=max_steps, batch_size=batch_size,
-                                 grad_accum_steps=grad_accum_steps, precision=precision,
-        val_every=val_every, save_every=save_every, early_stopping=early_stopping,
-        early_stopping_patience=early_stopping_patience, monitor='val_psnr', mode='max',
-        seed=seed, **more)
-    check_precision(precision, settings.device)
-    refiner = build_prithvi_refiner(backbone, 0 if freeze_backbone else lora_rank, lora_alpha, load_in_8bit,
-                                    0 if freeze_backbone else unfreeze_last_n_blocks,
-                                    metadata, weights=weights, seed=seed)
-    train, val = Pairs(store, rows['train'][:max_tiles or None], images, tile_size), Pairs(store, rows['val'], images)
-    fit = train_stage2(refiner, train, val, settings, output_dir, Stage2Loss(**loss or {}), overwrite=overwrite)
+    settings = loop_settings(config, seed, **more)
+    check_precision(config.precision, settings.device)
+    refiner = build_refiner(config, weights, seed)
+    train, val = stage2_data(config, store, paired_rows(store, place, 'opt_v1'), stored_method(place))
+    fit = train_stage2(refiner, train, val, settings, output_dir, stage2_loss(config), overwrite=overwrite)
     keep_decoding(output_dir, dict(place.arrays['opt_v1'].attrs))
     if save_visualizations and len(val): save_stage2_panels(refiner, val, Path(output_dir)/'panels.png')
     return dict(steps=fit.steps, resumed_at=fit.resumed_at, metrics=read_stage2(output_dir)[1]['metrics'], output=str(output_dir))
@@ -196,46 +172,28 @@ def save_stage2_panels(
 def run_stage3(
     data_dir, # tile store with radar and truth
     output_dir, # of the training: adapters, head, card, curves
-    stage2_dir='', # store or companion with opt_v2; empty: data_dir
+    config:Stage3Config=Stage3Config(), # settings of the training
+    stage2_dir='', # store or derived store with opt_v2; empty: data_dir
     stage2_checkpoint='', # the Stage 2 that made it; its backbone and bands are kept in the card
-    name:str='terramind_mini_generate', weights:str='', route:str='features', # as for build_stage3_model
-    lora_rank:int=8, lora_alpha:int=16, lora_cross_attention_only:bool=True, # False: all linear layers
-    freeze_backbone:bool=False, # no adapters: only the head trains
-    timesteps:int=10, # diffusion steps of the token routes
-    max_tiles:int=0, # training pairs; 0: all
-    lies:float=.25, # share of training tiles that carry a planted one
-    tile_size:int=60, # px of the window the head trains on; 0: whole tiles
-    epochs:float=50., max_steps:int=0, batch_size:int=1, grad_accum_steps:int=8, lr:float=5e-5,
-    precision:str='32-true', # see settings.Settings
-    val_every:int=500, save_every:int=2500, early_stopping:bool=True, early_stopping_patience:int=10,
-    frozen:float=.5, # share of the steps in which the adapters rest
-    select:str='gap', # what decides which checkpoint and strength are best: gap, raw, psnr or both
-    relative:float=1., l1:float=.2, sar:float=.1, identity_weight:float=.02, spectral:float=.1,
-    lpips:float=0., # weights of the loss
+    weights:str='', # folder of the generator's weights
     save_visualizations:bool=False, # panels.png in the output folder
-    seed:int=0, overwrite:bool=False, # replace a training that was made otherwise
+    seed:int=0, # of everything random
+    overwrite:bool=False, # replace a training that was made otherwise
     **more, # further fields of settings.Settings
 ) -> dict: # steps, resumed_at, metrics, output
-    "What `gac train-stage3` does."
+    "Train Stage 3 on the tiles of a store, as `gac train-stage3` does."
     store, _ = open_tiles(data_dir)
     place = derived_store(store, stage2_dir) if stage2_dir and Path(stage2_dir).resolve() != store.path.resolve() else store
     if 'opt_v2' not in place.arrays:
         raise GacError(f'{place.path} has no opt_v2. Make it: gac precompute-stage2 --data-dir {data_dir} --stage2-checkpoint DIR, which gac train-stage2 writes, or name that folder here (--stage2-checkpoint).')
     card = read_stage2(stage2_checkpoint)[1] if stage2_checkpoint else None
-    images, rows = stored_method(place, 'opt_v2'), paired_rows(store, place, 'opt_v2')
     check_place(output_dir)
-    settings = Settings(lr=lr, epochs=float(epochs), max_steps=max_steps, batch_size=batch_size,
-                                 grad_accum_steps=grad_accum_steps,
-                                 precision=precision, val_every=val_every, save_every=save_every, early_stopping=early_stopping,
-                                 early_stopping_patience=early_stopping_patience, seed=seed, **more)
-    check_precision(precision, settings.device)
-    model = build_stage3_model(timesteps, name=name, weights=weights, radar=store.attrs.get('s1_product', 'S1GRD'), route=route,
-                               lora_r=0 if freeze_backbone else lora_rank, lora_alpha=lora_alpha,
-                               reach='cross' if lora_cross_attention_only else 'linear', seed=seed)
-    train, val = Triples(store, rows['train'][:max_tiles or None], images, lies, seed), Triples(store, rows['val'], images)
-    loss = Stage3Loss(relative, l1, sar, identity_weight, spectral, lpips)
-    fit = train_stage3(model, train, val if len(val) else None, settings, output_dir, loss, frozen, tile_size, select=select,
-                       stage2_card=card, overwrite=overwrite)
+    settings = loop_settings(config, seed, **more)
+    check_precision(config.precision, settings.device)
+    model = build_grounding(config, store, weights, seed)
+    train, val = stage3_data(config, store, paired_rows(store, place, 'opt_v2'), stored_method(place, 'opt_v2'), seed)
+    fit = train_stage3(model, train, val if len(val) else None, settings, output_dir, stage3_loss(config), config.frozen, window_of(store, config.crop),
+                       config.augment, config.select, card, config.strength, overwrite=overwrite)
     keep_decoding(output_dir, dict(place.arrays['opt_v2'].attrs.get('source', {})))
     if save_visualizations and len(val): save_stage3_panels(model, val, Path(output_dir)/'panels.png')
     return dict(steps=fit.steps, resumed_at=fit.resumed_at, metrics=read_stage3(output_dir)[1]['metrics'], output=str(output_dir))
