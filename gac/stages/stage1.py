@@ -51,9 +51,9 @@ def precompute_stage1(
     max_tiles:int=0, # only the first so many of the store; 0: all
     rank:int=0, # this worker
     world_size:int=1, # of so many
-    into=None, # store.Store the array goes to, see `companion`; None: `store`
+    into=None, # store.Store the array goes to, see `derived_store`; None: `store`
     overwrite:bool=False, # replace an array that was made with other settings
-) -> dict: # of `fill`
+) -> dict: # of `run_tileset`
     "Run the generator over a tile set."
     decoding, ids = Decoding(timesteps, tokens, clamp, n_samples), store.table.id
     return run_tileset(into or store, output, (len(OPT_BANDS), *store.arrays['s1'].shape[-2:]), stage1_settings(model, decoding, seed),
