@@ -63,7 +63,8 @@ def drift(
 ) -> dict: # tokens: share of equal likeliest codes; again: largest difference of two calls; mean and largest difference of a pixel, reflectance, painted from the likeliest and the mean code
     "What half precision changes in the same tiles."
     a, b = (m.token_logits(s1).argmax(-1) for m in (exact, fast))
-    row = dict(tokens=float((a == b).float().mean()), again=float((fast.generate(s1, timesteps) - fast.generate(s1, timesteps)).abs().max()))
+    row = dict(tokens=float((a == b).float().mean()),
+               again=float((fast.generate(s1, timesteps) - fast.generate(s1, timesteps)).abs().max()))
     for tokens in ('argmax', 'expected'):
         apart = (fast.generate(s1, timesteps, tokens) - exact.generate(s1, timesteps, tokens)).abs()
         row |= {f'{tokens}_mean': float(apart.mean()), f'{tokens}_largest': float(apart.max())}
@@ -89,7 +90,8 @@ def fill_zero_layers(
     return model
 
 # %% ../../nbs/lib/cost/bench.ipynb #18e1e940
-HALF = dict(cuda='16', cpu='bf16') # half precision by device, as Lightning names it; what bfloat16 does to a card's convolutions stands under Modes
+# half precision by device, as Lightning names it; what bfloat16 does to a card's convolutions stands under Modes
+HALF = dict(cuda='16', cpu='bf16')
 
 def hastened(
     model, # generator.Generator in float32
@@ -97,7 +99,8 @@ def hastened(
 ) -> dict: # method -> generator.Generator
     "The generator made fast in every way that is compared."
     device = model.device.type
-    how = {'this project, hastened': (f'{HALF[device]}-true', False)} | ({'this project, recorded': ('32-true', False)} if device == 'cuda' else {})
+    how = {'this project, hastened': (f'{HALF[device]}-true', False)} | ({'this project, recorded': ('32-true', False)}
+        if device == 'cuda' else {})
     if compiled: how['this project, compiled'] = (f'{HALF[device]}-true', True)
     return {k: copy.deepcopy(model).hasten(*way) for k, way in how.items()}
 
@@ -114,13 +117,17 @@ def generation(
     "Speed against TerraTorch's own call, on the same weights, tiles and steps."
     device, n, last = model.device.type, len(s1), max(steps)
     half = f'{HALF[device]}-mixed'
-    apart = pd.DataFrame([dict(device=device, method=k, precision=m.precision, steps=last, tiles=n, **drift(model, m, s1, last)) for k, m in fast.items()])
-    methods = [Method('TerraTorch, one tile at a time', lambda: [library_call(model.core, x[None], last) for x in s1[:one]], model, one, last, 1)]
+    apart = pd.DataFrame([dict(device=device, method=k, precision=m.precision, steps=last, tiles=n,
+                               **drift(model, m, s1, last)) for k, m in fast.items()])
+    methods = [Method('TerraTorch, one tile at a time',
+                      lambda: [library_call(model.core, x[None], last) for x in s1[:one]], model, one, last, 1)]
     for k in steps:
         methods += [Method('TerraTorch', lambda k=k: library_call(model.core, s1, k), model, n, k),
-                    Method('TerraTorch, autocast', lambda k=k: autocast_call(model.core, s1, k, half), model, n, k, precision=half),
+                    Method('TerraTorch, autocast', lambda k=k: autocast_call(model.core, s1, k, half), model, n, k,
+                           precision=half),
                     Method('this project', lambda k=k: model.generate(s1, k), model, n, k),
-                    *(Method(name, lambda k=k, m=m: m.generate(s1, k), m, n, k, precision=m.precision) for name, m in fast.items())]
+                    *(Method(name, lambda k=k, m=m: m.generate(s1, k), m, n, k, precision=m.precision)
+                      for name, m in fast.items())]
     return apart, speeds(methods, generation_flops(model.gac['name'], side), matrix_rates(device), repeats, device)
 
 # %% ../../nbs/lib/cost/bench.ipynb #be0000a2
@@ -144,7 +151,8 @@ def modes(
                 with computing(*how): diffuse(painter, codes, noise, 1)
             calls[name, p] = call
     turns = in_turns(calls, repeats, device)/len(s1)
-    return pd.DataFrame([dict(device=device, mode=name, precision=p, batch=len(s1), ms_per_tile=1e3*turns[name, p].median()) for name, p in calls])
+    return pd.DataFrame([dict(device=device, mode=name, precision=p, batch=len(s1),
+                              ms_per_tile=1e3*turns[name, p].median()) for name, p in calls])
 
 # %% ../../nbs/lib/cost/bench.ipynb #d87167b9
 def profile_kernels(
@@ -178,7 +186,8 @@ def quality(
     for fast in (mini, *(copy.deepcopy(mini).hasten(p) for p in ('16-true', 'bf16-true'))):
         for tokens, k in itertools.product(TOKENS, steps):
             images = generate_tiles(fast, batch['s1'], batch['id'], Decoding(k, tokens), seed)
-            out.append(dict(device=device, precision=fast.precision, tokens=tokens, steps=k, psnr=float(psnr(images, batch['truth']).mean()), n_tiles=len(rows)))
+            out.append(dict(device=device, precision=fast.precision, tokens=tokens, steps=k,
+                            psnr=float(psnr(images, batch['truth']).mean()), n_tiles=len(rows)))
     table = pd.DataFrame(out)
     exact = table[table.precision == '32-true'].set_index(['tokens', 'steps']).psnr
     return table.assign(less=[exact[(r.tokens, r.steps)] - r.psnr for r in table.itertuples()])
@@ -196,7 +205,8 @@ def repeated(
     s2 = store.read('s2', np.arange(len(store)))
     with many:
         for i in range(0, n, 64):
-            many.append([dict(id=f'tile_{k:06d}', split='test', month=int(held['month'][k % len(store)]), biome=int(held['biome'][k % len(store)]),
+            many.append([dict(id=f'tile_{k:06d}', split='test', month=int(held['month'][k % len(store)]),
+                              biome=int(held['biome'][k % len(store)]),
                               s1=held['s1'][k % len(store)], s2=s2[k % len(store)]) for k in range(i, min(i + 64, n))])
     return many
 
@@ -218,14 +228,17 @@ def chain(
         began = time.perf_counter()
         done = step(0)
         seconds = time.perf_counter() - began
-        rows.append(dict(device=device, stage=name, batch=batch, tiles=done['processed'], seconds=seconds, tiles_per_s=done['processed']/seconds,
+        rows.append(dict(device=device, stage=name, batch=batch, tiles=done['processed'], seconds=seconds,
+                         tiles_per_s=done['processed']/seconds,
                          minutes_for_all=full*seconds/done['processed']/60))
-    timed(f'Stage 1, {timesteps} steps', lambda n: precompute_stage1(store, generator, batch_size=batch, timesteps=timesteps, max_tiles=n))
+    timed(f'Stage 1, {timesteps} steps', lambda n: precompute_stage1(store, generator, batch_size=batch,
+                                                                     timesteps=timesteps, max_tiles=n))
     timed('Stage 2', lambda n: precompute_stage2(store, refiner, batch_size=batch, max_tiles=n, precision=precision))
     timed('Stage 3', lambda n: precompute_stage3(store, grounder, batch_size=batch, max_tiles=n, precision=precision))
     table = pd.DataFrame(rows)
     seconds, done = table.seconds.sum(), int(table.tiles.min())
-    return pd.concat([table, pd.DataFrame([dict(device=device, stage='all', batch=batch, tiles=done, seconds=seconds, tiles_per_s=done/seconds,
+    return pd.concat([table, pd.DataFrame([dict(device=device, stage='all', batch=batch, tiles=done, seconds=seconds,
+                                                tiles_per_s=done/seconds,
                                                 minutes_for_all=table.minutes_for_all.sum())])], ignore_index=True)
 
 # %% ../../nbs/lib/cost/bench.ipynb #be000018
@@ -237,7 +250,8 @@ def training_items(
     b = load_tiles(store, rows)
     truth = torch.from_numpy(np.ascontiguousarray(b['truth'], dtype=np.float32))
     before = F.avg_pool2d(truth, 5, 1, 2, count_include_pad=False)
-    return [dict(s1=torch.from_numpy(b['s1'][i]).float(), opt_v1=before[i], opt_v2=before[i], truth=truth[i], month=int(b['month'][i]), biome=int(b['biome'][i]))
+    return [dict(s1=torch.from_numpy(b['s1'][i]).float(), opt_v1=before[i], opt_v2=before[i], truth=truth[i],
+                 month=int(b['month'][i]), biome=int(b['biome'][i]))
             for i in range(len(rows))]
 
 # %% ../../nbs/lib/cost/bench.ipynb #2304f2e8
@@ -270,30 +284,42 @@ def training_cost(
         model = build()
         held = torch.cuda.memory_allocated()/1e6 if cuda else weigh_memory(model)['mb']
         free_mb = sum(p.nbytes for p in model.parameters() if p.requires_grad)/1e6
-        settings = Settings(max_steps=steps, batch_size=1, grad_accum_steps=1, precision=precision, checkpointing=checkpointing, val_every=steps, save_every=steps, early_stopping=False)
-        with tempfile.TemporaryDirectory() as folder: fit_model(model.train(), stamped, data, None, settings, folder, every=0)
+        settings = Settings(max_steps=steps, batch_size=1, grad_accum_steps=1, precision=precision,
+                            checkpointing=checkpointing, val_every=steps, save_every=steps, early_stopping=False)
+        with tempfile.TemporaryDirectory() as folder:
+            fit_model(model.train(), stamped, data, None, settings, folder, every=0)
     except torch.OutOfMemoryError as e: return row | dict(fits=False, why=str(e).split('.')[0])
     finally:
         if cuda: torch.cuda.set_per_process_memory_fraction(1.)
-    row |= dict(fits=True, steps=steps, ms_per_step=1e3*float(np.median(np.diff(stamps[3:]))), **{k: v for k, v in weigh_memory(model).items() if k != 'share_%'},
+    row |= dict(fits=True, steps=steps, ms_per_step=1e3*float(np.median(np.diff(stamps[3:]))),
+                **{k: v for k, v in weigh_memory(model).items() if k != 'share_%'},
                 built_mb=held, trained_mb=free_mb, optimizer_mb=3*free_mb)
     if not cuda: return row
     peak = torch.cuda.max_memory_allocated()/1e6
-    return row | dict(activations_mb=peak - held - 3*free_mb, peak_mb=peak, reserved_mb=torch.cuda.max_memory_reserved()/1e6, context_mb=context/1e6)
+    return row | dict(activations_mb=peak - held - 3*free_mb, peak_mb=peak,
+                      reserved_mb=torch.cuda.max_memory_reserved()/1e6, context_mb=context/1e6)
 
 # %% ../../nbs/lib/cost/bench.ipynb #be000021
 CAPTIONS = dict(
-    efficiency_agreement='TerraTorch\'s own call and this project in float32 on the same tiles: share of equal likeliest tokens, share of drawn tokens within the set this project draws from, and the '
+    efficiency_agreement='TerraTorch\'s own call and this project in float32 on the same tiles: share of equal '
+                         'likeliest tokens, share of drawn tokens within the set this project draws from, and the '
                          'largest difference of a pixel painted from the same codes and noise (reflectance).',
-    efficiency_drift='The same tiles in half precision and in float32: share of equal likeliest tokens, the largest difference between two calls, mean and largest difference of a pixel (reflectance). Weights as named; where they are random, '
+    efficiency_drift='The same tiles in half precision and in float32: share of equal likeliest tokens, the largest '
+                     'difference between two calls, mean and largest difference of a pixel (reflectance). Weights as '
+                     'named; where they are random, '
                      'all codes are about equally likely and the likeliest one means nothing.',
-    efficiency='Generation by TerraTorch\'s own call and by this project, with equal weights, tiles and steps, timed in turns; roof_ms: operations over the rate of a matrix product in the same precision.',
-    efficiency_modes='Time of one step of the painter, launched operation by operation, by what the card is told: deterministic algorithms, as everywhere in this study; free; and free with cuDNN trying its algorithms first.',
+    efficiency='Generation by TerraTorch\'s own call and by this project, with equal weights, tiles and steps, timed '
+               'in turns; roof_ms: operations over the rate of a matrix product in the same precision.',
+    efficiency_modes='Time of one step of the painter, launched operation by operation, by what the card is told: '
+                     'deterministic algorithms, as everywhere in this study; free; and free with cuDNN trying its '
+                     'algorithms first.',
     efficiency_kernels='The operations that take the time of a generation of two steps, by method.',
-    efficiency_levers='What each lever gains alone, and the largest change of a pixel (reflectance; n/a where random numbers are drawn).',
+    efficiency_levers='What each lever gains alone, and the largest change of a pixel (reflectance; n/a where random '
+                      'numbers are drawn).',
     efficiency_quality='PSNR of the miniature\'s images by precision, and what is lost against float32 (dB).',
     efficiency_chain='The three stages from store to store: reading, computing, writing; minutes for 199,762 tiles.',
-    efficiency_memory='Training steps of Stages 2 and 3, one tile of 120 px at a time, with the process held to so many gigabytes of the card; MB.')
+    efficiency_memory='Training steps of Stages 2 and 3, one tile of 120 px at a time, with the process held to so '
+                      'many gigabytes of the card; MB.')
 
 def run_bench(
     out:str|Path='reports/gpu', # folder of the report
@@ -322,8 +348,10 @@ def run_bench(
     store = from_world(Path(folder.name)/'tiles', 32, 1, 1, size=side)
     model = build_terramind_generator(name=name, **known) if set(only) != {'training'} else None
     if model is not None and not pretrained: fill_zero_layers(model)
-    if model is not None: model.core.to(device)  # TerraTorch's statistics are plain tensors, which only its own `to` moves
-    s1 = np.resize(load_tiles(store, np.arange(32))['s1'], (batch, 2, side, side)) + np.random.default_rng(seed).normal(0, .1, (batch, 2, side, side))
+    # TerraTorch's statistics are plain tensors, which only its own `to` moves
+    if model is not None: model.core.to(device)
+    s1 = np.resize(load_tiles(store, np.arange(32))['s1'],
+                   (batch, 2, side, side)) + np.random.default_rng(seed).normal(0, .1, (batch, 2, side, side))
     s1 = torch.from_numpy(s1.astype(np.float32)).to(device)
     if model is not None: s1 = padded_call(model, s1)
     run.note('deterministic algorithms', torch.are_deterministic_algorithms_enabled())
@@ -335,7 +363,8 @@ def run_bench(
 
     def do_agreement():
         few = s1[:min(batch, 16)]
-        save(pd.DataFrame([dict(device=device, steps=k, tiles=len(few), tolerance=TOLERANCE, **agreement(model, few, k, seed)) for k in steps]),
+        save(pd.DataFrame([dict(device=device, steps=k, tiles=len(few), tolerance=TOLERANCE,
+                                **agreement(model, few, k, seed)) for k in steps]),
              'efficiency_agreement', dict(pixels=6))
 
     def do_compiled(): do_generation(True)
@@ -346,34 +375,41 @@ def run_bench(
         save(table, 'efficiency', DIGITS)
 
     def do_levers():
-        save(speedups(model, s1[:min(batch, 16)], max(steps), 2), 'efficiency_levers', dict(before_ms=2, after_ms=2, ratio=2, lowest=2, highest=2, difference=6))
+        save(speedups(model, s1[:min(batch, 16)], max(steps), 2), 'efficiency_levers',
+             dict(before_ms=2, after_ms=2, ratio=2, lowest=2, highest=2, difference=6))
 
     def do_modes():
         save(modes(model, s1), 'efficiency_modes', 2)
-        save(pd.concat([profile_kernels(lambda: m.generate(s1, 2), device).assign(method=k, precision=m.precision) for k, m in (dict(eager=model) | ways(compiled)).items()]),
+        save(pd.concat([profile_kernels(lambda: m.generate(s1, 2), device).assign(method=k, precision=m.precision)
+                        for k, m in (dict(eager=model) | ways(compiled)).items()]),
              'efficiency_kernels', dict(ms=1, share=3))
 
-    def do_quality(): save(quality(store, np.arange(32), steps, device, seed), 'efficiency_quality', dict(psnr=3, less=4))
+    def do_quality():
+        save(quality(store, np.arange(32), steps, device, seed), 'efficiency_quality', dict(psnr=3, less=4))
 
     def do_chain():
         fast = list(ways(compiled).values())[-1] if device == 'cuda' else model
         many = repeated(Path(folder.name)/'many', store, drawn + batch)
         refiner = build_prithvi_refiner(backbone, **known)
         grounder = build_stage3_model(name=name, **known)
-        save(chain(many, fast, refiner, grounder, batch, max(steps), '16-mixed' if device == 'cuda' else '32-true'), 'efficiency_chain', dict(seconds=1, tiles_per_s=1, minutes_for_all=1))
+        save(chain(many, fast, refiner, grounder, batch, max(steps), '16-mixed' if device == 'cuda' else '32-true'),
+             'efficiency_chain', dict(seconds=1, tiles_per_s=1, minutes_for_all=1))
 
     def do_training():
         data, rows, precision = training_items(store, np.arange(16)), [], '16-mixed' if device == 'cuda' else '32-true'
-        cases = [('Stage 2', f'{backbone}, int8', lambda: build_prithvi_refiner(backbone, load_in_8bit=True, **known), stage2_step(Stage2Loss()), 1400),
+        cases = [('Stage 2', f'{backbone}, int8', lambda: build_prithvi_refiner(backbone, load_in_8bit=True, **known),
+                  stage2_step(Stage2Loss()), 1400),
                  ('Stage 3', name, lambda: build_stage3_model(name=name, **known), stage3_step(Stage3Loss(), 0), 3800)]
         for stage, what, build, step, claimed in cases:
             build = functools.cache(build)  # built under the cap, then trained as it is and with checkpoints
             for checkpointing in (False, True):
-                rows.append(dict(device=device, stage=stage, model=what, batch=1, **training_cost(build, step, data, precision, checkpointing=checkpointing), claimed_mb=claimed))
+                rows.append(dict(device=device, stage=stage, model=what, batch=1,
+                    **training_cost(build, step, data, precision, checkpointing=checkpointing), claimed_mb=claimed))
             del build
             save(pd.DataFrame(rows), 'efficiency_memory', 1)
 
-    parts = dict(agreement=do_agreement, generation=do_generation, compiled=do_compiled, chain=do_chain, modes=do_modes, levers=do_levers, quality=do_quality, training=do_training)
+    parts = dict(agreement=do_agreement, generation=do_generation, compiled=do_compiled, chain=do_chain, modes=do_modes,
+                 levers=do_levers, quality=do_quality, training=do_training)
     if not compiled: parts.pop('compiled')
     if unknown := set(only) - set(parts): raise GacError(f'part {", ".join(unknown)}: expected {", ".join(parts)}.')
     for part, do in parts.items():
@@ -388,7 +424,9 @@ def run_bench(
             say(f'{part} failed\n{traceback.format_exc()}')
         gc.collect()
         if device == 'cuda': torch.cuda.empty_cache()
-    write_file(run.reports/'provenance.json', json.dumps(dict(profile='gpu', data='random weights', layout='') | provenance() | dict(notebooks=dict(bench=run.record | dict(seconds=time.perf_counter() - began, **code_state()))), indent=1, default=str) + '\n')
+    write_file(run.reports/'provenance.json', json.dumps(dict(profile='gpu', data='random weights',
+        layout='') | provenance() | dict(notebooks=dict(bench=run.record | dict(seconds=time.perf_counter() - began,
+            **code_state()))), indent=1, default=str) + '\n')
     write_page(run.reports)
     say(f'{failed} parts failed' if failed else f'done: {relative_to_root(run.reports)}')
     return failed

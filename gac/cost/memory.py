@@ -32,7 +32,8 @@ def kept_for_backward(
         return x
     def entered(m, given):
         for x in given: pack(x) if isinstance(x, Tensor) else None
-    hook = [m.register_forward_pre_hook(entered) for m in module.modules() if isinstance(vars(m).get('forward'), functools.partial)]
+    hook = [m.register_forward_pre_hook(entered) for m in module.modules()
+            if isinstance(vars(m).get('forward'), functools.partial)]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x): out = step()
     for h in hook: h.remove()
     del out
@@ -65,7 +66,8 @@ def refiner_on_meta(backbone:str, lora_r:int, side:int, batch:int) -> tuple: # t
     adapt_encoder(encoder.requires_grad_(False), lora_r, 16, False, 0, 'attention')
     model = PrithviRefiner(encoder).to('meta').train()
     unit = model.patch*(1 + model.patch % 2)
-    x, c = torch.zeros(batch, 4, -(-side//unit)*unit, -(-side//unit)*unit, device='meta'), torch.zeros(batch, model.condition.dim, device='meta')
+    x, c = torch.zeros(batch, 4, -(-side//unit)*unit, -(-side//unit)*unit, device='meta'), torch.zeros(batch,
+        model.condition.dim, device='meta')
     return model, lambda: model.head(x, model.features(x), c)
 
 # %% ../../nbs/lib/cost/memory.ipynb #d8fb3c48
@@ -79,10 +81,12 @@ def grounding_on_meta(name:str, lora_r:int, side:int, batch:int) -> tuple: # the
 
 # %% ../../nbs/lib/cost/memory.ipynb #84a7cdd1
 @functools.cache
-def _counted(stage:int, name:str, lora_r:int, side:int, batch:int) -> tuple: # parts; parameters and MB that may be left out
+# parts; parameters and MB that may be left out
+def _counted(stage:int, name:str, lora_r:int, side:int, batch:int) -> tuple:
     "The parts of a training; int8 leaves out three quarters of Stage 2's linear weights, Stage 3 can do without its painter."
     model, step = (refiner_on_meta if stage == 2 else grounding_on_meta)(name, lora_r, side, batch)
-    linear = [m.weight for m in build_blank(name, memory=False).modules() if isinstance(m, nn.Linear)] if stage == 2 else []
+    linear = [m.weight for m in build_blank(name, memory=False).modules()
+              if isinstance(m, nn.Linear)] if stage == 2 else []
     painter = sum(p.numel() for p in model.generator.tokenizer('S2L2A').decoder.parameters()) if stage == 3 else 0
     parts = _parts(model, step)
     # a byte for four, and a scale per row

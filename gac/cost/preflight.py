@@ -50,12 +50,14 @@ def needs_of(
     folder:str|Path='', # of the YAML files; empty: nbs/params
 ) -> dict: # data (a layout), tiles, gpu_gb, ram_gb: as far as the profile says
     "What a profile needs of a machine."
-    return yaml.safe_load((Path(folder or root()/'nbs'/'params')/f'{profile}.yaml').read_text(encoding='utf-8')).get('needs') or {}
+    return yaml.safe_load((Path(folder
+        or root()/'nbs'/'params')/f'{profile}.yaml').read_text(encoding='utf-8')).get('needs') or {}
 
 # %% ../../nbs/lib/cost/preflight.ipynb #312ad79d
 # parameters that name models -> what they must be
 ROLE_OF = dict(name='generate', encoder_name='encoder', backbone='prithvi', model='generate')
-ROLE_OF |= {'family.encoder': 'encoder', 'family.tim': 'tim', 'family.generator': 'generate', 'encoder_name, thinking': 'tim'}
+ROLE_OF |= {'family.encoder': 'encoder', 'family.tim': 'tim', 'family.generator': 'generate',
+            'encoder_name, thinking': 'tim'}
 
 def models_named(
     stages, # list of plan.Stage
@@ -86,7 +88,9 @@ def check_models(
         wrong = [f'{s}.{p}' for s, p in places if ROLE_OF[p] != entry.role]
         expected = sorted({ROLE_OF[p] for _, p in places})
         if wrong:
-            found.append(Finding('names', 'missing', f'{", ".join(wrong)}: {name} is of the kind {entry.role!r}, expected {" or ".join(map(repr, expected))}.'))
+            found.append(Finding('names', 'missing',
+                f'{", ".join(wrong)}: {name} is of the kind {entry.role!r}, expected '
+                f'{" or ".join(map(repr, expected))}.'))
         else: found += [Finding('names', 'ok', f'{name} ({where})'), *check_weights(name, weights)]
     return list(dict.fromkeys(found))
 
@@ -98,7 +102,8 @@ def check_weights(
     "The files of one model: each that is missing is named, with where to put it; those that are there are held against the architecture."
     files = {w: find_file(w, weights) for w in needed_files(name)}
     place = Path(weights) if weights and weights != 'hub' else Path('data/weights')
-    lost = [Finding('weights', 'missing', f'{w.file}: put it at {(place/w.file).as_posix()}; it is published as {w.repo} on the Hugging Face Hub.')
+    lost = [Finding('weights', 'missing',
+        f'{w.file}: put it at {(place/w.file).as_posix()}; it is published as {w.repo} on the Hugging Face Hub.')
             for w, path in files.items() if path is None]
     if lost: return lost
     try:
@@ -108,7 +113,9 @@ def check_weights(
         bad = match_keys(build_blank(name, memory=False), parts, 'pos_embed' if prithvi else r'(?!)')[1]
     except GacError as e: return [Finding('weights', 'missing', str(e))]
     wrong = [f'{len(v)} tensors {k}' for k, v in bad.items() if v and k != 'untied']
-    if wrong: return [Finding('weights', 'missing', f'{", ".join(w.file for w in files)} do not fit {name}: {", ".join(wrong)}.')]
+    if wrong:
+        return [Finding('weights', 'missing',
+                        f'{", ".join(w.file for w in files)} do not fit {name}: {", ".join(wrong)}.')]
     return [Finding('weights', 'ok', f'{w.file}, {path.stat().st_size/1e6:.0f} MB') for w, path in files.items()]
 
 # %% ../../nbs/lib/cost/preflight.ipynb #ef000046
@@ -128,7 +135,8 @@ def check_leakage(
     several = split.groupby(place.to_numpy()).nunique()
     shared = several.index[several > 1]
     if not len(shared): return Finding('leakage', 'ok', f'{several.size:,} places, none in two splits')
-    return Finding('leakage', 'missing', f'{len(shared):,} of {several.size:,} places are in two splits, e.g. {shared[0]}: '
+    return Finding('leakage', 'missing',
+                   f'{len(shared):,} of {several.size:,} places are in two splits, e.g. {shared[0]}: '
                    'split them anew (places.split_by_block).')
 
 # %% ../../nbs/lib/cost/preflight.ipynb #7a50c112
@@ -148,10 +156,12 @@ def check_data(
     except GacError as e: return [Finding('data', 'missing', str(e))], needs.get('tiles', 0)
     if layout == 'store':
         table = Store(path).table
-        found = [Finding('data', 'ok', f'tile store with {len(table):,} tiles'), check_leakage(table['scene'], table['split'])]
+        found = [Finding('data', 'ok', f'tile store with {len(table):,} tiles'),
+                 check_leakage(table['scene'], table['split'])]
         return found, len(table)
     if layout != 'bigearthnet_v2':
-        return [Finding('data', 'ok', f'{layout}; splits and places are checked when it is converted')], needs.get('tiles', 0)
+        return [Finding('data', 'ok',
+                        f'{layout}; splits and places are checked when it is converted')], needs.get('tiles', 0)
     table = pd.read_parquet(path/'metadata.parquet', columns=['patch_id', 's1_name', 'split', 'contains_seasonal_snow',
                                                               'contains_cloud_or_shadow'])
     table = table[~(table.contains_seasonal_snow | table.contains_cloud_or_shadow)]
@@ -161,7 +171,8 @@ def check_data(
     splits = ', '.join(f'{n:,} {s}' for s, n in table.split.value_counts().items())
     found = [Finding('data', 'ok', f'BigEarthNet v2: {len(table):,} patches without snow and cloud ({splits})')]
     if absent:
-        found.append(Finding('data', 'missing', f'{len(absent)} of {len(some)} patches looked for have no folder, e.g. {absent[0]}: unpack all archives.'))
+        found.append(Finding('data', 'missing',
+            f'{len(absent)} of {len(some)} patches looked for have no folder, e.g. {absent[0]}: unpack all archives.'))
     return [*found, check_leakage(where.grid + '_' + where.row.astype(str) + '_' + where.column.astype(str),
                                   table.split)], len(table)
 
@@ -218,9 +229,11 @@ def forecast_run(
     sizes = {k: v*side**2 for k, v in RAW.items()} | (sizes or {})
     rows = []
     def row(name, work, count, cost, *arrays, devices=1):
-        rows.append(dict(notebook=name, work=work, tiles=int(count), gflop=cost/1e9, hours=count*cost/(rate*share*devices)/3600,
+        rows.append(dict(notebook=name, work=work, tiles=int(count), gflop=cost/1e9,
+                         hours=count*cost/(rate*share*devices)/3600,
                          gb=n*sum(sizes[a] for a in arrays)/1e9))
-    rows.append(dict(notebook='02_tiles', work='store', tiles=n, gflop=0., hours=0., gb=n*(sizes['s1'] + sizes['s2'])/1e9))
+    rows.append(dict(notebook='02_tiles', work='store', tiles=n, gflop=0., hours=0.,
+                     gb=n*(sizes['s1'] + sizes['s2'])/1e9))
     if v := given.get('07_stage1'):
         cost = generation_flops(v['name'], side)
         row('07_stage1', f'{v["timesteps"]} steps', n,
@@ -263,7 +276,8 @@ def check_machine(needs:dict) -> list[Finding]:
 def _driver() -> str:
     "What the NVIDIA driver says of itself."
     try:
-        done = subprocess.run(['nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader'], capture_output=True,
+        done = subprocess.run(['nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader'],
+                              capture_output=True,
                               text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired): return ''
     return f'driver {done.stdout.split()[0]}' if done.returncode == 0 and done.stdout.strip() else ''
@@ -276,7 +290,8 @@ def check_versions() -> list[Finding]:
     for r in map(Requirement, requirements()):
         try: have = version(r.name)
         except PackageNotFoundError: have = ''
-        if not have or not r.specifier.contains(have, prereleases=True): wrong.append(f'{r} (installed: {have or "not"})')
+        if not have or not r.specifier.contains(have, prereleases=True):
+            wrong.append(f'{r} (installed: {have or "not"})')
     if wrong: return [Finding('versions', 'missing', f'{", ".join(wrong)}: install the requirements anew.')]
     return [Finding('versions', 'ok', f'torch {torch.__version__} and all others as settings.ini asks')]
 
@@ -316,9 +331,11 @@ def preflight(
     found = [*check_models(stages), *found, *check_chips(stages), *disk, *check_machine(needs), *check_versions()]
     print(*(f for f in found if f.state != 'missing'), sep='\n')
     if ahead is not None:
-        print(f'Forecast for {n:,} tiles at {rate*share/1e9:,.0f} GFLOP/s, {share:.0%} of the rate of a matrix product here; '
+        print(f'Forecast for {n:,} tiles at {rate*share/1e9:,.0f} GFLOP/s, {share:.0%} of the rate of a matrix '
+              f'product here; '
               'storage before compression:')
         print(ahead.round(2).to_markdown(index=False))
     missing = [f for f in found if f.state == 'missing']
-    print(f'{len(missing)} missing:' if missing else 'Nothing is missing.', *(f'  {f.what}: {f.text}' for f in missing), sep='\n')
+    print(f'{len(missing)} missing:' if missing else 'Nothing is missing.', *(f'  {f.what}: {f.text}' for f in missing),
+          sep='\n')
     return missing

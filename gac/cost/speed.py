@@ -148,7 +148,8 @@ def agreement(
     place = (order == heard['tokens'].flatten(1)[..., None]).float().argmax(-1, keepdim=True)
     before = (p.cumsum(-1) - p).gather(-1, place)  # probability of all likelier codes
     pixels.append(_painted(model, key, heard, timesteps, image))
-    return dict(likeliest=likeliest, nucleus=float((before <= model.core.top_p + 1e-4).float().mean()), pixels=max(pixels))
+    return dict(likeliest=likeliest, nucleus=float((before <= model.core.top_p + 1e-4).float().mean()),
+                pixels=max(pixels))
 
 # %% ../../nbs/lib/cost/speed.ipynb #d32a865e
 @torch.no_grad()
@@ -216,7 +217,8 @@ def speeds(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/lib/cost/speed.ipynb #81772e12
-DIGITS = dict(ms_per_tile=1, tiles_per_s=2, peak_memory_mb=1, speed_up=2, lowest=2, highest=2, gflop=2, roof_ms=1, share_of_roof=3)
+DIGITS = dict(ms_per_tile=1, tiles_per_s=2, peak_memory_mb=1, speed_up=2, lowest=2, highest=2, gflop=2, roof_ms=1,
+              share_of_roof=3)
 
 # %% ../../nbs/lib/cost/speed.ipynb #ef000026
 @torch.no_grad()
@@ -240,7 +242,8 @@ def speedups(
         'tiles in one batch': (lambda: torch.cat([model.generate(x[None], timesteps, 'argmax') for x in s1]), few),
         'codes with one sort': (lambda: sampler.sample_tokens_batched(logits.clone(), 1., 0., .8),
                                 lambda: top_p_tokens(logits, u)),
-        'clamp, no quantile': (lambda: old.step(half, 999, noise).prev_sample, lambda: new.step(half, 999, noise).prev_sample),
+        'clamp, no quantile': (lambda: old.step(half, 999, noise).prev_sample,
+                               lambda: new.step(half, 999, noise).prev_sample),
         'noise by tile': (lambda: torch.randn(noise.shape, device=device),
                           lambda: per_tile_random(torch.randn, noise.shape[1:], own('noise'), device)),
         'channels last': (paint, lambda: diffuse(last, codes, noise.contiguous(memory_format=torch.channels_last),
@@ -255,7 +258,8 @@ def speedups(
         alike = name not in ('codes with one sort', 'noise by tile')  # these draw: nothing to subtract
         # standardised units to reflectance, about
         scale = .2 if name in ('clamp, no quantile', 'channels last', 'compiled painter') else 1.
-        rows.append(dict(lever=name, before_ms=1e3*turns.before.median()/n, after_ms=1e3*turns.after.median()/n, **speed,
+        rows.append(dict(lever=name, before_ms=1e3*turns.before.median()/n, after_ms=1e3*turns.after.median()/n,
+                         **speed,
                          difference=scale*float((a - b).abs().max()) if alike else np.nan))
     return pd.DataFrame(rows)
 
@@ -296,7 +300,8 @@ def sample_with_solver(
     c = tokenizer.noise_scheduler.config
     plan = DPMSolverMultistepScheduler(c.num_train_timesteps, c.beta_start, c.beta_end, c.beta_schedule,
                                        rescale_betas_zero_snr=c.zero_terminal_snr,
-                                       prediction_type=c.prediction_type, timestep_spacing='trailing', final_sigmas_type='zero')
+                                       prediction_type=c.prediction_type, timestep_spacing='trailing',
+                                       final_sigmas_type='zero')
     plan.set_timesteps(timesteps, device=noise.device)
     image = noise
     for t in plan.timesteps: image = plan.step(tokenizer.decoder(image, t, codes).clamp(-1, 1), t, image).prev_sample
