@@ -206,7 +206,8 @@ def shadow(
     e, az = sun(month, LAT)
     dark = np.zeros(height.shape, bool)
     for step in range(1, 9):
-        away = np.roll(height, (round(step*np.cos(az)), -round(step*np.sin(az))), (0, 1))  # height of what is closer to the sun
+        # height of what is closer to the sun
+        away = np.roll(height, (round(step*np.cos(az)), -round(step*np.sin(az))), (0, 1))
         dark |= away - height > 10*step*np.tan(e)
     from scipy.ndimage import gaussian_filter
     return 1 - .5*gaussian_filter(dark.astype(np.float32), .5)
@@ -320,7 +321,8 @@ def north_up(
     return Affine(step, 0, west, 0, -step, north)
 
 # %% ../../nbs/lib/nyc/city.ipynb #b54d1f56
-CLASS_COLOURS = dict(zip(NYC_CLASSES, ('#009E73', '#E69F00', '#0072B2', '#D55E00', '#999999')))  # class -> colour of Okabe and Ito
+# class -> colour of Okabe and Ito
+CLASS_COLOURS = dict(zip(NYC_CLASSES, ('#009E73', '#E69F00', '#0072B2', '#D55E00', '#999999')))
 
 def true_colour(
     dn:np.ndarray, # (12, H, W) DN

@@ -49,7 +49,8 @@ def generate_thoughts(
     return found
 
 # %% ../../nbs/lib/nyc/thoughts.ipynb #a14eec15
-def _given(chips:Chips, names:Sequence[str], given:Sequence[str]) -> dict: # modality -> (B*T, C, H, W) in physical units
+# modality -> (B*T, C, H, W) in physical units
+def _given(chips:Chips, names:Sequence[str], given:Sequence[str]) -> dict:
     "Return the input of a generator for some chips, all dates in one batch."
     import torch
     x = {m: torch.from_numpy(np.concatenate([chips.read(n, m) for n in names]).astype(np.float32)) for m in given}

@@ -28,7 +28,8 @@ from ..measure.panels import white_of
 
 # %% ../../nbs/lib/products/cog.ipynb #144f3f40
 NODATA = -32768  # DN of pixels without data
-COLOUR = dict(B02='blue', B03='green', B04='red', B08='nir', VV='sar_c', VH='sar_c')  # band -> colour interpretation of GDAL
+# band -> colour interpretation of GDAL
+COLOUR = dict(B02='blue', B03='green', B04='red', B08='nir', VV='sar_c', VH='sar_c')
 
 @dataclass(frozen=True)
 class Layer:
@@ -84,7 +85,8 @@ def qgis_style(
     elif len(shown) > 1: low, high = 0., white_of(seen[None]) if seen.size else 1.
     kind = 'multibandcolor' if len(shown) > 1 else 'singlebandgray'
     bands = ' '.join(f'{c}Band="{i}"' for c, i in shown.items())
-    stretch = (f'<minValue>{low:.4g}</minValue><maxValue>{max(high, low + 1e-4):.4g}</maxValue><algorithm>StretchToMinimumMaximum</algorithm>')
+    stretch = (f'<minValue>{low:.4g}</minValue><maxValue>{max(high, low + 1e-4):.4g}</maxValue>'
+               f'<algorithm>StretchToMinimumMaximum</algorithm>')
     each = ''.join(f'<{c}>{stretch}</{c}>' for c in ([f'{c}ContrastEnhancement' for c in shown] if len(shown) > 1
                                                      else ['contrastEnhancement']))
     return (f'<!DOCTYPE qgis PUBLIC "http://mrcc.com/qgis.dtd" "SYSTEM">\n<qgis version="3.22" '

@@ -111,7 +111,8 @@ def decoding_for(
 ) -> Decoding:
     """Return the sampling settings of Stage 1.
 
-    These are the settings the checkpoints were trained with, else those asked for, else one step and the expected code."""
+    These are the settings the checkpoints were trained with, else those asked for, else one step and the expected
+    code."""
     asked = {k: v for k, v in dict(timesteps=timesteps, tokens=tokens, clamp=clamp).items() if v}
     places = [(p, h) for p, h in ((stage2_checkpoint, REFINER_FILE), (stage3_checkpoint, GROUNDING_FILE)) if p]
     found = [(p, d) for p, h in places if (d := read_decoding(p, h))]
