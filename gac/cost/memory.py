@@ -21,10 +21,10 @@ from ..training.checkpointing import checkpointed
 
 # %% ../../nbs/lib/cost/memory.ipynb #ef000033
 def kept_for_backward(
-    module:nn.Module, # whose own parameters and buffers do not count
-    step:Callable, # a forward pass
+    module:nn.Module, # module whose parameters and buffers do not count
+    step:Callable, # function without arguments: a forward pass
 ) -> int: # bytes
-    "What autograd holds after a forward pass, every storage once."
+    "Return the bytes autograd holds after a forward pass, every storage once."
     own = {t.untyped_storage()._cdata for t in [*module.parameters(), *module.buffers()]}
     held = {}
     def pack(x):
@@ -32,7 +32,8 @@ def kept_for_backward(
         return x
     def entered(m, given):
         for x in given: pack(x) if isinstance(x, Tensor) else None
-    hook = [m.register_forward_pre_hook(entered) for m in module.modules() if isinstance(vars(m).get('forward'), functools.partial)]
+    hook = [m.register_forward_pre_hook(entered) for m in module.modules()
+            if isinstance(vars(m).get('forward'), functools.partial)]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x): out = step()
     for h in hook: h.remove()
     del out
@@ -40,7 +41,7 @@ def kept_for_backward(
 
 # %% ../../nbs/lib/cost/memory.ipynb #ef000038
 def _parts(model:nn.Module, step:Callable) -> dict: # MB
-    "Memory of a training by part, everything in float32."
+    "Return the memory of a training by part, in MB, everything in float32."
     free = {n: p for n, p in model.named_parameters() if p.requires_grad}
     size = lambda select: sum(p.nbytes for n, p in free.items() if select(n))/1e6
     kept = kept_for_backward(model, step)/1e6
@@ -52,25 +53,36 @@ def _parts(model:nn.Module, step:Callable) -> dict: # MB
 
 # %% ../../nbs/lib/cost/memory.ipynb #f30d9d80
 def _summed(parts:dict, fewer_params:int=0, fewer_mb:float=0.) -> dict:
-    "Parts with the optimizer's and the totals."
+    "Return the parts with the optimizer and the totals."
     p = parts | dict(params=parts['params'] - fewer_params, weights_mb=parts['weights_mb'] - fewer_mb)
-    p['optimizer_mb'] = 3*(p['adapters_mb'] + p['head_mb'])  # gradients and AdamW's two moments
+    p['optimizer_mb'] = 3*(p['adapters_mb'] + p['head_mb'])  # gradients and the two moments of AdamW
     rest = p['weights_mb'] + p['adapters_mb'] + p['head_mb'] + p['optimizer_mb']
     return p | dict(total_mb=rest + p['activations_mb'], checkpointed_mb=rest + p['checkpointed_mb'])
 
-def refiner_on_meta(backbone:str, lora_r:int, side:int, batch:int) -> tuple: # the refiner, a forward pass
-    "Stage 2 on the meta device."
+def refiner_on_meta(
+    backbone:str, # as TerraTorch names it
+    lora_r:int, # rank of the adapters
+    side:int, # px, side of a tile
+    batch:int, # tiles
+) -> tuple: # model, forward pass
+    "Return Stage 2 on the meta device and its forward pass."
     encoder = build_blank(backbone, memory=False)
     encoder.gac = dict(name=backbone, bands=OPT_BANDS, files={}, stats={})
     adapt_encoder(encoder.requires_grad_(False), lora_r, 16, False, 0, 'attention')
     model = PrithviRefiner(encoder).to('meta').train()
     unit = model.patch*(1 + model.patch % 2)
-    x, c = torch.zeros(batch, 4, -(-side//unit)*unit, -(-side//unit)*unit, device='meta'), torch.zeros(batch, model.condition.dim, device='meta')
+    x, c = torch.zeros(batch, 4, -(-side//unit)*unit, -(-side//unit)*unit, device='meta'), torch.zeros(batch,
+        model.condition.dim, device='meta')
     return model, lambda: model.head(x, model.features(x), c)
 
 # %% ../../nbs/lib/cost/memory.ipynb #d8fb3c48
-def grounding_on_meta(name:str, lora_r:int, side:int, batch:int) -> tuple: # the model, a forward pass
-    "Stage 3 (route features) on the meta device."
+def grounding_on_meta(
+    name:str, # generator, as TerraTorch names it
+    lora_r:int, # rank of the adapters
+    side:int, # px, side of a tile
+    batch:int, # tiles
+) -> tuple: # model, forward pass
+    "Return Stage 3 (route features) on the meta device and its forward pass."
     generator = on_meta(name, ('S1GRD', 'S2L2A'))
     adapt(generator, 'cross', lora_r, 16)
     unit, model = generator.multiple('S2L2A'), Stage3GroundingModel(generator).to('meta').train()
@@ -79,35 +91,38 @@ def grounding_on_meta(name:str, lora_r:int, side:int, batch:int) -> tuple: # the
 
 # %% ../../nbs/lib/cost/memory.ipynb #84a7cdd1
 @functools.cache
-def _counted(stage:int, name:str, lora_r:int, side:int, batch:int) -> tuple: # parts; parameters and MB that may be left out
-    "The parts of a training; int8 leaves out three quarters of Stage 2's linear weights, Stage 3 can do without its painter."
+def _counted(stage:int, name:str, lora_r:int, side:int, batch:int) -> tuple: # dict; int, float
+    """Return the parts of a training, and the parameters and MB that may be left out.
+
+    int8 leaves out three quarters of the linear weights of Stage 2, Stage 3 works without its diffusion decoder."""
     model, step = (refiner_on_meta if stage == 2 else grounding_on_meta)(name, lora_r, side, batch)
-    linear = [m.weight for m in build_blank(name, memory=False).modules() if isinstance(m, nn.Linear)] if stage == 2 else []
+    linear = [m.weight for m in build_blank(name, memory=False).modules()
+              if isinstance(m, nn.Linear)] if stage == 2 else []
     painter = sum(p.numel() for p in model.generator.tokenizer('S2L2A').decoder.parameters()) if stage == 3 else 0
     parts = _parts(model, step)
-    # a byte for four, and a scale per row
+    # one byte instead of four, and a scale per row
     return parts, painter, 4*painter/1e6 + sum(3*w.numel() - 4*w.shape[0] for w in linear)/1e6
 
 # %% ../../nbs/lib/cost/memory.ipynb #c3c05c7a
 def stage2_memory(
     backbone:str='prithvi_eo_v2_600_tl', # as TerraTorch names it
-    int8:bool=True, # frozen linear layers in 8 bits
+    int8:bool=True, # True: frozen linear layers in 8 bits
     lora_r:int=8, # rank of the adapters
-    side:int=120, # of a tile, px
-    batch:int=1,
-) -> dict: # params, trainable, and MB: weights, adapters, head, optimizer (gradients and moments), activations, total, with checkpointing
-    "What training Stage 2 holds, counted without allocating it."
+    side:int=120, # px, side of a tile
+    batch:int=1, # tiles
+) -> dict: # params, trainable, and MB of each part, of all, and of all with checkpointing
+    "Return the memory that training Stage 2 needs, counted without allocating it."
     parts, _, saved = _counted(2, backbone, lora_r, side, batch)
     return _summed(parts, 0, saved if int8 else 0.)
 
 # %% ../../nbs/lib/cost/memory.ipynb #90b29821
 def stage3_memory(
-    name:str='terramind_v1_large_generate', # generator
+    name:str='terramind_v1_large_generate', # generator, as TerraTorch names it
     lora_r:int=8, # rank of the adapters
-    side:int=120, # of a tile, px
-    batch:int=1,
-    painter:bool=True, # the tokenizer's decoder is loaded, which route features does not use
+    side:int=120, # px, side of a tile
+    batch:int=1, # tiles
+    painter:bool=True, # True: the diffusion decoder is loaded, which route features does not use
 ) -> dict: # as stage2_memory
-    "What training Stage 3 (route features) holds, counted without allocating it."
+    "Return the memory that training Stage 3 (route features) needs, counted without allocating it."
     parts, spare, saved = _counted(3, name, lora_r, side, batch)
     return _summed(parts) if painter else _summed(parts, spare, saved)

@@ -26,36 +26,37 @@ from ..stages.refiner import forecast_memory
 # %% ../../nbs/lib/evaluation/claims.ipynb #cl1claimc
 @dataclass(frozen=True)
 class Claim:
-    "One number or statement that can be wrong."
+    "Hold a number or statement of the documents that a measurement can refute."
     about: str # chapter of the report
-    claim: str # what is said
+    claim: str # the claim in words
     said: str # the number as it is claimed
-    low: float|None # smallest value that satisfies it; None: none is too small
-    high: float|None # largest
-    unit: str
+    low: float|None # smallest value that satisfies the claim; None: no lower bound
+    high: float|None # largest value that satisfies it; None: no upper bound
+    unit: str # of the number
     reads: tuple = () # (expression, {name: (table, query, column)}), tried in turn; x carries its interval
-    needs: tuple = () # inputs without which only the miniature speaks, of NEEDS
-    only_if: str = '' # the reading under which it holds
-    otherwise: tuple = () # reads without that, tried in turn; none: the claim has no other reading here
-    card: tuple = () # reads of what `gac bench` measured on a GPU with the real architectures: a cost asks for no trained weights
+    needs: tuple = () # keys of NEEDS: inputs without which only the miniature can be measured
+    only_if: str = '' # the reading in which it holds
+    otherwise: tuple = () # reads without that reading, tried in turn; empty: no other reading
+    card: tuple = () # reads of tables of `gac bench`; costs need no trained weights
 
 # %% ../../nbs/lib/evaluation/claims.ipynb #7877a650
+# inputs a claim can need -> name in words
 NEEDS = dict(weights='the pretrained weights', bigearthnet='BigEarthNet v2', gpu='a GPU', floods='Sen1Floods11',
              crops='the South African crop data',
              nyc='the New York chips', days='a full-scale training')
 
-GPU_REPORT = root()/'reports'/'gpu'  # of gac bench
+GPU_REPORT = root()/'reports'/'gpu'  # folder of the tables of gac bench
 
 class Absent(Exception):
-    "A value that cannot be read, and why."
+    "Report that a value cannot be read from a table, and why."
 
 # %% ../../nbs/lib/evaluation/claims.ipynb #e79d5551
 class Tables:
-    "The tables of a report, read when they are asked for."
+    "Read the tables of a report when they are asked for."
     def __init__(self,
-        folder, # with results.csv and others
+        folder, # folder with results.csv and other tables
         made_by:dict|None=None, # table -> notebook
-        **more, # tables that are not on disk
+        **more, # further tables, by name
     ):
         self.folder, self.made_by, self.read = Path(folder), made_by or {}, dict(more)
 
@@ -69,10 +70,10 @@ class Tables:
 
     def cell(self,
         name:str, # table
-        query:str, # its rows, in pandas' words; empty: all
-        column:str,
+        query:str, # query of pandas that selects rows; empty: all rows
+        column:str, # column of the number
     ) -> tuple: # mean over the rows: value, lower and upper bound (NaN where the table has none)
-        "One number of a table."
+        "Return one number of a table with its bounds."
         table = self[name]
         try: rows = table.query(query, engine='python') if query else table
         except Exception as e: raise Absent(f'{name}.csv, which has other columns ({e})') from e
@@ -86,19 +87,19 @@ class Tables:
 
 # %% ../../nbs/lib/evaluation/claims.ipynb #b69b3ace
 def of_data(
-    query:str, # of pandas, with {data} for the label
-    data:str, # world, or 'real: …'
+    query:str, # query of pandas, with {data} for the label
+    data:str, # label of the data set: world, or 'real: …'
 ) -> str:
-    "A query about one data set, whatever its folder is called."
+    "Return a query about one data set, with quotes in its name escaped."
     return query.format(data=data.replace('\\', '\\\\').replace("'", "\\'"))
 
 # %% ../../nbs/lib/evaluation/claims.ipynb #eb300c15
 def computed(
     reads:tuple, # (expression, cells)
     tables:Tables,
-    data:str='world', # label of the rows that count
+    data:str='world', # label of the data set
 ) -> tuple: # value, lower and upper bound
-    "The value of an expression over cells."
+    "Return the value of an expression over cells, with its bounds."
     expression, cells = reads
     found = {k: tables.cell(t, of_data(q, data), c) for k, (t, q, c) in cells.items()}
     at = lambda i: float(pd.eval(expression, engine='python',
@@ -107,28 +108,32 @@ def computed(
     return at(0), *bounds
 
 # %% ../../nbs/lib/evaluation/claims.ipynb #cl2verdictc
+# first words of every verdict
 CLAIM_CLASSES = ('holds', 'holds only if', 'fails', 'cannot be tested here', 'not measured')
 
 def within(
     claim:Claim,
-    value:float,
-    lo:float=np.nan, # bounds of its interval
-    hi:float=np.nan,
-) -> str: # holds or fails, and how clearly
-    "Whether a value satisfies a claim."
+    value:float, # in units of the claim
+    lo:float=np.nan, # lower bound of its interval
+    hi:float=np.nan, # upper bound
+) -> str: # 'holds' or 'fails', and what the interval does
+    "Return whether a value satisfies a claim, and whether its interval crosses the border."
     inside = lambda v: (claim.low is None or v >= claim.low) and (claim.high is None or v <= claim.high)
-    if inside(value): return 'holds' if all(inside(v) for v in (lo, hi) if np.isfinite(v)) else 'holds, though its interval leaves the claim'
-    near = np.isfinite([lo, hi]).all() and (claim.low is None or hi >= claim.low) and (claim.high is None or lo <= claim.high)
+    if inside(value):
+        return 'holds' if all(inside(v) for v in (lo, hi)
+                              if np.isfinite(v)) else 'holds, though its interval leaves the claim'
+    near = np.isfinite([lo, hi]).all() and (claim.low is None or hi >= claim.low) and (claim.high is None
+        or lo <= claim.high)
     return 'fails, though its interval reaches the claim' if near else 'fails'
 
 # %% ../../nbs/lib/evaluation/claims.ipynb #7fc2b9d3
 def judge_claim(
     claim:Claim,
     tables:Tables,
-    have=(), # inputs of this run, of NEEDS
-    data:str='world', # label of the rows that count
+    have=(), # keys of NEEDS: inputs of this run
+    data:str='world', # label of the data set
 ) -> dict: # about, claim, claimed, measured, lo, hi, unit, verdict, how
-    "What the tables say of a claim."
+    "Return the measured value of a claim with its verdict."
     value, lo, hi, reason, used = np.nan, np.nan, np.nan, '', claim.reads[:1]
     for reads in (*claim.card, *claim.reads):
         try: (value, lo, hi), used = computed(reads, tables, data), (reads,)
@@ -137,7 +142,8 @@ def judge_claim(
     on_card = used[0] in claim.card if used else False
     lacking = [NEEDS[n] for n in claim.needs if n not in have and not on_card]
     known = np.isfinite(value)
-    verdict = within(claim, value, lo, hi) if known else f'not measured: {reason}' if reason else 'not measured: no table holds it'
+    verdict = within(claim, value, lo,
+                     hi) if known else f'not measured: {reason}' if reason else 'not measured: no table holds it'
     how = '; '.join(describe_source(r, tables, data) for r in used)
     if known and verdict.startswith('holds') and claim.only_if:
         other = np.nan
@@ -157,32 +163,33 @@ def judge_claim(
 def describe_source(
     reads:tuple, # (expression, cells)
     tables:Tables,
-    data:str='world',
+    data:str='world', # label of the data set
 ) -> str:
-    "Where a value comes from."
+    "Return a sentence that names the cells of a value."
     expression, cells = reads
     card = lambda: f' of gac bench on {read_json(GPU_REPORT/"provenance.json").get("device", "a GPU")}, random weights'
-    place = lambda t: f'{t.rpartition("/")[2]}.csv' + (card() if t.startswith('gpu/') else f' of {tables.made_by[t]}' if t in tables.made_by else '')
+    place = lambda t: f'{t.rpartition("/")[2]}.csv' + (card() if t.startswith('gpu/') else f' of {tables.made_by[t]}'
+                                                       if t in tables.made_by else '')
     found = [f'{k} = {c} in {place(t)}' + (f' where {of_data(q, data)}' if q else '') for k, (t, q, c) in cells.items()]
     return found[0].removeprefix('x = ') if expression == 'x' else f'{expression} with {", ".join(found)}'
 
 # %% ../../nbs/lib/evaluation/claims.ipynb #0aacf927
 def class_of(
     verdict:str,
-) -> str: # of CLASSES
-    "The kind of a verdict."
+) -> str: # one of CLAIM_CLASSES
+    "Return the class of a verdict."
     return next(c for c in ('holds only if', *CLAIM_CLASSES) if verdict.startswith(c))
 
 # %% ../../nbs/lib/evaluation/claims.ipynb #cl3factsc
-TILES, SIDE = 199_762, 120  # of BigEarthNet v2 that the documents reckon with; px
+TILES, SIDE = 199_762, 120  # tiles of BigEarthNet v2 and their side in px, as in the documents
 
 def lora_share(
     generator:str='terramind_v1_large_generate', # as TerraTorch names it
-    reach:str='cross', # layers with adapters, of grounding.GROUNDING_TARGETS
-    r:int=8, # rank
-    taps:int=4, # depths of the decoder the head reads
+    reach:str='cross', # key of grounding.GROUNDING_TARGETS: layers with adapters
+    r:int=8, # rank of the adapters
+    taps:int=4, # number of decoder depths the head reads
 ) -> float: # %
-    "Share of the parameters of Stage 3 that is trained, adapters and head."
+    "Return the share of the parameters of Stage 3 that is trained: adapters and head."
     import re
     core = build_blank(generator, memory=False, modalities=['S1GRD', 'S2L2A'])
     linear = {f'core.{k}': m for k, m in core.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -195,10 +202,10 @@ def lora_share(
 
 # %% ../../nbs/lib/evaluation/claims.ipynb #cc75647d
 def unfrozen_share(
-    backbone:str='prithvi_eo_v2_600_tl',
-    last:int=2, # blocks that train in full
+    backbone:str='prithvi_eo_v2_600_tl', # as TerraTorch names it
+    last:int=2, # number of last blocks whose weights are all trained
 ) -> float: # %
-    "Share of the parameters of Stage 2 that is trained where the last blocks are unfrozen too."
+    "Return the share of the parameters of Stage 2 that is trained with the last blocks unfrozen."
     cost, encoder = forecast_memory(backbone), build_blank(backbone, memory=False)
     free = sum(p.numel() for block in encoder.blocks[-last:] for p in block.parameters())
     return 100*(cost['trainable'] + free)/cost['params']
@@ -206,7 +213,7 @@ def unfrozen_share(
 # %% ../../nbs/lib/evaluation/claims.ipynb #a738cc2d
 @lru_cache
 def facts() -> pd.DataFrame: # fact, value, unit
-    "What can be counted without weights, data or a GPU."
+    "Return the facts that can be counted without weights, data or a GPU."
     pixels = TILES*len(OPT_BANDS)*SIDE**2
     encoder = build_blank('terramind_v1_large', memory=False)
     rows = {'trained share of Stage 2, 600M, rank 8': (forecast_memory('prithvi_eo_v2_600_tl')['share_%'], '%'),

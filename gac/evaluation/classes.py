@@ -16,25 +16,26 @@ from ..core.files import GacError
 from ..core.vocabulary import LULC_CLASSES
 
 # %% ../../nbs/lib/evaluation/classes.ipynb #ab3fb6dd
-IGNORED = -1
+IGNORED = -1  # label of pixels without a known class
 
 # %% ../../nbs/lib/evaluation/classes.ipynb #90e53c81
-AVERAGES = ('miou', 'f1', 'pixel_accuracy')
+AVERAGES = ('miou', 'f1', 'pixel_accuracy')  # names of the first three scores of `measures`
 
 def confusion(
-    truth, # (n, H, W) classes, IGNORED where nothing is known
-    told, # (n, H, W) classes
-    k:int, # classes
-) -> np.ndarray: # (n, k, k) pixels; rows are the truth
-    "Confusion matrix of every tile."
+    truth, # (n, H, W) class numbers, IGNORED where unknown
+    told, # (n, H, W) predicted class numbers
+    k:int, # number of classes
+) -> np.ndarray: # (n, k, k) pixels; rows: truth, columns: prediction
+    "Return the confusion matrix of every tile."
     truth, told = np.asarray(truth), np.asarray(told)
-    if truth.shape != told.shape: raise GacError(f'Labels {truth.shape} and predictions {told.shape} are not of the same tiles.')
+    if truth.shape != told.shape:
+        raise GacError(f'Labels {truth.shape} and predictions {told.shape} are not of the same tiles.')
     return np.stack([np.bincount((k*t + p)[t != IGNORED], minlength=k*k).reshape(k, k)
                      for t, p in zip(truth.astype(int), told.astype(int))])
 
 # %% ../../nbs/lib/evaluation/classes.ipynb #db26f243
 def class_scores(matrix) -> tuple[np.ndarray, np.ndarray]: # (…, k, k) pixels -> IoU, F1 (…, k)
-    "Scores of every class; NaN for a class the truth lacks."
+    "Return IoU and F1 of every class, NaN for a class the truth lacks."
     m = np.asarray(matrix, float)
     true, told, hit = m.sum(-1), m.sum(-2), np.diagonal(m, axis1=-2, axis2=-1)
     with np.errstate(invalid='ignore', divide='ignore'):
@@ -42,10 +43,10 @@ def class_scores(matrix) -> tuple[np.ndarray, np.ndarray]: # (…, k, k) pixels 
 
 # %% ../../nbs/lib/evaluation/classes.ipynb #f0b44600
 def measures(
-    matrix, # (…, k, k) pixels; rows are the truth
-    whole=None, # (k, k) pixels of all tiles: in the averages its scores stand for classes that `matrix` lacks
-) -> np.ndarray: # (…, 3 + k): AVERAGES, then the IoU of every class; NaN for a class the truth lacks
-    "Scores of confusion matrices."
+    matrix, # (…, k, k) pixels; rows: truth
+    whole=None, # (k, k) pixels of all tiles; its scores replace, in the averages, those of classes that `matrix` lacks
+) -> np.ndarray: # (…, 3 + k); NaN for a class the truth lacks
+    "Return the scores of confusion matrices: AVERAGES, then the IoU of every class."
     m = np.asarray(matrix, float)
     iou, f1 = class_scores(m)
     full = [iou, f1] if whole is None else [np.where(np.isnan(x), w, x) for x, w in zip((iou, f1), class_scores(whole))]
@@ -60,8 +61,8 @@ def resampled(
     scenes, # (n,) scene of each tile
     n:int=2000, # resamples
     seed:int=0, # of the resampling
-) -> np.ndarray: # (n, 3 + k)
-    "Scores of bootstrap resamples of scenes and seeds; the same draws for any arm."
+) -> np.ndarray: # (n, 3 + k), as of measures
+    "Return the scores of bootstrap resamples of scenes and seeds; equal for all inputs with the same seed."
     m = np.asarray(matrices, float)
     groups, rng = pd.factorize(np.asarray(scenes))[0], np.random.default_rng(seed)
     S, B, k = len(m), groups.max() + 1, m.shape[-1]
@@ -74,7 +75,7 @@ def resampled(
 
 # %% ../../nbs/lib/evaluation/classes.ipynb #1787924d
 def interval(samples, level:float=.95) -> tuple: # (n, M) -> (M,), (M,)
-    "Percentile interval; a class that too few resamples hold has none."
+    "Return the bounds of the percentile interval; NaN for a class that most resamples lack."
     enough = np.isfinite(samples).mean(0) > .5
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', RuntimeWarning)
@@ -83,5 +84,5 @@ def interval(samples, level:float=.95) -> tuple: # (n, M) -> (M,), (M,)
 
 # %% ../../nbs/lib/evaluation/classes.ipynb #a8382051
 def columns_of(classes:Sequence[int]) -> list[str]:
-    "Names of the scores."
+    "Return the column names of the scores of some land-cover classes."
     return [*AVERAGES, *(f'iou_{LULC_CLASSES[c].replace(" ", "_").replace("/", "_")}' for c in classes)]

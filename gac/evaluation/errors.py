@@ -15,37 +15,38 @@ from ..measure.edges import EDGE_FLOOR, edge_level, image_edges
 from ..measure.tables import load_tiles
 
 # %% ../../nbs/lib/evaluation/errors.ipynb #d00c3931
-DISTANCES = (1, 2, 4, 8, 16)  # px, borders of the classes
+DISTANCES = (1, 2, 4, 8, 16)  # px, borders of the distance classes
 
 def edge_distance(
     truth:np.ndarray, # (n, 4, H, W) reflectance
 ) -> np.ndarray: # (n, H - 12, W - 12) px; infinite where a tile has no edge
-    "Distance to the nearest strong edge of the truth."
+    "Return the distance of each pixel to the nearest strong edge of the truth."
     from scipy.ndimage import distance_transform_edt
     edges = image_edges(truth)
     strong = (edges > edge_level(edges, EDGE_FLOOR)).numpy()
     return np.stack([distance_transform_edt(~m) if m.any() else np.full(m.shape, np.inf) for m in strong])
 
 # %% ../../nbs/lib/evaluation/errors.ipynb #edb50af4
-def distance_class(distance:np.ndarray) -> np.ndarray: # of the same shape, numbers of DISTANCE_NAMES
-    "0 on an edge, then rings around it."
+def distance_class(distance:np.ndarray) -> np.ndarray: # same shape, keys of DISTANCE_NAMES
+    "Return the class of each distance: 0 on an edge, then rings, then no edge in the tile."
     return np.where(np.isinf(distance), len(DISTANCES) + 1, np.searchsorted(DISTANCES, distance, side='right'))
 
 # %% ../../nbs/lib/evaluation/errors.ipynb #84330194
+# class of distance_class -> name
 DISTANCE_NAMES = {0: 'on an edge', 1: '1 to 2 px', 2: '2 to 4 px', 3: '4 to 8 px', 4: '8 to 16 px', 5: 'beyond 16 px',
                   6: 'no edge in the tile'}
 
-def inner(x:np.ndarray) -> np.ndarray:
-    "The part of a map that edge maps cover."
+def inner(x:np.ndarray) -> np.ndarray: # (…, H, W) -> (…, H - 12, W - 12)
+    "Return the part of a map that edge maps cover."
     return x[..., 6:-6, 6:-6]
 
 # %% ../../nbs/lib/evaluation/errors.ipynb #69c4ef36
 def class_sums(
     error:np.ndarray, # (n, H, W) absolute error, mean over bands
-    classes:np.ndarray, # (n, H, W) whole numbers
-    names:dict, # number -> name
-) -> pd.DataFrame: # (n rows) x (name, what): sums of the error and numbers of pixels
-    "What a tile adds to each class."
+    classes:np.ndarray, # (n, H, W) class numbers
+    names:dict, # class number -> name
+) -> pd.DataFrame: # n rows; columns (name, sum) and (name, pixels)
+    "Return the sum of the error and the number of pixels of each class in each tile."
     parts = {}
     for k, name in names.items():
         at = classes == k
@@ -56,11 +57,11 @@ def class_sums(
 def ratio_ci(
     top:np.ndarray, # (n, K) sums per tile
     bottom:np.ndarray, # (n,) numbers of pixels per tile
-    scenes, # (n,)
+    scenes, # (n,) scene of each tile
     n:int=2000, # resamples
-    seed:int=0,
+    seed:int=0, # of the resampling
 ) -> tuple: # ratio, lower and upper bound: (K,) each
-    "A ratio of sums with its 95 % bootstrap interval over scenes."
+    "Return a ratio of sums with its 95 % bootstrap interval over scenes."
     code = pd.factorize(np.asarray(scenes))[0]
     S = code.max() + 1
     over = np.zeros((S, top.shape[1] + 1))
@@ -68,18 +69,21 @@ def ratio_ci(
     drawn = np.random.default_rng(seed).multinomial(S, np.full(S, 1/S), n) @ over  # (n, K + 1)
     drawn = drawn[drawn[:, -1] > 0]
     ratio = drawn[:, :-1]/drawn[:, -1:]
-    lo, hi = np.quantile(ratio, (.025, .975), axis=0) if (over[:, -1] > 0).sum() > 1 else np.full((2, top.shape[1]), np.nan)
+    lo, hi = np.quantile(ratio, (.025, .975), axis=0) if (over[:, -1] > 0).sum() > 1 else np.full((2, top.shape[1]),
+        np.nan)
     return over[:, :-1].sum(0)/over[:, -1].sum(), lo, hi
 
 # %% ../../nbs/lib/evaluation/errors.ipynb #29b28697
 def error_table(
-    sums:dict, # method -> class_sums of the same tiles
-    scenes, # (n,)
-    label:str, # data
-    kind:str, # land cover, distance to edge
+    sums:dict, # method -> table of class_sums of the same tiles
+    scenes, # (n,) scene of each tile
+    label:str, # name of the data set
+    kind:str, # name of the split: land cover, distance to edge
     seed:int=0, # of the bootstrap
 ) -> pd.DataFrame: # data, by, class, share, n_tiles, method, mae, lo, hi, gain, gain_lo, gain_hi
-    "Mean absolute error by class; the gain is that over the first method on the same pixels, positive where the error is smaller."
+    """Return the mean absolute error of each class and method.
+
+    The gain is that over the first method on the same pixels; positive: the error is smaller."""
     rows, first = [], next(iter(sums.values()))
     total = first.xs('pixels', axis=1, level=1).to_numpy().sum()
     for name in first.columns.unique(0):
@@ -94,14 +98,14 @@ def error_table(
 
 # %% ../../nbs/lib/evaluation/errors.ipynb #44a312b5
 def errors_by_class(
-    store, # store.Store with the truth, and lulc if it has it
+    store, # store.Store with the truth, and lulc where known
     rows, # positions in the store
     methods:dict, # name -> method: tiles -> (n, 4, H, W) reflectance
-    label:str, # data
+    label:str, # name of the data set
     batch_size:int=16, # tiles at a time
     seed:int=0, # of the bootstrap
-) -> pd.DataFrame: # of error_table, for land cover (where the store has it) and for distance to edge
-    "Where the stages err."
+) -> pd.DataFrame: # as of error_table
+    "Return the errors of some methods by land cover and by distance to an edge."
     parts, scenes, covered = {}, [], 'lulc' in store.arrays
     for i in range(0, len(rows), batch_size):
         batch = load_tiles(store, rows[i:i + batch_size])
@@ -113,5 +117,6 @@ def errors_by_class(
             for kind, (classes, names, cut) in kinds.items():
                 parts.setdefault(kind, {}).setdefault(name, []).append(class_sums(cut(error), classes, names))
     join = lambda found: {m: pd.concat(p, ignore_index=True) for m, p in found.items()}
-    return pd.concat([error_table(join(found), np.concatenate(scenes), label, kind, seed) for kind, found in parts.items()],
+    return pd.concat([error_table(join(found), np.concatenate(scenes), label, kind, seed)
+                      for kind, found in parts.items()],
                      ignore_index=True)

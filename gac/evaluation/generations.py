@@ -30,7 +30,7 @@ def sample_seed(
     seed:int, # of the run
     k:int, # number of the generation
 ) -> int:
-    "The seed of one generation."
+    "Return the seed of one generation."
     return int(np.random.SeedSequence((seed, k, 11)).generate_state(1)[0])
 
 # %% ../../nbs/lib/evaluation/generations.ipynb #dca3ac64
@@ -38,12 +38,13 @@ def sample_seed(
 def generations(
     model, # from stage1.build_terramind_generator
     batch:dict, # tiles as of tables.load_tiles
-    n:int, # generations
-    decoding:Decoding, # its steps and clamp count; tokens are sampled
+    n:int, # number of generations
+    decoding:Decoding, # sampling settings; steps and clamp are used, tokens are always sampled
     seed:int=0, # of the run
 ) -> np.ndarray: # (n, tiles, 4, H, W) reflectance
-    "Several images of every radar tile."
-    s1, who = torch.as_tensor(np.ascontiguousarray(batch['s1']), dtype=torch.float32), [tile_number(i) for i in batch['id']]
+    "Return several images of every radar tile."
+    s1, who = torch.as_tensor(np.ascontiguousarray(batch['s1']), dtype=torch.float32), [tile_number(i)
+        for i in batch['id']]
     logits, made = model.token_logits(s1), []
     for s in (sample_seed(seed, k) for k in range(n)):
         codes = model.codes(logits, 'sample', [tile_generator(s, str(t), 0, 'tokens') for t in who])
@@ -53,13 +54,13 @@ def generations(
 # %% ../../nbs/lib/evaluation/generations.ipynb #06c6f998
 @dataclass
 class ChainOf:
-    "The stages of a run, ready to be run on any first image."
+    "Hold the trained stages of a run, to run them on any image of Stage 1."
     generator: object # generator.Generator
-    decoding: Decoding # of Stage 1
-    refiner: object = None # refiner.PrithviRefiner
-    grounding: object = None # grounding.Stage3GroundingModel
+    decoding: Decoding # sampling settings of Stage 1
+    refiner: object = None # refiner.PrithviRefiner; None: no Stage 2
+    grounding: object = None # grounding.Stage3GroundingModel; None: no Stage 3
     def later(self, batch:dict, v1:np.ndarray) -> dict: # name of methods.METHOD_ARRAYS -> (n, 4, H, W) reflectance
-        "What every stage makes of a first image."
+        "Return the image after every stage for an image of Stage 1."
         made = {'Stage 1': v1}
         if self.refiner is not None:
             made['Stage 1+2'] = refine(self.refiner, v1, {k: batch[k] for k in CONDITIONED if k in batch})
@@ -68,7 +69,7 @@ class ChainOf:
             made[name] = stage3_inference(self.grounding, batch['s1'], list(made.values())[-1]).numpy()
         return made
     def settings(self) -> dict:
-        "What an image depends on beside the radar and the seed."
+        "Return all settings an image depends on, except the radar and the seed."
         own = dict(decoding=asdict(self.decoding), weights=weights_checksums(self.generator.core))
         if self.refiner is not None: own['stage2'] = fingerprint_stage2(self.refiner)
         if self.grounding is not None: own['stage3'] = fingerprint_stage3(self.grounding)
@@ -79,7 +80,7 @@ def chain_of(
     run, # run.Run
     product:str='S1GRD', # radar product of the tiles
 ) -> ChainOf:
-    "The chain of a run, as far as it was trained."
+    "Return the trained stages of a run."
     name, weights, decoding = chosen_decoding(run)
     there = lambda folder, file: run.dir/folder if (run.dir/folder/file).exists() else None
     two, three = there('stage2', REFINER_FILE), there('stage3', GROUNDING_FILE)
@@ -89,7 +90,7 @@ def chain_of(
 
 # %% ../../nbs/lib/evaluation/generations.ipynb #b6f2351e
 def sample_arrays(chain:ChainOf) -> dict: # name of methods.METHOD_ARRAYS -> array
-    "Where the generations of each stage are kept."
+    "Return the name of the array that holds the generations of each stage."
     stages = ['Stage 1', *(['Stage 1+2'] if chain.refiner is not None else []),
               *(['Stage 1+2+3' if chain.refiner is not None else 'Stage 1+3'] if chain.grounding is not None else [])]
     return {s: f'several_{METHOD_ARRAYS[s]}' for s in stages}
@@ -99,13 +100,16 @@ def keep_generations(
     chain:ChainOf,
     store, # store.Store with the radar
     rows, # positions in the store
-    folder, # of the companion store that keeps them
-    n:int=8, # generations
+    folder, # folder of the derived store
+    n:int=8, # number of generations
     seed:int=0, # of the run
     batch_size:int=4, # tiles at a time
 ): # store.Store with the arrays of sample_arrays: (n, 4, H, W) per tile, reflectance x 10000
-    "Several generations of every tile, through all stages. Stopped at any moment and called again, it goes on and leaves the same bytes."
-    into, arrays, made = derived_store(store, folder), sample_arrays(chain), dict(n=n, seed=seed, units='reflectance x 10000', **chain.settings())
+    """Store several generations of every tile, through all stages; return the store.
+
+    An interrupted call can be repeated: it continues and leaves the same bytes."""
+    into, arrays, made = derived_store(store, folder), sample_arrays(chain), dict(n=n, seed=seed,
+        units='reflectance x 10000', **chain.settings())
     for array in arrays.values():
         drop_other(into, array, made)
         into.ensure_array(array, (n, len(OPT_BANDS), *store.arrays['s1'].shape[-2:]), 'int16', made)

@@ -22,10 +22,10 @@ from ..measure.tables import load_tiles
 def radar_guided_smoothing(
     image, # (B, 4, H, W) reflectance
     s1, # (B, 2, H, W) dB
-    sigma:float=2., # px, width of the smoothing
-    reach:float=1.5, # strength of a radar edge, in strong ones, from which on nothing is smoothed
-) -> torch.Tensor: # as image
-    "An image without structure where the radar shows none."
+    sigma:float=2., # px, standard deviation of the Gaussian
+    reach:float=1.5, # edge strength above which nothing is smoothed, in units of the strong radar edges of the tile
+) -> torch.Tensor: # (B, 4, H, W) reflectance
+    "Smooth an image where the radar shows no edge; return the smoothed image."
     x, radar = (torch.as_tensor(image).clamp_min(0) + DARK_REFLECTANCE).log(), radar_edges(s1)
     border = (x.shape[-1] - radar.shape[-1])//2
     shown = F.pad((radar/edge_level(radar))[:, None], [border]*4, mode='replicate')
@@ -34,24 +34,24 @@ def radar_guided_smoothing(
     return (x + even*(rows @ x @ columns.T - x)).exp() - DARK_REFLECTANCE
 
 # %% ../../nbs/lib/evaluation/mixtures.ipynb #b10c0002
-MIXING_SHARES = (.1, .2, .3, .4, .5)  # of the second method, those that are tried
+MIXING_SHARES = (.1, .2, .3, .4, .5)  # shares of the second method that best_share tries
 
 def mean_method(
     first:Callable, # method: tiles -> (n, 4, H, W) reflectance
-    second:Callable, # another
-    share:float, # of the second, 0 to 1
-) -> Callable: # a third
-    "The weighted mean of the images of two methods."
+    second:Callable, # method of the same kind
+    share:float, # weight of the second, 0 to 1
+) -> Callable: # method of the same kind
+    "Return the method whose image is the weighted mean of the images of two methods."
     return lambda batch: (1 - share)*np.asarray(first(batch)) + share*np.asarray(second(batch))
 
 # %% ../../nbs/lib/evaluation/mixtures.ipynb #9059d50f
 def best_share(
     store, # store.Store
-    rows, # positions in the store, of tiles that nothing is reported for
+    rows, # positions in the store, of validation tiles
     first:Callable, second:Callable, # methods
     batch_size:int=16, # tiles at a time
-) -> float: # one of SHARES; 0: every share costs PSNR or invents as many edges
-    "The share of the second method with the fewest edges without support, among those that cost the first no PSNR."
+) -> float: # one of MIXING_SHARES; 0: every share costs PSNR or adds unsupported edges
+    "Return the share of the second method with the fewest unsupported edges, among those that cost the first no PSNR."
     found = {s: [] for s in (0, *MIXING_SHARES)}
     for i in range(0, len(rows), batch_size):
         batch = load_tiles(store, rows[i:i + batch_size])

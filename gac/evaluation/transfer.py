@@ -28,20 +28,22 @@ from ..stages.stage2 import CONDITIONED, load_stage2, stage2_method
 from ..stages.stage3 import load_stage3
 
 # %% ../../nbs/lib/evaluation/transfer.ipynb #e8f3ee0f
-FEW_TILES = 10  # tiles below which a group's interval says little
-# degrees of longitude
+FEW_TILES = 10  # tiles; smaller groups are marked in the tables
+# name -> borders in degrees of longitude
 SECTORS = {'Americas': (-180., -30.), 'Europe and Africa': (-30., 60.), 'Asia and Australia': (60., 180.1)}
 
-def sector(lon:float) -> str: # degrees
-    "A third of the globe."
+def sector(
+    lon:float, # degrees
+) -> str: # key of SECTORS, or unknown
+    "Return the third of the globe a longitude belongs to."
     return next((name for name, (west, east) in SECTORS.items() if west <= lon < east), 'unknown')
 
 # %% ../../nbs/lib/evaluation/transfer.ipynb #84955567
 def groups_of(
-    table:pd.DataFrame, # of a store.Store
+    table:pd.DataFrame, # table of a store.Store
     by:str, # biome, region or sector
 ) -> pd.Series: # id -> name of its group
-    "Which group a tile belongs to."
+    "Return the group of every tile."
     named = dict(biome=lambda t: [BIOMES.get(int(b), 'unknown') for b in t.biome],
                  sector=lambda t: [sector(x) for x in t.lon],
                  region=lambda t: [str(c) if c is not None and str(c) not in ('', 'nan', 'None') else 'unknown'
@@ -53,113 +55,124 @@ def groups_of(
 def place_gains(
     measured:pd.DataFrame, # from tables.measure_methods
     groups:pd.Series, # id -> group
-    label:str, # data
+    label:str, # name of the data set
     steps:dict, # name -> pair of methods
-    columns=('psnr', 'sam_deg', 'sar_edge_gap', 'hallucination'), # measures
+    columns=('psnr', 'sam_deg', 'sar_edge_gap', 'hallucination'), # names of measures
     seed:int=0, # of the bootstrap
     seeds:int=1, # trainings the measured values are means of
 ) -> pd.DataFrame: # data, group, step, metric, before, after, gain, lo, hi, n_tiles, n_scenes, few, seeds
-    "What each step gains in each group, the largest group first; positive is better."
+    "Return the gain of each step in each group, largest group first; positive is better."
     parts, of = [], groups.reindex(measured.index.get_level_values('id')).to_numpy()
-    sizes = groups.loc[measured.index.unique('id')].value_counts().sort_index().sort_values(ascending=False, kind='stable')
+    sizes = groups.loc[measured.index.unique('id')].value_counts().sort_index().sort_values(ascending=False,
+        kind='stable')
     for group, n in sizes.items():
         part = measured[of == group]
         mean = part.drop(columns='scene').groupby(level='method').mean()
         table = gains_of_stages(part, label, steps, columns, seed, seeds)
         at = lambda k: [mean.loc[steps[s][k], m] for s, m in zip(table.step, table.metric)]
-        parts.append(table.assign(group=group, before=at(0), after=at(1), n_tiles=n, few='yes' if n < FEW_TILES else 'no'))
-    order = ['data', 'group', 'step', 'metric', 'before', 'after', 'gain', 'lo', 'hi', 'n_tiles', 'n_scenes', 'few', 'seeds']
+        parts.append(table.assign(group=group, before=at(0), after=at(1), n_tiles=n, few='yes' if n < FEW_TILES
+                                  else 'no'))
+    order = ['data', 'group', 'step', 'metric', 'before', 'after', 'gain', 'lo', 'hi', 'n_tiles', 'n_scenes', 'few',
+             'seeds']
     return pd.concat(parts, ignore_index=True)[order]
 
 # %% ../../nbs/lib/evaluation/transfer.ipynb #b44f90ec
-HELD_OUT_BIOMES = {'cold': (6, 11), 'dry': (7, 12, 13), 'tropical forest': (1,), 'temperate': (4, 5, 8)}  # groups of biomes
+# name of a fold -> codes of its biomes
+HELD_OUT_BIOMES = {'cold': (6, 11), 'dry': (7, 12, 13), 'tropical forest': (1,), 'temperate': (4, 5, 8)}
 
 def held_out_tiles(
-    table:pd.DataFrame, # of a store.Store
-    fold:str, # of HELD_OUT, of SECTORS, or a value of the column country
+    table:pd.DataFrame, # table of a store.Store
+    fold:str, # key of HELD_OUT_BIOMES or SECTORS, or a value of the column country
 ) -> np.ndarray: # (tiles,) bool
-    "Which tiles a fold holds back."
+    "Return which tiles a fold holds back; refuse a fold without tiles."
     if fold in HELD_OUT_BIOMES: return table.biome.isin(HELD_OUT_BIOMES[fold]).to_numpy()
     if fold in SECTORS: return (groups_of(table, 'sector') == fold).to_numpy()
     found = (table.country.astype(str) == fold).to_numpy()
     known = ', '.join([*HELD_OUT_BIOMES, *SECTORS])
-    if not found.any(): raise GacError(f'Fold {fold!r}: no tile lies there. Expected one of {known}, or a region of the tiles.')
+    if not found.any():
+        raise GacError(f'Fold {fold!r}: no tile lies there. Expected one of {known}, or a region of the tiles.')
     return found
 
 # %% ../../nbs/lib/evaluation/transfer.ipynb #5aacd91e
 def exchanged(
-    rows, # positions of a split
-    held:np.ndarray, # (tiles,) bool, of held_out
-    n:int, # tiles wanted
+    rows, # positions of the tiles of a split
+    held:np.ndarray, # (tiles,) bool, of held_out_tiles
+    n:int, # tiles of each selection
     seed:int=0,
-) -> dict: # elsewhere, everywhere: n positions each, that differ in the held-out places alone
-    "The same tiles but for the share of a held-out place."
+) -> dict: # elsewhere, everywhere -> n positions
+    "Return two selections of tiles that differ in the held-out places alone; refuse too few tiles."
     rows = np.random.default_rng((seed, 17)).permutation(np.asarray(rows))
     there, others = rows[held[rows]], rows[~held[rows]]
     share = int(round(n*len(there)/max(1, len(rows))))
     if len(others) < n or len(there) < share:
-        raise GacError(f'{len(others)} tiles outside the held-out place and {len(there)} in it: {n} and {share} were asked for. Take fewer pairs.')
+        raise GacError(f'{len(others)} tiles outside the held-out place and {len(there)} in it: '
+                       f'{n} and {share} were asked for. Take fewer pairs.')
     return dict(elsewhere=np.sort(others[:n]), everywhere=np.sort(np.concatenate([there[:share], others[:n - share]])))
 
 # %% ../../nbs/lib/evaluation/transfer.ipynb #fe70ff36
 class Selection:
-    "A tile store whose splits hold chosen rows; everything else is the store's."
+    "Show a tile store with other splits; everything else is the store's own."
     def __init__(self,
         store, # store.Store
         splits:dict, # train, val -> positions
     ): self._store, self._splits = store, splits
-    def rows(self, split:str|None=None) -> np.ndarray: return self._store.rows() if split is None else self._splits[split]
+    def rows(self, split:str|None=None) -> np.ndarray:
+        return self._store.rows() if split is None else self._splits[split]
     def __getattr__(self, name:str): return getattr(self._store, name)
     def __len__(self) -> int: return len(self._store)
 
 # %% ../../nbs/lib/evaluation/transfer.ipynb #a330ebc6
 def fold_sizes(
     store, # store.Store
-    fold:str, # of held_out
+    fold:str, # as of held_out_tiles
     pairs:int, # training pairs asked for
     val_tiles:int, # validation tiles asked for
-) -> tuple: # both, no more than lie outside the held-out places
-    "What a fold can be trained on; an error where the held-out places have no part in it."
+) -> tuple: # training pairs, validation tiles; at most those outside the held-out places
+    "Return the numbers of tiles a fold can be trained and validated on; refuse a fold without a part in either."
     held = held_out_tiles(store.table, fold)
     train, val = store.rows('train'), store.rows('val')
     n, n_val = (min(asked, int((~held[rows]).sum())) for asked, rows in ((pairs, train), (val_tiles, val)))
     if not (n and n_val and round(n*held[train].mean())):
-        raise GacError(f'{int((~held[train]).sum())} training and {int((~held[val]).sum())} validation tiles outside the held-out places of {fold!r}, '
+        raise GacError(f'{int((~held[train]).sum())} training and {int((~held[val]).sum())} validation tiles '
+                       f'outside the held-out places of {fold!r}, '
                        f'{int(held[train].sum())} training tiles in them: some of each are needed.')
     return n, n_val
 
 # %% ../../nbs/lib/evaluation/transfer.ipynb #57f89aeb
 def selections(
     store, # store.Store
-    fold:str, # of held_out
+    fold:str, # as of held_out_tiles
     pairs:int, # training pairs
     val_tiles:int, # validation tiles
     seed:int=0,
 ) -> dict: # elsewhere, everywhere -> Selection
-    "The tiles of the two trainings of a fold; both are validated on the same ones, none of a held-out place."
+    """Return the tiles of the two trainings of a fold.
+
+    Both are validated on the same tiles, none of a held-out place."""
     held = held_out_tiles(store.table, fold)
     val = exchanged(store.rows('val'), held, val_tiles, seed)['elsewhere']
     return {where: Selection(store, dict(train=rows, val=val))
             for where, rows in exchanged(store.rows('train'), held, pairs, seed).items()}
 
 # %% ../../nbs/lib/evaluation/transfer.ipynb #bd0599be
-UNTOLD = tuple(f for f in CONDITIONED if f != 'biome')
+UNTOLD = tuple(f for f in CONDITIONED if f != 'biome')  # inputs of Stage 2 without the biome
 
 def fit_fold(
     store, # store.Store
-    v1:Callable, # method that gives opt_v1
+    v1:Callable, # method that returns opt_v1
     recipe:ChainRecipe,
-    fold:str, # of held_out
-    out_dir, # of the trainings
+    fold:str, # as of held_out_tiles
+    out_dir, # folder of the trainings
     seed:int=0,
     grounding:bool=False, # train Stage 3 as well
 ) -> dict: # name -> method: tiles -> (n, 4, H, W) reflectance
-    "Both trainings of a fold."
+    "Train both chains of a fold; return their methods."
     made = {'Stage 1': v1}
     for where, some in selections(store, fold, recipe.pairs, recipe.val_tiles, seed).items():
         home = Path(out_dir)/where
         made[f'{where}, Stage 1+2'] = v2 = fit_stage2(some, v1, recipe, home/'stage2', seed)
-        made[f'{where}, Stage 1+2, biome not told'] = blind = cached_method(stage2_method(load_stage2(home/'stage2'), v1, UNTOLD))
+        made[f'{where}, Stage 1+2, biome not told'] = blind = cached_method(stage2_method(load_stage2(home/'stage2'),
+            v1, UNTOLD))
         if not grounding: continue
         made[f'{where}, Stage 1+2+3'] = fit_stage3(some, v2, recipe, home/'stage3', seed)
         made[f'{where}, Stage 1+2+3, biome not told'] = stage3_method(load_stage3(home/'stage3'), blind)
@@ -167,10 +180,10 @@ def fit_fold(
 
 # %% ../../nbs/lib/evaluation/transfer.ipynb #e82f81c4
 def tested(
-    rows, # test tiles
-    held:np.ndarray, # (tiles,) bool, of held_out
-) -> np.ndarray: # the held-out ones, and as many of the others
-    "The test tiles of a fold."
+    rows, # positions of test tiles
+    held:np.ndarray, # (tiles,) bool, of held_out_tiles
+) -> np.ndarray: # positions
+    "Return the test tiles of a fold: the held-out ones and as many others."
     there, others = rows[held[rows]], rows[~held[rows]]
     return np.sort(np.concatenate([there, evenly_spaced(others, max(1, len(there)))]))
 
@@ -178,15 +191,17 @@ def tested(
 def transfer(
     run, # run.Run
     store, # store.Store with radar and truth
-    rows, # test tiles; of each fold those of `tested`
+    rows, # positions of test tiles; each fold takes those of `tested`
     recipe:ChainRecipe,
-    folds, # of held_out
-    seeds=(0,),
+    folds, # folds, as of held_out_tiles
+    seeds=(0,), # of the trainings
     grounding:bool=False, # train Stage 3 as well
     batch_size:int=8, # tiles at a time
-    lpips=None, # perception.LPIPS; None: looked for
+    lpips=None, # perception.LPIPS; None: used where its weights are found
 ) -> pd.DataFrame: # fold, seed, held, method, id, scene, measures: one row per tile
-    "Both trainings of every fold on the same test tiles. Each is kept in the run's folder, so that a stopped experiment goes on where it was."
+    """Measure both trainings of every fold on the same test tiles.
+
+    Trainings and measures are kept in the folder of the run, so that an interrupted experiment continues."""
     home, parts = run.dir/'trust', []
     v1, rows = opt_v1_of(run, store, rows)
     for fold in folds:
@@ -205,13 +220,16 @@ def transfer(
             one = pd.read_csv(file).assign(fold=fold, seed=seed)
             parts.append(one.assign(held=held.loc[one.id].to_numpy()))
             means = parts[-1][parts[-1].held].groupby('method').psnr.mean()
-            text = ', '.join(f'trained {m.partition(",")[0]} {means[m]:.2f}' for m in means.index if m.endswith(', Stage 1+2'))
+            text = ', '.join(f'trained {m.partition(",")[0]} {means[m]:.2f}' for m in means.index
+                             if m.endswith(', Stage 1+2'))
             print(f'{fold}, seed {seed}, Stage 1+2 in the held-out places: {text or "no test tile"} dB', flush=True)
     return pd.concat(parts, ignore_index=True)
 
 # %% ../../nbs/lib/evaluation/transfer.ipynb #3127dc65
-def fold_steps(methods) -> dict: # name -> pair of methods
-    "What is compared in a fold."
+def fold_steps(
+    methods, # names of methods, as of fit_fold
+) -> dict: # name of the step -> pair of methods
+    "Return the pairs of methods that are compared in a fold."
     steps = {}
     for s in ('Stage 1+2', 'Stage 1+2+3'):
         if f'everywhere, {s}' not in methods: continue
@@ -223,20 +241,22 @@ def fold_steps(methods) -> dict: # name -> pair of methods
 
 # %% ../../nbs/lib/evaluation/transfer.ipynb #782c5a2c
 def transfer_table(
-    told:pd.DataFrame, # from transfer
-    label:str, # data
+    told:pd.DataFrame, # table of transfer
+    label:str, # name of the data set
     pairs:int, # training pairs
-    columns=('psnr', 'sam_deg', 'sar_edge_gap'), # measures
+    columns=('psnr', 'sam_deg', 'sar_edge_gap'), # names of measures
     seed:int=0, # of the bootstrap
 ) -> pd.DataFrame: # data, fold, tested, pairs and the columns of place_gains
-    "The price of not having been there; negative: worse for it."
+    "Return the price of not having trained in a place; negative: worse than with the place."
     parts = []
     for fold, part in told.groupby('fold', sort=False):
         mean = part.drop(columns=['fold', 'seed', 'held', 'scene']).groupby(['method', 'id'], sort=False).mean()
         first = part.drop_duplicates('id').set_index('id')
         measured = mean.assign(scene=first.scene.reindex(mean.index.get_level_values('id')).to_numpy())
         where = first.held.map({True: 'held-out places', False: 'other places'})
-        table = place_gains(measured, where, label, fold_steps(mean.index.unique('method')), columns, seed, part.seed.nunique())
+        table = place_gains(measured, where, label, fold_steps(mean.index.unique('method')), columns, seed,
+                            part.seed.nunique())
         parts.append(table.rename(columns=dict(group='tested')).assign(fold=fold, pairs=pairs))
     table = pd.concat(parts, ignore_index=True)
-    return table[['data', 'fold', 'tested', 'pairs', *[c for c in table.columns if c not in ('data', 'fold', 'tested', 'pairs')]]]
+    return table[['data', 'fold', 'tested', 'pairs',
+                  *[c for c in table.columns if c not in ('data', 'fold', 'tested', 'pairs')]]]

@@ -25,35 +25,37 @@ from .survey import class_shares, majority, NO_LABEL, NYC_CLASSES, TO_CLASS, utm
 # %% ../../nbs/lib/nyc/build.ipynb #2738e307
 @dataclass(frozen=True)
 class BuildOptions:
-    "How a data set is cut."
-    size:int = 224 # chip, px
+    "Hold the settings of a data set."
+    size:int = 224 # px, side of a chip
     per_block:int = 2 # chips along the side of a parent block
-    guard:int = 32 # strip between blocks, px
-    timestamps:int = 4 # dates a data set has
-    test:int = 64 # test chips
-    val:float = .12 # share for validation
+    guard:int = 32 # px, width of the strip between blocks
+    timestamps:int = 4 # number of dates
+    test:int = 64 # number of test chips
+    val:float = .12 # share of the chips for validation
     seed:int = 0 # of the split
-    min_label:float = .5 # share of a chip with a label
-    min_seen:float = .6 # share of a chip every date shows
-    s2_offset:int|None = None # DN to take off; None: by the rules of offset_of
-    s1_units:str = 'auto' # dB, linear, amplitude; auto: by the rules of gac.tiles
-    suffix:str = '.tif' # of the chips
+    min_label:float = .5 # smallest share of a chip with a label
+    min_seen:float = .6 # smallest share of a chip that every date shows
+    s2_offset:int|None = None # DN to subtract; None: as of offset_of
+    s1_units:str = 'auto' # dB, linear, amplitude; auto: as of data.units
+    suffix:str = '.tif' # of the files of a chip: .tif or .npy
 
 # %% ../../nbs/lib/nyc/build.ipynb #0bb848d5
 def seen_optical(
-    dn:np.ndarray, # (12, H, W), NaN where there is nothing
-    scl, # (H, W) scene classes, or None
+    dn:np.ndarray, # (12, H, W) DN, NaN without data
+    scl, # (H, W) scene classes; None: unknown
 ) -> np.ndarray: # (H, W) bool
-    "Where an optical image shows the ground."
+    "Return which pixels of an optical image show the ground."
     ok = np.isfinite(dn).all(0) & (dn > 0).any(0)
     return ok if scl is None else ok & ~np.isin(np.nan_to_num(scl), CLOUDY)
 
 # %% ../../nbs/lib/nyc/build.ipynb #17d995b8
 def fill_from_others(
-    x:np.ndarray, # (T, C, H, W)
-    seen:np.ndarray, # (T, H, W)
-) -> np.ndarray:
-    "What one date does not show, as the mean of the dates that do; where none does, the mean of the chip."
+    x:np.ndarray, # (T, C, H, W), one image per date
+    seen:np.ndarray, # (T, H, W) bool
+) -> np.ndarray: # (T, C, H, W)
+    """Fill what one date does not show with the mean of the dates that do.
+
+    A pixel that no date shows gets the mean of the chip."""
     w = seen[:, None]
     mean = np.where(w, x, 0).sum(0)/np.maximum(w.sum(0), 1)  # (C, H, W)
     rest = mean[:, seen.any(0)].mean(1) if seen.any() else np.zeros(x.shape[1])
@@ -61,14 +63,17 @@ def fill_from_others(
     return np.where(w, x, mean)
 
 # %% ../../nbs/lib/nyc/build.ipynb #7046d1e4
-def stac_to_db(x:np.ndarray, unit:str) -> np.ndarray:
-    "Radar in dB; what is no number or no signal is NaN."
+def stac_to_db(
+    x:np.ndarray, # any shape
+    unit:str, # dB, linear, amplitude
+) -> np.ndarray: # dB
+    "Return radar in dB, NaN without a signal."
     with np.errstate(all='ignore'): x = S1_UNITS[unit](np.where(x != 0 if unit == 'dB' else x > 0, x, np.nan))
     return np.where(np.isfinite(x), x, np.nan)
 
 # %% ../../nbs/lib/nyc/build.ipynb #32d832a9
 def _survey(source, grid:GeoBox, opt:BuildOptions) -> tuple[list[int], str]:
-    "The checks on a coarse view of everything: offset of every date and unit of the radar."
+    "Check a coarse view of all images; return the offset of every date and the unit of the radar."
     coarse = grid.zoom_out(max(1, min(grid.shape)/256))
     images, offsets = [], []
     for d in source.dates:
@@ -86,15 +91,15 @@ def _survey(source, grid:GeoBox, opt:BuildOptions) -> tuple[list[int], str]:
 
 # %% ../../nbs/lib/nyc/build.ipynb #db2a0363
 def read_chip(
-    source, # Files or Catalogue
-    landcover, # the city's raster
-    box:GeoBox, # of the chip
-    offsets:Sequence[int], # DN to take off, per date
-    unit:str, # of the radar
-    opt:BuildOptions,
-    mapping:dict=TO_CLASS,
-) -> dict|str: # arrays and shares; or why the chip is left out
-    "One chip from the sources."
+    source, # sources.Files or sources.Catalogue
+    landcover, # raster of the survey
+    box:GeoBox, # grid of the chip
+    offsets:Sequence[int], # DN to subtract, per date
+    unit:str, # unit of the radar
+    opt:BuildOptions, # settings of the data set
+    mapping:dict=TO_CLASS, # code of the raster -> class
+) -> dict|str: # arrays and share of ground seen; or a reason
+    "Return the arrays of one chip, or the reason why it is left out."
     label = majority(class_shares(landcover, box, mapping))
     if (label != NO_LABEL).mean() < opt.min_label: return 'outside the survey'
     s2, s1, seen = [], [], []
@@ -103,7 +108,8 @@ def read_chip(
         db = stac_to_db(source.s1(d, box), unit)
         ok = seen_optical(dn, scl)
         if ok.mean() < opt.min_seen: return f'{d.day}: {ok.mean():.0%} of the ground is seen'
-        if np.isfinite(db).all(0).mean() < opt.min_seen: return f'{d.s1_day}: radar covers {np.isfinite(db).all(0).mean():.0%}'
+        if np.isfinite(db).all(0).mean() < opt.min_seen:
+            return f'{d.s1_day}: radar covers {np.isfinite(db).all(0).mean():.0%}'
         s2.append(dn - offset); s1.append(db); seen.append(ok)
     s1, seen = np.stack(s1), np.stack(seen)
     label = np.where(seen.any(0), label, NO_LABEL).astype(np.uint8)
@@ -113,22 +119,26 @@ def read_chip(
                 seen=round(float(seen.mean()), 4))
 
 # %% ../../nbs/lib/nyc/build.ipynb #a758dd82
-def class_columns(label:np.ndarray) -> dict: # (H, W)
-    "Share of each class among the labelled pixels."
+def class_columns(
+    label:np.ndarray, # (H, W) class numbers, NO_LABEL where unknown
+) -> dict: # class -> share
+    "Return the share of each class among the labelled pixels."
     known = label[label != NO_LABEL]
     return {c: round(float((known == i).mean()), 4) if known.size else 0. for i, c in enumerate(NYC_CLASSES)}
 
 # %% ../../nbs/lib/nyc/build.ipynb #ae735584
 def build_chips(
-    source, # Files or Catalogue
+    source, # sources.Files or sources.Catalogue
     out, # folder of the new data set
-    landcover=None, # the city's raster; None: the one the source names
-    opt:BuildOptions=BuildOptions(),
-    name:str='New York', # of the data set
+    landcover=None, # raster of the survey; None: the one the source names
+    opt:BuildOptions=BuildOptions(), # settings of the data set
+    name:str='New York', # name of the data set
     mapping:dict=TO_CLASS, # code of the raster -> class
     grid:GeoBox|None=None, # None: the UTM grid that covers the raster
 ) -> Chips:
-    "Cut chips from the sources; stopped and called again, it goes on."
+    """Cut chips from the sources; return the data set.
+
+    An interrupted call can be repeated: it continues."""
     landcover, out = landcover or getattr(source, 'landcover', None), Path(out)
     if landcover is None: raise GacError('No land-cover raster: name it with --landcover, or as landcover in the YAML.')
     grid = grid or utm_grid(landcover)
@@ -137,7 +147,8 @@ def build_chips(
             f'{opt.timestamps}. Name as many dates, or say --timestamps {len(source.dates)}.')
     places = chip_places(grid.shape, opt.size, opt.per_block, opt.guard)
     if places.empty:
-        raise GacError(f'The area is {grid.shape[0]}x{grid.shape[1]} px of 10 m: no chip of {opt.size} px fits. Use a smaller --tile-size.')
+        raise GacError(f'The area is {grid.shape[0]}x{grid.shape[1]} px of 10 m: no chip of {opt.size} px fits. Use '
+                       f'a smaller --tile-size.')
     offsets, unit = _survey(source, grid, opt)
     days = [d.day for d in source.dates]
     about = dict(name=name, crs=str(grid.crs), transform=list(grid.affine)[:6], days=days,
@@ -169,7 +180,7 @@ def build_chips(
 
 # %% ../../nbs/lib/nyc/build.ipynb #268ccadd
 def _journal(path:Path, key:str) -> dict:
-    "Chips an earlier call has made with the same options; a journal of other options is begun anew."
+    "Return the chips of an earlier call with the same options; drop those of other options."
     lines = path.read_text(encoding='utf-8').splitlines() if path.exists() else []
     rows = []
     for line in lines:

@@ -23,11 +23,11 @@ from .survey import NO_LABEL, NYC_CLASSES, open_raster_or_say
 # %% ../../nbs/lib/nyc/chips.ipynb #b20606c6
 def chip_places(
     shape:tuple, # height and width of the grid, px
-    size:int=224, # chip, px
-    per_block:int=2, # chips along a block's side
-    guard:int=32, # strip between blocks, px
+    size:int=224, # px, side of a chip
+    per_block:int=2, # chips along the side of a block
+    guard:int=32, # px, width of the strip between blocks
 ) -> pd.DataFrame: # id, block, top, left
-    "Places of all chips that fit."
+    "Return the places of all chips that fit."
     if guard < 1: raise GacError(f'guard is {guard}: expected at least 1 px, else chips of two splits touch.')
     pitch, rows = size*per_block + guard, []
     starts = lambda n: [(b, b*pitch + k*size) for b in range(n//pitch + 1) for k in range(per_block)
@@ -38,7 +38,9 @@ def chip_places(
 
 # %% ../../nbs/lib/nyc/chips.ipynb #241ed499
 def _deal(blocks:pd.Series, order:np.ndarray, test:int, val:int) -> np.ndarray:
-    "Splits for one order of the blocks: test first, then validation; what a test block has over the asked number is spared."
+    """Return the splits for one order of the blocks: test first, then validation.
+
+    Chips of a test block beyond the number asked for are spared."""
     split = np.full(len(blocks), 'train', object)
     for name, want in (('test', test), ('val', val)):
         have = 0
@@ -53,15 +55,16 @@ def _deal(blocks:pd.Series, order:np.ndarray, test:int, val:int) -> np.ndarray:
 # %% ../../nbs/lib/nyc/chips.ipynb #189fed50
 def assign_splits(
     chips:pd.DataFrame, # block, and one column per class: share of its pixels
-    test:int=64, # chips of the test set, where the area allows
+    test:int=64, # chips of the test set, at most a third of all
     val:float=.12, # share of the chips for validation
-    seed:int=0,
-    tries:int=300, # deals compared
+    seed:int=0, # of the assignments
+    tries:int=300, # assignments that are compared
 ) -> np.ndarray: # train, val, test or spare for every chip
-    "Split chips by whole blocks."
+    "Assign chips to splits by whole blocks; refuse too few blocks."
     n, blocks = len(chips), np.array(sorted(chips.block.unique()))
     if len(blocks) < 3:
-        raise GacError(f'{n} chips in {len(blocks)} blocks: a split needs 3 blocks. Use smaller chips or blocks, or a larger area.')
+        raise GacError(f'{n} chips in {len(blocks)} blocks: a split needs 3 blocks. Use smaller chips or blocks, or '
+                       f'a larger area.')
     test = min(test, n//3)
     shares, rng, best = chips[list(NYC_CLASSES)].to_numpy(), np.random.default_rng(seed), None
     for _ in range(tries):
@@ -71,32 +74,40 @@ def assign_splits(
         uneven = sum(np.abs(np.sqrt(p) - np.sqrt(shares.mean(0))).sum() for p in parts)
         if best is None or uneven < best[0]: best = uneven, split
     if best is None:
-        raise GacError(f'{n} chips in {len(blocks)} blocks: nothing is left to train on. Use smaller blocks, or fewer test chips.')
+        raise GacError(f'{n} chips in {len(blocks)} blocks: nothing is left to train on. Use smaller blocks, or '
+                       f'fewer test chips.')
     return best[1]
 
 # %% ../../nbs/lib/nyc/chips.ipynb #2b04af3e
 def split_gap(
     chips:pd.DataFrame, # split, top, left
-    size:int, # chip, px
-    a:str='train', # two splits
-    b:str='test',
-) -> int: # px between the nearest chips of two splits; 0 or less: they touch
-    "The leakage check."
+    size:int, # px, side of a chip
+    a:str='train', # first split
+    b:str='test', # second split
+) -> int: # px; 0 or less: they touch
+    "Return the distance between the nearest chips of two splits."
     place = {s: chips.loc[chips.split == s, ['top', 'left']].to_numpy() for s in (a, b)}
     if not len(place[a]) or not len(place[b]): raise GacError(f'No chips of split {a if not len(place[a]) else b}.')
     return int(np.abs(place[a][:, None] - place[b][None]).max(-1).min() - size)
 
 # %% ../../nbs/lib/nyc/chips.ipynb #b80f2490
-CHIP_CHANNELS = {'S2L2A': 12, 'S1RTC': 2, 'DEM': 1}  # modality -> bands of a date
+CHIP_CHANNELS = {'S2L2A': 12, 'S1RTC': 2, 'DEM': 1}  # modality -> number of bands of a date
 
-def save_geotiff(path:Path, x:np.ndarray, box:GeoBox, names:Sequence[str]=(), nodata=None) -> str: # checksum
-    "Write one file of a chip whole."
+def save_geotiff(
+    path:Path, # .tif or .npy file
+    x:np.ndarray, # (C, H, W)
+    box:GeoBox, # its place
+    names:Sequence[str]=(), # of the bands
+    nodata=None, # value of pixels without data
+) -> str: # checksum
+    "Write one file of a chip, complete or not at all; return its checksum."
     with replacing(path, path.with_name('.part' + path.name)) as part:
         if path.suffix == '.npy':
             with open(part, 'wb') as f: np.save(f, x)
         else:
             import rasterio
-            with rasterio.open(part, 'w', driver='GTiff', height=x.shape[1], width=x.shape[2], count=len(x), dtype=x.dtype,
+            with rasterio.open(part, 'w', driver='GTiff', height=x.shape[1], width=x.shape[2], count=len(x),
+                               dtype=x.dtype,
                                crs=str(box.crs),
                                transform=box.affine,
                                compress='deflate', predictor=3 if x.dtype.kind == 'f' else 2, nodata=nodata) as dst:
@@ -107,17 +118,17 @@ def save_geotiff(path:Path, x:np.ndarray, box:GeoBox, names:Sequence[str]=(), no
 
 # %% ../../nbs/lib/nyc/chips.ipynb #72802f70
 def write_chip(
-    folder:Path, # of the data set
-    name:str, # of the chip
+    folder:Path, # folder of the data set
+    name:str, # id of the chip
     box:GeoBox, # its place
     s2:np.ndarray, # (T, 12, H, W) DN
     s1:np.ndarray, # (T, 2, H, W) dB
     dem:np.ndarray, # (H, W) m
     label:np.ndarray, # (H, W) class, NO_LABEL where unknown
-    days:Sequence[str]=(), # of the timestamps, names of the bands
+    days:Sequence[str]=(), # days of the timestamps, for the names of the bands
     suffix:str='.tif', # .tif or .npy
 ) -> dict: # file -> checksum
-    "Write a chip; the terrain is repeated for every date, as the temporal wrapper wants it."
+    "Write a chip; the terrain is repeated for every date, as the temporal wrapper expects."
     T = len(s2)
     mask = np.where(label == NO_LABEL, -1, label.astype(np.int16)).astype(np.int16)
     parts = dict(S2L2A=np.clip(np.rint(s2), 1, 65535).astype(np.uint16).reshape(-1, *label.shape),
@@ -133,11 +144,11 @@ def write_chip(
 
 # %% ../../nbs/lib/nyc/chips.ipynb #0d248004
 def finish(
-    folder:Path, # of the data set
-    chips:pd.DataFrame, # from `layout`, with class shares, files and split
-    about:dict, # for manifest.json: crs, size, days, …
+    folder:Path, # folder of the data set
+    chips:pd.DataFrame, # table of chip_places, with class shares, files and split
+    about:dict, # settings for manifest.json: crs, size, days, …
 ) -> 'Chips':
-    "Write the splits and the manifest."
+    "Write the splits and the manifest; return the data set."
     (folder/'splits').mkdir(parents=True, exist_ok=True)
     for s in ('train', 'val', 'test'):
         write_file(folder/'splits'/f'{s}.txt', '\n'.join(chips.id[chips.split == s]) + '\n')
@@ -145,7 +156,8 @@ def finish(
     write_file(folder/'chips.csv', table.to_csv(index=False, lineterminator='\n'))
     gap = {f'{a} and {b}': split_gap(chips, about['size'], a, b)
            for a, b in (('train', 'test'), ('train', 'val'), ('val', 'test'))}
-    about = dict(format=1, classes=list(NYC_CLASSES), n={s: int((chips.split == s).sum()) for s in ('train', 'val', 'test', 'spare')},
+    about = dict(format=1, classes=list(NYC_CLASSES),
+                 n={s: int((chips.split == s).sum()) for s in ('train', 'val', 'test', 'spare')},
                  gap_px=gap,
                  **about,
                  chips_sha256=sha256(folder/'chips.csv'))
@@ -154,21 +166,24 @@ def finish(
 
 # %% ../../nbs/lib/nyc/chips.ipynb #c8861401
 class Chips:
-    "A finished data set."
+    "Read a finished data set."
     def __init__(self,
-        folder, # with manifest.json
+        folder, # folder with manifest.json
     ):
         self.folder = Path(folder)
         try: self.about = json.loads((self.folder/'manifest.json').read_text(encoding='utf-8'))
         except (OSError, ValueError, RecursionError):
-            raise GacError(f'{folder}: no manifest.json of a finished data set. Make one with `gac nyc build`.') from None
+            raise GacError(f'{folder}: no manifest.json of a finished data set. Make one with `gac nyc '
+                           f'build`.') from None
         if not isinstance(self.about, dict) or not {'size', 'days'} <= self.about.keys():
-            raise GacError(f'{folder}/manifest.json: fields size and days are missing. Make the data set again with `gac nyc build`.')
+            raise GacError(f'{folder}/manifest.json: fields size and days are missing. Make the data set again with '
+                           f'`gac nyc build`.')
         try:
             self.table = pd.read_csv(self.folder/'chips.csv')
             self.table['files'] = self.table['files'].map(json.loads)
         except (OSError, ValueError, TypeError, KeyError) as e:
-            raise GacError(f'{folder}/chips.csv: damaged ({type(e).__name__}: {e}). Make the data set again with `gac nyc build`.') from e
+            raise GacError(f'{folder}/chips.csv: damaged ({type(e).__name__}: {e}). Make the data set again with '
+                           f'`gac nyc build`.') from e
 
     @property
     def size(self) -> int: return self.about['size']
@@ -178,10 +193,11 @@ class Chips:
     def suffix(self) -> str: return self.about['suffix']
     def __repr__(self) -> str:
         n, gap = self.about['n'], self.about['gap_px']['train and test']
-        return f'{self.about["name"]}: {n} chips of {self.size} px, {len(self.days)} dates, {gap} px between train and test'
+        return (f'{self.about["name"]}: {n} chips of {self.size} px, {len(self.days)} dates, '
+                f'{gap} px between train and test')
 
     def verify(self) -> None:
-        "Hold every file against its checksum."
+        "Check every file against its checksum; refuse a file that differs."
         if sha256(self.folder/'chips.csv') != self.about['chips_sha256']: raise GacError(
             f'{self.folder/"chips.csv"}: not as the manifest says. Build the data set again.')
         for files in self.table.files:
@@ -193,7 +209,7 @@ class Chips:
     def ids(self, split:str) -> list[str]: return self.table.id[self.table.split == split].tolist()
 
     def read(self, name:str, what:str) -> np.ndarray: # (T, C, H, W); label (H, W), -1 where unknown
-        "One chip as it is stored."
+        "Return one modality of a chip as it is stored."
         path = self.folder/'chips'/f'{name}_{what}{self.suffix}'
         if self.suffix == '.npy': x = np.load(path, allow_pickle=False)
         else:

@@ -27,21 +27,23 @@ from .survey import NYC_CLASSES
 from ..products.downstream_config import at_root, open_config, SameStart
 
 # %% ../../nbs/lib/nyc/tim.ipynb #c485d2fd
-TIM_INPUTS = ('S2L2A', 'S1RTC', 'DEM')
+TIM_INPUTS = ('S2L2A', 'S1RTC', 'DEM')  # modalities of the encoder
 
+# modalities that can be generated
 THOUGHTS = ('LULC', 'NDVI')
 
 @dataclass(frozen=True)
 class Variant:
-    "One run of the comparison."
-    name:str # in tables
-    modalities:tuple = TIM_INPUTS # what the encoder is given
-    tim:tuple = () # what it thinks of
-    given:tuple = () # thoughts that come with the data
-    against:str = 'no TiM' # the run it is compared with
-    as_dear_as:str = '' # steps are added until this run's arithmetic is spent
+    "Describe one run of the comparison."
+    name:str # name in tables
+    modalities:tuple = TIM_INPUTS # modalities the encoder gets
+    tim:tuple = () # modalities the encoder generates
+    given:tuple = () # generated modalities that come with the data
+    against:str = 'no TiM' # name of the run it is compared with
+    as_dear_as:str = '' # name of a run whose arithmetic it spends, by more steps
 
 # %% ../../nbs/lib/nyc/tim.ipynb #7c4b1415
+# name -> run of the comparison
 TIM_VARIANTS = {v.name: v for v in (
     Variant('no TiM'), Variant('TiM LULC', tim=('LULC',)), Variant('TiM NDVI', tim=('NDVI',)),
     Variant('TiM LULC+NDVI', tim=('LULC', 'NDVI')),
@@ -51,16 +53,17 @@ TIM_VARIANTS = {v.name: v for v in (
 
 @dataclass(frozen=True)
 class Family:
-    "Backbones of one size and the head that suits their patches."
-    encoder:str
-    tim:str
-    generator:str # makes thoughts ahead
-    stats:str # whose standardisation: mini or v1
-    head:tuple # items of model_args
-    necks:tuple
+    "Describe the backbones of one size and the head for their patches."
+    encoder:str # backbone without a generator
+    tim:str # backbone that generates modalities
+    generator:str # generates modalities in advance
+    stats:str # statistics of the standardisation: mini or v1
+    head:tuple # items of model_args: decoder
+    necks:tuple # between encoder and decoder
 
 # %% ../../nbs/lib/nyc/tim.ipynb #44604645
 _tokens = dict(name='ReshapeTokensToImage', remove_cls_token=False)
+# size of the backbones -> family
 FAMILIES = {
     'mini': Family('terramind_mini', 'terramind_mini_tim', 'terramind_mini_generate', 'mini',
                    (('decoder', 'LinearDecoder'), ('decoder_upsampling_size', PATCH),
@@ -68,36 +71,45 @@ FAMILIES = {
                    (dict(name='SelectIndices', indices=[3]), _tokens)),
     'base': Family('terramind_v1_base', 'terramind_v1_base_tim', 'terramind_v1_base_generate', 'v1',
                    (('decoder', 'UNetDecoder'), ('decoder_channels', [512, 256, 128, 64])),
-                   (dict(name='SelectIndices', indices=[2, 5, 8, 11]), _tokens, dict(name='LearnedInterpolateToPyramidal')))}
+                   (dict(name='SelectIndices', indices=[2, 5, 8, 11]), _tokens,
+                    dict(name='LearnedInterpolateToPyramidal')))}
 
-def standardisation(family:str, modality:str) -> tuple[list, list]: # mean and standard deviation per band
-    "What TerraTorch's data module takes off and divides by."
+def standardisation(
+    family:str, # key of FAMILIES
+    modality:str, # S2L2A, S1RTC, DEM or LULC
+) -> tuple[list, list]: # mean and standard deviation per band
+    "Return the statistics with which the data module of TerraTorch standardises a modality."
     if modality == 'LULC': return [0.]*LULC_LABELS, [1.]*LULC_LABELS
     stats = MINI_STATS if FAMILIES[family].stats == 'mini' else TERRAMIND_KEY_STATS
     return tuple([float(x) for x in v] for v in stats[modality_key(modality)])
 
 # %% ../../nbs/lib/nyc/tim.ipynb #06395383
-def settling(steps:int) -> dict: # arguments of the task
-    "The full rate for four fifths of the steps, then a tenth of it: what a run scores is not the luck of its last steps."
-    return dict(scheduler='MultiStepLR', scheduler_hparams=dict(milestones=[max(1, 4*steps//5)], gamma=.1, interval='step'))
+def settling(
+    steps:int, # optimizer steps
+) -> dict: # arguments of the task
+    """Return the learning-rate schedule: the full rate for four fifths of the steps, then a tenth of it.
+
+    The score of a run then does not depend on the chance of its last steps."""
+    return dict(scheduler='MultiStepLR', scheduler_hparams=dict(milestones=[max(1, 4*steps//5)], gamma=.1,
+                                                                interval='step'))
 
 # %% ../../nbs/lib/nyc/tim.ipynb #0921e257
 def run_settings(
-    v:Variant,
+    v:Variant, # run
     data:str, # folder of the data set
-    out:str, # folder of the run's weights and predictions
+    out:str, # folder of the weights and predictions of the run
     steps:int=100, # optimizer steps
-    batch_size:int=4,
-    lr:float=4e-3,
-    seed:int=0,
-    family:str='mini', # mini or base
-    suffix:str='.tif', # of the chips
-    timestamps:int=4,
-    thoughts:str='', # folder of thoughts made ahead
-    weights:str='', # folder of the miniatures' weights; empty: the committed ones
-    workers:int=0,
-) -> dict: # what the YAML holds
-    "A TerraTorch configuration of one run."
+    batch_size:int=4, # chips
+    lr:float=4e-3, # learning rate
+    seed:int=0, # of the run
+    family:str='mini', # key of FAMILIES: mini or base
+    suffix:str='.tif', # of the files of a chip
+    timestamps:int=4, # dates of a chip
+    thoughts:str='', # folder of the modalities generated in advance
+    weights:str='', # folder of the weights of the miniatures; empty: those of the repository
+    workers:int=0, # processes that read chips
+) -> dict: # contents of the YAML
+    "Return the TerraTorch configuration of one run."
     f = FAMILIES[family]
     inputs = [*v.modalities, *v.given]
     model = dict(backbone=f.tim if v.tim else f.encoder, backbone_pretrained=True, backbone_modalities=inputs,
@@ -107,15 +119,18 @@ def run_settings(
     if weights and family == 'mini': model |= dict(backbone_weights=str(weights))
     model |= dict(necks=[dict(n) for n in f.necks], **dict(f.head), num_classes=len(NYC_CLASSES))
     init = lambda path, **kw: dict(class_path=path, init_args=kw)
-    transform = [init('albumentations.pytorch.ToTensorV2'), init('terratorch.datasets.transforms.UnflattenTemporalFromChannels',
+    transform = [init('albumentations.pytorch.ToTensorV2'),
+                 init('terratorch.datasets.transforms.UnflattenTemporalFromChannels',
         n_timesteps=timestamps)]
     mean, std = ({m: standardisation(family, m)[k] for m in inputs} for k in (0, 1))
     split = {f'{s}_split': f'{data}/splits/{s}.txt' for s in ('train', 'val', 'test')}
     return dict(seed_everything=seed,
-        trainer=dict(accelerator='auto' if family != 'mini' else 'cpu', devices=1, precision='32-true' if family == 'mini'
+        trainer=dict(accelerator='auto' if family != 'mini' else 'cpu', devices=1, precision='32-true'
+                     if family == 'mini'
                      else '16-mixed',
                      max_steps=steps, max_epochs=-1, logger=False, default_root_dir=out,
-            enable_progress_bar=family != 'mini', enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0,
+            enable_progress_bar=family != 'mini', enable_model_summary=False, num_sanity_val_steps=0,
+            limit_val_batches=0,
             log_every_n_steps=10,
             deterministic='warn',
             callbacks=[init('gac.nyc.tim.Recorder', folder=out, seed=seed),
@@ -128,37 +143,46 @@ def run_settings(
                    lr=lr, optimizer='AdamW',
             optimizer_hparams=dict(weight_decay=.05), **settling(steps), freeze_backbone=False, plot_on_val=False,
             class_names=list(NYC_CLASSES)),
-        data=init('terratorch.datamodules.GenericMultiModalDataModule', task='segmentation', num_classes=len(NYC_CLASSES),
+        data=init('terratorch.datamodules.GenericMultiModalDataModule', task='segmentation',
+                  num_classes=len(NYC_CLASSES),
                   batch_size=batch_size,
                   num_workers=workers, modalities=inputs,
             rgb_modality=None, data_root={m: thoughts if m in v.given else f'{data}/chips' for m in inputs},
             label_data_root=f'{data}/chips', **split,
-            image_grep={m: f'*_{m}{suffix}' for m in inputs}, label_grep=f'*_LABEL{suffix}', no_label_replace=-1, drop_last=True,
+            image_grep={m: f'*_{m}{suffix}' for m in inputs}, label_grep=f'*_LABEL{suffix}', no_label_replace=-1,
+            drop_last=True,
             check_stackability=False, means=mean, stds=std,
             rgb_indices={inputs[0]: [3, 2, 1] if inputs[0] == 'S2L2A' else [0]},
             **{f'{s}_transform': transform for s in ('train', 'val', 'test')}))
 
 # %% ../../nbs/lib/nyc/tim.ipynb #3c859b4b
+# settings in which a run with a generated modality differs
 THOUGHT = ('model.init_args.model_args.backbone', 'model.init_args.model_args.backbone_tim_modalities',
            'model.init_args.model_args.backbone_tim_temps')
 
-def flatten_config(c, prefix:str='') -> dict: # dotted name -> value
-    "A configuration as dotted names."
+def flatten_config(
+    c, # configuration, or a value in it
+    prefix:str='', # dotted name of `c`
+) -> dict: # dotted name -> value
+    "Return a configuration with dotted names."
     if not isinstance(c, dict): return {prefix: c}
     return {k: v for key, x in c.items() for k, v in flatten_config(x, f'{prefix}.{key}' if prefix else key).items()}
 
 # %% ../../nbs/lib/nyc/tim.ipynb #afb30808
-def config_differences(a:dict, b:dict) -> set[str]: # dotted names
-    "Where two configurations differ."
+def config_differences(
+    a:dict, # of run_settings
+    b:dict, # another
+) -> set[str]: # dotted names
+    "Return the settings in which two configurations differ."
     a, b = flatten_config(a), flatten_config(b)
     return {k for k in a.keys() | b.keys() if a.get(k) != b.get(k) or (k in a) != (k in b)}
 
 # %% ../../nbs/lib/nyc/tim.ipynb #7c796daa
 class Recorder(Callback):
-    "Equal start and order of all runs; predictions and confusion of every test chip in test.npz."
+    "Give all runs the same start and order; write predictions and confusion of test chips to test.npz."
     def __init__(self,
-        folder:str, # of the run
-        seed:int=0,
+        folder:str, # folder of the run
+        seed:int=0, # of the run
     ):
         self.folder, self.seed = Path(folder), seed
 
@@ -175,7 +199,8 @@ class Recorder(Callback):
 
     def on_test_start(self, trainer, module):
         self.rows, self.out = {}, []
-        self.hook = module.model.register_forward_hook(lambda m, args, out: self.out.append(out.output.detach().argmax(1).cpu().numpy()))
+        self.hook = module.model.register_forward_hook(lambda m, args,
+            out: self.out.append(out.output.detach().argmax(1).cpu().numpy()))
 
     def on_test_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
         truth, pred = batch['mask'].cpu().numpy(), self.out.pop()
@@ -186,21 +211,27 @@ class Recorder(Callback):
         self.hook.remove()
         self.folder.mkdir(parents=True, exist_ok=True)
         ids = sorted(self.rows)
-        np.savez_compressed(self.folder/'test.npz', id=np.array(ids), confusion=np.stack([self.rows[i][0] for i in ids]),
+        np.savez_compressed(self.folder/'test.npz', id=np.array(ids),
+                            confusion=np.stack([self.rows[i][0] for i in ids]),
                             prediction=np.stack([self.rows[i][1] for i in ids]))
 
 # %% ../../nbs/lib/nyc/tim.ipynb #c8c681b8
-def count_pixels(truth:np.ndarray, pred:np.ndarray) -> np.ndarray: # (5, 5): rows truth, columns prediction
-    "Counts of the labelled pixels."
+def count_pixels(
+    truth:np.ndarray, # class numbers, negative where unknown
+    pred:np.ndarray, # class numbers, same shape
+) -> np.ndarray: # (5, 5); rows: truth, columns: prediction
+    "Return the confusion matrix of the labelled pixels."
     ok, n = (truth >= 0) & (truth < len(NYC_CLASSES)), len(NYC_CLASSES)
     return np.bincount(truth[ok].astype(np.int64)*n + pred[ok], minlength=n*n).reshape(n, n)
 
 # %% ../../nbs/lib/nyc/tim.ipynb #e7833e21
 def scores(
-    c:np.ndarray, # (…, 5, 5) counts
-    whole:np.ndarray|None=None, # counts of which `c` are resamples: their scores stand for classes a resample's truth lacks
-) -> dict:
-    "mIoU, IoU by class, pixel accuracy and F1 (macro); a class that is neither there nor predicted does not count."
+    c:np.ndarray, # (…, 5, 5) confusion matrices
+    whole:np.ndarray|None=None, # (5, 5) all pixels; its scores replace those of classes that a resample lacks
+) -> dict: # name -> score
+    """Return mIoU, IoU by class, pixel accuracy and F1 (macro).
+
+    A class that is neither in the labels nor predicted does not count."""
     c = np.asarray(c, float)
     tp, row, col = np.diagonal(c, axis1=-2, axis2=-1), c.sum(-1), c.sum(-2)
     with np.errstate(all='ignore'): iou, f1 = tp/(row + col - tp), 2*tp/(row + col)
@@ -213,16 +244,18 @@ def scores(
     return {k: float(v) if np.ndim(v) == 0 else v for k, v in found.items()}
 
 # %% ../../nbs/lib/nyc/tim.ipynb #17a69b7f
-def relative_to_root_or_full(path) -> str:
-    "A path below the root of the repository as seen from there."
+def relative_to_root_or_full(
+    path, # file or folder
+) -> str:
+    "Return a path relative to the repository, or absolute outside of it."
     path = Path(path).resolve()
     return path.relative_to(root()).as_posix() if path.is_relative_to(root()) else str(path)
 
 # %% ../../nbs/lib/nyc/tim.ipynb #49d08ddc
 def run_config(
-    path, # of the YAML
+    path, # .yaml file of a configuration
 ) -> dict: # id, confusion, prediction of the test chips
-    "Train and test as the configuration says; what was finished with the same configuration is read."
+    "Train and test a configuration, or read a finished run; return its test."
     c = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
     out = root()/c['trainer']['callbacks'][0]['init_args']['folder']
     manifest = (root()/c['data']['init_args']['train_split']).parent.parent/'manifest.json'
@@ -239,23 +272,27 @@ def run_config(
 
 # %% ../../nbs/lib/nyc/tim.ipynb #eb41a2ea
 def _weights(c:dict) -> str: # configuration
-    "Checksum of the weights a run begins with, and of those that made the thoughts it is given."
-    args, thoughts = c['model']['init_args']['model_args'], [m for m in c['data']['init_args']['modalities'] if m in THOUGHTS]
-    f, own = next(f for f in FAMILIES.values() if args['backbone'] in (f.encoder, f.tim)), args.get('backbone_weights', '')
+    "Return a digest of the weights a run starts with, and of those that generated its inputs."
+    args, thoughts = c['model']['init_args']['model_args'], [m for m in c['data']['init_args']['modalities']
+                                                             if m in THOUGHTS]
+    f, own = next(f for f in FAMILIES.values() if args['backbone'] in (f.encoder, f.tim)), args.get('backbone_weights',
+        '')
     thinks = dict(tim_modalities=t) if (t := args.get('backbone_tim_modalities')) else {}
     sums = weights_checksums(args['backbone'], own, modalities=args['backbone_modalities'], **thinks)
     if thoughts: sums |= weights_checksums(f.generator, own, output_modalities=thoughts)
     return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
 
-def read_test(out) -> dict: # folder of a run
-    "What a test left."
+def read_test(
+    out, # folder of a run
+) -> dict: # id, confusion, prediction of the test chips
+    "Return the test of a finished run."
     with np.load(Path(out)/'test.npz', allow_pickle=False) as z: return {k: z[k] for k in z.files}
 
 # %% ../../nbs/lib/nyc/tim.ipynb #db24fe82
 def gflop(
-    path, # of a configuration
+    path, # .yaml file of a configuration
 ) -> float: # GFLOP
-    "Arithmetic of one training step, forward and backward, as PyTorch counts it."
+    "Return the arithmetic of one training step, forward and backward, as PyTorch counts it."
     import torch
     from torch.utils.flop_counter import FlopCounterMode
     cli = open_config(path)
@@ -270,35 +307,37 @@ def gflop(
 
 # %% ../../nbs/lib/nyc/tim.ipynb #2dc6b941
 def equal_compute_steps(
-    steps:int, # of the dearer run
-    dear:float, # GFLOP of its step
-    plain:float, # GFLOP of a step of the other
+    steps:int, # optimizer steps of the more expensive run
+    dear:float, # GFLOP of one of its steps
+    plain:float, # GFLOP of a step of the cheaper run
 ) -> int:
-    "Steps in which the cheaper run spends the arithmetic of the dearer one."
+    "Return the steps in which the cheaper run spends the arithmetic of the more expensive one."
     return max(1, round(steps*dear/plain))
 
 # %% ../../nbs/lib/nyc/tim.ipynb #0d6b9825
 def usable(
-    v:Variant, # with a thought
-    family:str='mini',
+    v:Variant, # run with a generated modality
+    family:str='mini', # key of FAMILIES
     weights:str='', # folder of the weights
-) -> str: # empty, or why its backbone cannot be loaded
-    "Whether a thinking backbone loads."
+) -> str: # empty: it can be loaded
+    "Return the reason why a backbone that generates modalities cannot be loaded, or an empty string."
     try: build_model(FAMILIES[family].tim, weights=weights, modalities=list(v.modalities), tim_modalities=list(v.tim))
     except (GacError, RuntimeError, OSError, ValueError) as e: return ' '.join(str(e).split())[:300]
     return ''
 
 # %% ../../nbs/lib/nyc/tim.ipynb #c89422e7
-def note_fallback(v:Variant) -> Variant:
-    "What runs where a thinking backbone does not load: the thought is made once by the generator and given as an input."
+def note_fallback(
+    v:Variant, # run with a generated modality
+) -> Variant:
+    "Return the fallback of a run: its modality generated in advance and given as an input."
     return replace(v, tim=(), given=v.tim)
 
 # %% ../../nbs/lib/nyc/tim.ipynb #067a27e9
 def as_it_loads(
-    v:Variant,
-    family:str='mini',
+    v:Variant, # run
+    family:str='mini', # key of FAMILIES
     weights:str='', # folder of the weights
-) -> tuple[Variant, str]: # what runs; `ran`, or what stands for it and why
-    "A run itself, or its fallback."
+) -> tuple[Variant, str]: # run; `ran`, or the fallback and its reason
+    "Return a run that can be loaded: itself or its fallback."
     why = usable(v, family, weights) if v.tim else ''
     return (note_fallback(v), f'fallback, {" and ".join(v.tim)} given: {why}') if why else (v, 'ran')

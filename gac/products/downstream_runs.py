@@ -28,37 +28,43 @@ from ..training.order import loader, seeded
 # %% ../../nbs/lib/products/downstream_runs.ipynb #c20c8a08
 @torch.no_grad()
 def predicted(
-    task, # a trained segmentation task
-    data:Windows, # of whole tiles cut into windows, in order
-    batch_size:int=16, # windows
-    seed:int=0, # of a thinking encoder
+    task, # trained segmentation task
+    data:Windows, # whole tiles cut into windows, in order
+    batch_size:int=16, # windows per batch
+    seed:int=0, # of an encoder that thinks in modalities
 ) -> np.ndarray: # (tiles, H, W) classes, uint8
-    "The map of every tile, its windows put together."
+    "Return the land-cover map of every tile, its windows put together."
     task.eval()
     device, k, size, parts = next(task.parameters()).device, data.cuts, data.size, []
     with own_randomness(seed), hushed():
         for batch in loader(data, batch_size, False):
-            parts.append(task.model({m: x.to(device) for m, x in batch['image'].items()}).output.argmax(1).cpu().numpy().astype(np.uint8))
+            parts.append(task.model({m: x.to(device)
+                for m, x in batch['image'].items()}).output.argmax(1).cpu().numpy().astype(np.uint8))
     grid = np.concatenate(parts).reshape(-1, k, k, size, size)
     return grid.transpose(0, 1, 3, 2, 4).reshape(-1, k*size, k*size)
 
 # %% ../../nbs/lib/products/downstream_runs.ipynb #03a3759d
-def truth_of(data:Windows) -> np.ndarray: # (tiles, H, W) classes
-    "The labels of whole tiles."
+def truth_of(
+    data:Windows, # whole tiles cut into windows
+) -> np.ndarray: # (tiles, H, W) classes
+    "Return the labels of whole tiles."
     return as_classes(data.store.read(data.labels, data.rows), data.classes)
 
 # %% ../../nbs/lib/products/downstream_runs.ipynb #4132e3b7
-def part_of(name:str) -> str: # of a parameter
-    "adapters, head or frozen encoder."
+def part_of(
+    name:str, # name of a parameter
+) -> str:
+    "Return the part of the model a parameter belongs to: adapters, head or frozen encoder."
     if not name.startswith('encoder.'): return 'neck, decoder, head'
-    return 'adapters' if '.lora_' in name else 'frozen encoder' + (' and generator' if '.sampler.' in name or '.tokenizer.' in name else '')
+    return 'adapters' if '.lora_' in name else 'frozen encoder' + (' and generator' if '.sampler.' in name
+                                                                   or '.tokenizer.' in name else '')
 
 # %% ../../nbs/lib/products/downstream_runs.ipynb #08531075
 def gradient_check(
-    path:str|Path, # a .yaml file
+    path:str|Path, # .yaml file of a configuration
     n_tiles:int=8, # windows of one backward pass
 ) -> pd.DataFrame: # part, params, trainable, with_grad, grad_norm
-    "Which part of an arm a gradient reaches."
+    "Return which parts of an arm receive gradients."
     with seeded(0), hushed():
         run = open_config(path)
         run.datamodule.batch_size = n_tiles
@@ -76,40 +82,43 @@ def gradient_check(
 
 # %% ../../nbs/lib/products/downstream_runs.ipynb #7064b40d
 def mark_of(
-    config:dict,
-    store, # store.Store
-    shelf, # store.Store with the drawn images
-) -> str: # 12 digits
-    "A digest of everything a result depends on."
+    config:dict, # as of config_of
+    store, # store.Store with radar, truth and labels
+    shelf, # store.Store with the generated images
+) -> str: # 12 hexadecimal digits
+    "Return a digest of everything a result depends on."
     args, arrays = config['model']['init_args']['model_args'], config['data']['init_args']['images'].values()
     name, drawn = args['backbone'], {a: dict(shelf.arrays[a].attrs) for a in arrays if a.startswith('opt_')}
-    known = {m: v for m, v in dict(modalities=args.get('backbone_modalities'), tim_modalities=args.get('backbone_tim_modalities')).items() if v}
+    known = {m: v for m, v in dict(modalities=args.get('backbone_modalities'),
+                                   tim_modalities=args.get('backbone_tim_modalities')).items() if v}
     weights = weights_checksums(name, args.get('backbone_weights', ''), **known) if args['backbone_pretrained'] else {}
-    made = dict(config=config, drawn=drawn, weights=weights, tiles=store.table.id.tolist(), split=store.table.split.tolist())
+    made = dict(config=config, drawn=drawn, weights=weights, tiles=store.table.id.tolist(),
+                split=store.table.split.tolist())
     return hashlib.sha256(json.dumps(made, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 # %% ../../nbs/lib/products/downstream_runs.ipynb #6a3c2472
 @dataclass
 class Outcome:
-    "What one arm did with one seed."
-    matrices:np.ndarray # (n, k, k) pixels of the test tiles
+    "Hold the result of one arm and one seed."
+    matrices:np.ndarray # (n, k, k) pixels, confusion matrices of the test tiles
     maps:np.ndarray # (n, H, W) classes, uint8
     rows:np.ndarray # (n,) positions in the store
 
 # %% ../../nbs/lib/products/downstream_runs.ipynb #2d578da6
 def run_arm(
-    path:str|Path, # its configuration, a .yaml file
-    kept:str|Path, # .npz file of the result
-    seed:int=0, # of a thinking encoder
+    path:str|Path, # .yaml file of its configuration
+    kept:str|Path, # .npz file that keeps the result
+    seed:int=0, # of an encoder that thinks in modalities
 ) -> Outcome:
-    "Train and test an arm, or read what is kept."
+    "Train and test an arm, or read its kept result; return it."
     kept = Path(kept)
     if not kept.exists():
         run = fit_config(path)
         test = run.datamodule.sets['test']
         maps = predicted(run.model, test, run.datamodule.batch_size, seed)
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, matrices=confusion(truth_of(test), maps, len(test.classes)), maps=maps, rows=test.rows)
+        np.savez_compressed(buffer, matrices=confusion(truth_of(test), maps, len(test.classes)), maps=maps,
+                            rows=test.rows)
         write_file(kept, buffer.getvalue())
     try:
         with np.load(kept, allow_pickle=False) as z: return Outcome(**{k: z[k] for k in ('matrices', 'maps', 'rows')})
@@ -118,31 +127,35 @@ def run_arm(
 
 # %% ../../nbs/lib/products/downstream_runs.ipynb #27f56c12
 def run_arms(
-    out_dir:str|Path, # of the trainings and their results
+    out_dir:str|Path, # folder of the trainings and their results
     store, # store.Store with radar, truth and labels
-    shelf, # store.Store with the drawn images
-    recipe:DownstreamRecipe,
-    arms:Iterable[str]=tuple(ARMS),
-    seeds:Sequence[int]=(0,),
+    shelf, # store.Store with the generated images
+    recipe:DownstreamRecipe, # what all arms share
+    arms:Iterable[str]=tuple(ARMS), # keys of ARMS
+    seeds:Sequence[int]=(0,), # of the trainings
 ) -> dict: # (arm, seed) -> Outcome
-    "Every arm with every seed."
+    "Train and test every arm with every seed; return their results."
     out_dir, found = Path(out_dir), {}
     todo = [(name, seed) for seed in seeds for name in arms]
     for name, seed in progress(todo, desc='arms', unit='trainings'):
         folder = out_dir/f'{name}-{seed}'
-        config = config_of(arm(name), replace(recipe, seed=seed), relative_to_root(store.path), relative_to_root(shelf.path),
+        config = config_of(arm(name), replace(recipe, seed=seed), relative_to_root(store.path),
+                           relative_to_root(shelf.path),
                            relative_to_root(folder))
         file = write_config(folder/'config.yaml', config, f'{arm(name).what}; seed {seed}')
         found[name, seed] = run_arm(file, folder/f'result-{mark_of(config, store, shelf)}.npz', seed)
         miou, _, right = measures(found[name, seed].matrices.sum(0))[:3]
         print(f'{arm(name).what}, seed {seed}: mIoU {miou:.3f}, {right:.1%} of pixels', flush=True)
     first = next(iter(found.values())).rows
-    if any(not np.array_equal(o.rows, first) for o in found.values()): raise GacError('The arms were tested on different tiles.')
+    if any(not np.array_equal(o.rows, first) for o in found.values()):
+        raise GacError('The arms were tested on different tiles.')
     return found
 
 # %% ../../nbs/lib/products/downstream_runs.ipynb #4f6d14be
-def by_arm(found:dict) -> dict: # arm -> (seeds, n, k, k)
-    "The matrices of all seeds of an arm."
+def by_arm(
+    found:dict, # (arm, seed) -> Outcome
+) -> dict: # arm -> (seeds, n, k, k) pixels
+    "Return the confusion matrices of all seeds of every arm."
     return {name: np.stack([o.matrices for (a, _), o in found.items() if a == name])
             for name in dict.fromkeys(a for a, _ in found)}
 
@@ -153,17 +166,19 @@ def table_of(
     classes:Sequence[int]=LABEL_CODES, # land-cover codes
     seed:int=0, # of the bootstrap
     n:int=2000, # resamples
-) -> pd.DataFrame: # arm, what, image, bands, seed, n_tiles, then every score with _lo and _hi
-    "A row per arm and seed; where there are several, a row `mean` of them as well."
+) -> pd.DataFrame: # arm, what, image, bands, seed, n_tiles, and every score with _lo and _hi
+    "Return the scores of every arm and seed; with several seeds, also of their mean."
     rows, names = [], columns_of(classes)
     for name, every in by_arm(found).items():
         seeds = [s for a, s in found if a == name]
         sets = [(s, every[i:i + 1]) for i, s in enumerate(seeds)] + ([('mean', every)] if len(seeds) > 1 else [])
         for s, m in sets:
             value, (lo, hi) = measures(m.sum(1)).mean(0), interval(resampled(m, scenes, n, seed))
-            scores = {f'{c}{end}': v[i] for i, c in enumerate(names) for end, v in (('', value), ('_lo', lo), ('_hi', hi))}
+            scores = {f'{c}{end}': v[i] for i, c in enumerate(names)
+                      for end, v in (('', value), ('_lo', lo), ('_hi', hi))}
             a = arm(name)
-            rows.append(dict(arm=name, what=a.what, image=a.s2 or 'none', bands=len(a.bands) if a.s2 else 0, seed=str(s),
+            rows.append(dict(arm=name, what=a.what, image=a.s2 or 'none', bands=len(a.bands) if a.s2 else 0,
+                             seed=str(s),
                              n_tiles=m.shape[1]) | scores)
     return pd.DataFrame(rows)
 
@@ -172,18 +187,21 @@ def gains_of(
     found:dict, # (arm, seed) -> Outcome
     scenes, # (n,) scene of each test tile
     classes:Sequence[int]=LABEL_CODES, # land-cover codes
-    steps:dict=ARM_STEPS, # what a step asks -> from, to
+    steps:dict=ARM_STEPS, # question -> arms that are compared
     seed:int=0, # of the bootstrap
     n:int=2000, # resamples
 ) -> pd.DataFrame: # step, from, to, metric, gain, lo, hi, n_scenes, seeds
-    "Paired differences between arms, on the same draws of scenes and seeds; positive: `to` is better."
+    """Return paired differences between arms; positive: `to` is better.
+
+    Both arms use the same resamples of scenes and seeds."""
     every, rows = by_arm(found), []
     draws = {a: resampled(m, scenes, n, seed) for a, m in every.items()}
     for step, (a, b) in steps.items():
         if not {a, b} <= every.keys(): continue
         gain = (measures(every[b].sum(1)) - measures(every[a].sum(1))).mean(0)
         lo, hi = interval(draws[b] - draws[a])
-        rows += [dict(step=step, **{'from': a, 'to': b}, metric=c, gain=gain[i], lo=lo[i], hi=hi[i], n_scenes=len(set(scenes)),
+        rows += [dict(step=step, **{'from': a, 'to': b}, metric=c, gain=gain[i], lo=lo[i], hi=hi[i],
+                      n_scenes=len(set(scenes)),
                       seeds=len(every[a]))
                  for i, c in enumerate(columns_of(classes))]
     return pd.DataFrame(rows, columns=['step', 'from', 'to', 'metric', 'gain', 'lo', 'hi', 'n_scenes', 'seeds'])

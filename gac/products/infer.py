@@ -36,24 +36,25 @@ from .tiling import Tiling
 from ..stages.tileset import disk_forecast
 
 # %% ../../nbs/lib/products/infer.ipynb #df9a203e
-SPREAD = 'spread'  # name of the band that says how uncertain a pixel is
+SPREAD = 'spread'  # name of the band with the spread of the generations
 
 def _parts(output:Path) -> Path: return output.with_name(f'{output.name}.parts')
 def _blocks_file(folder:Path, block:tuple) -> Path: return folder/f'{block[0]}-{block[1]}.block'
 
 def _read_block(path:Path, shape:tuple) -> np.ndarray|None: # (C, h, w) int16
-    "A block that was drawn before, None if it is not whole."
+    "Return a stored block, None where it is not complete."
     try: return unpack(path.read_bytes(), 'int16', shape)
     except (OSError, ValueError, RuntimeError): return None
 
-def _journal(output:Path, made:dict, overwrite:bool) -> Path: # the folder
-    "The folder of the blocks; what another scene or model left there is refused or replaced."
+def _journal(output:Path, made:dict, overwrite:bool) -> Path: # folder of the blocks
+    "Return the folder of the blocks; refuse or replace those of another scene or model."
     folder = _parts(output)
     if (folder/'made.json').exists():
         then = read_json(folder/'made.json')
         other = [k for k in made if then.get(k) != made[k]]
         if other and not overwrite:
-            raise GacError(f'{folder} was begun with other {", ".join(other)}. Use the same settings to go on, another output, '
+            raise GacError(f'{folder} was begun with other {", ".join(other)}. Use the same settings to go on, '
+                           f'another output, '
                            'or begin anew (--overwrite).')
         if other: shutil.rmtree(folder)
     writable(folder)
@@ -63,7 +64,7 @@ def _journal(output:Path, made:dict, overwrite:bool) -> Path: # the folder
 # %% ../../nbs/lib/products/infer.ipynb #1a5658ad
 @contextmanager
 def _alone(folder:Path) -> Iterator[None]:
-    "One process at a time."
+    "Refuse a second process on the same scene."
     lock = FileLock(folder/'lock', timeout=0)
     try: lock.acquire()
     except Timeout: raise GacError(f'{folder}: another process is drawing this scene. Wait until it is done.') from None
@@ -71,43 +72,49 @@ def _alone(folder:Path) -> Iterator[None]:
     finally: lock.release()
 
 def _months(scene:Scene, month:int, biome:int) -> tuple[int, int]:
-    "Month and biome as given, else of the scene's date and of the place of its centre: one for all its tiles, or a border of a table would show."
+    """Return month and biome: as given, else from the date and the centre of the scene.
+
+    All tiles of a scene get the same, so that no border of a table shows."""
     side = min(scene.height, scene.width)
     place = scene.place_of((scene.height - side)//2, (scene.width - side)//2, side)
     return month or month_of(scene.date), biome or (biome_of(*place) if scene.crs else 0)
 
 def check_output(
-    source:str|Path, # what is read
-    output:str|Path, # what is to be written
-    folder:bool=False, # the output is a folder of files
+    source:str|Path, # file or folder that is read
+    output:str|Path, # file or folder that is written
+    folder:bool=False, # True: the output is a folder of files
 ) -> None:
-    "Refuse an output that cannot be one before anything is read."
+    "Refuse an output that cannot be written, before anything is read."
     source, output = Path(source), Path(output)
     if output.exists() and source.exists() and output.samefile(source):
         raise GacError(f'{output} is the input itself ({source}). Give another output.')
     if folder: return
-    if output.is_dir(): raise GacError(f'{output} is a folder, and the output is one file. Give its name, e.g. {output/(source.stem + "_optical.tif")}.')
-    if output.exists() and not output.is_file(): raise GacError(f'{output} is no file that can be replaced. Give another output.')
+    if output.is_dir():
+        raise GacError(f'{output} is a folder, and the output is one file. Give its name, e.g. '
+                       f'{output/(source.stem + "_optical.tif")}.')
+    if output.exists() and not output.is_file():
+        raise GacError(f'{output} is no file that can be replaced. Give another output.')
     if output.suffix.lower() in ('.png', '.qml', '.parts'):
-        raise GacError(f'{output}: the output is a GeoTIFF, and a picture or a style of that name may go beside it. Give a name that ends in .tif.')
+        raise GacError(f'{output}: the output is a GeoTIFF, and a picture or a style of that name may go beside it. '
+                       f'Give a name that ends in .tif.')
 
 # %% ../../nbs/lib/products/infer.ipynb #94e42548
 def infer_scene(
     source:str|Path, # Sentinel-1 GeoTIFF
-    output:str|Path, # the COG
-    chain, # a Chain
-    tiling:Tiling=Tiling(),
+    output:str|Path, # COG that is written
+    chain, # chain, as of SceneChain
+    tiling:Tiling=Tiling(), # cut of the scene
     s1_units:str='auto', # dB, linear, amplitude
-    s1_bands=(), # order of the bands, where they have no names
-    s1_scale:float=0, # factor of the stored values where the file has no scale tag; 0: as the tags say
-    month:int=0, # 1–12; 0: of the file's date
-    biome:int=0, # 1–14; 0: of its place
+    s1_bands=(), # order of the bands, for a file that does not name them
+    s1_scale:float=0, # factor of the stored values, for a file without a scale tag; 0: from the tags
+    month:int=0, # 1–12; 0: from the date of the file
+    biome:int=0, # 1–14; 0: from the place of the scene
     spread:int=0, # generations whose spread becomes a fifth band; 0: none
-    batch_size:int=8, # tiles at a time; a stopped run gives the same bytes if it goes on with the same
-    overwrite:bool=False, # replace an output, or blocks, made otherwise
-    visualise:bool=False, # <output>.png as well
+    batch_size:int=8, # tiles at a time; keep it when an interrupted run continues
+    overwrite:bool=False, # replace an output, or blocks, made with other settings
+    visualise:bool=False, # True: write <output>.png too
 ) -> dict: # blocks, drawn, skipped, month, biome, unit, output
-    "A whole scene, in memory that does not depend on its size."
+    "Write the optical image of a whole scene; memory does not grow with the scene."
     output = Path(output)
     if spread == 1: raise GacError('spread 1: a spread needs at least 2 generations (--uncertainty).')
     check_output(source, output)
@@ -117,7 +124,8 @@ def infer_scene(
         unknown = '' if biome else ' and the biome as unknown (--biome)'
         print(f'{scene.path.name}: without a coordinate system, so its pixels are taken as 10 m{unknown}', flush=True)
     if not month: print(f'{scene.path.name}: without a date, so the season is unknown to Stage 2 (--month)', flush=True)
-    made = dict(scene=scene.mark, unit=scene.unit, bands=list(scene.bands), **(dict(scale=s1_scale) if s1_scale else {}), steps=chain.steps, tiling=asdict(tiling), month=month,
+    made = dict(scene=scene.mark, unit=scene.unit, bands=list(scene.bands),
+                **(dict(scale=s1_scale) if s1_scale else {}), steps=chain.steps, tiling=asdict(tiling), month=month,
                 biome=biome,
                 spread=spread)
     tags = _scene_tags(scene, chain, made)
@@ -126,9 +134,10 @@ def infer_scene(
     blocks = tiling.blocks(scene.height, scene.width)
     if output.exists() and not overwrite:
         if not _is_of(output, tags):
-            raise GacError(f'{output} is there and was made otherwise (see its tags GAC_…). Give another output, or replace it (--overwrite).')
+            raise GacError(f'{output} is there and was made otherwise (see its tags GAC_…). Give another output, or '
+                           f'replace it (--overwrite).')
         print(f'{output.name}: there already, made of the same scene by the same models', flush=True)
-        shutil.rmtree(_parts(output), ignore_errors=True)  # of a run that was killed on its last line
+        shutil.rmtree(_parts(output), ignore_errors=True)  # of a run that was killed at its end
         return dict(blocks=len(blocks), drawn=0, skipped=len(blocks), **told)
     layer = replace(OPTICAL, bands=(*OPT_BANDS, SPREAD)) if spread else OPTICAL
     disk_forecast(3, (len(layer.bands), scene.height, scene.width), output.parent)
@@ -144,24 +153,26 @@ def infer_scene(
 
 # %% ../../nbs/lib/products/infer.ipynb #2a91f8f2
 def _store_block(folder:Path, block:tuple, x:np.ndarray) -> np.ndarray:
-    "Keep a block."
+    "Write a block; return it."
     write_whole(_blocks_file(folder, block), pack(x))
     return x
 
 def _scene_tags(scene:Scene, chain, made:dict) -> dict:
-    "The tags of the output."
+    "Return the tags of the output."
     mark = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]
-    told = {f'GAC_{k.upper()}': str(made[k]) for k in ('month', 'biome', 'spread')} | dict(GAC_TILING=json.dumps(made['tiling'], sort_keys=True))
-    return provenance_tags(chain.output, chain.steps) | told | dict(GAC_SOURCE=scene.path.name, GAC_MADE=mark) | tiff_date(scene.date)
+    told = {f'GAC_{k.upper()}': str(made[k]) for k in ('month', 'biome',
+        'spread')} | dict(GAC_TILING=json.dumps(made['tiling'], sort_keys=True))
+    return provenance_tags(chain.output, chain.steps) | told | dict(GAC_SOURCE=scene.path.name,
+                                                                    GAC_MADE=mark) | tiff_date(scene.date)
 
 def _is_of(path:Path, tags:dict) -> bool:
-    "Whether a file is there and of this origin."
+    "Return whether a file was made with these tags."
     try:
         with quiet_gdal(), rasterio.open(path, driver='GTiff') as f: return f.tags().get('GAC_MADE') == tags['GAC_MADE']
     except RasterioError: return False
 
 def _assemble(folder:Path, scene:Scene, blocks:list, layer:Layer, tags:dict, draw, output:Path) -> None:
-    "Put the blocks into one file, window by window, and rewrite it as COG; a block that is not whole is drawn again."
+    "Write the blocks into one COG; generate incomplete blocks again."
     whole = folder/'whole.tif'
     in_blocks = dict(tiled=True, blockxsize=256, blockysize=256, bigtiff='IF_SAFER')
     profile = raster_profile(layer, scene.height, scene.width, scene.crs, scene.transform) | in_blocks
@@ -175,12 +186,12 @@ def _assemble(folder:Path, scene:Scene, blocks:list, layer:Layer, tags:dict, dra
 
 # %% ../../nbs/lib/products/infer.ipynb #ebf71e4c
 def quicklook(
-    scene:Scene,
-    output:Path, # the COG
-    path:Path, # a .png file
-    side:int=700, # px at most
+    scene:Scene, # radar
+    output:Path, # COG of the scene
+    path:Path, # .png file that is written
+    side:int=700, # px, longest side of an image at most
 ) -> Path:
-    "Radar, true colours, false colours and spread of a scene, with scales."
+    "Write a figure of radar, true colours, false colours and spread of a scene."
     import matplotlib.pyplot as plt
     fig = scene_figure(scene, output, side)
     fig.suptitle(', '.join(t for t in (scene.path.name, scene.date) if t))
@@ -189,8 +200,12 @@ def quicklook(
     return path
 
 # %% ../../nbs/lib/products/infer.ipynb #65337a09
-def scene_figure(scene:Scene, output:Path, side:int=700): # matplotlib Figure
-    "What `quicklook` writes."
+def scene_figure(
+    scene:Scene, # radar
+    output:Path, # COG of the scene
+    side:int=700, # px, longest side of an image at most
+): # matplotlib Figure
+    "Return the figure that `quicklook` writes."
     import matplotlib.pyplot as plt
     step = max(1, -(-max(scene.height, scene.width)//side))
     shape = -(-scene.height//step), -(-scene.width//step)
@@ -200,15 +215,18 @@ def scene_figure(scene:Scene, output:Path, side:int=700): # matplotlib Figure
     white = white_of(image[:3][np.isfinite(image[:3])][None])
     views = {'radar composite, dB\nred VV −20 to 0, green VH −27 to −7, blue VV − VH 2 to 14': (
                  s1_composite(np.nan_to_num(radar, nan=-30.)), None, ''),
-             'true colour, drawn\nred, green, blue': (picture(np.nan_to_num(image[:4]), white), white, 'reflectance of each band'),
+             'true colour, drawn\nred, green, blue': (picture(np.nan_to_num(image[:4]), white), white,
+                                                      'reflectance of each band'),
              'false colour, drawn\nnear infrared as red, red as green, green as blue': (
                  false_colour(np.nan_to_num(image[:4])), .5, 'reflectance of each band')}
-    if len(image) > 4: views['spread of the generations\nstandard deviation, mean over bands'] = image[4], None, 'reflectance'
+    if len(image) > 4:
+        views['spread of the generations\nstandard deviation, mean over bands'] = image[4], None, 'reflectance'
     return _views(views, scene, shape)
 
 # %% ../../nbs/lib/products/infer.ipynb #9a6e47ae
-def _views(views:dict, scene:Scene, shape:tuple): # title -> pixels, top of the scale or None, its label; matplotlib Figure
-    "Pictures of one scene, two in a row, with distances along the sides and a scale each."
+# views: title -> pixels, top of the scale or None, its label
+def _views(views:dict, scene:Scene, shape:tuple): # matplotlib Figure
+    "Return a figure of several images of one scene, two in a row, with distances and scales."
     import matplotlib.pyplot as plt
     unit, side = ('km', abs(scene.transform[0])/1000) if scene.crs else ('px', 1)
     rows = -(-len(views)//2)

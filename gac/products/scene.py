@@ -21,12 +21,12 @@ from ..data.units import check_db, check_radar, s1_unit, to_db
 # %% ../../nbs/lib/products/scene.ipynb #7f17daf3
 @dataclass(frozen=True)
 class Scene:
-    "A Sentinel-1 GeoTIFF that can be read window by window; `open_scene` makes it."
-    raster:Raster
+    "Read a Sentinel-1 GeoTIFF window by window; `open_scene` returns one."
+    raster:Raster # the open file
     bands:tuple # positions of VV and VH in the file, counted from 1
     unit:str # dB, linear, amplitude
-    date:str # ISO, empty where unknown
-    told:bool=False # somebody said the unit
+    date:str # ISO date, empty where unknown
+    told:bool=False # True: the user named the unit
 
     @property
     def path(self) -> Path: return Path(self.raster.path)
@@ -39,31 +39,33 @@ class Scene:
     @property
     def transform(self) -> tuple: return self.raster.transform
 
-    def raw(self, top:int, left:int, h:int, w:int) -> np.ndarray: # (2, h, w) in the unit of the file; NaN where the file has no data
-        "A window as it came."
+    # (2, h, w) in the unit of the file; NaN where the file has no data
+    def raw(self, top:int, left:int, h:int, w:int) -> np.ndarray:
+        "Return a window in the unit of the file."
         return self.raster.read(self.bands, (top, left, h, w), empty='any')
 
     def read(self, top:int, left:int, h:int, w:int) -> np.ndarray: # (2, h, w) dB; NaN without data
-        "A window in dB."
+        "Return a window in dB."
         return self.in_db(self.raw(top, left, h, w), f'rows {top} to {top + h}, columns {left} to {left + w}')
 
     def in_db(self, x:np.ndarray, where:str='') -> np.ndarray:
-        "Values of the file as dB, or an error where they cannot be."
+        "Return values of the file in dB; refuse values that cannot be radar."
         db = to_db(x, self.unit)
         try: check_db(db, self.told)
         except GacError as e: raise GacError(f'{self.path}, {where}: {e}') from None
         return db
 
-    def place_of(self, top:int, left:int, size:int) -> tuple: # lon, lat of the centre of a square; NaN where the scene has no place
-        "Where a tile is on Earth."
+    # degrees; NaN for a scene without a place
+    def place_of(self, top:int, left:int, size:int) -> tuple:
+        "Return the longitude and latitude of the centre of a square."
         if not self.crs or not np.isfinite(self.transform).all(): return float('nan'), float('nan')
         a, b, x, d, e, y = self.transform
         row, col = top + size/2, left + size/2
         return lon_lat(self.crs, x + a*col + b*row, y + d*col + e*row)
 
     @property
-    def mark(self) -> str: # 16 digits
-        "Changes when the file does."
+    def mark(self) -> str: # 16 hexadecimal digits
+        "Return a digest that changes when the file does."
         stat, digest = self.path.stat(), hashlib.sha256()
         with open(self.path, 'rb') as f:
             digest.update(f.read(2**16))
@@ -75,11 +77,11 @@ class Scene:
 def open_scene(
     path:str|Path, # GeoTIFF with VV and VH
     s1_units:str='auto', # dB, linear, amplitude; auto: by the rules
-    s1_bands=(), # order of the bands, where they have no names
-    say:bool=True, # print what had to be guessed
-    s1_scale:float=0, # factor of the stored values where the file has no scale tag; 0: as the tags say
+    s1_bands=(), # order of the bands, for a file that does not name them
+    say:bool=True, # print what is uncertain
+    s1_scale:float=0, # factor of the stored values, for a file without a scale tag; 0: from the tags
 ) -> Scene:
-    "Look at a Sentinel-1 GeoTIFF: bands, place, unit; refuse what the models cannot read."
+    "Open a Sentinel-1 GeoTIFF: find bands, place and unit; refuse what the models cannot read."
     path = Path(path)
     if not path.is_file(): raise GacError(f'{path}: there is no such file.')
     raster = open_raster(path, count=len(s1_bands)).scaled(s1_scale, '--s1-scale')
@@ -90,7 +92,8 @@ def open_scene(
     if s1_units != 'auto' or samples: scene = replace(scene, unit=s1_unit(samples, s1_units, str(path)))
     samples = [s for s in samples if np.isfinite(to_db(s, scene.unit)).any()]
     if not samples:
-        raise GacError(f'{path}: no pixel with data in {SAMPLES**2} windows spread over it. Is its no-data value right (gdalinfo shows it)?')
+        raise GacError(f'{path}: no pixel with data in {SAMPLES**2} windows spread over it. Is its no-data value '
+                       f'right (gdalinfo shows it)?')
     try:
         if not certain: check_order(samples)
         check_radar(samples, scene.unit, scene.told)
@@ -100,10 +103,10 @@ def open_scene(
     return scene
 
 # %% ../../nbs/lib/products/scene.ipynb #5d41fe29
-SAMPLES = 4  # windows each way the unit is told from
+SAMPLES = 4  # windows along each axis from which the unit is found
 
 def _samples(scene:Scene, side:int=120) -> list: # (2, h, w) each
-    "Windows spread over a scene, those with data."
+    "Return windows spread over a scene, those with data."
     at = lambda n: sorted({int(v) for v in np.linspace(0, max(n - side, 0), SAMPLES)})
     some = [scene.raw(r, c, min(side, scene.height - r), min(side, scene.width - c)) for r in at(scene.height)
             for c in at(scene.width)]

@@ -15,38 +15,41 @@ from ..core.files import GacError
 # %% ../../nbs/lib/products/tiling.ipynb #30d4ccd7
 @dataclass(frozen=True)
 class Tiling:
-    "How a scene is cut."
-    tile:int = 120 # side of a tile, px: what the stages were trained on
-    overlap:int = 40 # px two neighbours share, at most half a tile
-    block:int = 960 # side of what is drawn and stored at a time, px
-    margin:int = 0 # px by which a scene is extended by reflection, so that no border of a tile is its border
-    notch:bool = False # take off what alternates from pixel to pixel all over a tile, see `unshuffled`
+    "Cut a scene into overlapping, weighted tiles and into blocks."
+    tile:int = 120 # px, side of a tile; the stages were trained on 120
+    overlap:int = 40 # px that two neighbours share, at most half a tile
+    block:int = 960 # px, side of the part that is generated and stored at a time
+    margin:int = 0 # px by which a scene is extended by reflection
+    notch:bool = False # remove the pattern of 2 px that a pixel shuffle leaves, see blocks.unshuffled
 
     def __post_init__(self):
         if not 8 <= self.tile <= 4096: raise GacError(f'tile size {self.tile}: expected 8 to 4096 px (--tile-size).')
         if not 0 <= self.overlap <= self.tile//2:
             raise GacError(f'overlap {self.overlap}: expected 0 to half a tile, {self.tile//2} px (--overlap).')
-        if not 0 <= self.margin <= self.tile//2: raise GacError(f'margin {self.margin}: expected 0 to half a tile, {self.tile//2} px.')
-        if self.block < self.tile: raise GacError(f'block {self.block}: expected at least a tile, {self.tile} px (--block).')
+        if not 0 <= self.margin <= self.tile//2:
+            raise GacError(f'margin {self.margin}: expected 0 to half a tile, {self.tile//2} px.')
+        if self.block < self.tile:
+            raise GacError(f'block {self.block}: expected at least a tile, {self.tile} px (--block).')
 
-    def starts(self, n:int) -> list[int]: # n: px of the scene, down or across
-        "Where tiles begin; before the scene where it is extended."
+    def starts(self, n:int) -> list[int]: # n: px of the scene along one axis
+        "Return the first pixel of every tile; negative where the scene is extended."
         n = n + 2*self.margin
-        return sorted({min(i, max(n - self.tile, 0)) - self.margin for i in range(0, max(n - self.overlap, 1), self.tile - self.overlap)})
+        return sorted({min(i, max(n - self.tile, 0)) - self.margin
+                       for i in range(0, max(n - self.overlap, 1), self.tile - self.overlap)})
 
     def blocks(self, h:int, w:int) -> list[tuple]: # (top, left, h, w) each
-        "The parts of a scene that are drawn one after the other."
+        "Return the parts of a scene that are generated and stored one after the other."
         cut = lambda n: [(i, min(self.block, n - i)) for i in range(0, n, self.block)]
         return [(r, c, hh, ww) for r, hh in cut(h) for c, ww in cut(w)]
 
     @property
     def weights(self) -> np.ndarray: # (tile, tile)
-        "How much a tile counts at each of its pixels."
+        "Return the weight of each pixel of a tile."
         one = _ramp(self.tile, self.overlap)
         return one[:, None]*one
 
 # %% ../../nbs/lib/products/tiling.ipynb #d06da05f
 def _ramp(tile:int, overlap:int) -> np.ndarray: # (tile,)
-    "1 inside, a raised cosine down to the border on both sides."
+    "Return the weights along one axis: 1 inside, a raised cosine down to both borders."
     up = np.sin(np.pi/2*(np.arange(overlap) + .5)/max(overlap, 1))**2
     return np.concatenate([up, np.ones(tile - 2*overlap), up[::-1]]).astype('float32')
