@@ -19,7 +19,7 @@ from gac.nyc.chips import assign_splits, chip_places, Chips, split_gap, write_ch
 from gac.nyc.city import city, from_city
 from gac.nyc.gate import gate, publish
 from gac.nyc.series import from_series, map_with
-from gac.nyc.sources import Catalogue, check_contents, Files, S2_ASSETS
+from gac.nyc.sources import Catalogue, check_contents, Files, S2_ASSETS, stac_items
 from gac.nyc.survey import (
     class_shares, class_table, majority, metres_per_pixel, NO_LABEL, NYC_CLASSES, utm_grid, warped)
 from gac.nyc.thoughts import generate_thoughts
@@ -716,3 +716,7 @@ def test_what_lies_beside_a_raster_is_seen_though_gdal_was_told_not_to_look(tmp_
         box = utm_grid(path)
         assert tuple(box.shape) == (60, 60)
         if what == 'mask': np.testing.assert_array_equal(np.isnan(warped(path, box, how='nearest')[0]), ~there)
+
+def test_a_json_that_is_no_catalogue_is_named(tmp_path):
+    (tmp_path/'odd.json').write_text('{"type": "Nothing", "id": "x", "links": []}')
+    with pytest.raises(GacError, match='odd.json: not a readable STAC catalogue'): stac_items(tmp_path/'odd.json', '', (0, 0, 1, 1), '')

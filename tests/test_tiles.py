@@ -686,3 +686,10 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_tiles_are_read(tmp_
         m.setattr(tempfile, 'TemporaryFile', shut)
         with pytest.raises(GacError, match=f'{tmp_path}: cannot be written to .Permission denied'): convert(tmp_path/'c', tmp_path/'new'/'s')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['c', 'file'], 'nothing is left'
+
+def test_radar_arrays_that_are_named_are_never_taken_for_swapped(tmp_path):
+    "Wet snow or a double bounce may be brighter in VH; where arrays are named, their order is no question."
+    vv, vh = layouts.radar(0)
+    src = layouts.npz(tmp_path/'npz', 1, s1=None, s1_vv=vh, s1_vh=vv)
+    assert convert(src, tmp_path/'store')['status'].tolist() == ['ok']
+    np.testing.assert_allclose(Store(tmp_path/'store').read('s1', [0])[0], [vh, vv], atol=1e-3)

@@ -16,10 +16,10 @@ import pyarrow as pa
 
 from ..core.files import GacError
 from .bigearthnet import (
-    check_same_place, failing_loader, flags_against, has_eight_bits, open_source, parse_labels, read_optical,
-    read_radar_bands, split_name, step_text, text_or_empty)
+    check_same_place, failing_loader, flags_against, eight_bit_file, open_source, parse_labels, read_optical,
+    read_radar_bands, split_name, value_step, text_or_empty)
 from .dates import parse_date
-from .geotiff import is_hidden_way
+from .geotiff import is_visible
 from .raster import is_generic, OPTICAL, RADAR, Raster
 from .readers import Job, Options, Source
 from .store import check_text
@@ -91,7 +91,7 @@ def _benv2_source(path:Path, row:dict, opt:Options) -> Source:
     meta = {k: row[k] for k in ('date', 'country', 'split', 'labels')}
     return Source(row['name'], s1, s2, bands, 'S1GRD', named,
                   meta=dict(meta, source=f'GEO-Bench-2 benv2, {row["tortilla:id"]}'),
-                  crs=r1.crs, transform=r1.transform, step=step_text(r2, s2), eight=has_eight_bits(r2, s2))
+                  crs=r1.crs, transform=r1.transform, step=value_step(r2, s2), eight=eight_bit_file(r2, s2))
 
 # %% ../../nbs/lib/data/benv2.ipynb #49a9869b
 def _as_radar(s1:Raster, s2:Raster) -> tuple: # affine, six numbers
@@ -129,7 +129,7 @@ def read_benv2(
 ) -> list: # of Job
     "List the samples of GEO-Bench-2's benv2."
     jobs = []
-    for path in [src] if src.is_file() else sorted(filter(is_hidden_way, src.glob('*.tortilla'))):
+    for path in [src] if src.is_file() else sorted(filter(is_visible, src.glob('*.tortilla'))):
         try:
             with open(path, 'rb') as f: table = _contents(f, 0, path.stat().st_size, str(path))
         except GacError as e:

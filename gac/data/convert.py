@@ -18,7 +18,7 @@ from ..core.environment import progress
 from ..core.files import check_place, fingerprint_files, GacError, writing
 from ..core.vocabulary import OPT_BANDS, S2_BANDS
 from .arrays import tile_arrays
-from .geotiff import is_hidden_way
+from .geotiff import is_visible
 from .layouts import READERS, recognise
 from .places import read_ecoregions
 from .raster import BY_ORDER
@@ -315,7 +315,7 @@ def _first(notes:Iterable) -> str:
 
 def _mark(job:Job) -> str: # 12 digits
     "Return a digest of the names, sizes and times of the files of a source."
-    files = [p for f in job.files for p in (sorted(f.iterdir()) if f.is_dir() else [f]) if is_hidden_way(p)
+    files = [p for f in job.files for p in (sorted(f.iterdir()) if f.is_dir() else [f]) if is_visible(p)
              and p.is_file()]
     told = [(p.name, s.st_size, s.st_mtime_ns) for p in files for s in [p.stat()]]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12] if told else ''

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..core.files import GacError
 from .benv2 import read_benv2
 from .bigearthnet import read_bigearthnet
-from .geotiff import is_hidden_way, read_geotiff
+from .geotiff import is_visible, read_geotiff
 from .npz import read_npz
 from .readers import nested
 
@@ -46,11 +46,11 @@ def recognise(
     if has('table.parquet', 'arrays'): return 'store'
     if has('BigEarthNet-S1', 'BigEarthNet-S2', 'metadata.parquet'): return 'bigearthnet_v2'
     if has('S2L2A') and (has('S1GRD') or has('S1RTC')): return 'geotiff'
-    if path.suffix == '.npz' or (path.is_dir() and any(map(is_hidden_way, path.glob('*.npz')))): return 'npz'
-    if path.suffix == '.tortilla' or (path.is_dir() and any(map(is_hidden_way, path.glob('*.tortilla')))):
+    if path.suffix == '.npz' or (path.is_dir() and any(map(is_visible, path.glob('*.npz')))): return 'npz'
+    if path.suffix == '.tortilla' or (path.is_dir() and any(map(is_visible, path.glob('*.tortilla')))):
         return 'benv2'
     if path.is_dir() and any(nested(path, ('.npz',))): return 'npz'
-    inside = ', '.join(sorted(p.name for p in path.iterdir() if is_hidden_way(p))[:8]) if path.is_dir() else 'a file'
+    inside = ', '.join(sorted(p.name for p in path.iterdir() if is_visible(p))[:8]) if path.is_dir() else 'a file'
     known = '\n'.join(f'  {k}: {v}' for k, v in LAYOUTS.items())
     raise GacError(f'{path}: no layout that is known here (it holds: {inside or "nothing"}). Known '
                    f'are:\n{known}{_below(path)}')

@@ -86,7 +86,7 @@ def _npz_source(path:Path, i:int, name:str, opt:Options, cache:dict) -> Source:
     extra = {k: v.squeeze() for k, v in extra.items()}
     at = [j for j, b in enumerate(bands2) if b in S2_BANDS]
     return Source(name, pick(s1, bands1, S1_BANDS), s2[at], tuple(bands2[j] for j in at), opt.s1_product,
-                  bool(opt.s1_bands), extra, meta,
+                  bool(opt.s1_bands) or 's1_vv' in have, extra, meta,
                   **place, by_order='' if opt.s1_bands or 's1_vv' in have else str(path),
                   step=1 if opt.s2_scale else step_of(s2),
                   note=far_apart(text_or_empty(_value(have['s1_date'][i])), text_or_empty(meta.get('date')))

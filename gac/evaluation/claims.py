@@ -207,7 +207,7 @@ def unfrozen_share(
 ) -> float: # %
     "Return the share of the parameters of Stage 2 that is trained with the last blocks unfrozen."
     cost, encoder = forecast_memory(backbone), build_blank(backbone, memory=False)
-    free = sum(p.numel() for block in encoder.blocks[-last:] for p in block.parameters())
+    free = sum(p.numel() for block in encoder.blocks[len(encoder.blocks) - last:] for p in block.parameters())
     return 100*(cost['trainable'] + free)/cost['params']
 
 # %% ../../nbs/lib/evaluation/claims.ipynb #a738cc2d

@@ -144,7 +144,7 @@ def stac_items(
     span:str, # YYYY-MM-DD/YYYY-MM-DD; empty: any time
 ) -> list: # pystac items, sorted by id
     "Return the items of a catalogue in an area and a span of days."
-    import pystac, pystac_client
+    import pystac, pystac_client, pystac_client.errors
     sign = None
     if 'planetarycomputer' in str(url):
         try: from planetary_computer import sign_inplace as sign
@@ -156,7 +156,8 @@ def stac_items(
             found = list(client.search(collections=[collection] if collection else None, bbox=area,
                                        datetime=span or None).items())
         else: found = [i for i in client.get_items(recursive=True) if _matches(i, collection, area, span)]
-    except (OSError, pystac.STACError, pystac_client.exceptions.APIError, json.JSONDecodeError) as e:
+    except (OSError, pystac.STACError, pystac_client.exceptions.APIError,
+            pystac_client.errors.ClientTypeError, json.JSONDecodeError) as e:
         raise GacError(f'{url}: not a readable STAC catalogue ({type(e).__name__}: {e}).') from None
     return sorted(found, key=lambda i: i.id)
 
