@@ -75,7 +75,7 @@ def panels(
               *(f'error {k}' for k in images)]
     fig, axes = plt.subplots(len(truth), len(titles), figsize=(1.25*len(titles) + .8, 1.3*len(truth) + .3),
                              squeeze=False, dpi=66 if len(titles) < 8 else 56)
-    size = max(8, len(titles))  # legible where the figure fills a page
+    size = max(8, len(titles))  # legible if the figure fills a page
     for i, line in enumerate(axes):
         white, red = white_of(truth[i]), max(.2, float(np.quantile(truth[i][3], .99)))
         shown = [*([s1_composite(batch['s1'][i])] if radar else []),

@@ -222,4 +222,5 @@ def attention_viewer(
 
     place = lambda: widgets.IntSlider(grid//2, min=0, max=grid - 1)
     return Explorer(draw, 'Attention of one query', tile=widgets.SelectionSlider(options=list(ids)),
-                    weights_of=list(weights), layer=['mean', *map(str, range(1, layers + 1))], down=place(), across=place())
+                    weights_of=list(weights), layer=['mean', *map(str, range(1, layers + 1))],
+                    down=place(), across=place())
