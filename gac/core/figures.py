@@ -14,13 +14,14 @@ import numpy as np
 from .files import GacError, write_file
 
 # %% ../../nbs/lib/core/figures.ipynb #f14666f3
-# Okabe and Ito, colour-blind safe
+# of lines, in order: Okabe and Ito, colour-blind safe
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#F0E442')
 
 def style() -> None:
-    "Matplotlib settings of the study: colour-blind safe lines, perceptual maps, sizes legible at page width."
+    "Set Matplotlib to colour-blind safe lines, perceptual maps and sizes legible at page width."
     import matplotlib as mpl
-    mpl.rcParams.update({'axes.prop_cycle': mpl.cycler(color=COLOURS), 'image.cmap': 'viridis', 'image.interpolation': 'nearest',
+    mpl.rcParams.update({
+        'axes.prop_cycle': mpl.cycler(color=COLOURS), 'image.cmap': 'viridis', 'image.interpolation': 'nearest',
         'figure.dpi': 100, 'savefig.dpi': 120, 'font.size': 9, 'axes.titlesize': 10, 'axes.spines.top': False,
         'axes.spines.right': False, 'axes.grid': False, 'figure.constrained_layout.use': True,
         'legend.frameon': False})
@@ -29,7 +30,7 @@ def style() -> None:
 def save_picture(
     fig, # a matplotlib figure
     path:Path, # ends in .png or .svg
-) -> Path:
+) -> Path: # `path`
     "Write a figure, the same bytes for the same picture."
     import matplotlib as mpl
     buffer, kind = io.BytesIO(), path.suffix[1:]
@@ -39,12 +40,12 @@ def save_picture(
 
 # %% ../../nbs/lib/core/figures.ipynb #876cc946
 def escape_latex(text:str) -> str:
-    "Text with LaTeX's own characters escaped."
+    "Return the text with the special characters of LaTeX escaped."
     return re.sub(r'([&%$#_{}])', r'\\\1', text)
 
 # %% ../../nbs/lib/core/figures.ipynb #1f4b1961
 def check_file_name(name:str) -> str:
-    "A name that is safe as a file name."
+    "Return the name if it is safe as a file name, else refuse it."
     if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9_.-]*', name):
         raise GacError(f'{name!r} cannot be a file name: letters, digits, "_", "-" and "." only.')
     return name
@@ -53,7 +54,7 @@ def check_file_name(name:str) -> str:
 def safe_name(
     name:str, # of a folder or file, in any script
 ) -> str: # letters, digits, "_", "-" and "."; begins with a letter or a digit
-    "A file name made of any name: accents go, what is not allowed becomes a hyphen."
+    "Return a safe file name: accents are removed, other characters become a hyphen."
     plain = unicodedata.normalize('NFKD', name).encode('ascii', 'ignore').decode()
     plain = re.sub(r'-+', '-', re.sub(r'[^A-Za-z0-9_.-]', '-', plain)).strip('-._')
     return plain or hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
@@ -63,7 +64,7 @@ def format_table(
     df, # a pandas DataFrame
     digits:int|dict|None=None, # decimals, for all or by column; None: 4
 ): # a DataFrame of strings
-    "Every cell as it will be written: floats with fixed decimals, whole numbers plain, missing values n/a."
+    "Return every cell as text: floats with fixed decimals, whole numbers plain, missing values n/a."
     import pandas as pd
     decimals = lambda col: digits.get(col, 4) if isinstance(digits, dict) else 4 if digits is None else digits
     def cell(x, d):

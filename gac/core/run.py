@@ -17,22 +17,23 @@ from .files import GacError, root, shown_path, writable, write_file
 # %% ../../nbs/lib/core/run.ipynb #14ae77b3
 @dataclass
 class Run:
-    "One notebook of one run: where its artefacts and its report go, and what it has written so far."
+    "Write the artefacts, tables and figures of one notebook of one run, and keep a record of them."
     notebook:str # e.g. 07_stage1
     profile:str # e.g. smoke
-    seed:int # the one seed
+    seed:int # of the run
     dir:Path # artefacts: tiles, checkpoints, arrays
     reports:Path # tables and figures
-    data:str = '' # folder or file of real tiles, in full; empty: the procedural world
+    data:str = '' # absolute path of real tiles; empty: the procedural world
     record:dict = field(default_factory=dict) # tables, figures, artefacts, notes, missing
 
     @classmethod
     def open(cls, notebook:str, profile:str, seed:int, run_dir:str, reports_dir:str, data:str) -> 'Run':
-        "Make the folders and begin a new record."
+        "Return a run with its folders made and a new record."
         place = lambda given, default: (root()/(given or default)).resolve()
         run = cls(check_file_name(notebook), profile, seed, place(run_dir, f'runs/alone/{notebook}'),
                   place(reports_dir, f'reports/{check_file_name(profile)}'),
-                  str((root()/data).resolve()) if data else '', dict(tables={}, figures={}, artefacts=[], notes={}, missing={}))
+                  str((root()/data).resolve()) if data else '',
+                  dict(tables={}, figures={}, artefacts=[], notes={}, missing={}))
         for path in (run.dir, run.reports): writable(path)
         run._save()
         return run
@@ -47,14 +48,15 @@ class Run:
         name:str, # file name without suffix
         caption:str='', # one sentence for the report
         digits:int|dict|None=None, # decimals, for all or by column; None: 4
-        about:str='', # the tiles it is about: world, or 'real: …'; empty: none in particular
-    ): # the DataFrame, to be shown
+        about:str='', # the tiles it describes: world, or 'real: …'; empty: none in particular
+    ): # the same DataFrame
         "Write tables/`name`.csv, .md and .tex, the same bytes for the same numbers."
         text, base = format_table(df, digits), self.reports/'tables'
         caption = self._titled(name, caption, about)
         write_file(base/f'{check_file_name(name)}.csv', text.to_csv(index=False, lineterminator='\n'))
         write_file(base/f'{name}.md', text.to_markdown(index=False, disable_numparse=True) + '\n')
-        write_file(base/f'{name}.tex', text.to_latex(index=False, escape=True, caption=escape_latex(caption) or None, label=f'tab:{name}'))
+        write_file(base/f'{name}.tex', text.to_latex(index=False, escape=True, caption=escape_latex(caption) or None,
+                                                     label=f'tab:{name}'))
         self.record['tables'][name] = caption
         self._save()
         return df
@@ -73,38 +75,39 @@ class Run:
         self._save()
 
     def _titled(self, name:str, caption:str, about:str) -> str:
-        "The caption; in a run on somebody's tiles it says at its beginning what is about the procedural world instead."
+        "Return the caption; in a run on the user's tiles it names the procedural world where it describes that."
         if not self.data or not about: return caption
         self.record.setdefault('procedural' if about == 'world' else 'given', []).append(name)
         if about != 'world': return caption
         return caption if re.match(r'(?i)[^.]{0,60}procedural', caption) else f'Procedural world: {caption}'
 
     def artefact(self, path:str|Path) -> Path:
-        "Declare a file or folder of the run directory that later notebooks need: without it this notebook runs again."
+        "Declare a file or folder of the run directory that later notebooks need, and return its path."
         path = self.dir/path
         self.record['artefacts'].append(path.relative_to(self.dir).as_posix())
         self._save()
         return path
 
     def note(self, key:str, value) -> None:
-        "A fact for provenance.json: a checksum, a time, a count."
+        "Record a fact for provenance.json: a checksum, a time, a count."
         self.record['notes'][key] = value
         self._save()
 
     def stand_in(self, what:str) -> None:
-        "Said where something brief stands in for what an earlier notebook makes: right where one runs alone, never in a chain."
+        "Print that a short substitute replaces the output of an earlier notebook; refuse it in a chain."
         if (self.dir/'chain.lock').exists():
-            raise GacError(f'{self.notebook}: {what} of {shown_path(self.dir)} is not there. The notebook that makes it has to run first: leave --only and '
-                           '--from out. If it has run, the line `#| reads:` of this one lacks it.')
+            raise GacError(f'{self.notebook}: {what} of {shown_path(self.dir)} is not there. '
+                           'The notebook that makes it has to run first: leave --only and --from out. '
+                           'If it has run, the line `#| reads:` of this one lacks it.')
         print(f'{what} of this run is not there: something brief stands in for it.')
 
     def missing(self, what:str, why:str) -> None:
-        "Say in the report why a cell reads n/a."
+        "Record for the report why a cell reads n/a."
         self.record['missing'][what] = why
         self._save()
 
     def remark(self, sentence:str) -> None:
-        "A sentence for the report: what somebody's tiles do otherwise than the procedural world."
+        "Add a sentence to the report: a difference between the user's tiles and the procedural world."
         remarks = self.record.setdefault('remarks', [])
         if sentence not in remarks: remarks.append(sentence)
         self._save()
@@ -112,10 +115,10 @@ class Run:
 # %% ../../nbs/lib/core/run.ipynb #f8da3afc
 def expect(
     run:Run, # of this notebook
-    condition, # what the study expects: a bool, or a function that gives one
-    sentence:str, # what is so where it does not hold
-) -> bool: # whether it holds
-    "An expectation of the study: an error on the procedural world, a sentence in the report of somebody's tiles."
+    condition, # a bool, or a function that returns one
+    sentence:str, # the finding if it does not hold
+) -> bool: # True if it holds
+    "Check an expectation: raise an error on the procedural world, add a sentence to the report of the user's tiles."
     try: holds = bool(condition() if callable(condition) else condition)
     except (LookupError, ValueError, TypeError, ArithmeticError):  # a row that is not there cannot be judged
         if not run.data: raise
@@ -130,12 +133,12 @@ def expect(
 def start_run(
     notebook:str, # e.g. 07_stage1
     profile:str='smoke', # name of the profile
-    seed:int=0, # the one seed
-    run_dir:str='', # artefacts; empty: runs/alone/<notebook>, so that notebooks that run by themselves never meet
-    reports_dir:str='', # tables and figures; empty: reports/<profile>
+    seed:int=0, # of Python, NumPy and Torch
+    run_dir:str='', # of artefacts; empty: runs/alone/<notebook>, a folder for each notebook
+    reports_dir:str='', # of tables and figures; empty: reports/<profile>
     data:str='', # folder or file of real tiles; empty: the procedural world
 ) -> Run:
-    "Seed everything, set the figure style and open the folders of this notebook's run."
+    "Set the seed and the figure style, and return the run of this notebook with its folders made."
     seed_everything(seed)
     style()
     run = Run.open(notebook, profile, seed, run_dir, reports_dir, data)

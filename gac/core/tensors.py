@@ -15,22 +15,24 @@ from .files import GacError
 
 # %% ../../nbs/lib/core/tensors.ipynb #8e5dd03e
 def read_torch(
-    path:str|Path, # tensors and plain values, as torch.save writes them
-): # what it holds; nothing in it can run code
-    "The content of a Torch file, or an error that names it."
+    path:str|Path, # tensors and plain values, written by torch.save
+): # its content; code in it is not run
+    "Return the content of a Torch file, or refuse it by name."
     try: return torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError as e: raise GacError(f'{path} is missing.') from e
     except Exception as e:  # a damaged file makes its reader stumble in many ways
         why = (str(e) or 'it is empty').splitlines()[0]
-        raise GacError(f'{path} is no readable Torch file of tensors ({why}): it may be truncated. Delete it, or copy it anew.') from e
+        raise GacError(f'{path} is no readable Torch file of tensors ({why}): it may be truncated. '
+                       'Delete it, or copy it anew.') from e
 
 # %% ../../nbs/lib/core/tensors.ipynb #1494b07d
 def read_safetensors(
     path:str|Path, # a safetensors file
 ) -> tuple[dict, dict]: # name → tensor, and the metadata of its header
-    "Tensors and metadata, or an error that names the file."
+    "Return the tensors and the metadata of a safetensors file, or refuse it by name."
     try:
         with safe_open(str(path), 'pt') as f: return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
     except FileNotFoundError as e: raise GacError(f'{path} is missing.') from e
     except (SafetensorError, OSError) as e:
-        raise GacError(f'{path} is no readable safetensors file ({e}): it may be truncated. Copy or write it again.') from e
+        raise GacError(f'{path} is no readable safetensors file ({e}): it may be truncated. '
+                       'Copy or write it again.') from e

@@ -14,11 +14,12 @@ from .widgets import Explorer, tile_browser
 def browser(
     store, # store.Store
     rows, # positions in the store
-    methods:dict, # title -> method: tiles -> (n, 4, H, W) reflectance; the last stands at the left first
+    methods:dict, # title -> method: batch -> (n, 4, H, W) reflectance; the last one is at the left first
 ) -> Explorer:
-    "Radar, images and truth of some tiles, and every image's error, under controls."
+    "Return an explorer of the radar, the images, the truth and the error of every image of some tiles."
     ids = list(store.table.id.iloc[rows])
     def look(name):
         one = load_tiles(store, [rows[ids.index(name)]])
-        return {'radar': s1_composite(one['s1'][0]), **{k: f(one)[0] for k, f in methods.items()}, 'truth': one['truth'][0]}
+        return {'radar': s1_composite(one['s1'][0]), **{k: f(one)[0] for k, f in methods.items()},
+                'truth': one['truth'][0]}
     return tile_browser(ids, look, list(methods)[-1])

@@ -18,13 +18,13 @@ from .metrics import banded, gaussian_window
 
 # %% ../../nbs/lib/measure/edges.ipynb #834b2027
 EDGE_SCALE = 2.  # px, standard deviation of the smoothing
-EDGE_EPS = 1e-4  # edge strength per px that counts as nothing
+EDGE_EPS = 1e-4  # ε: edge strength of a flat image, per px
 DARK_REFLECTANCE = .02  # reflectance added before the logarithm
 
 def edge_map(
     x, # (B, C, H, W), on a logarithmic scale
 ) -> Tensor: # (B, H - 12, W - 12), units of x per px
-    "Strength of the smoothed gradient, root mean square over channels; where the filter lies inside the tile."
+    "Return the strength of the smoothed gradient, the root mean square over channels."
     B, C, H, W = x.shape
     if min(H, W) < 24: raise GacError(f'Edge measures need tiles of 24 px or more, got {H}×{W}.')
     with torch.autocast(x.device.type, enabled=False):  # half precision would round small gradients away
@@ -38,27 +38,29 @@ def edge_map(
 def radar_edges(
     s1, # (B, 2, H, W) dB
 ) -> Tensor: # (B, H - 12, W - 12), dB per px
-    "Edges of the despeckled radar."
+    "Return the edge map of the radar."
     return edge_map(torch.as_tensor(s1))
 
 # %% ../../nbs/lib/measure/edges.ipynb #02fa8509
 def image_edges(
     x, # (B, 4, H, W) reflectance
 ) -> Tensor: # (B, H - 12, W - 12), relative change per px
-    "Edges of the image at the radar's scale."
+    "Return the edge map of the image at the scale of the radar."
     return edge_map((torch.as_tensor(x).clamp_min(0) + DARK_REFLECTANCE).log())
 
 # %% ../../nbs/lib/measure/edges.ipynb #abfbba05
 def _correlation(a:Tensor, b:Tensor) -> Tensor: # (B,) of two (B, h, w)
-    "Correlation over the pixels of a tile, 0 where one map is flat."
+    "Return the correlation over the pixels of a tile, 0 if one map is flat."
     a, b = (v.flatten(1) - v.flatten(1).mean(1, keepdim=True) for v in (a, b))
-    return (a*b).mean(1)/((a.square().mean(1) + EDGE_EPS**2)*(b.square().mean(1) + EDGE_EPS**2)).sqrt()
+    return (a*b).mean(1)/((a.square().mean(1) + EDGE_EPS**2)
+                          *(b.square().mean(1) + EDGE_EPS**2)).sqrt()
 
+# %% ../../nbs/lib/measure/edges.ipynb #7dc0bd98
 def edge_agreement(
-    pred, # (B, 4, H, W) reflectance; gradients reach it
+    pred, # (B, 4, H, W) reflectance; may need gradients
     s1, # (B, 2, H, W) dB
 ) -> Tensor: # (B,), 0–2, lower is better
-    "One minus the correlation of the edge maps of radar and image."
+    "Return one minus the correlation of the edge maps of radar and image."
     return 1 - _correlation(image_edges(pred), radar_edges(s1))
 
 # %% ../../nbs/lib/measure/edges.ipynb #15919de2
@@ -66,31 +68,32 @@ def sar_edge(
     pred, # (B, 4, H, W) reflectance
     s1, # (B, 2, H, W) dB
 ) -> Tensor: # (B,), 0–1, lower is better
-    "SAR-edge agreement: 0 for proportional edge maps, 1 for maps with nothing in common."
+    "Return the SAR-edge agreement: 0 for proportional edge maps, 1 for uncorrelated ones."
     return edge_agreement(pred, s1).clamp(0, 1)
 
 # %% ../../nbs/lib/measure/edges.ipynb #8c4aa821
-EDGE_SHARE = .1  # of a tile's pixels: its strong edges
-EDGE_FLOOR = .003  # relative change per px below which an image has no edge
-EDGE_TOLERANCE = 1  # px
+EDGE_SHARE = .1  # share of the pixels of a tile that are strong edges
+EDGE_FLOOR = .003  # smallest strength of an image edge, relative change per px
+EDGE_TOLERANCE = 1  # largest distance of two edges that agree, px
 
 def edge_level(
     edges:Tensor, # (B, h, w)
-    floor:float=0., # the level is at least this
+    floor:float=0., # smallest level
 ) -> Tensor: # (B, 1, 1)
-    "The strength that a tenth of a tile exceeds."
+    "Return the edge strength that a tenth of the pixels of a tile exceeds."
     n = edges[0].numel()
     return edges.flatten(1).kthvalue(n - round(EDGE_SHARE*n), 1).values.clamp_min(floor)[:, None, None]
 
 # %% ../../nbs/lib/measure/edges.ipynb #8101ae51
 def _near(mask:Tensor) -> Tensor:
-    "Pixels within the tolerance of a marked one."
+    "Return the pixels within the tolerance of a marked one."
     return F.max_pool2d(mask[:, None].float(), 2*EDGE_TOLERANCE + 1, 1, EDGE_TOLERANCE)[:, 0] > 0
 
-def _share(part:Tensor, whole:Tensor) -> Tensor: # (B,), 0 where there is no whole
-    "The share of marked pixels that are marked in `part` too."
+def _share(part:Tensor, whole:Tensor) -> Tensor: # (B,), 0 if no pixel of `whole` is marked
+    "Return the share of the pixels marked in `whole` that are marked in `part` too."
     return (part & whole).sum((1, 2))/whole.sum((1, 2)).clamp_min(1)
 
+# %% ../../nbs/lib/measure/edges.ipynb #b289141a
 def _agreement(image:Tensor, radar:Tensor) -> Tensor: return (1 - _correlation(image, radar)).clamp(0, 1)
 
 def _recall(image:Tensor, radar:Tensor) -> Tensor:
@@ -100,12 +103,13 @@ def _invented(image:Tensor, truth:Tensor, radar:Tensor) -> Tensor:
     level = edge_level(truth, EDGE_FLOOR)
     return _share(~_near((radar > edge_level(radar)) | (truth > level)), image > level)
 
+# %% ../../nbs/lib/measure/edges.ipynb #84d2fc6f
 def sar_edge_gap(
     pred, # (B, 4, H, W) reflectance
     truth, # the same shape
     s1, # (B, 2, H, W) dB
 ) -> Tensor: # (B,), 0–1, lower is better
-    "Distance of the SAR-edge agreement to the truth's own."
+    "Return the distance of the SAR-edge agreement to that of the truth."
     return (sar_edge(pred, s1) - sar_edge(truth, s1)).abs()
 
 # %% ../../nbs/lib/measure/edges.ipynb #3f7eec3c
@@ -113,7 +117,7 @@ def edge_recall(
     pred, # (B, 4, H, W) reflectance
     s1, # (B, 2, H, W) dB
 ) -> Tensor: # (B,), 0–1, higher is better
-    "Share of the radar's strong edges that the image has too."
+    "Return the share of the strong radar edges that the image has too."
     return _recall(image_edges(pred), radar_edges(s1))
 
 # %% ../../nbs/lib/measure/edges.ipynb #e239ecce
@@ -122,46 +126,54 @@ def hallucination(
     truth, # the same shape
     s1, # (B, 2, H, W) dB
 ) -> Tensor: # (B,), 0–1, lower is better
-    "Share of the image's strong edges that neither radar nor truth has."
+    "Return the share of the strong image edges that neither radar nor truth has."
     return _invented(image_edges(pred), image_edges(truth), radar_edges(s1))
 
 # %% ../../nbs/lib/measure/edges.ipynb #7ed1ee53
-SAR_MEASURES = ('sar_edge', 'sar_edge_gap', 'edge_recall', 'hallucination')  # names of columns; they need the radar
+SAR_MEASURES = ('sar_edge', 'sar_edge_gap', 'edge_recall', 'hallucination')  # columns of tables that need the radar
 
-def edge_metrics(pred, truth, s1) -> dict[str, Tensor]: # name → (B,)
-    "The four of them, every edge map made once."
+def edge_metrics(
+    pred, # (B, 4, H, W) reflectance
+    truth, # the same shape
+    s1, # (B, 2, H, W) dB
+) -> dict[str, Tensor]: # name of SAR_MEASURES → (B,)
+    "Return the four measures of each tile; every edge map is computed once."
     image, truth, radar = image_edges(pred), image_edges(truth), radar_edges(s1)
     own, drawn = _agreement(truth, radar), _agreement(image, radar)
-    return dict(zip(SAR_MEASURES, (drawn, (drawn - own).abs(), _recall(image, radar), _invented(image, truth, radar))))
+    return dict(zip(SAR_MEASURES, (drawn, (drawn - own).abs(), _recall(image, radar),
+                                   _invented(image, truth, radar))))
 
 # %% ../../nbs/lib/measure/edges.ipynb #eb030002
 class EdgeBalance:
-    "What images draw of a truth's edges, and what else, at any level."
+    "Count the edges of images that agree with the truth and with the radar, at any level."
     def __init__(self,
-        truth:Tensor, # (B, h, w) edges of the truth, as of image_edges
-        radar:Tensor, # (B, h, w) edges of the radar
+        truth:Tensor, # (B, h, w) edge map of the truth, from image_edges
+        radar:Tensor, # (B, h, w) edge map of the radar
     ):
         self.own = edge_level(truth, EDGE_FLOOR)
         self.there = truth > self.own
         self.near, self.supported = _near(self.there), _near(self.there | (radar > edge_level(radar)))
 
     def __call__(self,
-        image:Tensor, # (B, h, w) edges of an image
-        level:float=1., # from which on an edge counts, in those of the truth's weakest strong edge
-    ) -> pd.DataFrame: # a row per tile; drawn: share of pixels; found: share of the truth's edges; false, hallucination: shares of the drawn ones
-        "The shares of every tile."
+        image:Tensor, # (B, h, w) edge map of an image
+        level:float=1., # smallest strength of an edge, in units of the weakest strong edge of the truth
+    ) -> pd.DataFrame: # a row per tile, see below
+        """Return four shares of each tile. drawn: of the pixels, that are edges of the image;
+        found: of the edges of the truth, that the image has; false: of the edges of the image, that the truth lacks;
+        hallucination: of the edges of the image, that truth and radar lack."""
         drawn = image > level*self.own
-        shares = dict(drawn=drawn.float().mean((1, 2)), found=_share(_near(drawn), self.there), false=_share(~self.near, drawn),
-                      hallucination=_share(~self.supported, drawn))
+        shares = dict(drawn=drawn.float().mean((1, 2)), found=_share(_near(drawn), self.there),
+                      false=_share(~self.near, drawn), hallucination=_share(~self.supported, drawn))
         return pd.DataFrame({k: v.double().numpy() for k, v in shares.items()})
 
     def level_that_finds(self,
-        share:float, # of the truth's edges, mean over tiles
-        image:Tensor, # (B, h, w) edges of an image
+        share:float, # of the edges of the truth, mean over tiles
+        image:Tensor, # (B, h, w) edge map of an image
     ) -> float: # between 0.01 and 100
-        "The level from which on an image finds this share of the truth's edges."
+        "Return the highest level at which the image has this share of the edges of the truth."
         low, high = -2., 2.  # powers of ten
         for _ in range(14):
             middle = (low + high)/2
-            low, high = (middle, high) if _share(_near(image > 10**middle*self.own), self.there).double().mean() > share else (low, middle)
+            low, high = (middle, high) if (
+                _share(_near(image > 10**middle*self.own), self.there).double().mean() > share) else (low, middle)
         return 10**low

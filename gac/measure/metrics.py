@@ -19,12 +19,12 @@ def check_pair(
     pred, # (B, C, H, W) array or tensor
     truth, # the same shape
     names=None, # B names of tiles, for the message; None: their positions
-) -> tuple[Tensor, Tensor]: # both as float32 tensors
-    "Both images as tensors, or an error that names the tile at fault."
+) -> tuple[Tensor, Tensor]: # prediction and truth, (B, C, H, W) float32
+    "Return both images as tensors, or refuse them and name the tile at fault."
     pair = [torch.as_tensor(x).float() for x in (pred, truth)]
     if pair[0].shape != pair[1].shape or pair[0].ndim != 4:
-        raise GacError(f'Expected prediction and truth of one shape (tiles, bands, height, width); '
-                       f'got {tuple(pair[0].shape)} and {tuple(pair[1].shape)}. For a single tile add an axis: x[None].')
+        raise GacError(f'Expected prediction and truth of one shape (tiles, bands, height, width); got '
+                       f'{tuple(pair[0].shape)} and {tuple(pair[1].shape)}. For a single tile add an axis: x[None].')
     for x, what in zip(pair, ('prediction', 'truth')):
         if x.sum().isfinite(): continue  # ten times as fast as asking every value
         bad = ~x.isfinite()
@@ -34,33 +34,42 @@ def check_pair(
         bands = bad[tile].sum((1, 2)).nonzero()[:, 0].tolist()
         name = f'{tile} ({names[tile]})' if names is not None else tile
         raise GacError(f'Tile {name}: {int(counts[tile])} values of the {what} are not finite (bands {bands}); '
-                       f'{int((counts > 0).sum())} of {len(x)} tiles are affected. Mask or leave out these tiles first.')
+                       f'{int((counts > 0).sum())} of {len(x)} tiles are affected. '
+                       'Mask or leave out these tiles first.')
     return pair[0], pair[1].to(pair[0].device)
 
 # %% ../../nbs/lib/measure/metrics.ipynb #e60cd189
 PSNR_MAX = 100.  # dB: an RMSE of 1e-5, a tenth of a digital number
 
 def _axes(per_band:bool) -> tuple[int, ...]:
-    "The axes a measure averages over."
+    "Return the axes that a measure averages over."
     return (2, 3) if per_band else (1, 2, 3)
 
 def mse(
     pred, # (B, C, H, W) reflectance
     truth, # the same shape
-    per_band:bool=False, # one value per band as well
+    per_band:bool=False, # True: one value per band
 ) -> Tensor: # (B,), or (B, C) per band
-    "Mean squared error."
+    "Return the mean squared error of each tile."
     pred, truth = check_pair(pred, truth)
     return (pred - truth).square().mean(_axes(per_band))
 
 # %% ../../nbs/lib/measure/metrics.ipynb #f1f7e20d
-def rmse(pred, truth, per_band:bool=False) -> Tensor:
-    "Root of the mean squared error: (B,), or (B, C) per band."
+def rmse(
+    pred, # (B, C, H, W) reflectance
+    truth, # the same shape
+    per_band:bool=False, # True: one value per band
+) -> Tensor: # (B,), or (B, C) per band
+    "Return the root of the mean squared error of each tile."
     return mse(pred, truth, per_band).sqrt()
 
 # %% ../../nbs/lib/measure/metrics.ipynb #0f556a4a
-def mae(pred, truth, per_band:bool=False) -> Tensor:
-    "Mean absolute error: (B,), or (B, C) per band."
+def mae(
+    pred, # (B, C, H, W) reflectance
+    truth, # the same shape
+    per_band:bool=False, # True: one value per band
+) -> Tensor: # (B,), or (B, C) per band
+    "Return the mean absolute error of each tile."
     pred, truth = check_pair(pred, truth)
     return (pred - truth).abs().mean(_axes(per_band))
 
@@ -68,10 +77,10 @@ def mae(pred, truth, per_band:bool=False) -> Tensor:
 def psnr(
     pred, # (B, C, H, W) reflectance
     truth, # the same shape
-    per_band:bool=False, # one value per band as well
-    data_range:float=1., # the R of the formula
+    per_band:bool=False, # True: one value per band
+    data_range:float=1., # R
 ) -> Tensor: # (B,), or (B, C) per band; dB, at most PSNR_MAX
-    "Peak signal-to-noise ratio."
+    "Return the peak signal-to-noise ratio of each tile."
     pred, truth = check_pair(pred, truth)
     return peak_signal_noise_ratio(pred, truth, data_range, reduction='none', dim=_axes(per_band)).clamp(max=PSNR_MAX)
 
@@ -81,20 +90,20 @@ SSIM_WINDOW = 11  # px
 def gaussian_window(
     sigma:float, # px
     radius:int, # px
-    like:Tensor, # gives type and device
-) -> tuple[Tensor, Tensor]: # (2*radius + 1,) both
-    "A smoothing filter and its derivative: a ramp of 1 per px has derivative 1."
+    like:Tensor, # a tensor of the wanted type and device
+) -> tuple[Tensor, Tensor]: # two filters, (2*radius + 1,) each
+    "Return a smoothing filter and its derivative, scaled so that a ramp of 1 per px has derivative 1."
     t = torch.arange(-radius, radius + 1, dtype=like.dtype, device=like.device)
     g = torch.exp(-t**2/(2*sigma**2))
     return g/g.sum(), t*g/(t*t*g).sum()
 
 # %% ../../nbs/lib/measure/metrics.ipynb #eb411404
 def banded(
-    weights:Tensor, # (k,), k odd: of a filter along one axis
-    side:int, # px of that axis
-    mirror:bool, # True: the border is mirrored; False: only where the filter lies inside
+    weights:Tensor, # (k,), k odd: a filter along one axis
+    side:int, # length of that axis, px
+    mirror:bool, # True: mirror the border; False: only positions with the whole filter inside
 ) -> Tensor: # (side or side - k + 1, side)
-    "A filter as a matrix: for tiles a product with it is several times faster than a convolution."
+    "Return a filter as a matrix; on tiles a product with it is several times faster than a convolution."
     k = len(weights)
     reach = torch.arange(k, device=weights.device) - k//2 if mirror else torch.arange(k, device=weights.device)
     at = torch.arange(side if mirror else side - k + 1, device=weights.device)[:, None] + reach
@@ -105,10 +114,10 @@ def banded(
 def ssim(
     pred, # (B, C, H, W) reflectance
     truth, # the same shape
-    per_band:bool=False, # one value per band as well
-    data_range:float=1., # the R of the formula
+    per_band:bool=False, # True: one value per band
+    data_range:float=1., # R
 ) -> Tensor: # (B,), or (B, C) per band
-    "Structural similarity, 1 for identical tiles."
+    "Return the structural similarity of each tile, 1 for identical tiles."
     pred, truth = check_pair(pred, truth)
     B, C, H, W = pred.shape
     if min(H, W) < SSIM_WINDOW: raise GacError(f'SSIM needs tiles of {SSIM_WINDOW} px or more, got {H}×{W}.')
@@ -126,8 +135,8 @@ def sam_deg(
     pred, # (B, C, H, W) reflectance, C ≥ 2
     truth, # the same shape
 ) -> Tensor: # (B,), degrees
-    "Mean spectral angle."
-    # the bands of a pixel side by side, as they are summed
+    "Return the mean spectral angle of each tile."
+    # adjacent bands in memory: they are summed
     pred, truth = (x.double().contiguous(memory_format=torch.channels_last) for x in check_pair(pred, truth))
     angle = spectral_angle_mapper(pred, truth, reduction='none')  # (B, H, W), NaN where a spectrum is zero
     both_dark = (pred == 0).all(1) & (truth == 0).all(1)
@@ -137,16 +146,18 @@ def sam_deg(
 # %% ../../nbs/lib/measure/metrics.ipynb #9247ed24
 def standardised(
     x, # (B, C, H, W) reflectance
-    bands=OPT_BANDS, # the names of the C bands
+    bands=OPT_BANDS, # names of the C bands
 ) -> Tensor: # the same shape, in standard deviations of TerraMind's pretraining set
-    "Reflectance as TerraMind sees it."
+    "Return reflectance as TerraMind reads it, standardised per band."
     x = torch.as_tensor(x).float()
     mean, std = (torch.tensor([s[S2_BANDS.index(b)] for b in bands], device=x.device).reshape(-1, 1, 1)
                  for s in TERRAMIND_STATS['S2L2A'])
     return (x/REFLECTANCE - mean)/std
 
 # %% ../../nbs/lib/measure/metrics.ipynb #da8822b8
-def tile_range(x) -> Tensor:
-    "Largest minus smallest value of each tile, (B, 1, 1, 1)."
+def tile_range(
+    x, # (B, C, H, W)
+) -> Tensor: # (B, 1, 1, 1)
+    "Return the largest minus the smallest value of each tile."
     x = torch.as_tensor(x)
     return (x.amax((1, 2, 3)) - x.amin((1, 2, 3))).clamp_min(1e-6).reshape(-1, 1, 1, 1)

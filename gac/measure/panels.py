@@ -16,7 +16,7 @@ from .widgets import ERROR_TOP
 def s1_composite(
     s1, # (2, H, W) dB
 ) -> np.ndarray: # (H, W, 3), 0–1
-    "VV, VH and VV − VH as red, green and blue, over fixed ranges."
+    "Return VV, VH and VV − VH as red, green and blue, over fixed ranges."
     low, high = np.array([-20., -27, 2])[:, None, None], np.array([0., -7, 14])[:, None, None]
     return np.clip((np.stack([s1[0], s1[1], s1[0] - s1[1]]) - low)/(high - low), 0, 1).transpose(1, 2, 0)
 
@@ -24,7 +24,7 @@ def s1_composite(
 def white_of(
     truth, # (4, H, W) reflectance
 ) -> float: # reflectance shown as white
-    "The 99th percentile of the tile's visible bands, at least 0.1."
+    "Return the 99th percentile of the visible bands of a tile, at least 0.1."
     return max(.1, float(np.quantile(np.asarray(truth)[:3], .99)))
 
 # %% ../../nbs/lib/measure/panels.ipynb #cf17c263
@@ -32,52 +32,54 @@ def picture(
     x, # (4, H, W) reflectance
     white:float=RGB_TOP, # reflectance shown as white
 ) -> np.ndarray: # (H, W, 3), 0–1
-    "The true-colour image for a figure."
+    "Return the true-colour image for a figure."
     return rgb(np.asarray(x), white).numpy().transpose(1, 2, 0)
 
 # %% ../../nbs/lib/measure/panels.ipynb #d6f99d7d
 def false_colour(
     x, # (4, H, W) reflectance
     white:float=.5, # reflectance shown as white
-) -> np.ndarray: # (H, W, 3), 0–1: near infrared, red, green
-    "Near infrared as red: vegetation is red, water black."
+) -> np.ndarray: # (H, W, 3), 0–1
+    "Return near infrared, red and green as red, green and blue: vegetation is red, water black."
     order = [OPT_BANDS.index(b) for b in ('B08', 'B04', 'B03')]
     return np.clip(np.asarray(x)[order]/white, 0, 1).transpose(1, 2, 0)
 
 # %% ../../nbs/lib/measure/panels.ipynb #ae14db51
 def in_one_line(
-    chosen:dict, # what a tile is chosen for -> tile
-) -> dict: # likewise, every tile once
-    "Of few tiles one may be chosen for several reasons: it is shown once, with all of them."
+    chosen:dict, # reason -> tile
+) -> dict: # reasons -> tile, every tile once
+    "Return every tile once, with all the reasons for which it was chosen."
     return {', '.join(k for k, v in chosen.items() if v == tile): tile for tile in dict.fromkeys(chosen.values())}
 
 # %% ../../nbs/lib/measure/panels.ipynb #07dfe31d
 def by_gain(
     before, # (n,) PSNR, dB
-    after, # (n,) PSNR of the same tiles later, dB
-) -> dict: # largest, median and smallest gain -> position
-    "The tiles a picture of a change shows, chosen by rule."
+    after, # (n,) PSNR of the same tiles after a change, dB
+) -> dict: # largest, median and smallest gain -> position of the tile
+    "Return the tiles with the largest, the median and the smallest gain."
     order = np.argsort(np.asarray(after) - np.asarray(before), kind='stable')
     return in_one_line({'largest gain': order[-1], 'median gain': order[len(order)//2], 'smallest gain': order[0]})
 
 # %% ../../nbs/lib/measure/panels.ipynb #213855e9
 def panels(
-    batch:dict, # truth (n, 4, H, W) reflectance, s1 (n, 2, H, W) dB if it is to be seen, id: tiles as of read_tiles
+    batch:dict, # id (n,), truth (n, 4, H, W) reflectance and, to show the radar, s1 (n, 2, H, W) dB, as of load_tiles
     images:dict, # title -> (n, 4, H, W) reflectance
-    labels=None, # n texts at the left; None: ids
-    nir:bool=True, # the last image and the truth in false colour as well
+    labels=None, # n row labels; None: ids
+    nir:bool=True, # True: show the last image and the truth in false colour too
 ): # matplotlib Figure
-    "Radar (where it is given), images and truth of some tiles in true colour, and the error of every image."
+    "Draw radar, images and truth of some tiles, a row per tile, and the error map of every image."
     import matplotlib.pyplot as plt
     labels, last, truth = batch['id'] if labels is None else labels, list(images.values())[-1], batch['truth']
     radar = 's1' in batch
-    titles = [*['radar']*radar, *images, 'truth', *['false colour:\nB08, B04, B03', 'its truth']*nir, *(f'error {k}' for k in images)]
-    fig, axes = plt.subplots(len(truth), len(titles), figsize=(1.25*len(titles) + .8, 1.3*len(truth) + .3), squeeze=False,
-                             dpi=66 if len(titles) < 8 else 56)
-    size = max(8, len(titles))  # legible where the figure fills a page
+    titles = [*['radar']*radar, *images, 'truth', *['false colour:\nB08, B04, B03', 'its truth']*nir,
+              *(f'error {k}' for k in images)]
+    fig, axes = plt.subplots(len(truth), len(titles), figsize=(1.25*len(titles) + .8, 1.3*len(truth) + .3),
+                             squeeze=False, dpi=66 if len(titles) < 8 else 56)
+    size = max(8, len(titles))  # legible if the figure fills a page
     for i, line in enumerate(axes):
         white, red = white_of(truth[i]), max(.2, float(np.quantile(truth[i][3], .99)))
-        shown = [*([s1_composite(batch['s1'][i])] if radar else []), *(picture(x[i], white) for x in (*images.values(), truth)),
+        shown = [*([s1_composite(batch['s1'][i])] if radar else []),
+                 *(picture(x[i], white) for x in (*images.values(), truth)),
                  *(false_colour(x[i], red) for x in (last, truth) if nir)]
         for ax, pixels in zip(line, shown): ax.imshow(pixels)
         for ax, x in zip(line[len(shown):], images.values()):

@@ -25,16 +25,16 @@ def rgb(
     x, # (…, 4, H, W) reflectance in the order of OPT_BANDS
     top:float=RGB_TOP, # reflectance shown as white
 ) -> Tensor: # (…, 3, H, W), 0–1: red, green, blue
-    "The true-colour image, stretched linearly and cut at 0 and 1."
+    "Return the true-colour image, stretched linearly and clipped to 0–1."
     return (torch.as_tensor(x).float()[..., [OPT_BANDS.index(b) for b in ('B04', 'B03', 'B02')], :, :]/top).clamp(0, 1)
 
 # %% ../../nbs/lib/measure/perception.ipynb #cbf2cade
 ALEXNET_FILE = 'alexnet-owt-7be5be79.pth'  # torchvision's name: it ends in the first 8 digits of the file's SHA-256
 
 def alexnet_path(
-    weights:str|Path='', # a file; empty: torch's hub cache, then data/weights
-) -> Path|None: # None: no file
-    "Where the weights of AlexNet are."
+    weights:str|Path='', # a file; empty: search the hub cache of torch, then data/weights
+) -> Path|None: # None: no file found
+    "Return the path of the weights of AlexNet."
     if weights:
         path = Path(weights) if Path(weights).is_absolute() else root()/weights
         if not path.is_file():
@@ -46,37 +46,42 @@ def alexnet_path(
 # %% ../../nbs/lib/measure/perception.ipynb #d6f1e601
 def read_alexnet(
     path:Path, # a state dict in torchvision's format
-    expected:dict, # name → tensor, the network's own state dict
+    expected:dict, # name → tensor, the state dict of the network
 ) -> dict: # name → tensor
-    "AlexNet's tensors, every one of them checked by name and shape."
+    "Return the tensors of AlexNet after a check of every name and shape."
     digest = path.stem.rpartition('-')[2]
     if path.name == ALEXNET_FILE and not sha256(path).startswith(digest):
-        raise GacError(f'{path}: the SHA-256 does not begin with {digest}, as this file name promises. Download it again.')
+        raise GacError(f'{path}: the SHA-256 does not begin with {digest}, as this file name promises. '
+                       'Download it again.')
     state = read_torch(path)
-    if not isinstance(state, dict): raise GacError(f'{path} holds a {type(state).__name__}, expected the state dict of AlexNet.')
-    wrong = {'missing': sorted(expected.keys() - state.keys()), 'unexpected': sorted(map(str, state.keys() - expected.keys())),
+    if not isinstance(state, dict):
+        raise GacError(f'{path} holds a {type(state).__name__}, expected the state dict of AlexNet.')
+    wrong = {'missing': sorted(expected.keys() - state.keys()),
+             'unexpected': sorted(map(str, state.keys() - expected.keys())),
              'misshapen': sorted(k for k in expected.keys() & state.keys()
                                  if getattr(state[k], 'shape', None) != expected[k].shape)}
     if any(wrong.values()):
-        raise GacError(f"{path} is not torchvision's AlexNet: " + '; '.join(f'{k} {v}' for k, v in wrong.items() if v) + '.')
+        raise GacError(f"{path} is not torchvision's AlexNet: "
+                       + '; '.join(f'{k} {v}' for k, v in wrong.items() if v) + '.')
     return state
 
 # %% ../../nbs/lib/measure/perception.ipynb #400fcde9
 class LPIPS:
-    "The perceptual distance, or n/a and the reason."
+    "Compute the perceptual distance, or NaN if the weights are absent; `reason` then says why."
     def __init__(self,
-        weights:str|Path='', # AlexNet in torchvision's format; empty: looked for, see `alexnet_path`
+        weights:str|Path='', # AlexNet in torchvision's format; empty: see `alexnet_path`
     ):
         self.path, self.net, self.reason = alexnet_path(weights), None, ''
         if self.path is None:
-            self.reason = f'no backbone weights: put {ALEXNET_FILE} into {Path("data")/"weights"} or into the hub cache of torch'
+            self.reason = (f'no backbone weights: put {ALEXNET_FILE} into {Path("data")/"weights"} '
+                           'or into the hub cache of torch')
             return
         import lpips, torchvision
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # the package still builds the network with an option torchvision has renamed
-            with torch.device('meta'): expected = torchvision.models.alexnet(weights=None).state_dict()  # names and shapes
+            warnings.simplefilter('ignore')  # lpips uses an option that torchvision has renamed
+            with torch.device('meta'): expected = torchvision.models.alexnet(weights=None).state_dict()  # shapes
             state = read_alexnet(self.path, expected)
-            net = lpips.LPIPS(net='alex', pnet_rand=True, verbose=False)  # its own weighting is loaded, the backbone follows
+            net = lpips.LPIPS(net='alex', pnet_rand=True, verbose=False)  # loads its weighting; the backbone follows
         for part in (net.net.slice1, net.net.slice2, net.net.slice3, net.net.slice4, net.net.slice5):
             # the slices keep torchvision's numbering
             part.load_state_dict({k: state[f'features.{k}'] for k in part.state_dict()})
@@ -89,8 +94,8 @@ class LPIPS:
     def __call__(self,
         pred, # (B, 4, H, W) reflectance
         truth, # the same shape
-    ) -> Tensor: # (B,), NaN where the measure is not available
-        "Distance of the true-colour images, 0 for identical ones."
+    ) -> Tensor: # (B,), NaN without weights
+        "Return the distance of the true-colour images, 0 for identical ones."
         pred, truth = check_pair(pred, truth)
         if not self.available: return torch.full((len(pred),), torch.nan)
         self.net.to(pred.device)

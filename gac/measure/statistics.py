@@ -14,13 +14,13 @@ from .tile_metrics import HIGHER_IS_BETTER
 
 # %% ../../nbs/lib/measure/statistics.ipynb #fec71d36
 def bootstrap_ci(
-    values, # (N,) or (N, K): one row per tile, one column per measure
-    n:int=2000, # resamples
+    values, # (N,) or (N, K): a row per tile, a column per measure
+    n:int=2000, # number of resamples
     seed:int=0, # of the resampling
-    scenes=None, # (N,) scene of each tile; None: each its own
-    level:float=.95, # of the interval
+    scenes=None, # (N,) scene of each tile; None: every tile is a scene
+    level:float=.95, # coverage of the interval, 0–1
 ) -> tuple: # mean, lower and upper bound: numbers, or (K,) arrays
-    "Mean with its bootstrap interval over scenes."
+    "Return the mean and its bootstrap interval over scenes."
     x = np.asarray(values, dtype=float)
     if not len(x): raise GacError('No tiles: there is no mean of nothing.')
     flat, x = x.ndim == 1, x.reshape(len(x), -1)
@@ -38,19 +38,21 @@ def bootstrap_ci(
     for i in range(0, n, step):
         draw = rng.integers(0, S, (min(step, n - i), S))
         means.append(np.stack([total[:, k][draw].sum(1) for k in range(x.shape[1])], 1)/count[draw].sum(1)[:, None])
-    lo, hi = np.quantile(np.concatenate(means), [(1 - level)/2, (1 + level)/2], axis=0) if S > 1 else np.full((2, x.shape[1]), np.nan)
+    lo, hi = (np.quantile(np.concatenate(means), [(1 - level)/2, (1 + level)/2], axis=0) if S > 1
+              else np.full((2, x.shape[1]), np.nan))
     return tuple(float(v[0]) if flat else v for v in (x.mean(0), lo, hi))
 
 # %% ../../nbs/lib/measure/statistics.ipynb #1fa3ef2d
 def paired_gain(
     a, # (N,) or (N, K): a measure of each tile by one method
-    b, # the same tiles by the method it is compared with
-    measure:str='psnr', # its name decides which way is better
+    b, # the same of the other method
+    measure:str='psnr', # name of the measure; higher is better for those of HIGHER_IS_BETTER
     **kw, # n, seed, scenes, level of `bootstrap_ci`
 ) -> tuple: # mean gain of a over b, lower and upper bound
-    "Mean paired gain of `a` over `b`, positive where `a` is better."
+    "Return the mean paired gain of `a` over `b`, positive if `a` is better, and its interval."
     if isinstance(a, pd.Series) and isinstance(b, pd.Series) and not a.index.equals(b.index):
-        raise GacError('The two methods were measured on different tiles: a paired gain needs the same tiles in the same order.')
+        raise GacError('The two methods were measured on different tiles: '
+                       'a paired gain needs the same tiles in the same order.')
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if a.shape != b.shape: raise GacError(f'A paired gain needs the same tiles: got {a.shape} and {b.shape}.')
     higher = measure.partition('_B')[0] in HIGHER_IS_BETTER
@@ -58,10 +60,11 @@ def paired_gain(
 
 # %% ../../nbs/lib/measure/statistics.ipynb #22f0491e
 def summary(
-    table:pd.DataFrame, # one row per tile, as of `tile_metrics`
+    table:pd.DataFrame, # a row per tile, from `tile_metrics`
     **kw, # n, seed, scenes, level of `bootstrap_ci`
 ) -> dict: # n_tiles, then measure, measure_lo, measure_hi for every column
-    "Means and intervals of all columns: one row of a table of results."
+    "Return means and intervals of all columns: one row of a table of results."
     mean, lo, hi = bootstrap_ci(table.to_numpy(dtype=float), **kw)
-    cells = {f'{c}{end}': float(v[k]) for k, c in enumerate(table.columns) for end, v in (('', mean), ('_lo', lo), ('_hi', hi))}
+    cells = {f'{c}{end}': float(v[k]) for k, c in enumerate(table.columns)
+             for end, v in (('', mean), ('_lo', lo), ('_hi', hi))}
     return {'n_tiles': len(table)} | cells

@@ -19,13 +19,13 @@ from ..core.vocabulary import OPT_BANDS
 
 # %% ../../nbs/lib/measure/widgets.ipynb #31367b4d
 class Explorer:
-    "A figure that follows its controls; where nothing answers them, the figure alone."
+    "Show a figure that follows its controls; without a kernel, show the figure alone."
     def __init__(self,
-        draw:Callable, # value of every control, by name -> matplotlib Figure
-        about:str, # what can be explored, for a reader without pictures
-        **controls, # an ipywidgets widget, or what its `interact` makes one of: (low, high), (low, high, step), a list, True
+        draw:Callable, # function of the values of the controls, by name -> matplotlib Figure
+        about:str, # description, for a reader without pictures
+        **controls, # ipywidgets widgets, or abbreviations of `interact`: (low, high), (low, high, step), a list, True
     ):
-        import ipywidgets as widgets  # here, so that a notebook's first line does not wait for it
+        import ipywidgets as widgets  # here, because the import is slow
         self.draw, self.about = draw, about
         self.controls = {name: c if isinstance(c, widgets.Widget) else widgets.interactive.widget_from_abbrev(c)
                          for name, c in controls.items()}
@@ -33,7 +33,7 @@ class Explorer:
             if hasattr(c, 'description'): c.description = name.replace('_', ' ')
             c.observe(lambda _: self.redraw(), 'value')
         self.image = widgets.Image(format='png', layout=widgets.Layout(max_width='100%', align_self='flex-start'))
-        # play shows no name
+        # a play button shows no name
         named = [widgets.HBox([widgets.Label(c.description), c]) if isinstance(c, widgets.Play) else c
                  for c in self.controls.values()]
         self.box = widgets.VBox([widgets.HBox(named, layout=widgets.Layout(flex_flow='row wrap')), self.image])
@@ -43,59 +43,64 @@ class Explorer:
     def values(self) -> dict: return {name: c.value for name, c in self.controls.items()}
 
     def redraw(self) -> None:
-        "Draw the figure anew and show it."
+        "Draw the figure with the present values and show it."
         import matplotlib.pyplot as plt
         self.figure = self.draw(**self.values)
         self.image.value = self.rendered('png', 90)
         plt.close(self.figure)
 
     def rendered(self, kind:str, dpi:int, **options) -> bytes:
-        "The figure as a picture file."
+        "Return the figure as the bytes of a picture file."
         buffer = io.BytesIO()
         self.figure.savefig(buffer, format=kind, dpi=dpi, **options)
         return buffer.getvalue()
 
     def set(self, **values) -> 'Explorer':
-        "Give controls other values, as a hand would."
+        "Set controls by name and return the explorer; refuse values that they do not offer."
         for name, value in values.items():
             if name not in self.controls: raise GacError(f'No control {name!r}. {did_you_mean(name, self.controls)}')
-            if wanted := _refusal(self.controls[name], value): raise GacError(f'{name} is {value!r}, expected {wanted}.')
+            if wanted := _refusal(self.controls[name], value):
+                raise GacError(f'{name} is {value!r}, expected {wanted}.')
             self.controls[name].value = value
         return self
 
     def _repr_mimebundle_(self, **_) -> dict:
         jpeg = base64.b64encode(self.rendered('jpeg', 60, pil_kwargs=dict(quality=75))).decode()
-        return {**self.box._repr_mimebundle_(), 'image/jpeg': jpeg, 'text/plain': f'{self.about}: run this cell in JupyterLab'}
+        return {**self.box._repr_mimebundle_(), 'image/jpeg': jpeg,
+                'text/plain': f'{self.about}: run this cell in JupyterLab'}
 
 # %% ../../nbs/lib/measure/widgets.ipynb #7466e45c
-def _refusal(control, value) -> str: # an ipywidgets widget
-    "What a control can be set to, where `value` is something else: a slider would move to its nearest end."
+def _refusal(control, value) -> str: # '' if `value` is valid
+    "Return the values that a widget offers if `value` is none of them; a slider alone would move to its nearest end."
     known = [o[1] if isinstance(o, tuple) else o for o in getattr(control, 'options', ())]
     if known: return '' if value in known else 'one of ' + ', '.join(map(str, known))
-    if hasattr(control, 'min'): return '' if control.min <= value <= control.max else f'{control.min:g} to {control.max:g}'
+    if hasattr(control, 'min'):
+        return '' if control.min <= value <= control.max else f'{control.min:g} to {control.max:g}'
     return '' if isinstance(value, type(control.value)) else f'a {type(control.value).__name__}'
 
 # %% ../../nbs/lib/measure/widgets.ipynb #6edd0a39
+# name → bands shown as red, green and blue
 COMPOSITES = {'true colour': ('B04', 'B03', 'B02'), 'false colour': ('B08', 'B04', 'B03'),
-         'short-wave infrared': ('B12', 'B8A', 'B04')}
-WHITES = {'99 % of the truth': 0., '0.1': .1, '0.3': .3, '0.6': .6}  # reflectance shown as white
-ERROR_TOP = .1  # reflectance, the end of every error map's scale
+              'short-wave infrared': ('B12', 'B8A', 'B04')}
+WHITES = {'99 % of the truth': 0., '0.1': .1, '0.3': .3, '0.6': .6}  # label → reflectance shown as white; 0: by tile
+ERROR_TOP = .1  # reflectance at the end of the scale of every error map
 
+# %% ../../nbs/lib/measure/widgets.ipynb #1d8a1012
 def tile_browser(
     ids, # names of tiles
-    tile:Callable, # name -> {title: image}; an image is (C, H, W) reflectance or (H, W, 3) between 0 and 1, shown as it is
-    left:str, # title of the image that stands at the left first
-    truth:str='truth', # of the image at the right, which errors are taken against
-    bands:tuple=OPT_BANDS, # of the reflectances
-    pixel:float=10., # m, side of a pixel
+    tile:Callable, # name -> {title: image}; an image is (C, H, W) reflectance, or (H, W, 3) colours between 0 and 1
+    left:str, # title of the image that is at the left first
+    truth:str='truth', # title of the image at the right, the reference of the error maps
+    bands:tuple=OPT_BANDS, # names of the C bands
+    pixel:float=10., # side of a pixel, m
 ) -> Explorer:
-    "Compare images of a tile by swiping one over the other."
+    "Return an explorer that compares images of a tile by swiping one over the other."
     import ipywidgets as widgets
     import matplotlib.pyplot as plt
     if not len(ids): raise GacError('There are no tiles to browse.')
     read = lru_cache(1)(tile)
     first = read(ids[0])
-    measured = [k for k, x in first.items() if x.shape[-1] != 3]  # the others are pictures
+    measured = [k for k, x in first.items() if x.shape[-1] != 3]  # the others are colours
     errors = {f'error of {k}': k for k in measured if k != truth and first[k].shape == first[truth].shape}
     looks, order = {k: b for k, b in COMPOSITES.items() if set(b) <= set(bands)} | {b: (b,) for b in bands}, list(bands)
 
@@ -103,7 +108,8 @@ def tile_browser(
         if title in errors:
             return plt.get_cmap('magma')(np.abs(images[errors[title]] - images[truth])[at].mean(0)/ERROR_TOP)[..., :3]
         x = images[title]
-        return np.broadcast_to(np.clip(x[at]/white, 0, 1).transpose(1, 2, 0), (*x.shape[1:], 3)) if title in measured else x
+        return (np.broadcast_to(np.clip(x[at]/white, 0, 1).transpose(1, 2, 0), (*x.shape[1:], 3))
+                if title in measured else x)
 
     def draw(tile, left, right, line, bands, white):
         images, at = read(tile), [order.index(b) for b in looks[bands]]
@@ -117,23 +123,25 @@ def tile_browser(
         ax.set_title(left, loc='left')
         ax.set_title(right, loc='right')
         ax.set(xlabel='m', ylabel='m', xlim=extent[:2], ylim=extent[2:])
-        bar = lambda cmap, top, label: fig.colorbar(plt.cm.ScalarMappable(plt.Normalize(0, top), cmap), ax=ax, shrink=.7,
-                                                    extend='max', label=label)
-        if {left, right} & set(errors): bar('magma', ERROR_TOP, f'mean absolute error of {", ".join(looks[bands])}, reflectance')
+        bar = lambda cmap, top, label: fig.colorbar(plt.cm.ScalarMappable(plt.Normalize(0, top), cmap), ax=ax,
+                                                    shrink=.7, extend='max', label=label)
+        if {left, right} & set(errors):
+            bar('magma', ERROR_TOP, f'mean absolute error of {", ".join(looks[bands])}, reflectance')
         if {left, right} & set(measured): bar('gray', white, f'{", ".join(looks[bands])}, reflectance')
         return fig
 
     choice = [*first, *errors]
     return Explorer(draw, 'Images of a tile, one swiped over another', tile=widgets.SelectionSlider(options=list(ids)),
-                    left=widgets.Dropdown(options=choice, value=left), right=widgets.Dropdown(options=choice, value=truth),
+                    left=widgets.Dropdown(options=choice, value=left),
+                    right=widgets.Dropdown(options=choice, value=truth),
                     line=widgets.FloatSlider(.5, min=0, max=1, step=.02, readout=False), bands=list(looks),
                     white=list(WHITES.items()))
 
 # %% ../../nbs/lib/measure/widgets.ipynb #76f6e21e
 def read_curves(
     folder, # of a run or of one training
-) -> dict: # place below the folder -> DataFrame: step, then losses and measures
-    "The curve of every training, as far as it is written."
+) -> dict: # path of a training below the folder -> DataFrame: step, then losses and measures
+    "Return the curve of every training, as far as it is written."
     import pandas as pd
     found = {}
     for log in sorted(Path(folder).rglob('curve/metrics.csv')):
@@ -145,15 +153,16 @@ def read_curves(
 # %% ../../nbs/lib/measure/widgets.ipynb #fb6ec048
 def training_monitor(
     folder, # of a run or of one training
-    first:str='', # how the place of the one shown first begins
-    seconds:float=5., # between two readings
+    first:str='', # beginning of the path of the training shown first
+    seconds:float=5., # between two readings, s
 ) -> Explorer:
-    "Watch losses and measures of trainings that run, or look at those that are over."
+    "Return an explorer of the losses and measures of trainings, finished or running."
     import ipywidgets as widgets
     import matplotlib.pyplot as plt
     curves = read_curves(folder)
     if not curves: raise GacError(f'No training has written a curve below {Path(folder).name}/ yet.')
-    names = list(dict.fromkeys(c.split('_', 1)[1] for t in curves.values() for c in t if c.startswith(('train_', 'val_'))))
+    names = list(dict.fromkeys(c.split('_', 1)[1] for t in curves.values()
+                               for c in t if c.startswith(('train_', 'val_'))))
     names.sort(key=lambda k: k != 'loss')
 
     def draw(training, curve, log_scale, refresh):
@@ -173,17 +182,20 @@ def training_monitor(
         return fig
 
     return Explorer(draw, 'Curves of the trainings',
-                    training=widgets.Dropdown(options=list(curves), value=next((k for k in curves if k.startswith(first)), next(iter(curves)))), curve=names, log_scale=False,
+                    training=widgets.Dropdown(
+                        options=list(curves),
+                        value=next((k for k in curves if k.startswith(first)), next(iter(curves)))),
+                    curve=names, log_scale=False,
                     refresh=widgets.Play(interval=int(1000*seconds), max=10**9, show_repeat=False))
 
 # %% ../../nbs/lib/measure/widgets.ipynb #b7f7e66a
 def attention_viewer(
     ids, # names of tiles
-    weights:dict, # name -> (layers, n, queries, tokens): of the radar's tokens, then of the image's
-    pictures:dict, # title -> (n, H, W, 3): of the radar, then of the image
-    tokens:int, # of the radar
+    weights:dict, # name -> (layers, n, queries, tokens); the tokens of the radar come first, those of the image follow
+    pictures:dict, # title -> (n, H, W, 3) colours; the radar first, then the image
+    tokens:int, # number of tokens of the radar
 ) -> Explorer:
-    "Follow the attention of one query through tiles and layers."
+    "Return an explorer of the attention of one query, for any tile and layer."
     import ipywidgets as widgets
     import matplotlib.pyplot as plt
     layers, n, queries, every = next(iter(weights.values())).shape
@@ -209,5 +221,6 @@ def attention_viewer(
         return fig
 
     place = lambda: widgets.IntSlider(grid//2, min=0, max=grid - 1)
-    return Explorer(draw, 'Attention of one query', tile=widgets.SelectionSlider(options=list(ids)), weights_of=list(weights),
-                    layer=['mean', *map(str, range(1, layers + 1))], down=place(), across=place())
+    return Explorer(draw, 'Attention of one query', tile=widgets.SelectionSlider(options=list(ids)),
+                    weights_of=list(weights), layer=['mean', *map(str, range(1, layers + 1))],
+                    down=place(), across=place())

@@ -22,28 +22,34 @@ from ...core.vocabulary import S1_BANDS, S2_BANDS
 # %% ../../../nbs/lib/data/world/calibration.ipynb #3b2ba4c7
 @dataclass
 class Chip:
-    "A real place as the calibration uses it."
-    name:str
-    source:str # folder of shared chips
-    product:str # grd or rtc
+    "Hold the radar and the optical image of a real place."
+    name:str # of the chip
+    source:str # of CHIP_SOURCES
+    product:str # radar product: grd or rtc
     weight:float # in the pool
     s1:np.ndarray # (2, H, W) dB, VV then VH
-    s2:np.ndarray # (12, H, W) DN, NaN where not known
+    s2:np.ndarray # (12, H, W) DN, NaN: not known
 
 # %% ../../../nbs/lib/data/world/calibration.ipynb #47f5df2e
 def _raster(source) -> np.ndarray:
-    "All bands of a raster, float32, from a path or bytes."
+    "Return all bands of a raster as float32."
     import rasterio
-    with rasterio.open(BytesIO(source) if isinstance(source, bytes) else source) as src: return src.read().astype(np.float32)
+    with rasterio.open(BytesIO(source) if isinstance(source, bytes) else source) as src:
+        return src.read().astype(np.float32)
 
-def terramesh_chips(folder:Path) -> Iterator[Chip]:
-    "TerraMesh tiles: one file per modality, S1 RTC."
+def terramesh_chips(
+    folder:Path, # of the chips
+) -> Iterator[Chip]:
+    "Read the TerraMesh tiles: one file per modality, S1 RTC."
     for path in sorted((folder/'terramesh_tiles'/'S2L2A').glob('*.tif')):
-        yield Chip(path.stem, 'terramesh_tiles', 'rtc', 1, _raster(folder/'terramesh_tiles'/'S1RTC'/path.name), _raster(path))
+        yield Chip(path.stem, 'terramesh_tiles', 'rtc', 1, _raster(folder/'terramesh_tiles'/'S1RTC'/path.name),
+                   _raster(path))
 
 # %% ../../../nbs/lib/data/world/calibration.ipynb #ddd2adec
-def bigearthnet_chips(folder:Path) -> Iterator[Chip]:
-    "BigEarthNet v2 folders: one file per band at its native size; S1 ids are not zero-padded."
+def bigearthnet_chips(
+    folder:Path, # of the chips
+) -> Iterator[Chip]:
+    "Read the BigEarthNet v2 folders: one file per band at its native size; S1 ids are not zero-padded."
     for patch in sorted((folder/'bigearthnet_v2'/'BigEarthNet-S2').glob('*/*')):
         bands = [_raster(patch/f'{patch.name}_{b}.tif')[0] for b in S2_BANDS]
         s2 = np.stack([np.kron(b, np.ones((120//len(b), 120//len(b)), np.float32)) for b in bands])
@@ -54,13 +60,15 @@ def bigearthnet_chips(folder:Path) -> Iterator[Chip]:
 
 # %% ../../../nbs/lib/data/world/calibration.ipynb #01e96bbe
 def _tortilla(blob:bytes):
-    "The table at the end of a tortilla: an offset and a length in bytes 2–18 say where."
+    "Return the table at the end of a tortilla file; bytes 2–18 hold its offset and length."
     import pyarrow.parquet as pq
     offset, length = struct.unpack('<QQ', blob[2:18])
     return pq.read_table(BytesIO(blob[offset:offset + length])).to_pandas()
 
-def benv2_chips(folder:Path) -> Iterator[Chip]:
-    "Samples of GEO-Bench-2's benv2, which stores VH before VV."
+def benv2_chips(
+    folder:Path, # of the chips
+) -> Iterator[Chip]:
+    "Read the samples of benv2 of GEO-Bench-2, which stores VH before VV."
     path = folder/'geobench_benv2'/'benv2.tortilla'
     if not path.exists(): return
     blob = path.read_bytes()
@@ -71,8 +79,10 @@ def benv2_chips(folder:Path) -> Iterator[Chip]:
         yield Chip(sample['tortilla:id'], 'geobench_benv2', 'grd', 1, parts['s1'][::-1], parts['s2'])
 
 # %% ../../../nbs/lib/data/world/calibration.ipynb #2b51c80b
-def belgian_chips(folder:Path) -> Iterator[Chip]:
-    "Twelve months of one place: S1 as power DN (dB = 20 log10 DN − 83), nine S2 bands; months without an image are left out."
+def belgian_chips(
+    folder:Path, # of the chips
+) -> Iterator[Chip]:
+    "Read the months of one place: S1 with dB = 20 log10 DN − 83, nine S2 bands; skip months without an image."
     import h5py
     path = folder/'time_series_belgium'/'worldcereal_preprocessed_inputs.nc'
     if not path.exists(): return
@@ -87,21 +97,25 @@ def belgian_chips(folder:Path) -> Iterator[Chip]:
     for t in seen: yield Chip(f'belgium, step {t}', 'time_series_belgium', 'grd', 1/len(seen), s1[t], s2[t])
 
 # %% ../../../nbs/lib/data/world/calibration.ipynb #71a9333a
-def real_chips(folder:Path) -> list[Chip]:
-    "All real places of the pool."
+def real_chips(
+    folder:Path, # of the chips
+) -> list[Chip]:
+    "Return all real chips of the pool."
     return [c for read in (terramesh_chips, bigearthnet_chips, benv2_chips, belgian_chips) for c in read(Path(folder))]
 
 # %% ../../../nbs/lib/data/world/calibration.ipynb #258f986f
 PROBABILITIES = np.linspace(.005, .995, 199)  # of the committed quantiles
+# channel -> (modality, position of the band)
 CHANNELS = {**{b: ('s2', i) for i, b in enumerate(S2_BANDS)},
             **{f'{p} {k}': (f's1{k}', i) for k in ('grd', 'rtc') for i, p in enumerate(S1_BANDS)}}
 
+# %% ../../../nbs/lib/data/world/calibration.ipynb #8d8ebde1
 def quantiles(
     parts:list, # arrays of one channel
-    weights:list, # of each array as a whole
-    probabilities:np.ndarray=PROBABILITIES,
-) -> np.ndarray:
-    "Quantiles of a weighted pool; values that are not finite are left out."
+    weights:list, # weight of each array as a whole
+    probabilities:np.ndarray=PROBABILITIES, # of the quantiles, 0–1
+) -> np.ndarray: # one value per probability
+    "Return the quantiles of a weighted pool; values that are not finite are left out."
     parts = [np.asarray(p, np.float64).ravel() for p in parts]
     parts = [p[np.isfinite(p)] for p in parts]
     values = np.concatenate(parts)
@@ -112,9 +126,9 @@ def quantiles(
 # %% ../../../nbs/lib/data/world/calibration.ipynb #870e8bac
 def ks_distance(
     real:np.ndarray, # quantiles at PROBABILITIES
-    sample:np.ndarray, # values to compare
+    sample:np.ndarray, # values of any shape
 ) -> float: # 0–1
-    "Kolmogorov–Smirnov distance between a pool known by its quantiles and a sample."
+    "Return the Kolmogorov–Smirnov distance between a pool, given by its quantiles, and a sample."
     return float(np.abs(np.searchsorted(np.sort(sample.ravel()), real, 'right') / sample.size - PROBABILITIES).max())
 
 # %% ../../../nbs/lib/data/world/calibration.ipynb #2c446c6a
@@ -122,49 +136,58 @@ def lag_correlation(
     x:np.ndarray, # (H, W)
     lags:int=8, # px
 ) -> np.ndarray: # (lags,)
-    "Correlation of pixels 1 … `lags` apart, mean of both directions."
+    "Return the correlation of pixels 1 … `lags` apart, mean of both directions."
     x = np.asarray(x, np.float64) - np.mean(x, dtype=np.float64)
-    return np.array([((x[:, d:] * x[:, :-d]).mean() + (x[d:] * x[:-d]).mean()) / 2 for d in range(1, lags + 1)]) / (x * x).mean()
+    return np.array([((x[:, d:] * x[:, :-d]).mean() + (x[d:] * x[:-d]).mean()) / 2
+                     for d in range(1, lags + 1)]) / (x * x).mean()
 
 # %% ../../../nbs/lib/data/world/calibration.ipynb #2a8a06ae
 def window_looks(
     db:np.ndarray, # (H, W) dB
-    window:int=8, # px
-) -> float:
-    "Median over windows of mean² / variance of the power: what contrast the speckle has where little else varies."
+    window:int=8, # side of a window, px
+) -> float: # equivalent number of looks
+    "Return the median over windows of mean² / variance of the power, the contrast of the speckle on uniform ground."
     n, m = (s // window for s in db.shape)
     p = 10 ** (np.asarray(db, np.float64)[:n * window, :m * window] / 10)
     p = p.reshape(n, window, m, window).swapaxes(1, 2).reshape(n * m, -1)
     return float(np.median(p.mean(1) ** 2 / p.var(1)))
 
 # %% ../../../nbs/lib/data/world/calibration.ipynb #8d0bc142
-CHIP_SOURCES = {
+CHIP_SOURCES = { # folder -> repository, commit, path and licence
     'terramesh_tiles': 'IBM/terramind @ 8090b5cf93fa3d292729f3ef3b28d3c2a2b36d58, examples (Apache-2.0)',
-    'bigearthnet_v2': 'kai-tub/bigearthnet_common @ 2010779b6efc97eaf0f189d2cbdf8a3af75b71ba, BigEarthNet-S1/S2-Example (Apache-2.0; data CDLA-Permissive-1.0)',
-    'geobench_benv2': 'The-AI-Alliance/GEO-Bench-2 @ ef78db1ae75762a7b36e4dd50576849a5acc414a, tests/data/benv2 (Apache-2.0; data not stated)',
-    'time_series_belgium': 'WorldCereal/worldcereal-classification @ 6c574425857177d9476bcf0876895e368ce445bb, tests/worldcerealtests/testresources (MIT)'}
+    'bigearthnet_v2': 'kai-tub/bigearthnet_common @ 2010779b6efc97eaf0f189d2cbdf8a3af75b71ba, '
+                      'BigEarthNet-S1/S2-Example (Apache-2.0; data CDLA-Permissive-1.0)',
+    'geobench_benv2': 'The-AI-Alliance/GEO-Bench-2 @ ef78db1ae75762a7b36e4dd50576849a5acc414a, '
+                      'tests/data/benv2 (Apache-2.0; data not stated)',
+    'time_series_belgium': 'WorldCereal/worldcereal-classification @ 6c574425857177d9476bcf0876895e368ce445bb, '
+                           'tests/worldcerealtests/testresources (MIT)'}
 
-def is_sea(c:Chip) -> bool:
-    "Nothing but open water: dark in the infrared and in VH."
+def is_sea(
+    c:Chip,
+) -> bool: # True if it is dark in near infrared and in VH
+    "Return True if a chip shows open water only."
     return bool(c.product == 'grd' and np.nanmean(c.s1[1]) < -25 and np.nanmedian(c.s2[S2_BANDS.index('B08')]) < 500)
 
 # %% ../../../nbs/lib/data/world/calibration.ipynb #fa034eb8
 def measure_pool(
-    pool:list[Chip], # from `chips`
-) -> dict: # what data/world_calibration.json holds
-    "The statistics of the real pool."
+    pool:list[Chip], # from `real_chips`
+) -> dict: # content of data/world_calibration.json
+    "Compute the statistics of the real pool."
     pick = lambda c, key: c.s2 if key == 's2' else c.s1 if key == f's1{c.product}' else None
     channel = {}
     for name, (key, i) in CHANNELS.items():
         have = [(pick(c, key)[i], c.weight) for c in pool if pick(c, key) is not None]
         channel[name] = np.round(quantiles(*zip(*have)), 1 if key == 's2' else 2).tolist()
     median = lambda rows: np.round(np.median(rows, axis=0), 3).tolist()
-    bands = {b: median([lag_correlation(c.s2[S2_BANDS.index(b)]) for c in pool if np.isfinite(c.s2[S2_BANDS.index(b)]).all()])
+    bands = {b: median([lag_correlation(c.s2[S2_BANDS.index(b)]) for c in pool
+                        if np.isfinite(c.s2[S2_BANDS.index(b)]).all()])
              for b in ('B02', 'B03', 'B04', 'B08')}
-    pols = {f'{p} {k}': median([lag_correlation(c.s1[i]) for c in pool if c.product == k and c.source != 'time_series_belgium'])
+    pols = {f'{p} {k}': median([lag_correlation(c.s1[i]) for c in pool
+                                if c.product == k and c.source != 'time_series_belgium'])
             for k in ('grd', 'rtc') for i, p in enumerate(S1_BANDS)}
     sea = [c for c in pool if is_sea(c)]
-    return dict(about='Statistics of real Sentinel chips by gac.data.world.calibration.measure_pool. S2 in DN, S1 in dB, quantiles at gac.data.world.calibration.PROBABILITIES. '
+    return dict(about='Statistics of real Sentinel chips by gac.data.world.calibration.measure_pool. '
+                'S2 in DN, S1 in dB, quantiles at gac.data.world.calibration.PROBABILITIES. '
                 'Pixels: contains (modified) Copernicus Sentinel data.', sources=CHIP_SOURCES,
                 pool=[dict(name=c.name, source=c.source, product=c.product, weight=round(c.weight, 4)) for c in pool],
                 quantiles=channel, correlation={**bands, **pols},
@@ -172,26 +195,26 @@ def measure_pool(
                          correlation=median([lag_correlation(c.s1[0]) for c in sea])))
 
 # %% ../../../nbs/lib/data/world/calibration.ipynb #bc4fb5eb
-def calibration() -> dict:
-    "The committed statistics."
+def calibration() -> dict: # from `measure_pool`
+    "Return the committed statistics."
     return json.loads((root()/'data'/'world_calibration.json').read_text(encoding='utf-8'))
 
 # %% ../../../nbs/lib/data/world/calibration.ipynb #9fc71570
 def write_calibration(
-    folder:Path, # of the shared chips
-    path:Path, # data/world_calibration.json
+    folder:Path, # of the chips
+    path:Path, # a JSON file, e.g. data/world_calibration.json
 ) -> None:
-    "Compute the statistics and write them, one list a line."
+    "Compute the statistics and write them, one list per line."
     text = json.dumps(measure_pool(real_chips(folder)), indent=1, ensure_ascii=False)
     flat = lambda found: '[' + ' '.join(found.group(1).split()) + ']'
     Path(path).write_text(re.sub(r'\[\s+((?:-?[\d.]+,?\s+)+)\]', flat, text) + '\n', encoding='utf-8')
 
 # %% ../../../nbs/lib/data/world/calibration.ipynb #05679eb1
 def ks_table(
-    scenes:list[dict], # from `scene`
-    step:int=4, # every so many pixels
-):  # DataFrame: channel, ks, and quantiles of both
-    "Distance of the scenes from the real pool, channel by channel."
+    scenes:list[dict], # from `draw_scene`
+    step:int=4, # distance of the pixels used, px
+):  # DataFrame: channel, ks, quantiles of both
+    "Return the distance of the scenes from the real pool, channel by channel."
     import pandas as pd
     rows = []
     for name, real in calibration()['quantiles'].items():

@@ -17,13 +17,15 @@ from .places import Climate, CLIMATES, LANDSCAPES
 from .shapes import borders, grid, line, parcels, roads, streets, top
 
 # %% ../../../nbs/lib/data/world/ground.ipynb #10158161
-WATER, TREES, FLOODED, CROPS, BUILT, BARE, SNOW, RANGE = 1, 2, 3, 4, 5, 6, 7, 9  # codes of vocabulary.LULC_CLASSES
+# codes of vocabulary.LULC_CLASSES
+WATER, TREES, FLOODED, CROPS, BUILT, BARE, SNOW, RANGE = 1, 2, 3, 4, 5, 6, 7, 9
 
+# %% ../../../nbs/lib/data/world/ground.ipynb #5b3af328
 @dataclass
 class Ground:
-    "What is there, whatever the month. Maps are (H, W)."
-    kind:str # of landscape
-    climate:Climate
+    "Hold the maps of a scene, each (H, W), that do not depend on the month."
+    kind:str # kind of landscape, of LANDSCAPES
+    climate:Climate # of the scene
     low:np.ndarray # (4, H, W) noise of 45 px
     mid:np.ndarray # (4, H, W) noise of 12 px
     fine:np.ndarray # (4, H, W) noise of 2.5 px
@@ -31,16 +33,16 @@ class Ground:
     heading:float # direction towards the sea or across the valley, radians
     use:np.ndarray=None # of open land: 0 crop, 1 grass, 2 range, 3 bare
     wild:np.ndarray=None # open land without field borders
-    trees:np.ndarray=None
-    built:np.ndarray=None
+    trees:np.ndarray=None # forest and hedges
+    built:np.ndarray=None # built-up land
     house:np.ndarray=None # building numbers, −1 elsewhere
-    road:np.ndarray=None
+    road:np.ndarray=None # streets and roads
     angle:float=0. # of the street grid, radians
     lake:np.ndarray=None # lakes and the sea
-    river:np.ndarray=None
-    course:np.ndarray=None # field whose zero line is the river's bed
+    river:np.ndarray=None # river
+    course:np.ndarray=None # random field; the river is its zero line
     shore:np.ndarray=None # beach
-    swamp:np.ndarray=None
+    swamp:np.ndarray=None # flooded vegetation
     cover:np.ndarray=None # land cover, codes of vocabulary.LULC_CLASSES, uint8
     biomass:np.ndarray=None # of open land, 0–1
     height:np.ndarray=None # of trees, 0–1
@@ -56,13 +58,16 @@ class Ground:
     def water(self) -> np.ndarray: return self.lake | self.river
 
     def across(self, angle:float) -> np.ndarray:
-        "A ramp through the scene, 0 in the middle."
+        "Return a ramp in the direction `angle` (radians), 0 in the middle of the scene."
         y, x = grid(self.size)
         return (np.cos(angle) * x + np.sin(angle) * y) / (.3 * self.size)
 
 # %% ../../../nbs/lib/data/world/ground.ipynb #c53edb3d
-def open_land(r, g:Ground) -> None:
-    "Crop, grass, range or bare ground, by field or, on natural land, by drifting noise."
+def open_land(
+    r, # NumPy random generator
+    g:Ground, # changed in place
+) -> None:
+    "Set the use of open land: by field, and by noise on natural land."
     weights = LANDSCAPES[g.kind].fields
     by_field = r.choice(4, g.k, p=np.array(weights) / sum(weights))[g.ids]
     g.wild = top(g.low[3] + .6 * g.mid[3], LANDSCAPES[g.kind].natural)
@@ -71,23 +76,36 @@ def open_land(r, g:Ground) -> None:
     g.use = np.where(g.wild & (g.kind not in ('farms', 'pasture', 'town')), drift, by_field)
 
 # %% ../../../nbs/lib/data/world/ground.ipynb #e1ebf179
-def woods(r, g:Ground, share:float) -> None:
-    "Forest where noise and field agree, and hedges along some borders."
-    score = g.low[1] * .8 + g.mid[0] + 1.1 * (1 - LANDSCAPES[g.kind].natural) * r.standard_normal(g.k, dtype=np.float32)[g.ids]
+def woods(
+    r, # NumPy random generator
+    g:Ground, # changed in place
+    share:float, # of forest in the scene, 0–1
+) -> None:
+    "Set the forest, by noise and field, and hedges along some borders."
+    score = (g.low[1] * .8 + g.mid[0]
+             + 1.1 * (1 - LANDSCAPES[g.kind].natural) * r.standard_normal(g.k, dtype=np.float32)[g.ids])
     g.trees = top(score, share)
     if r.random() < .5: g.trees |= borders(g.ids) & ~g.wild & (g.mid[1] > r.uniform(-.5, 1))
 
 # %% ../../../nbs/lib/data/world/ground.ipynb #0ccb0300
-def settlement(r, g:Ground, share:float) -> None:
-    "Built-up land with streets and houses, and roads across the country."
+def settlement(
+    r, # NumPy random generator
+    g:Ground, # changed in place
+    share:float, # of built-up land in the scene, 0–1
+) -> None:
+    "Set built-up land with streets and houses, and country roads."
     g.built = top(g.low[2] + .5 * g.mid[1], share)
     street, g.house, g.angle = streets(r, g.size)
     g.road = g.built & street
     if r.random() < .75 and g.kind not in ('sea', 'ice'): g.road |= roads(r, g.size)
 
 # %% ../../../nbs/lib/data/world/ground.ipynb #19984460
-def waters(r, g:Ground, share:float) -> None:
-    "Lakes or sea, a river, a beach, a swamp."
+def waters(
+    r, # NumPy random generator
+    g:Ground, # changed in place
+    share:float, # of lakes or sea in the scene, 0–1
+) -> None:
+    "Set lakes or sea, a river, a beach and a swamp."
     none = np.zeros((g.size, g.size), bool)
     dry = g.low[0] + .25 * g.mid[3] + (2.2 * g.across(g.heading) if g.kind == 'coast' else 0)
     g.lake = top(-dry, share)
@@ -98,18 +116,26 @@ def waters(r, g:Ground, share:float) -> None:
     g.swamp = wet & top(-dry, min(1, share + r.uniform(.03, .3))) & ~g.lake & ~g.built
 
 # %% ../../../nbs/lib/data/world/ground.ipynb #346c8341
-def land_cover(g:Ground) -> None:
-    "One code per pixel, the later over the earlier; houses and roads end at the water."
+def land_cover(
+    g:Ground, # changed in place
+) -> None:
+    "Set one land-cover code per pixel, later layers over earlier ones; remove houses and roads from water."
     g.cover = np.array([CROPS, RANGE, RANGE, BARE], np.uint8)[g.use]
-    for where, code in ((g.trees, TREES), (g.built | g.road, BUILT), (g.shore, BARE), (g.swamp, FLOODED), (g.water, WATER)):
+    for where, code in ((g.trees, TREES), (g.built | g.road, BUILT), (g.shore, BARE), (g.swamp, FLOODED),
+                        (g.water, WATER)):
         g.cover[where] = code
     if g.kind == 'ice': g.cover[np.isin(g.cover, (RANGE, BARE))] = SNOW
     g.house = np.where(g.built & (g.house >= 0) & ~g.water, g.house, -1)
     g.road &= ~g.water
 
 # %% ../../../nbs/lib/data/world/ground.ipynb #9e51d1b0
-def growth(r, g:Ground, rough:float, wet:float) -> None:
-    "Biomass, tree height, roughness and moisture: by field on farmland, drifting on natural land."
+def growth(
+    r, # NumPy random generator
+    g:Ground, # changed in place
+    rough:float, # roughness of the soil in the scene, 0–1
+    wet:float, # moisture of the soil in the scene, 0–1
+) -> None:
+    "Set biomass, tree height, roughness and moisture: by field on farmland, by noise on natural land."
     by_field = lambda: r.standard_normal(g.k, dtype=np.float32)[g.ids]
     b = g.climate.biomass
     level = np.array([b, b * .75, b * .6, .03], np.float32)[g.use]
@@ -123,8 +149,13 @@ def growth(r, g:Ground, rough:float, wet:float) -> None:
     g.moist = np.clip(wet * .8 + .1 + .12 * g.low[0] * -1 + .1 * by_field() + .05 * g.mid[0], 0, 1)
 
 # %% ../../../nbs/lib/data/world/ground.ipynb #91b20672
-def terrain(r, g:Ground, high:float, steep:float=1.) -> None:
-    "Elevation in metres: smooth hills, a valley along the river, flat lakes, land above the sea."
+def terrain(
+    r, # NumPy random generator
+    g:Ground, # changed in place
+    high:float, # elevation within the range of the climate, 0–1
+    steep:float=1., # factor of height differences
+) -> None:
+    "Set the elevation in metres: smooth hills, a valley along the river, level lakes, land above the sea."
     valley = .35 * np.exp(-np.square(g.course / .25)) if g.river.any() else 0
     flat = g.kind in ('farms', 'town', 'desert', 'wetland', 'ice', 'range')
     rise = steep * g.climate.relief * np.exp(r.normal(-.7, .8)) * (.4 if flat else 1.)
@@ -137,13 +168,13 @@ def terrain(r, g:Ground, high:float, steep:float=1.) -> None:
 def draw_ground(
     seed:int, # of the scene
     size:int, # height and width, px
-    kind:str, # of landscape
-    biome:int, # WWF number
+    kind:str, # kind of landscape, of LANDSCAPES
+    biome:int, # number, of CLIMATES
     climate:Climate|None=None, # None: that of the biome
-    scale:float=1., # of the fields: 2 doubles their sides
+    scale:float=1., # factor of the sides of the fields
     steep:float=1., # factor of height differences
 ) -> Ground:
-    "What is there, whatever the month."
+    "Draw the ground of a scene."
     r, land = seed_rng(seed, 'ground'), LANDSCAPES[kind]
     water, trees, built = (r.uniform(*share) for share in (land.water, land.trees, land.built))
     high, rough, wet = r.random(3).tolist()

@@ -12,7 +12,7 @@ from .ground import BUILT, FLOODED, Ground, SNOW, TREES
 from .shapes import HOUSES
 
 # %% ../../../nbs/lib/data/world/materials.ipynb #52bd923f
-MATERIALS = { # surface reflectance in DN (1e-4), B01 … B12
+MATERIALS = { # name -> surface reflectance in DN (1e-4), B01 … B12
     'clear water': (190, 190, 160, 75, 75, 65, 65, 60, 60, 45, 45, 40),
     'turbid water': (520, 570, 760, 620, 480, 260, 240, 200, 180, 110, 70, 55),
     'crop green': (270, 240, 580, 290, 1020, 3450, 4400, 4600, 4850, 4800, 1850, 880),
@@ -27,27 +27,34 @@ MATERIALS = { # surface reflectance in DN (1e-4), B01 … B12
     'bright roof': (2200, 2600, 2900, 3100, 3250, 3350, 3450, 3500, 3600, 3400, 3500, 3200),
     'asphalt': (600, 720, 850, 950, 1050, 1180, 1250, 1350, 1400, 1400, 1600, 1400),
     'snow': (6900, 7200, 6700, 6900, 7000, 6950, 6800, 7100, 6600, 6300, 900, 950)}
-SPECTRA = np.array(list(MATERIALS.values()), np.float32)  # (materials, bands)
+SPECTRA = np.array(list(MATERIALS.values()), np.float32)  # (materials, bands), DN
 _NAMES = list(MATERIALS)
 
 # %% ../../../nbs/lib/data/world/materials.ipynb #0b441861
 def green(
-    month:float, # 1–12, northern
-    peak, # month of the greenest vegetation
+    month:float, # northern month, 1–12
+    peak, # month of the greenest vegetation, number or array
     width, # length of the season, months
 ) -> np.ndarray: # 0–1
-    "A bell around the peak month, on the circle of the year."
+    "Return a bell curve around the peak month, periodic in the year."
     d = (month - peak + 6) % 12 - 6
     return np.exp(-np.square(d / width))
 
 # %% ../../../nbs/lib/data/world/materials.ipynb #37b8285a
-def northern(month:int, lat:float) -> int:
-    "The month of the northern hemisphere with the same season."
+def northern(
+    month:int, # 1–12
+    lat:float, # degrees
+) -> int: # 1–12
+    "Return the month of the northern hemisphere with the same season."
     return month if lat >= 0 else (month + 5) % 12 + 1
 
 # %% ../../../nbs/lib/data/world/materials.ipynb #89dd1d23
-def freshness(r, g:Ground, month:int) -> np.ndarray:
-    "Share of the plants on open land that is green (H, W)."
+def freshness(
+    r, # NumPy random generator
+    g:Ground,
+    month:int, # northern month, 1–12
+) -> np.ndarray: # (H, W), 0–1
+    "Return the share of the plants on open land that is green."
     c = g.climate
     peaks = np.array([c.peak - .8, c.peak + .8, c.peak])[r.integers(0, 3, g.k)] + r.normal(0, .4, g.k)
     by_field = c.floor * r.uniform(.6, 1.3, g.k) + (1 - c.floor) * green(month, peaks, c.width)
@@ -56,8 +63,12 @@ def freshness(r, g:Ground, month:int) -> np.ndarray:
     return np.clip(np.where(g.use == 1, .25 + .75 * fresh, fresh), 0, 1)
 
 # %% ../../../nbs/lib/data/world/materials.ipynb #cf3367a9
-def snowfall(r, g:Ground, month:int) -> np.ndarray:
-    "Share of snow in each pixel (H, W): mostly none, in winter a blanket that is thin under trees and may lie on ice."
+def snowfall(
+    r, # NumPy random generator
+    g:Ground,
+    month:int, # northern month, 1–12
+) -> np.ndarray: # (H, W), 0–1
+    "Return the share of snow in each pixel; it is thin under trees and can cover ice."
     season = float(green(month, 1.3, 2.2))
     fallen, depth, ice = r.random() < g.climate.snow * season, r.uniform(.5, 1.3), r.random()
     lying = np.clip(depth + .25 * g.mid[1] + .12 * g.fine[1], 0, 1) * fallen
@@ -73,27 +84,38 @@ def _paint(
     where:np.ndarray, # (H, W) bool
     **parts, # material = share, a number or (H, W)
 ) -> None:
-    "Replace what a set of pixels is made of."
+    "Replace the materials of a set of pixels."
     mix[:, where] = 0
     for name, share in parts.items():
         mix[_NAMES.index(name.replace('_', ' ')), where] = share[where] if isinstance(share, np.ndarray) else share
 
 # %% ../../../nbs/lib/data/world/materials.ipynb #92ba8d0a
-def paint_woods(r, g:Ground, mix, month:int) -> None:
-    "Conifers, broadleaved trees in and out of leaf; the tropics stay broadleaved and green."
+def paint_woods(
+    r, # NumPy random generator
+    g:Ground,
+    mix, # (materials, H, W), changed in place
+    month:int, # northern month, 1–12
+) -> None:
+    "Set the materials of forest: conifers and broadleaved trees with and without leaves; green in the tropics."
     c = g.climate
     tropical = c.floor > .6  # green all year
     evergreen = np.clip(c.evergreen + .25 * g.mid[2] + .15 * g.low[1] + r.normal(0, .12) > .5, .1, .9)
     conifer = evergreen * (0 if tropical else 1)
     leaf = (1 - conifer) * (1 if tropical else np.clip(.1 + green(month, c.peak + .4, c.width + .8), 0, 1))
-    _paint(mix, g.cover == TREES, conifer=conifer, broadleaf=np.clip(leaf, 0, 1), leafless=np.clip(1 - conifer - leaf, 0, 1))
+    _paint(mix, g.cover == TREES, conifer=conifer, broadleaf=np.clip(leaf, 0, 1),
+           leafless=np.clip(1 - conifer - leaf, 0, 1))
 
 # %% ../../../nbs/lib/data/world/materials.ipynb #e9bb191c
-def paint_town(r, g:Ground, mix, fresh) -> None:
-    "Gardens between roofs, roofs, roads."
+def paint_town(
+    r, # NumPy random generator
+    g:Ground,
+    mix, # (materials, H, W), changed in place
+    fresh, # (H, W) green share of the plants, 0–1
+) -> None:
+    "Set the materials of built-up land: gardens, roofs and roads."
     garden = np.clip(.3 + .2 * g.mid[0] + .1 * g.fine[0], 0, .8)
-    _paint(mix, (g.cover == BUILT) & ~g.road, roof=(1 - garden) * .5, asphalt=(1 - garden) * .5, crop_green=garden * fresh * .8,
-           dry_plants=garden * (1 - .8 * fresh))
+    _paint(mix, (g.cover == BUILT) & ~g.road, roof=(1 - garden) * .5, asphalt=(1 - garden) * .5,
+           crop_green=garden * fresh * .8, dry_plants=garden * (1 - .8 * fresh))
     roof = r.random(HOUSES)[np.maximum(g.house, 0)]
     _paint(mix, g.house >= 0, roof=(roof < .92) * .8, bright_roof=(roof >= .92) * .8, asphalt=.2)
     _paint(mix, g.road, asphalt=.75, dry_plants=.25)
@@ -102,9 +124,9 @@ def paint_town(r, g:Ground, mix, fresh) -> None:
 def mixture(
     r:np.random.Generator,
     g:Ground,
-    month:int, # 1–12, northern
+    month:int, # northern month, 1–12
 ) -> np.ndarray: # (materials, H, W) float32, summing to 1
-    "How much of each material a pixel shows."
+    "Return the share of each material in each pixel."
     fresh = freshness(r, g, month)
     covered = np.clip(1 - np.exp(-3.2 * g.biomass) + .03 * g.fine[2], 0, 1)
     tone = g.climate.bright + r.normal(0, .08) + .09 * r.standard_normal(g.k)[g.ids] * ~g.wild
@@ -114,7 +136,8 @@ def mixture(
            dark_soil=(1 - covered) * (1 - tone), bright_soil=(1 - covered) * tone)
     paint_woods(r, g, mix, month)
     wet = np.clip(.45 + .15 * g.fine[1] + .15 * g.mid[1], .05, .9)
-    _paint(mix, g.cover == FLOODED, clear_water=wet, crop_green=(1 - wet) * fresh * .7, dry_plants=(1 - wet) * (1 - .7 * fresh))
+    _paint(mix, g.cover == FLOODED, clear_water=wet, crop_green=(1 - wet) * fresh * .7,
+           dry_plants=(1 - wet) * (1 - .7 * fresh))
     _paint(mix, g.shore, sand=tone * .8 + .2, dark_soil=.8 - tone * .8)
     paint_town(r, g, mix, fresh)
     mud = np.clip(r.beta(.7, 1.6) + .12 * g.low[3] + .05 * g.mid[0], 0, 1)

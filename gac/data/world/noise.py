@@ -12,22 +12,22 @@ import numpy as np
 from scipy import fft
 
 # %% ../../../nbs/lib/data/world/noise.ipynb #9de4259d
-STUDY_SEEDS = range(0, 10**7)  # the study's tiles: training, validation, test
-PRETRAIN_BASE = 10**8  # pretraining draws its scenes from here on
-HELD_OUT_BASE = 9*10**8  # and is validated on scenes from here on
+STUDY_SEEDS = range(0, 10**7)  # scenes of the study: training, validation, test
+PRETRAIN_BASE = 10**8  # first scene of pretraining
+HELD_OUT_BASE = 9*10**8  # first scene of its validation
 
 # %% ../../../nbs/lib/data/world/noise.ipynb #ce5feefa
 def seed_rng(
     seed:int, # of the scene
-    purpose:str, # place, ground, radar, optical or clouds
+    purpose:str, # name of the stream, e.g. place, ground, radar, optical or clouds
 ) -> np.random.Generator:
-    "The random stream of one scene for one purpose."
+    "Return the random stream of one scene for one purpose."
     return np.random.default_rng([seed, *purpose.encode()])
 
 # %% ../../../nbs/lib/data/world/noise.ipynb #1c99ef3e
 @lru_cache(maxsize=64)
 def _spectrum(m:int, length:float, slope:float) -> np.ndarray:
-    "Amplitudes on an (m, m) torus that give unit variance: flat beyond `length` px, falling with exponent `slope` below."
+    "Return amplitudes on an (m, m) torus that give unit variance: flat beyond `length` px, falling with `slope` below."
     k = 2 * np.pi * np.hypot(fft.fftfreq(m)[:, None], fft.fftfreq(m)[None])
     amp = (1 + (k * length) ** 2) ** (-slope / 2)
     amp[0, 0] = 0
@@ -37,30 +37,30 @@ def noise(
     rng:np.random.Generator,
     size:int, # height and width, px
     length:float, # correlation length, px
-    slope:float=2., # how fast detail fades: 1 rough, 2 smooth
+    slope:float=2., # decay of detail: 1 rough, 2 smooth
     count:int=2, # number of fields
 ) -> np.ndarray: # (count, H, W) float32, zero mean and unit variance over many scenes
-    "Independent smooth random fields."
+    "Draw independent smooth random fields."
     m = fft.next_fast_len(size + int(min(64, 4 * length)))
     z = rng.standard_normal((2, (count + 1) // 2, m, m), dtype=np.float32)
     f = fft.ifft2((z[0] + 1j * z[1]) * _spectrum(m, length, slope))
     return np.concatenate([f.real, f.imag])[:count, :size, :size]
 
 # %% ../../../nbs/lib/data/world/noise.ipynb #98bda1f9
-SPECKLE_LOOKS = dict(grd=5.4, rtc=5.7)  # equivalent number of looks
+SPECKLE_LOOKS = dict(grd=5.4, rtc=5.7)  # product -> equivalent number of looks, measured
 
 @lru_cache(maxsize=16)
 def _speckle_kernel(m:int, sigma:float) -> np.ndarray:
-    "Transfer function of a Gaussian point response of `sigma` px that keeps unit variance."
+    "Return the transfer function of a Gaussian point response of `sigma` px that keeps unit variance."
     f = np.exp(-2 * (np.pi * sigma) ** 2 * (fft.fftfreq(m)[:, None] ** 2 + fft.fftfreq(m)[None] ** 2))
     return (f * m / np.sqrt((f**2).sum())).astype(np.float32)
 
 def speckle(
     rng:np.random.Generator,
     size:int, # height and width, px
-    sigma:float=.88, # width of the point response, px
+    sigma:float=.88, # standard deviation of the point response, px
 ) -> np.ndarray: # (2, H, W) float32, standard normal
-    "The correlated grain of both polarisations."
+    "Draw the correlated normal noise behind the speckle of both polarisations."
     z = rng.standard_normal((2, size, size), dtype=np.float32)
     f = fft.ifft2(fft.fft2(z[0] + 1j * z[1]) * _speckle_kernel(size, sigma))
     return np.stack([f.real, f.imag])
@@ -70,5 +70,5 @@ def gamma_db(
     z:np.ndarray, # standard normal
     looks:float, # equivalent number of looks
 ) -> np.ndarray: # dB
-    "A gamma variable of mean 1 in dB, from a normal one."
+    "Return a gamma variable of mean 1 in dB, computed from a normal one."
     return 30 * np.log10(np.maximum(1 - 1 / (9 * looks) + z / (3 * looks**.5), .05))

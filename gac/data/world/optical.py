@@ -18,25 +18,28 @@ from .noise import noise, seed_rng
 _TEN = [i for i, b in enumerate(S2_BANDS) if b in ('B02', 'B03', 'B04', 'B08')]
 _SIXTY = [i for i, b in enumerate(S2_BANDS) if b in ('B01', 'B09')]
 _TWENTY = [i for i in range(len(S2_BANDS)) if i not in _TEN + _SIXTY]
-HAZE = np.array([1.2, 1., .75, .55, .48, .42, .39, .35, .32, .3, .1, .06], np.float32)  # path radiance by band, B02 = 1
+# path radiance by band, relative to B02
+HAZE = np.array([1.2, 1., .75, .55, .48, .42, .39, .35, .32, .3, .1, .06], np.float32)
 
+# %% ../../../nbs/lib/data/world/optical.ipynb #6ffc0a36
 def sun(
     month:int, # 1–12
     lat:float, # degrees
 ) -> tuple: # elevation and azimuth from north, radians
-    "Where the sun stands at about half past ten in the middle of the month."
-    declination, phi, hour = np.radians(-23.44 * np.cos(2 * np.pi * (month - .35) / 12)), np.radians(lat), np.radians(-22.5)
+    "Return the position of the sun at about half past ten in the middle of the month."
+    declination, phi, hour = (np.radians(-23.44 * np.cos(2 * np.pi * (month - .35) / 12)), np.radians(lat),
+                              np.radians(-22.5))
     e = np.arcsin(np.sin(phi) * np.sin(declination) + np.cos(phi) * np.cos(declination) * np.cos(hour))
     azimuth = (np.sin(declination) - np.sin(e) * np.sin(phi)) / (np.cos(e) * np.cos(phi))
     return max(float(e), .12), float(np.arccos(np.clip(azimuth, -1, 1)))
 
 # %% ../../../nbs/lib/data/world/optical.ipynb #c8b2a489
 def shading(
-    dem:np.ndarray, # (H, W) m, 10 m pixels, north up
+    dem:np.ndarray, # (H, W) m, pixels of 10 m, north up
     month:int, # 1–12
     lat:float, # degrees
 ) -> np.ndarray: # (H, W), 1 on flat ground
-    "Brightness of the slopes, softened by sky light and by what the terrain correction removes."
+    "Return the brightness of slopes, reduced by sky light and by terrain correction."
     e, az = sun(month, lat)
     gy, gx = np.gradient(dem, 10)
     cosi = (np.sin(e) + np.cos(e) * (-gx * np.sin(az) + gy * np.cos(az))) / np.sqrt(1 + gx**2 + gy**2)
@@ -45,9 +48,9 @@ def shading(
 # %% ../../../nbs/lib/data/world/optical.ipynb #1fc1a081
 def blocks(
     x:np.ndarray, # (bands, H, W)
-    step:int, # pixels per block
+    step:int, # side of a block, px
 ) -> np.ndarray: # (bands, H, W)
-    "Means of step × step blocks, repeated on the fine grid."
+    "Return the means of step × step blocks, repeated on the fine grid."
     size = x.shape[-1]
     if pad := -size % step: x = np.pad(x, ((0, 0), (0, pad), (0, pad)), 'edge')
     n, m = x.shape[0], x.shape[-1] // step
@@ -55,22 +58,31 @@ def blocks(
     return np.repeat(np.repeat(x, step, 1), step, 2)[:, :size, :size]
 
 # %% ../../../nbs/lib/data/world/optical.ipynb #723db5ee
-def brightness(r, g:Ground) -> np.ndarray:
-    "Grain of canopies and fields (H, W), around 1."
+def brightness(
+    r, # NumPy random generator
+    g:Ground,
+) -> np.ndarray: # (H, W), around 1
+    "Return the texture of canopies and fields, a factor of the reflectance."
     grain = np.select([g.cover == TREES, g.cover == BUILT, g.water], [.17, .15, .07], .09).astype(np.float32)
     fields = np.where(g.water | g.wild, 0, .035 * r.standard_normal(g.k).astype(np.float32)[g.ids])
     return np.exp(grain * (g.fine[2] + .5 * g.mid[3]) + fields)
 
 # %% ../../../nbs/lib/data/world/optical.ipynb #740eaa9d
-def atmosphere(r, x:np.ndarray) -> np.ndarray:
-    "What the correction left: an offset in every scene, thick haze in a few (DN)."
+def atmosphere(
+    r, # NumPy random generator
+    x:np.ndarray, # (12, H, W) DN
+) -> np.ndarray: # (12, H, W) DN
+    "Add the residue of the atmosphere correction: an offset in every scene, thick haze in a few."
     left = r.normal(-40, 35) + (r.gamma(2, 350) if r.random() < .04 else 0)
-    coastal = np.r_[r.normal(0, 70), np.zeros(len(S2_BANDS) - 1)]  # B01 goes its own way
+    coastal = np.r_[r.normal(0, 70), np.zeros(len(S2_BANDS) - 1)]  # B01 has an offset of its own
     return x * (1 - max(left, 0) / 6000 * HAZE[:, None, None]) + (left * HAZE + coastal)[:, None, None]
 
 # %% ../../../nbs/lib/data/world/optical.ipynb #a23e2afa
-def sensed(r, x:np.ndarray) -> np.ndarray:
-    "Optics, noise of the sensor (about 0.001), and the native resolution of each band (DN)."
+def sensed(
+    r, # NumPy random generator
+    x:np.ndarray, # (12, H, W) DN, changed in place
+) -> np.ndarray: # (12, H, W) DN
+    "Apply blur, sensor noise of about 0.001 reflectance, and the native resolution of each band."
     x[_TEN] = gaussian_filter(x[_TEN], (0, .62, .62), truncate=3)
     x = x + (9 + .004 * np.abs(x)) * r.standard_normal(x.shape, dtype=np.float32)
     x[_TWENTY], x[_SIXTY] = blocks(x[_TWENTY], 2), blocks(x[_SIXTY], 6)
@@ -83,24 +95,26 @@ def optical_image(
     month:int, # 1–12
     lat:float, # degrees
 ) -> np.ndarray: # (12, H, W) float32 reflectance, may be slightly negative
-    "The optical image of the ground in one month."
+    "Compute the optical image of the ground in one month."
     r = seed_rng(seed, 'optical')
     mix = mixture(r, g, northern(month, lat))
     # no BLAS: the same bits on any number of threads
     x = np.einsum('mb,mp->bp', SPECTRA, mix.reshape(len(mix), -1)).reshape(-1, g.size, g.size)
     bright = brightness(r, g)
-    tint = np.exp(r.normal(0, .04) + r.normal(0, .05) * np.linspace(1, -1, 12) + .02 * r.standard_normal(12)).astype(np.float32)
+    tint = np.exp(r.normal(0, .04) + r.normal(0, .05) * np.linspace(1, -1, 12)
+                  + .02 * r.standard_normal(12)).astype(np.float32)
     x = x * (bright * np.where(g.water, 1, shading(g.dem, month, lat))) * tint[:, None, None]
     return sensed(r, atmosphere(r, x)).astype(np.float32) * np.float32(1e-4)
 
 # %% ../../../nbs/lib/data/world/optical.ipynb #4ff31774
-CLOUD = np.array([1.05, 1, .97, .97, .98, .98, .97, .98, .95, .7, .6, .45])[:, None, None]  # reflectance by band, B02 = 1
+# reflectance of clouds by band, relative to B02
+CLOUD = np.array([1.05, 1, .97, .97, .98, .98, .97, .98, .95, .7, .6, .45])[:, None, None]
 
 def clouds_over(
     seed:int, # of the scene
     s2:np.ndarray, # (12, H, W) reflectance
 ) -> tuple: # (12, H, W) reflectance; (H, W) bool, clouds or their shadows
-    "Clouds and their shadows, and where they are."
+    "Add clouds and their shadows to an image; return it and their mask."
     r = seed_rng(seed, 'clouds')
     f = noise(r, s2.shape[-1], 22, 1.7, 2)
     edge = np.quantile(f[0], 1 - r.uniform(.05, .6))

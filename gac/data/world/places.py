@@ -16,29 +16,29 @@ from .noise import seed_rng
 # %% ../../../nbs/lib/data/world/places.ipynb #dbf3ba8a
 @dataclass(frozen=True)
 class Climate:
-    "What a biome does to terrain, soil and plants."
+    "Describe the terrain, the soil and the plants of a biome."
     relief:float # typical height differences, m
     base:float # typical elevation, m
-    evergreen:float # share of evergreen trees
+    evergreen:float # share of evergreen trees, 0–1
     peak:float # month of the greenest vegetation, northern hemisphere
     width:float # length of the green season, months
-    floor:float # greenness out of season, 0–1
-    biomass:float # of crops, 0–1
+    floor:float # greenness outside the season, 0–1
+    biomass:float # biomass of crops, 0–1
     bright:float # soil brightness, 0–1
-    snow:float # chance that snow lies in midwinter
+    snow:float # probability of snow cover in midwinter
 
 # %% ../../../nbs/lib/data/world/places.ipynb #31c92573
 @dataclass(frozen=True)
 class Landscape:
-    "Shares of the cover in one kind of landscape."
-    water:tuple # lowest and highest share
-    trees:tuple
-    built:tuple
+    "Describe the shares of land cover in one kind of landscape."
+    water:tuple # lowest and highest share of the scene, 0–1
+    trees:tuple # likewise
+    built:tuple # likewise
     fields:tuple # weights of crop, grass, range and bare ground on open land
     natural:float # share of open land without field borders
 
 # %% ../../../nbs/lib/data/world/places.ipynb #efdeedb4
-CLIMATES = {
+CLIMATES = { # biome -> climate
     1: Climate(60, 150, .95, 3, 6, .75, .75, .35, 0.),
     4: Climate(40, 120, .25, 6.3, 3.2, .45, .66, .35, .10),
     5: Climate(220, 600, .8, 6.8, 3., .4, .65, .35, .30),
@@ -49,7 +49,7 @@ CLIMATES = {
     12: Climate(120, 300, .6, 4., 2.6, .2, .45, .6, 0.),
     13: Climate(90, 500, .5, 3, 3., .1, .18, .85, 0.)}
 
-LANDSCAPES = {
+LANDSCAPES = { # kind -> shares of land cover
     'sea': Landscape((1., 1.), (0, 0), (0, 0), (0, 0, 1, 0), 1.),
     'coast': Landscape((.25, .75), (.05, .5), (0, .15), (.35, .25, .2, .2), .4),
     'lakes': Landscape((.05, .35), (.2, .7), (0, .05), (.4, .3, .3, 0), .4),
@@ -75,7 +75,8 @@ BIOME_PLACES = {
         dict(forest=5, lakes=2.5, wetland=1, pasture=1, farms=.6, sea=2.1, town=.3, coast=.8)),
     7: (.09, [('East African savanna', 30, 38, -8, 2), ('Cerrado', -55, -43, -20, -8), ('Sahel', -10, 25, 9, 14)],
         dict(range=5, farms=3, pasture=1, desert=.6, town=.5, lakes=.4, wetland=.4)),
-    8: (.09, [('Great Plains', -105, -95, 35, 49), ('Pampas', -64, -58, -38, -32), ('Ukrainian steppe', 28, 40, 46, 50)],
+    8: (.09, [('Great Plains', -105, -95, 35, 49), ('Pampas', -64, -58, -38, -32),
+              ('Ukrainian steppe', 28, 40, 46, 50)],
         dict(farms=6, range=2, pasture=1, town=.6, lakes=.4)),
     11: (.05, [('Hudson Bay lowlands', -95, -85, 58, 64), ('Taymyr', 90, 110, 70, 74)],
          dict(ice=4, range=2, wetland=1.5, lakes=1.5, sea=1)),
@@ -87,27 +88,29 @@ BIOME_PLACES = {
 
 # %% ../../../nbs/lib/data/world/places.ipynb #088408a7
 def _weighted(
-    weights, # any positive numbers
+    weights, # positive numbers
     u:float, # uniform in 0–1
 ) -> int: # position
-    "The position that `u` falls on when the weights are laid end to end."
+    "Return the position that `u` selects, with probabilities proportional to the weights."
     total = np.cumsum(list(weights))
     return min(int(np.searchsorted(total / total[-1], u)), len(total) - 1)
 
 def _check_place(seed, month, biome) -> None:
-    "Refuse what has no scene."
+    "Refuse a seed, a month or a biome without a scene."
     if seed < 0: raise GacError(f'seed is {seed}; scenes are numbered from 0.')
     if month is not None and month not in range(1, 13):
         raise GacError(f'month is {month!r}; expected 1 to 12, or None to draw it.')
     if biome is not None and biome not in BIOME_PLACES:
-        raise GacError(f'biome is {biome!r}; the world has scenes for {", ".join(map(str, BIOME_PLACES))}, or None to draw it.')
+        raise GacError(f'biome is {biome!r}; the world has scenes for {", ".join(map(str, BIOME_PLACES))}, '
+                       'or None to draw it.')
 
+# %% ../../../nbs/lib/data/world/places.ipynb #de478c8e
 def draw_place(
     seed:int, # of the scene
     month:int|None=None, # 1–12; None: drawn
     biome:int|None=None, # WWF number; None: drawn
 ) -> dict: # biome, region, lon and lat in degrees, month, kind of landscape
-    "Where and when a scene is taken."
+    "Return the place and the month of a scene."
     _check_place(seed, month, biome)
     which, region, x, y, kind, when = seed_rng(seed, 'place').random(6)
     if biome is None: biome = list(BIOME_PLACES)[_weighted((p[0] for p in BIOME_PLACES.values()), which)]
@@ -115,4 +118,5 @@ def draw_place(
     name, west, east, south, north = regions[int(region * len(regions))]
     return dict(biome=int(biome), region=name, lon=round(float(west + x * (east - west)), 4),
                 lat=round(float(south + y * (north - south)), 4),
-                month=int(month) if month is not None else 1 + int(when * 12), kind=list(kinds)[_weighted(kinds.values(), kind)])
+                month=int(month) if month is not None else 1 + int(when * 12),
+                kind=list(kinds)[_weighted(kinds.values(), kind)])

@@ -14,10 +14,13 @@ from .noise import gamma_db, seed_rng, speckle, SPECKLE_LOOKS
 from .shapes import HOUSES
 
 # %% ../../../nbs/lib/data/world/radar.ipynb #debbd90a
-def soil_and_plants(r, g:Ground) -> np.ndarray:
-    "Backscatter (2, H, W) of open land in dB: soil through plants, plus the plants."
+def soil_and_plants(
+    r, # NumPy random generator
+    g:Ground,
+) -> np.ndarray: # (2, H, W) dB
+    "Return the backscatter of open land: attenuated soil plus plants."
     t, w, b = g.tilth, g.moist, g.biomass
-    # row direction, stalks: what no other map tells
+    # row direction and stalks, which no map of the ground holds
     own = 1. * r.standard_normal((2, g.k)).astype(np.float32)[:, g.ids] * ~g.wild
     soil = np.stack([-18.2 + 5 * t + 7 * w, -28.5 + 5 * t + 8 * w])
     plants = np.stack([-15.4 + 5.4 * b, -23.6 + 8.6 * b]) + own
@@ -25,8 +28,11 @@ def soil_and_plants(r, g:Ground) -> np.ndarray:
     return 10 * np.log10(10 ** (soil / 10) * seen + 10 ** (plants / 10) * (1 - seen))
 
 # %% ../../../nbs/lib/data/world/radar.ipynb #875d4bfe
-def walls(r, g:Ground) -> np.ndarray:
-    "What buildings add (2, H, W) in dB: roofs, and the double bounce at walls that face the radar."
+def walls(
+    r, # NumPy random generator
+    g:Ground,
+) -> np.ndarray: # (2, H, W) dB
+    "Return the gain of buildings: roofs, and the double bounce at walls that face the radar."
     wall = np.zeros(g.house.shape, bool)
     wall[:, 1:] = (g.house[:, 1:] >= 0) & (g.house[:, 1:] != g.house[:, :-1])
     facing = np.abs(np.cos(2 * g.angle)) ** 4
@@ -36,10 +42,14 @@ def walls(r, g:Ground) -> np.ndarray:
     return np.stack([extra, .85 * extra])
 
 # %% ../../../nbs/lib/data/world/radar.ipynb #d160dcac
-def _pol(vv:float, vh:float) -> np.ndarray: return np.array([vv, vh])[:, None, None]
+def _pol(vv:float, vh:float) -> np.ndarray: # (2, 1, 1)
+    return np.array([vv, vh])[:, None, None]
 
-def backscatter(r, g:Ground) -> np.ndarray:
-    "Backscatter (2, H, W) of the ground in dB, level and without speckle."
+def backscatter(
+    r, # NumPy random generator
+    g:Ground,
+) -> np.ndarray: # (2, H, W) dB
+    "Return the backscatter of the ground without relief and speckle."
     wind, gain = r.random(), r.normal(0, .9)
     db = soil_and_plants(r, g)
     ripple, leaves = .5 * g.mid[1] + .3 * g.low[3], .5 * g.fine[2]
@@ -53,8 +63,11 @@ def backscatter(r, g:Ground) -> np.ndarray:
     return np.where(g.water, sea, db) + walls(r, g) + gain
 
 # %% ../../../nbs/lib/data/world/radar.ipynb #232f5c1c
-def foreshortening(r, dem:np.ndarray) -> np.ndarray:
-    "Gain in dB on slopes that face an ascending or descending pass, loss on those that turn away."
+def foreshortening(
+    r, # NumPy random generator; draws an ascending or a descending pass
+    dem:np.ndarray, # (H, W) m
+) -> np.ndarray: # (H, W) dB
+    "Return the gain of slopes: positive if they face the radar, negative if they turn away."
     slope = np.gradient(gaussian_filter(dem, 1.), 10, axis=1)
     look = -1 if r.random() < .5 else 1
     return np.clip(11 * look * slope, -5, 6)
@@ -62,11 +75,11 @@ def foreshortening(r, dem:np.ndarray) -> np.ndarray:
 # %% ../../../nbs/lib/data/world/radar.ipynb #7495f09a
 def measured(
     db:np.ndarray, # (2, H, W) backscatter, dB
-    z:np.ndarray, # (2, H, W) grain, standard normal
+    z:np.ndarray, # (2, H, W) standard normal, from noise.speckle
     looks:float, # equivalent number of looks
     floor:float, # noise floor, dB
 ) -> np.ndarray: # (2, H, W) float32, dB
-    "What the instrument reports: signal over its noise floor, times speckle."
+    "Add the noise floor to the signal, multiply it by speckle, and return the measured image."
     return (10 * np.log10(10 ** (db / 10) + 10 ** (floor / 10)) + gamma_db(z, looks)).astype(np.float32)
 
 # %% ../../../nbs/lib/data/world/radar.ipynb #3e250b32
@@ -74,10 +87,11 @@ def radar_products(
     seed:int, # of the scene
     g:Ground,
 ) -> tuple: # GRD and RTC, each (2, H, W) float32, dB
-    "Both radar products of one overpass. The month is not asked for."
+    "Compute both radar products of one overpass."
     r = seed_rng(seed, 'radar')
     db = backscatter(r, g)
     tilt = foreshortening(r, g.dem)
     texture = .25 * g.fine[3] + .2 * g.mid[0]
     z = speckle(r, g.size)
-    return measured(db + tilt + texture, z, SPECKLE_LOOKS['grd'], -33.), measured(db + .2 + .12 * tilt + texture, z, SPECKLE_LOOKS['rtc'], -26.)
+    return (measured(db + tilt + texture, z, SPECKLE_LOOKS['grd'], -33.),
+            measured(db + .2 + .12 * tilt + texture, z, SPECKLE_LOOKS['rtc'], -26.))

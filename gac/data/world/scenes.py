@@ -19,13 +19,13 @@ from .radar import radar_products
 
 # %% ../../../nbs/lib/data/world/scenes.ipynb #7599e9e9
 def draw_scene(
-    seed:int, # the scene's number; the same number gives the same scene
+    seed:int, # number of the scene
     size:int=128, # height and width, px of 10 m, at least 32
     month:int|None=None, # 1–12; None: drawn
     biome:int|None=None, # WWF number; None: drawn
-    clouds:bool=False, # with clouds and `cloud_mask`
-) -> dict: # s1grd, s1rtc (2, H, W) dB; s2 (12, H, W) uint16 DN; dem m; lulc codes; ndvi; month, biome, lon, lat, region, kind, seed
-    "One paired scene. A scene of another size is another place, not a crop."
+    clouds:bool=False, # add clouds and `cloud_mask`
+) -> dict: # s1grd, s1rtc (2, H, W) dB; s2 (12, H, W) DN; dem (H, W) m; lulc, ndvi (H, W); month, biome, lon, lat, …
+    "Draw one paired scene; another size gives another place, not a crop."
     if size < 32: raise GacError(f'size is {size}; a scene needs at least 32 pixels to hold fields and rivers.')
     at = draw_place(seed, month, biome)
     g = draw_ground(seed, size, at['kind'], at['biome'])
@@ -39,11 +39,11 @@ def draw_scene(
 
 # %% ../../../nbs/lib/data/world/scenes.ipynb #8202dc46
 def scene_batches(
-    start:int, # first seed, PRETRAIN_BASE or above for pretraining
+    start:int, # first seed; PRETRAIN_BASE or above for pretraining
     size:int=128, # height and width, px
     batch:int=8, # scenes per batch
-) -> Iterator[dict]: # the entries of `scene`, stacked
-    "Batches of scenes with seeds start, start + 1, … for ever."
+) -> Iterator[dict]: # the entries of `draw_scene`, stacked
+    "Yield batches of scenes with seeds start, start + 1, …, without end."
     while True:
         rows = [draw_scene(seed, size) for seed in range(start, start + batch)]
         yield {k: np.stack([row[k] for row in rows]) for k in rows[0]}

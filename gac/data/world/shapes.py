@@ -14,8 +14,10 @@ from .noise import noise
 
 # %% ../../../nbs/lib/data/world/shapes.ipynb #2d90838c
 @lru_cache(maxsize=8)
-def grid(size:int) -> tuple:
-    "Row and column of each pixel, counted from the middle, px."
+def grid(
+    size:int, # height and width, px
+) -> tuple: # two (H, W) float32
+    "Return the row and the column of each pixel, counted from the middle, px."
     y, x = np.mgrid[:size, :size].astype(np.float32)
     return y - size / 2, x - size / 2
 
@@ -25,14 +27,19 @@ def rotated(
     angle:float, # radians
     warp=0., # (H, W) displacement, px
 ) -> tuple: # two (H, W) coordinates, px
-    "Coordinates along and across a direction."
+    "Return the coordinates along and across a direction."
     y, x = grid(size)
     c, s = np.float32(np.cos(angle)), np.float32(np.sin(angle))
     return c * x + s * y + warp, c * y - s * x + warp
 
 # %% ../../../nbs/lib/data/world/shapes.ipynb #9046680f
-def strips(rng, size:int, u, v) -> np.ndarray:
-    "Number of the field at (u, v): rows of unequal width cut into pieces."
+def strips(
+    rng, # NumPy random generator
+    size:int, # height and width, px
+    u, # (H, W) coordinate across the rows, px
+    v, # (H, W) coordinate along the rows, px
+) -> np.ndarray: # (H, W) int
+    "Return the number of the field at each pixel: rows of unequal width cut into pieces."
     n = 2 + int(size * 1.6 / 8)
     rows = np.searchsorted(np.cumsum(rng.uniform(9, 38, n)) - 0.8 * size, u.ravel()).reshape(u.shape)
     length, start = rng.uniform(18, 100, n + 1).astype(np.float32), rng.uniform(0, 100, n + 1).astype(np.float32)
@@ -40,8 +47,15 @@ def strips(rng, size:int, u, v) -> np.ndarray:
     return rows * 64 + col
 
 # %% ../../../nbs/lib/data/world/shapes.ipynb #5ac530f3
-def cells(rng, size:int, u, v, width:float, stretch:float) -> np.ndarray:
-    "Number of the field at (u, v): the nearest of seeds `width` px apart, `stretch` times that across."
+def cells(
+    rng, # NumPy random generator
+    size:int, # height and width, px
+    u, # (H, W) coordinate, px
+    v, # (H, W) coordinate across, px
+    width:float, # distance of the seeds along u, px
+    stretch:float, # factor of the distance along v
+) -> np.ndarray: # (H, W) int
+    "Return the number of the field at each pixel: the nearest of jittered seeds in the maximum metric."
     n = int(size * 1.6 / width) + 5
     jitter = rng.uniform(-.42, .42, (2, n, n)).astype(np.float32)
     gu, gv = u / width, v / (width * stretch)
@@ -59,46 +73,56 @@ def cells(rng, size:int, u, v, width:float, stretch:float) -> np.ndarray:
 def parcels(
     rng:np.random.Generator,
     size:int, # height and width, px
-    scale:float=1., # of the fields: 2 doubles their sides
+    scale:float=1., # factor of the sides of the fields
 ) -> np.ndarray: # (H, W) int, 0 … K−1
-    "A mosaic of fields."
+    "Draw a mosaic of fields and return their numbers."
     warp = noise(rng, size, 20, 2., 1)[0] * rng.uniform(0, 3)
     u, v = (np.float32(1/scale) * x for x in rotated(size, rng.uniform(0, np.pi), warp))
     reach = int(np.ceil(size / scale))
-    ids = strips(rng, reach, u, v) if rng.random() < .35 else cells(rng, reach, u, v, rng.uniform(12, 40), rng.uniform(1, 2))
+    ids = (strips(rng, reach, u, v) if rng.random() < .35
+           else cells(rng, reach, u, v, rng.uniform(12, 40), rng.uniform(1, 2)))
     return np.unique(ids, return_inverse=True)[1].reshape(size, size)
 
 # %% ../../../nbs/lib/data/world/shapes.ipynb #1e943349
-def borders(ids:np.ndarray) -> np.ndarray:
-    "Pixels whose right or lower neighbour belongs to another field."
+def borders(
+    ids:np.ndarray, # (H, W) field numbers
+) -> np.ndarray: # (H, W) bool
+    "Return the pixels whose right or lower neighbour belongs to another field."
     edge = np.zeros(ids.shape, bool)
     edge[:, :-1] |= ids[:, 1:] != ids[:, :-1]
     edge[:-1] |= ids[1:] != ids[:-1]
     return edge
 
 # %% ../../../nbs/lib/data/world/shapes.ipynb #c659c03a
-def top(score:np.ndarray, share:float) -> np.ndarray:
-    "The `share` of pixels with the highest score."
+def top(
+    score:np.ndarray, # (H, W)
+    share:float, # of the pixels, 0–1
+) -> np.ndarray: # (H, W) bool
+    "Return the given share of pixels with the highest score."
     if share <= 0: return np.zeros(score.shape, bool)
     return score > np.quantile(score, 1 - share) if share < 1 else np.ones(score.shape, bool)
 
 # %% ../../../nbs/lib/data/world/shapes.ipynb #6c3485c6
-def line(field:np.ndarray, width:float) -> np.ndarray:
-    "The zero line of a field, `width` px wide: rivers."
+def line(
+    field:np.ndarray, # (H, W) smooth random field
+    width:float, # of the line, px
+) -> np.ndarray: # (H, W) bool
+    "Return the zero line of a field as a mask, for rivers."
     gy, gx = np.gradient(field)
     return np.abs(field) < .5 * width * np.hypot(gy, gx)
 
 # %% ../../../nbs/lib/data/world/shapes.ipynb #297cd631
-HOUSES = 97 * 101  # size of the tables that buildings are looked up in
+HOUSES = 97 * 101  # number of building numbers; tables of buildings have this length
 
 def streets(
     rng:np.random.Generator,
     size:int, # height and width, px
 ) -> tuple: # streets (H, W) bool; building numbers (H, W) int, −1 between buildings; angle, radians
-    "A street grid and the buildings along it."
+    "Draw a street grid and the buildings along it."
     angle = rng.uniform(0, np.pi)
     u, v = rotated(size, angle)
-    block_u, block_v, house_u, house_v = rng.uniform(6, 13), rng.uniform(7, 18), rng.uniform(1.6, 3.5), rng.uniform(1.6, 4)
+    block_u, block_v, house_u, house_v = (rng.uniform(6, 13), rng.uniform(7, 18),
+                                          rng.uniform(1.6, 3.5), rng.uniform(1.6, 4))
     street = ((u % block_u) < 1) | ((v % block_v) < 1.1)
     ids = np.floor(u / house_u).astype(np.int32) % 97 * 101 + np.floor(v / house_v).astype(np.int32) % 101
     stands = rng.random(HOUSES) < rng.uniform(.3, .75)
@@ -109,7 +133,7 @@ def roads(
     rng:np.random.Generator,
     size:int, # height and width, px
 ) -> np.ndarray: # (H, W) bool
-    "One to three winding roads across the scene."
+    "Draw one to three winding roads across the scene."
     warp = noise(rng, size, 40, 2.2, 1)[0] * 5
     out = np.zeros((size, size), bool)
     for _ in range(rng.integers(1, 4)):

@@ -27,38 +27,43 @@ from .shapes import top
 # %% ../../../nbs/lib/data/world/stream.ipynb #b983f818
 @dataclass(frozen=True)
 class Variation:
-    "How one scene departs from the plain world."
+    "Describe the difference between one scene and the plain world."
     spectra:np.ndarray # (materials, 12) reflectance, DN
-    offsets:np.ndarray # (10, 2) added to VV and VH by land-cover code, dB
-    contrast:float # of backscatter on land, about LEVEL
+    offsets:np.ndarray # (10, 2) dB, added to VV and VH by land-cover code
+    contrast:float # factor of the backscatter on land about LEVEL
     looks:float # equivalent number of looks
-    grain:float # width of the point response, px
-    shift:tuple # rows and columns the radar lies off, px
-    fields:float # factor of the fields' sides
+    grain:float # standard deviation of the point response, px
+    shift:tuple # misregistration of the radar, rows and columns, px
+    fields:float # factor of the sides of the fields
     steep:float # factor of height differences
-    haze:np.ndarray # (12,) light added by the air, DN
-    through:float # share of the ground's light that passes the air, at B02
-    climate:Climate
+    haze:np.ndarray # (12,) path radiance, DN
+    through:float # transmission of the air at B02, 0–1
+    climate:Climate # of the scene
 
 # %% ../../../nbs/lib/data/world/stream.ipynb #e94d23fa
 def vary_climate(
     r:np.random.Generator,
     c:Climate, # of the biome
-    lat:float, # degrees; decides on snow beside the biome
+    lat:float, # degrees; changes the snow
 ) -> Climate:
-    "A climate near that of the biome: season, soil and plants shifted, snow by latitude."
+    "Draw a climate near that of the biome, with other season, soil and plants, and snow by latitude."
     poleward = 1/(1 + np.exp((50 - abs(lat))/4)) if abs(lat) > 25 else 0.
     near = lambda x, low, high: float(np.clip(x, low, high))
     return replace(c, peak=c.peak + r.normal(0, .7), width=c.width*float(np.exp(r.normal(0, .2))),
-                   evergreen=near(c.evergreen + r.normal(0, .2), 0, 1), floor=near(c.floor + r.normal(0, .08), .05, .9),
-                   biomass=near(c.biomass*np.exp(r.normal(0, .2)), .1, .9), bright=near(c.bright + r.normal(0, .15), 0, 1),
+                   evergreen=near(c.evergreen + r.normal(0, .2), 0, 1),
+                   floor=near(c.floor + r.normal(0, .08), .05, .9),
+                   biomass=near(c.biomass*np.exp(r.normal(0, .2)), .1, .9),
+                   bright=near(c.bright + r.normal(0, .15), 0, 1),
                    snow=near((c.snow + poleward)/2 + r.normal(0, .05), 0, 1))
 
 # %% ../../../nbs/lib/data/world/stream.ipynb #4c3d19fe
-RAYLEIGH = np.array([1150, 900, 520, 300, 230, 180, 150, 120, 100, 60, 8, 3], np.float32)  # path radiance at the top of the air, DN
+# path radiance of molecules at the top of the atmosphere, by band, DN
+RAYLEIGH = np.array([1150, 900, 520, 300, 230, 180, 150, 120, 100, 60, 8, 3], np.float32)
 
-def vary_air(r:np.random.Generator) -> tuple: # (12,) light added, DN; share of light that passes, at B02
-    "Air over one scene: 85 % corrected, 10 % hazy, 5 % without a correction."
+def vary_air(
+    r:np.random.Generator,
+) -> tuple: # path radiance, (12,) DN; transmission at B02, 0–1
+    "Draw the air over a scene: 85 % corrected, 10 % hazy, 5 % without a correction."
     state, left = r.random(), HAZE*r.normal(-20, 50)
     if state < .05: return (RAYLEIGH*r.uniform(.75, 1.3)).astype(np.float32), r.uniform(.8, .95)
     if state < .15: return (left + HAZE*r.gamma(2, 250)).astype(np.float32), r.uniform(.9, 1)
@@ -72,26 +77,32 @@ def vary(
 ) -> Variation:
     "Draw the variation of a scene."
     r, n = seed_rng(seed, 'variation'), len(SPECTRA)
-    gain = r.uniform(-.2, .2, (n, 1)) + r.uniform(-.1, .1, (n, 1))*np.linspace(-1, 1, 12) + r.normal(0, .03, (n, 12))
+    gain = (r.uniform(-.2, .2, (n, 1)) + r.uniform(-.1, .1, (n, 1))*np.linspace(-1, 1, 12)
+            + r.normal(0, .03, (n, 12)))
     offsets = r.normal((1., 1.8), .8, (1, 2)) + r.uniform(-1.2, 1.2, (10, 1)) + r.uniform(-.5, .5, (10, 2))
     between = lambda low, high: float(np.exp(r.uniform(np.log(low), np.log(high))))
     haze, through = vary_air(r)
-    return Variation(SPECTRA*(1 + np.clip(gain, -.3, .3)).astype(np.float32), np.clip(offsets, -3, 3).astype(np.float32), r.uniform(.5, 1.),
-                     between(3, 8), r.uniform(.6, 1.1), tuple(int(s) for s in np.clip(np.rint(r.normal(0, 1.2, 2)), -3, 3)),
+    return Variation(SPECTRA*(1 + np.clip(gain, -.3, .3)).astype(np.float32),
+                     np.clip(offsets, -3, 3).astype(np.float32), r.uniform(.5, 1.), between(3, 8), r.uniform(.6, 1.1),
+                     tuple(int(s) for s in np.clip(np.rint(r.normal(0, 1.2, 2)), -3, 3)),
                      between(.4, 2), between(.5, 3), haze, through, vary_climate(r, c, lat))
 
 # %% ../../../nbs/lib/data/world/stream.ipynb #9a30eebc
-FLOODS = dict(wetland=.6, lakes=.4, farms=.15, pasture=.15, range=.15, forest=.1, coast=.1)  # landscape -> chance of a flood in a year
-HIGH_WATER = {1: 4, 4: 2, 5: 5, 6: 5, 7: 3, 8: 4, 11: 6, 12: 1, 13: 1}  # biome -> northern month of the highest water
+# landscape -> probability of a flood in a year
+FLOODS = dict(wetland=.6, lakes=.4, farms=.15, pasture=.15, range=.15, forest=.1, coast=.1)
+# biome -> northern month of the highest water
+HIGH_WATER = {1: 4, 4: 2, 5: 5, 6: 5, 7: 3, 8: 4, 11: 6, 12: 1, 13: 1}
 
+# %% ../../../nbs/lib/data/world/stream.ipynb #6699268a
 def harvested(
-    r:np.random.Generator, # of the place, whatever the month
-    g:Ground,
-    month:int, # northern
+    r:np.random.Generator, # of the place, the same for all months
+    g:Ground, # of the place
+    month:int, # northern month, 1–12
 ) -> np.ndarray: # (H, W) biomass, 0–1
-    "Biomass after harvest and ploughing."
+    "Return the biomass after harvest and ploughing."
     c, k = g.climate, g.k
-    harvest, ploughed, stubble = c.peak + r.uniform(.8, 2.6, k), r.random(k) < .5, r.uniform(.1, .35, k).astype(np.float32)
+    harvest, ploughed, stubble = (c.peak + r.uniform(.8, 2.6, k), r.random(k) < .5,
+                                  r.uniform(.1, .35, k).astype(np.float32))
     since = (month - harvest) % 12  # months after the harvest
     bare = since < np.maximum(12 - (harvest - c.peak) - 1.2*c.width, 0)
     left = np.where(ploughed & (since > 1), .03, stubble).astype(np.float32)
@@ -99,12 +110,12 @@ def harvested(
 
 # %% ../../../nbs/lib/data/world/stream.ipynb #d35ac56b
 def flooded(
-    r:np.random.Generator, # of the place, whatever the month
-    g:Ground,
-    month:int, # northern
-    biome:int, # WWF number
+    r:np.random.Generator, # of the place, the same for all months
+    g:Ground, # of the place
+    month:int, # northern month, 1–12
+    biome:int, # number, of CLIMATES
 ) -> np.ndarray: # (H, W) bool
-    "Land under water beyond lakes and rivers."
+    "Return the flooded land, without lakes and built-up land."
     share = r.uniform(.03, .3)*float(green(month, HIGH_WATER[biome], 1.5))*(r.random() < FLOODS.get(g.kind, 0))
     if share < .005: return np.zeros((g.size, g.size), bool)
     dry = g.low[0] + .25*g.mid[3] + (2.2*g.across(g.heading) if g.kind == 'coast' else 0)
@@ -113,11 +124,11 @@ def flooded(
 # %% ../../../nbs/lib/data/world/stream.ipynb #2d802b67
 def in_month(
     seed:int, # of the scene
-    g:Ground,
-    month:int, # northern
-    biome:int, # WWF number
+    g:Ground, # of the place
+    month:int, # northern month, 1–12
+    biome:int, # number, of CLIMATES
 ) -> Ground:
-    "The ground as it stands in one month."
+    "Return the ground in one month."
     r, day = seed_rng(seed, 'calendar'), seed_rng(seed, f'day {month}')
     biomass, wet = harvested(r, g, month), flooded(r, g, month, biome)
     moist = np.clip(g.moist + np.float32(day.normal(0, .12)), 0, 1)
@@ -131,14 +142,15 @@ def varied_light(
     month:int, # 1–12
     lat:float, # degrees
     v:Variation|None=None, # None: the plain world
-) -> np.ndarray: # (12, H, W) DN, uint16
-    "The optical image of one month."
+) -> np.ndarray: # (12, H, W) uint16 DN
+    "Compute the optical image of one month."
     r, day = seed_rng(seed, 'optical'), seed_rng(seed, f'air {month}')
     mix = mixture(r, g, northern(month, lat))
     # no BLAS: the same bits on any number of threads
     x = np.einsum('mb,mp->bp', v.spectra if v else SPECTRA, mix.reshape(len(mix), -1)).reshape(-1, g.size, g.size)
     bright = brightness(r, g)
-    tint = np.exp(r.normal(0, .04) + r.normal(0, .05)*np.linspace(1, -1, 12) + .02*r.standard_normal(12)).astype(np.float32)
+    tint = np.exp(r.normal(0, .04) + r.normal(0, .05)*np.linspace(1, -1, 12)
+                  + .02*r.standard_normal(12)).astype(np.float32)
     x = x*(bright*np.where(g.water, 1, shading(g.dem, month, lat)))*tint[:, None, None]
     if v is None: x = atmosphere(day, x)
     else:
@@ -147,14 +159,14 @@ def varied_light(
     return np.clip(np.rint(sensed(day, x)), 1, 16000).astype(np.uint16)
 
 # %% ../../../nbs/lib/data/world/stream.ipynb #2ab4bd86
-LEVEL = np.array([-12., -19.])[:, None, None] # backscatter of land in the plain world, dB
+LEVEL = np.array([-12., -19.])[:, None, None] # mean backscatter of land in the plain world, VV and VH, dB
 
 def varied_radar(
     seed:int, # of the scene
     g:Ground, # in the month of the overpass
     v:Variation,
 ) -> tuple: # GRD and RTC, each (2, H, W) float32, dB
-    "Both radar products, with the variation's levels, looks and grain."
+    "Compute both radar products with the levels, the looks and the grain of the variation."
     r = seed_rng(seed, 'radar')
     db = backscatter(r, g)
     db = np.where(g.water, db, LEVEL + v.contrast*(db - LEVEL)) + np.moveaxis(v.offsets[g.cover], -1, 0)
@@ -164,35 +176,36 @@ def varied_radar(
             measured(db + .2 + .12*tilt + texture, z, v.looks, -26.))
 
 # %% ../../../nbs/lib/data/world/stream.ipynb #e45840b3
-MARGIN = 3  # px drawn around a wide scene, so that the radar can lie off
-YEARLY = 12
+MARGIN = 3  # px around a wide scene, for the misregistration of the radar
+YEARLY = 12  # months of a year
 
 def is_wide(
     seed:int, # of the scene
     share:float, # of wide scenes in the stream, 0–1
 ) -> bool:
-    "Whether a scene of the stream is wide."
+    "Return True if a scene of the stream is wide."
     return bool(seed_rng(seed, 'wide').random() < share)
 
 # %% ../../../nbs/lib/data/world/stream.ipynb #7ccb7e9c
 def months_of(
     seed:int, # of the scene
-    dates:int, # how many, 1–12
-) -> list[int]:
-    "Months a scene is seen in: all different; the first is that of the radar."
+    dates:int, # number of months, 1–12
+) -> list[int]: # 1–12
+    "Return the months of a scene, all different; the first one is that of the radar."
     if not 1 <= dates <= YEARLY: raise GacError(f'dates is {dates}: a year has 1 to 12 months.')
     if dates == 1: return [draw_place(seed)['month']]
     return [int(m) + 1 for m in seed_rng(seed, 'dates').choice(YEARLY, dates, replace=False)]
 
 # %% ../../../nbs/lib/data/world/stream.ipynb #e5a6da54
 def _plain(seed:int, at:dict, size:int, months:list) -> dict:
-    "A place of the plain world in some months."
+    "Return a place of the plain world in some months."
     g = draw_ground(seed, size, at['kind'], at['biome'])
     grd, rtc = radar_products(seed, g)
-    return dict(s1grd=grd, s1rtc=rtc, dem=g.dem, lulc=g.cover, dates=np.stack([varied_light(seed, g, m, at['lat']) for m in months]))
+    return dict(s1grd=grd, s1rtc=rtc, dem=g.dem, lulc=g.cover,
+                dates=np.stack([varied_light(seed, g, m, at['lat']) for m in months]))
 
 def _wide(seed:int, at:dict, size:int, months:list) -> dict:
-    "A place of a world of its own in some months."
+    "Return a place with a variation of its own in some months."
     v = vary(seed, CLIMATES[at['biome']], at['lat'])
     g = draw_ground(seed, size + 2*MARGIN, at['kind'], at['biome'], v.climate, v.fields, v.steep)
     states = [in_month(seed, g, northern(m, at['lat']), at['biome']) for m in months]
@@ -206,9 +219,9 @@ def draw_place_dates(
     seed:int, # of the scene
     size:int=120, # height and width, px of 10 m
     wide:float=.5, # share of wide scenes in the stream
-    dates:int=1, # months the place is seen in
+    dates:int=1, # number of months T
 ) -> dict: # as scenes.draw_scene, and dates (T, 12, H, W) DN, months (T,), wide
-    "One scene of the stream."
+    "Draw one scene of the stream."
     at, odd, months = draw_place(seed), is_wide(seed, wide), months_of(seed, dates)
     if dates == 1 and not odd:
         s = draw_scene(seed, size)
@@ -216,15 +229,16 @@ def draw_place_dates(
     made = (_wide if odd else _plain)(seed, at, size, months)
     s2 = made['dates'][0]
     red, nir = (s2[S2_BANDS.index(b)].astype(np.float32) for b in ('B04', 'B08'))
-    return dict(at, seed=int(seed), month=months[0], s2=s2, ndvi=(nir - red)/(nir + red), months=np.array(months), wide=odd, **made)
+    return dict(at, seed=int(seed), month=months[0], s2=s2, ndvi=(nir - red)/(nir + red), months=np.array(months),
+                wide=odd, **made)
 
 # %% ../../../nbs/lib/data/world/stream.ipynb #d099a7de
 def draw_batch(
     seeds:Sequence[int], # of the scenes
     size:int=120, # height and width, px
     wide:float=.5, # share of wide scenes in the stream
-    dates:int=1, # months a place is seen in
-) -> dict: # the entries of `sample`, stacked
-    "Some scenes of the stream as one batch."
+    dates:int=1, # number of months T
+) -> dict: # the entries of `draw_place_dates`, stacked
+    "Draw scenes of the stream as one batch."
     rows = [draw_place_dates(seed, size, wide, dates) for seed in seeds]
     return {k: np.stack([row[k] for row in rows]) for k in rows[0] if k != 'region'}
