@@ -36,14 +36,14 @@ from ..training.int8 import check_precision
 from ..training.settings import Settings
 
 # %% ../../nbs/lib/stages/commands.ipynb #0587339c
-DECODING_FILE = 'stage1.json'  # beside a checkpoint: how the images were drawn that it was trained on
-_DRAWN = dict(model=str, weights=(dict, str), precision=str, decoder=str)  # who drew them, where that is known
+DECODING_FILE = 'stage1.json'  # beside a checkpoint: decoding of its training images
+_DRAWN = dict(model=str, weights=(dict, str), precision=str, decoder=str)  # generator of the images, if known
 
 def keep_decoding(
-    folder:str|Path, # of a checkpoint
-    drawn:dict, # settings of the images; those of decoding.Decoding are kept, and who drew
-) -> Path|None: # None: they do not say, as images do that another program drew
-    "Write down how the images were drawn that a checkpoint learnt from, so that `gac infer` draws them so."
+    folder:str|Path, # folder of a checkpoint
+    drawn:dict, # attributes of the images; decoding and generator are kept
+) -> Path|None: # the file; None: no decoding known, as for images of another program
+    "Write the decoding of a checkpoint's training images for `gac infer`."
     file, names = Path(folder)/DECODING_FILE, [f.name for f in fields(Decoding)]
     if not set(names) <= set(drawn): return file.unlink(missing_ok=True)
     write_file(file, json.dumps({k: drawn[k] for k in (*names, *_DRAWN) if k in drawn}) + '\n')
@@ -52,14 +52,15 @@ def keep_decoding(
 # %% ../../nbs/lib/stages/commands.ipynb #2363167f
 def _read_drawn(
     path:str|Path, # folder of a checkpoint, the file in it, or a repository of the Hugging Face Hub
-    head:str=REFINER_FILE, # the file that makes a folder a checkpoint
-) -> dict: # empty: nobody wrote it down
-    "What is written beside a checkpoint."
+    head:str=REFINER_FILE, # main file of a checkpoint
+) -> dict: # empty: not recorded
+    "Read the record beside a checkpoint."
     if Path(path).suffix == '.safetensors': folder = Path(path).parent
     else:
-        more = (Path(head).with_suffix('.json').name, *ADAPTER_FILES, CARD_FILE)  # a cache never holds half a checkpoint
+        # fetch the whole checkpoint, so that a cache never holds half of it
+        more = (Path(head).with_suffix('.json').name, *ADAPTER_FILES, CARD_FILE)
         try: folder = find_folder(path, (head, DECODING_FILE), more)
-        except GacError: return {}  # a repository without the file, or none to be asked
+        except GacError: return {}  # a repository without the file, or no network
     file, kinds = folder/DECODING_FILE, {f.name: f.type for f in fields(Decoding)}
     if not file.exists(): return {}
     try: made = json.loads(file.read_text(encoding='utf-8'))
@@ -67,33 +68,34 @@ def _read_drawn(
     fits = lambda k: type(made[k]) is kinds[k] if k in kinds else isinstance(made[k], _DRAWN.get(k, ()))
     if not isinstance(made, dict) or not made.keys() >= kinds.keys() or not all(map(fits, made)):
         told = ', '.join(f'{k} ({t.__name__})' for k, t in kinds.items())
-        raise GacError(f'{file} does not say how Stage 1 drew: expected JSON with {told}. Delete it to draw in the default way.')
+        raise GacError(f'{file} does not say how Stage 1 drew: expected JSON with {told}. Delete it to draw in the '
+                       'default way.')
     return made
 
 # %% ../../nbs/lib/stages/commands.ipynb #97b9682d
 def read_decoding(
-    path:str|Path, # as for _read_drawn
-    head:str=REFINER_FILE, # likewise
-) -> Decoding|None: # None: nobody wrote it down
-    "How the images were drawn that a checkpoint learnt from."
+    path:str|Path, # folder of a checkpoint, the file in it, or a repository of the Hub
+    head:str=REFINER_FILE, # main file of a checkpoint
+) -> Decoding|None: # None: not recorded
+    "Read the decoding of a checkpoint's training images."
     made = _read_drawn(path, head)
     try: return Decoding(**{k: v for k, v in made.items() if k not in _DRAWN}) if made else None
     except GacError as e: raise GacError(f'{path}/{DECODING_FILE}: {e}') from None
 
 # %% ../../nbs/lib/stages/commands.ipynb #df327fbf
 def read_generator(
-    path:str|Path, # as for _read_drawn
-    head:str=REFINER_FILE, # likewise
-) -> dict: # model, weights (file -> digest, or random), precision, decoder, as far as they are known
-    "Who drew the images that a checkpoint learnt from."
+    path:str|Path, # folder of a checkpoint, the file in it, or a repository of the Hub
+    head:str=REFINER_FILE, # main file of a checkpoint
+) -> dict: # model, weights (file -> digest, or random), precision, decoder, as far as known
+    "Read the generator of a checkpoint's training images."
     return {k: v for k, v in _read_drawn(path, head).items() if k in _DRAWN}
 
 # %% ../../nbs/lib/stages/commands.ipynb #e9748b67
 def drawn_otherwise(
-    learnt:dict, # how and by whom the images were drawn that a checkpoint learnt from
+    learnt:dict, # decoding and generator of a checkpoint's training images
     drawn:dict, # the same of other images
-) -> str: # empty: alike, as far as both say
-    "What differs between two lots of images; precision is no matter."
+) -> str: # empty: no difference, as far as known
+    "Return the differences of decoding and generator, except for precision."
     told = lambda k, d: d.get(k, '' if k == 'decoder' and d else None)
     names = [k for k in (*_DRAWN, *(f.name for f in fields(Decoding))) if k != 'precision']
     return '; '.join(f'{k} {told(k, learnt)}, here {told(k, drawn)}' for k in names
@@ -101,21 +103,22 @@ def drawn_otherwise(
 
 # %% ../../nbs/lib/stages/commands.ipynb #b1c66d61
 def check_drawn(
-    path:str|Path, # checkpoint, as for _read_drawn
-    drawn:dict, # attributes of the images of Stage 1 it is given, or that those it is given were made from; empty: not known
-    head:str=REFINER_FILE, # the file that makes a folder a checkpoint
+    path:str|Path, # folder of a checkpoint, the file in it, or a repository of the Hub
+    drawn:dict, # attributes of the images of Stage 1 behind its inputs; empty: not known
+    head:str=REFINER_FILE, # main file of a checkpoint
 ) -> None:
-    "Refuse images that were drawn otherwise than those a checkpoint learnt from."
+    "Refuse images of another decoding or generator than a checkpoint's training images."
     if differ := drawn_otherwise(_read_drawn(path, head), drawn):
-        raise GacError(f'{path} was trained on images that Stage 1 drew otherwise: {differ}. Draw them as it was trained (gac precompute), or give the '
+        raise GacError(f'{path} was trained on images that Stage 1 drew otherwise: {differ}. Draw them as it was '
+                       'trained (gac precompute), or give the '
                        'checkpoint that was trained on such images.')
 
 # %% ../../nbs/lib/stages/commands.ipynb #6ed674a3
 def drawn_for(
     place, # store.Store with the images
-    array:str, # opt_v1, or one made of it
+    array:str, # opt_v1, or an array made of it
 ) -> dict: # empty: not known
-    "How Stage 1 drew what an array was made from."
+    "Return the settings of Stage 1 behind an array."
     made = dict(place.arrays[array].attrs) if array in place.arrays else {}
     while made.get('source'): made = made['source']
     return made
@@ -123,19 +126,19 @@ def drawn_for(
 # %% ../../nbs/lib/stages/commands.ipynb #ff751baf
 def run_stage2(
     data_dir, # tile store with radar and truth
-    output_dir, # of the training: adapters, head, card, curve
-    stage1_dir='', # store or companion with opt_v1; empty: data_dir
-    backbone:str='prithvi_mini', # as TerraTorch names it
+    output_dir, # folder for adapters, head, card and curve
+    stage1_dir='', # store with opt_v1; empty: data_dir
+    backbone:str='prithvi_mini', # TerraTorch's name
     weights:str='', # folder of its weights
-    lora_rank:int=8, # of the adapters
-    lora_alpha:int=16, # their scale is alpha/rank
+    lora_rank:int=8, # rank of the adapters
+    lora_alpha:int=16, # the adapters' scale is alpha/rank
     load_in_8bit:bool=False, # frozen linear layers in 8 bits
-    unfreeze_last_n_blocks:int=0, # of the encoder
+    unfreeze_last_n_blocks:int=0, # blocks of the encoder
     freeze_backbone:bool=False, # neither adapters nor unfrozen blocks: only the head trains
-    metadata=('month', 'biome'), # what the refiner is told
+    metadata=('month', 'biome'), # conditions of the refiner
     max_tiles:int=0, # training pairs; 0: all
-    tile_size:int=0, # px of a random window; 0: whole tiles
-    epochs:float=30., # passes over the pairs, where max_steps is 0
+    tile_size:int=0, # side of a random window, px; 0: whole tiles
+    epochs:float=30., # passes over the pairs, if max_steps is 0
     max_steps:int=0, # optimizer steps
     batch_size:int=1, # tiles per backward pass
     grad_accum_steps:int=8, # backward passes to a step
@@ -147,13 +150,14 @@ def run_stage2(
     early_stopping_patience:int=10, # validations without a rise
     loss=None, # name of a term -> weight; None: those of Stage2Loss
     save_visualizations:bool=False, # panels.png in the output folder
-    seed:int=0, # of everything random
-    overwrite:bool=False, # replace a training that was made otherwise
+    seed:int=0, # of weights, order and augmentation
+    overwrite:bool=False, # replace a training with other settings
     **more, # further fields of settings.Settings
 ) -> dict: # steps, resumed_at, metrics, output
-    "What `gac train-stage2` does."
+    "Train Stage 2 on a tile store, as `gac train-stage2` does."
     store, _ = open_tiles(data_dir)
-    place = derived_store(store, stage1_dir) if stage1_dir and Path(stage1_dir).resolve() != store.path.resolve() else store
+    place = (derived_store(store, stage1_dir)
+             if stage1_dir and Path(stage1_dir).resolve() != store.path.resolve() else store)
     if 'opt_v1' not in place.arrays:
         raise GacError(f'{place.path} has no opt_v1. Make it: gac precompute --data-dir {data_dir}')
     images, rows = stored_method(place), paired_rows(store, place, 'opt_v1')
@@ -171,16 +175,17 @@ def run_stage2(
     fit = train_stage2(refiner, train, val, settings, output_dir, Stage2Loss(**loss or {}), overwrite=overwrite)
     keep_decoding(output_dir, dict(place.arrays['opt_v1'].attrs))
     if save_visualizations and len(val): save_stage2_panels(refiner, val, Path(output_dir)/'panels.png')
-    return dict(steps=fit.steps, resumed_at=fit.resumed_at, metrics=read_stage2(output_dir)[1]['metrics'], output=str(output_dir))
+    return dict(steps=fit.steps, resumed_at=fit.resumed_at, metrics=read_stage2(output_dir)[1]['metrics'],
+                output=str(output_dir))
 
 # %% ../../nbs/lib/stages/commands.ipynb #5612b24f
 def save_stage2_panels(
-    refiner:PrithviRefiner,
-    pairs:Pairs,
+    refiner:PrithviRefiner, # trained
+    pairs:Pairs, # validation tiles
     path:Path, # a .png file
-    most:int=64, # tiles looked at
+    most:int=64, # number of tiles to choose from
 ) -> Path:
-    "A picture of the tiles with the largest, the median and the smallest gain."
+    "Save a picture of the tiles with the largest, the median and the smallest gain."
     import matplotlib.pyplot as plt
     some = [pairs.tile(i) for i in range(min(len(pairs), most))]
     v1, truth = (np.stack([t[k].numpy() for t in some]) for k in ('opt_v1', 'truth'))
@@ -195,59 +200,67 @@ def save_stage2_panels(
 # %% ../../nbs/lib/stages/commands.ipynb #8b3df810
 def run_stage3(
     data_dir, # tile store with radar and truth
-    output_dir, # of the training: adapters, head, card, curves
-    stage2_dir='', # store or companion with opt_v2; empty: data_dir
-    stage2_checkpoint='', # the Stage 2 that made it; its backbone and bands are kept in the card
+    output_dir, # folder for adapters, head, card and curves
+    stage2_dir='', # store with opt_v2; empty: data_dir
+    stage2_checkpoint='', # its Stage 2, whose backbone and bands are kept in the card
     name:str='terramind_mini_generate', weights:str='', route:str='features', # as for build_stage3_model
     lora_rank:int=8, lora_alpha:int=16, lora_cross_attention_only:bool=True, # False: all linear layers
     freeze_backbone:bool=False, # no adapters: only the head trains
     timesteps:int=10, # diffusion steps of the token routes
     max_tiles:int=0, # training pairs; 0: all
-    lies:float=.25, # share of training tiles that carry a planted one
-    tile_size:int=60, # px of the window the head trains on; 0: whole tiles
+    lies:float=.25, # share of training tiles with an injected artefact
+    tile_size:int=60, # side of the head's training window, px; 0: whole tiles
     epochs:float=50., max_steps:int=0, batch_size:int=1, grad_accum_steps:int=8, lr:float=5e-5,
     precision:str='32-true', # see settings.Settings
     val_every:int=500, save_every:int=2500, early_stopping:bool=True, early_stopping_patience:int=10,
-    frozen:float=.5, # share of the steps in which the adapters rest
-    select:str='gap', # what decides which checkpoint and strength are best: gap, raw, psnr or both
+    frozen:float=.5, # share of the steps with frozen adapters
+    select:str='gap', # measure that selects checkpoint and strength: gap, raw, psnr or both
     relative:float=1., l1:float=.2, sar:float=.1, identity_weight:float=.02, spectral:float=.1,
     lpips:float=0., # weights of the loss
     save_visualizations:bool=False, # panels.png in the output folder
-    seed:int=0, overwrite:bool=False, # replace a training that was made otherwise
+    seed:int=0, overwrite:bool=False, # replace a training with other settings
     **more, # further fields of settings.Settings
 ) -> dict: # steps, resumed_at, metrics, output
-    "What `gac train-stage3` does."
+    "Train Stage 3 on a tile store, as `gac train-stage3` does."
     store, _ = open_tiles(data_dir)
-    place = derived_store(store, stage2_dir) if stage2_dir and Path(stage2_dir).resolve() != store.path.resolve() else store
+    place = (derived_store(store, stage2_dir)
+             if stage2_dir and Path(stage2_dir).resolve() != store.path.resolve() else store)
     if 'opt_v2' not in place.arrays:
-        raise GacError(f'{place.path} has no opt_v2. Make it: gac precompute-stage2 --data-dir {data_dir} --stage2-checkpoint DIR, which gac train-stage2 writes, or name that folder here (--stage2-checkpoint).')
+        raise GacError(f'{place.path} has no opt_v2. Make it: gac precompute-stage2 --data-dir {data_dir} '
+                       '--stage2-checkpoint DIR, which gac train-stage2 writes, or name that folder here '
+                       '(--stage2-checkpoint).')
     card = read_stage2(stage2_checkpoint)[1] if stage2_checkpoint else None
     images, rows = stored_method(place, 'opt_v2'), paired_rows(store, place, 'opt_v2')
     check_place(output_dir)
     settings = Settings(lr=lr, epochs=float(epochs), max_steps=max_steps, batch_size=batch_size,
                                  grad_accum_steps=grad_accum_steps,
-                                 precision=precision, val_every=val_every, save_every=save_every, early_stopping=early_stopping,
+                                 precision=precision, val_every=val_every, save_every=save_every,
+                                 early_stopping=early_stopping,
                                  early_stopping_patience=early_stopping_patience, seed=seed, **more)
     check_precision(precision, settings.device)
-    model = build_stage3_model(timesteps, name=name, weights=weights, radar=store.attrs.get('s1_product', 'S1GRD'), route=route,
+    model = build_stage3_model(timesteps, name=name, weights=weights, radar=store.attrs.get('s1_product', 'S1GRD'),
+                               route=route,
                                lora_r=0 if freeze_backbone else lora_rank, lora_alpha=lora_alpha,
                                reach='cross' if lora_cross_attention_only else 'linear', seed=seed)
-    train, val = Triples(store, rows['train'][:max_tiles or None], images, lies, seed), Triples(store, rows['val'], images)
+    train, val = Triples(store, rows['train'][:max_tiles or None], images, lies, seed), Triples(store, rows['val'],
+        images)
     loss = Stage3Loss(relative, l1, sar, identity_weight, spectral, lpips)
-    fit = train_stage3(model, train, val if len(val) else None, settings, output_dir, loss, frozen, tile_size, select=select,
+    fit = train_stage3(model, train, val if len(val) else None, settings, output_dir, loss, frozen, tile_size,
+                       select=select,
                        stage2_card=card, overwrite=overwrite)
     keep_decoding(output_dir, dict(place.arrays['opt_v2'].attrs.get('source', {})))
     if save_visualizations and len(val): save_stage3_panels(model, val, Path(output_dir)/'panels.png')
-    return dict(steps=fit.steps, resumed_at=fit.resumed_at, metrics=read_stage3(output_dir)[1]['metrics'], output=str(output_dir))
+    return dict(steps=fit.steps, resumed_at=fit.resumed_at, metrics=read_stage3(output_dir)[1]['metrics'],
+                output=str(output_dir))
 
 # %% ../../nbs/lib/stages/commands.ipynb #436a47c3
 def save_stage3_panels(
-    model:Stage3GroundingModel,
-    data:Triples,
+    model:Stage3GroundingModel, # trained
+    data:Triples, # validation tiles
     path:Path, # a .png file
-    most:int=64, # tiles looked at
+    most:int=64, # number of tiles to choose from
 ) -> Path:
-    "A picture of the tiles with the largest, the median and the smallest gain."
+    "Save a picture of the tiles with the largest, the median and the smallest gain."
     import matplotlib.pyplot as plt
     some = [data.tile(i) for i in range(min(len(data), most))]
     s1, v2, truth = (torch.stack([t[k] for t in some]) for k in ('s1', 'opt_v2', 'truth'))

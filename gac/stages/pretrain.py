@@ -49,7 +49,8 @@ def look_alike(core, # TerraMind
     core.decoder_proj_context.weight.mul_(.15)  # position first, content later
     for block in core.decoder:
         turn = torch.zeros(dim, dim)
-        turn[:, useful] = torch.cat([torch.linalg.qr(torch.randn(len(useful), dim//heads))[0].T for _ in range(heads)])*gain
+        turn[:, useful] = torch.cat([torch.linalg.qr(torch.randn(len(useful), dim//heads))[0].T
+                                     for _ in range(heads)])*gain
         block.cross_attn.q.weight.copy_(turn); block.cross_attn.kv.weight[:dim].copy_(turn)
     return core
 
@@ -83,7 +84,8 @@ def build_stage(
         if stage == 'prithvi': return mini_prithvi(dates)
         if stage == 'unet': return build_unet(hide=.5, dropout=0.).standardise(*world_stats())
         tok = mini_tokenizer(stage, decoder)
-    with torch.no_grad(): tok.quant_proj.weight.mul_(.3)  # start in the middle of the quantiser, where its gradient lives
+    with torch.no_grad():
+        tok.quant_proj.weight.mul_(.3)  # start in the middle of the quantiser, where its gradient lives
     return tok
 
 # %% ../../nbs/lib/stages/pretrain.ipynb #30b1b6ee
@@ -111,7 +113,8 @@ def start_from(model, stage:str, folder:str): # model of a stage; folder of fini
     loose = [k for k in own.keys() | state.keys() if k not in fits and not k.endswith('pos_embed')]
     new = r'decoder\.seams\..+' if stage in LEVELS else r'(en|de)coder_embeddings\.tok_sen2l2a@224\.(token_emb|to_logits)\.weight' if stage == 'core' else r'(?!)'
     if odd := [k for k in loose if not re.fullmatch(new, k)]:
-        raise GacError(f'{path}: {len(odd)} tensors do not fit stage {stage}, {odd[0]} the first. Give --params without init, or the weights of this stage.')
+        raise GacError(f'{path}: {len(odd)} tensors do not fit stage {stage}, {odd[0]} the first. Give --params '
+                       'without init, or the weights of this stage.')
     model.load_state_dict(own | fits)
     return model
 
@@ -144,7 +147,8 @@ def save_state(path:Path, **state):
     with replacing(path) as partly: torch.save(state, partly)
 
 # %% ../../nbs/lib/stages/pretrain.ipynb #51971c9e
-SAME = ('stage', 'batch', 'first_seed', 'wide', 'dates', 'decoder', 'levels', 'freeze')  # fields of a plan that a run cannot change on its way
+# fields of a plan that a run cannot change on its way
+SAME = ('stage', 'batch', 'first_seed', 'wide', 'dates', 'decoder', 'levels', 'freeze')
 
 def begin(
     p:PretrainPlan,
@@ -167,9 +171,11 @@ def begin(
     if path.exists():
         state |= torch.load(path, weights_only=True, map_location=device)
         if odd := [k for k in SAME if state['plan'].get(k) != getattr(p, k)]:
-            raise GacError(f'{path} was made by a plan with another {", ".join(odd)}. Give another --output-dir, or the same plan.')
+            raise GacError(f'{path} was made by a plan with another {", ".join(odd)}. Give another --output-dir, or '
+                           'the same plan.')
         model.load_state_dict(state['model']); opt.load_state_dict(state['optimizer'])
-    elif exported: state |= dict(step=card['steps_done'], log=card['log'], seconds=card['hours']*3600, begun=card['steps_done'])
+    elif exported:
+        state |= dict(step=card['steps_done'], log=card['log'], seconds=card['hours']*3600, begun=card['steps_done'])
     return model, opt, state
 
 # %% ../../nbs/lib/stages/pretrain.ipynb #08dc392d
@@ -187,7 +193,8 @@ def pretrain(p:PretrainPlan, # what to learn
     half = p.precision == 'bf16-mixed' or (p.precision == 'auto' and native_bf16(device))
     began, first, seen, held = time.time(), step, [], False
     model.train()
-    for scene in DataLoader(Scenes(p.first_seed, p.batch, step, p.stop or p.steps, p.wide, p.dates), batch_size=None, num_workers=p.workers,
+    for scene in DataLoader(Scenes(p.first_seed, p.batch, step, p.stop or p.steps, p.wide, p.dates), batch_size=None,
+                            num_workers=p.workers,
                             prefetch_factor=4 if p.workers else None):
         # TerraMind shuffles its outputs with Python's
         torch.manual_seed(p.first_seed % 2**31+step); random.seed(p.first_seed+step)
@@ -201,12 +208,17 @@ def pretrain(p:PretrainPlan, # what to learn
         if mean: follow(mean, model, p.average, step-state['begun'])
         seen.append({'loss': loss.item(), **parts})
         if step % 100 == 0 or step == p.steps:
-            log.append({'step': step, **{k: float(np.mean([s[k] for s in seen if k in s])) for k in set().union(*seen)}}); seen = []
+            log.append({'step': step, **{k: float(np.mean([s[k] for s in seen if k in s]))
+                                         for k in set().union(*seen)}}); seen = []
             speed = (step-first)*p.batch/(time.time()-began)
-            print(f'{p.stage} {step}/{p.steps} '+' '.join(f'{k.split("@")[0]} {v:.4f}' for k, v in sorted(log[-1].items())
-                                                          if k != 'step')+f' {speed:.1f} scenes/s, {(p.steps-step)*p.batch/speed/60:.0f} min left', flush=True)
+            print(f'{p.stage} {step}/{p.steps} '+' '.join(f'{k.split("@")[0]} {v:.4f}'
+                                                          for k, v in sorted(log[-1].items())
+                                                          if k != 'step')+f' {speed:.1f} scenes/s, '
+                                                              f'{(p.steps-step)*p.batch/speed/60:.0f} min left',
+                                                              flush=True)
         if step % p.save_every == 0 or step in (p.steps, p.stop):
-            save_state(path, model=model.state_dict(), optimizer=opt.state_dict(), mean=mean, step=step, log=log, begun=state['begun'],
+            save_state(path, model=model.state_dict(), optimizer=opt.state_dict(), mean=mean, step=step, log=log,
+                       begun=state['begun'],
                        seconds=state['seconds']+time.time()-began, plan=asdict(p), device=device)
     if mean: model.load_state_dict(mean)
     return model.eval(), log
@@ -221,7 +233,8 @@ def export_weights(out:Path, # folder of checkpoints
     state = torch.load(Path(out)/f'{stage}.ckpt', weights_only=True, map_location='cpu')
     plan, log, weights = state['plan'], state['log'], state['mean'] or state['model']
     card = dict(name=FILES[stage], stage=stage, parameters=sum(v.numel() for v in weights.values()), dtype='float16',
-                levels=plan['levels'] or LEVELS.get(stage), decoder=plan['decoder'], resumable=state['step'] < plan['steps'],
+                levels=plan['levels'] or LEVELS.get(stage), decoder=plan['decoder'],
+                resumable=state['step'] < plan['steps'],
                 plan=plan, steps_done=state['step'], scenes_seen=state['step']*plan['batch'],
                 seeds=[plan['first_seed'], plan['first_seed']+state['step']*plan['batch']-1],
                 hours=round(state['seconds']/3600, 2),
@@ -236,7 +249,8 @@ def load_stage(out:Path, stage:str): # folder of checkpoints; one of STAGES
     state = torch.load(Path(out)/f'{stage}.ckpt', weights_only=True, map_location='cpu')
     plan = state['plan']
     if stage in LEVELS and plan['freeze'] > state['step']:
-        raise GacError(f'{out}/{stage}.ckpt: step {state["step"]} of {plan["freeze"]} after which its codes stay as they are. Let that stage go on first.')
+        raise GacError(f'{out}/{stage}.ckpt: step {state["step"]} of {plan["freeze"]} after which its codes stay as '
+                       'they are. Let that stage go on first.')
     model = build_stage(stage, plan['decoder'], plan['dates'], plan['levels'])
     model.load_state_dict(state['mean'] or state['model'])
     return model.eval().requires_grad_(False)

@@ -50,7 +50,8 @@ class PretrainPlan:
 
 # %% ../../nbs/lib/stages/pretrain_objectives.ipynb #b7eed081
 PRETRAIN_STAGES = ('s2l2a', 'lulc', 'ndvi', 'prithvi', 'core', 'unet')
-FILES = dict(s2l2a='terramind_mini_tokenizer_s2l2a', lulc='terramind_mini_tokenizer_lulc', ndvi='terramind_mini_tokenizer_ndvi',
+FILES = dict(s2l2a='terramind_mini_tokenizer_s2l2a', lulc='terramind_mini_tokenizer_lulc',
+             ndvi='terramind_mini_tokenizer_ndvi',
              core='terramind_mini', prithvi='prithvi_mini', unet='unet_pretrained')
 FIRST_HELD_OUT = 9*PRETRAIN_BASE  # seeds from here on are never drawn in training
 
@@ -90,11 +91,14 @@ def model_inputs(scene:dict, # batch of scenes from scenes.scene_batches
             'untok_dem@224': standardise(np.asarray(scene['dem'])[:, None], 'untok_dem@224'),
             'tok_ndvi@224': standardise(np.asarray(scene['ndvi'])[:, None], 'tok_ndvi@224').clamp(-1, 1),
             'tok_lulc@224': torch.as_tensor(np.asarray(scene['lulc'])).long(),
-            'prithvi': standardise(np.asarray(scene['dates'])[:, :, pick], 'prithvi').transpose(1, 2),  # (B, 6, T, H, W)
+            # (B, 6, T, H, W)
+            'prithvi': standardise(np.asarray(scene['dates'])[:, :, pick], 'prithvi').transpose(1, 2),
             'temporal': torch.stack([torch.full(scene['months'].shape, 2018.),
-                                     (torch.as_tensor(scene['months']).float()-.5)*30.4], -1),  # (B, T, 2) year, day of the year
+                                     # (B, T, 2) year, day of the year
+                                     (torch.as_tensor(scene['months']).float()-.5)*30.4], -1),
             'month': torch.as_tensor(scene['month']), 'biome': torch.as_tensor(scene['biome']),
-            'lat': torch.as_tensor(scene['lat']).float(), 'radar': torch.as_tensor(scene['s1grd']), 'truth': reflectance_of(scene, OPT_BANDS),
+            'lat': torch.as_tensor(scene['lat']).float(), 'radar': torch.as_tensor(scene['s1grd']),
+            'truth': reflectance_of(scene, OPT_BANDS),
             'location': torch.stack([torch.as_tensor(np.asarray(scene[k])).float() for k in ('lat', 'lon')], -1)}
 
 # %% ../../nbs/lib/stages/pretrain_objectives.ipynb #14b41584
@@ -123,7 +127,8 @@ def quantised(tok, x): # DiVAE or VQVAE; image
     "Codes with straight-through gradients, and the spread penalty of the latent."
     h = tok.quant_proj(tok.encoder(tok.prepare_input(x))).float()
     # float32: bfloat16 rounds to wrong codes
-    with torch.autocast('cpu', enabled=False), torch.autocast('cuda', enabled=False): return tok.quantize(h)[0], keep_dimensions(h)
+    with torch.autocast('cpu', enabled=False), torch.autocast('cuda', enabled=False):
+        return tok.quantize(h)[0], keep_dimensions(h)
 
 # %% ../../nbs/lib/stages/pretrain_objectives.ipynb #59cc6387
 def divae_loss(tok, # DiVAE
@@ -135,7 +140,8 @@ def divae_loss(tok, # DiVAE
     off = tok.decoder(tok.noise_scheduler.add_noise(x, torch.randn_like(x), t), t, quant).float()-x
     if weights is None: return off.square().mean()/x.var()+.1*penalty
     off = off*weights.to(x.device).sqrt()[:, None, None]
-    steps = sum(off.diff(dim=d).square().mean((1, 2, 3)) for d in (-1, -2))  # what the best image lacks too: false steps
+    # what the best image lacks too: false steps
+    steps = sum(off.diff(dim=d).square().mean((1, 2, 3)) for d in (-1, -2))
     return .3*(off.square().mean((1, 2, 3))+.5*steps+2e-5).log().mean()+.1*penalty
 
 # %% ../../nbs/lib/stages/pretrain_objectives.ipynb #78385e9b
@@ -254,4 +260,5 @@ def core_loss(core, tokenizers, d): # TerraMind; tokenizers by name; batch of in
 # %% ../../nbs/lib/stages/pretrain_objectives.ipynb #3edce50b
 def reflectance_of(scene:dict, bands=S2_BANDS) -> torch.Tensor: # (B,C,H,W)
     "Reflectance of a batch of scenes."
-    return torch.from_numpy(np.asarray(scene['s2'])[:, [S2_BANDS.index(b) for b in bands]].astype(np.float32)*REFLECTANCE)
+    return torch.from_numpy(np.asarray(scene['s2'])[:,
+                                                    [S2_BANDS.index(b) for b in bands]].astype(np.float32)*REFLECTANCE)

@@ -59,13 +59,15 @@ def token_accuracy(core, tokenizers:dict, scene:dict,
     mod['untok_sen2l2a@224'] = masked_input(d['untok_sen2l2a@224'], 0, 0) | {'input_mask': ~shown}
     logits = core(mod, N+round(share*N), N, return_logits=True)[KEYS['s2l2a']]
     hit = logits.argmax(-1) == truth
-    return dict(all=hit.float().mean().item(), shown=hit[shown].float().mean().item(), hidden=hit[~shown].float().mean().item(),
+    return dict(all=hit.float().mean().item(), shown=hit[shown].float().mean().item(),
+                hidden=hit[~shown].float().mean().item(),
                 cross_entropy=F.cross_entropy(logits.flatten(0, 1), truth.flatten()).item())
 
 # %% ../../nbs/lib/stages/pretrain_probes.ipynb #45047fa9
 def patch_majority(lulc, patch:int=PATCH) -> np.ndarray: # (B,H,W) class codes
     "Most frequent class of each patch, (B*N,)."
-    return torch.as_tensor(lulc).long().unfold(1, patch, patch).unfold(2, patch, patch).flatten(3).mode(-1).values.flatten().numpy()
+    return torch.as_tensor(lulc).long().unfold(1, patch, patch).unfold(2, patch,
+        patch).flatten(3).mode(-1).values.flatten().numpy()
 
 # %% ../../nbs/lib/stages/pretrain_probes.ipynb #180b8ee6
 def fit_probe(features, labels, train:int, # (n,D), (n,), how many of the rows are for fitting
@@ -87,7 +89,8 @@ def probe_encoder(name:str, scene:dict, train:int, pretrained:bool, modalities=(
     torch.manual_seed(seed)
     patch, inputs = ((8, {'S2L2A': reflectance_of(scene)}) if name.startswith('prithvi')
                      else (PATCH, {'S1GRD': torch.from_numpy(scene['s1grd']), 'S2L2A': reflectance_of(scene)}))
-    model = build_model(name, pretrained, weights, **({} if name.startswith('prithvi') else dict(modalities=list(modalities))))
+    model = build_model(name, pretrained, weights,
+                        **({} if name.startswith('prithvi') else dict(modalities=list(modalities))))
     x = encode_features(model.eval(), {m: v for m, v in inputs.items() if m in modalities})
     return fit_probe(x.flatten(0, 1).numpy(), patch_majority(scene['lulc'], patch), train*x.shape[1], seed=seed)
 
@@ -108,7 +111,8 @@ def judge_marks(n:int=96, # held-out scenes; half as many others fit the probes,
     partial = build_generator(input_modalities=('S1GRD', 'S2L2A'), weights=weights)
     rows = []
     def row(what, unit, value, lo, hi, wanted):
-        rows.append(dict(mark=what, unit=unit, value=value, lo=lo, hi=hi, wanted=wanted, met=value >= wanted, n_scenes=n))
+        rows.append(dict(mark=what, unit=unit, value=value, lo=lo, hi=hi, wanted=wanted, met=value >= wanted,
+                         n_scenes=n))
     def interval(what, unit, values, wanted): row(what, unit, *bootstrap_ci(values, seed=seed), wanted)
     interval('S2L2A round trip, one step', 'dB PSNR', score['trip'], 33.)
     interval('Stage 1 (expected code) over per-pixel regression', 'dB PSNR', score['v1']-score['regression'], 1.)
@@ -117,15 +121,18 @@ def judge_marks(n:int=96, # held-out scenes; half as many others fit the probes,
     for share in (0., .5):
         a = token_accuracy(partial.net, {'s2l2a': partial.tokenizer()}, test, share, seed)
         for which in (('all', 'hidden') if share else ('all',)):
-            row(f'token accuracy, S1 and {share:.0%} of S2 shown, {which} tokens', 'share', a[which], float('nan'), float('nan'),
+            row(f'token accuracy, S1 and {share:.0%} of S2 shown, {which} tokens', 'share', a[which], float('nan'),
+                float('nan'),
                 .6 if share and which == 'all' else float('nan'))
     both = {k: np.concatenate([fit[k], test[k]]) for k in ('s1grd', 's2', 'lulc')}
     for name, modalities in (('terramind_mini', ('S1GRD', 'S2L2A')), ('terramind_mini', ('S1GRD',)),
                              ('prithvi_mini', ('S2L2A',))):
         known, chance = (probe_encoder(name, both, len(fit['s2']), p, modalities, seed, weights) for p in (True, False))
-        row(f'land-cover probe, {name} on {"+".join(modalities)}: gain over random weights', 'pp mIoU', 100*(known-chance),
+        row(f'land-cover probe, {name} on {"+".join(modalities)}: gain over random weights', 'pp mIoU',
+            100*(known-chance),
             float('nan'), float('nan'), float('nan') if modalities == ('S1GRD',) else 15.)
-        row(f'land-cover probe, {name} on {"+".join(modalities)}', 'mIoU', known, float('nan'), float('nan'), float('nan'))
+        row(f'land-cover probe, {name} on {"+".join(modalities)}', 'mIoU', known, float('nan'), float('nan'),
+            float('nan'))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/lib/stages/pretrain_probes.ipynb #b897f93e
@@ -160,7 +167,8 @@ def hidden_dates(
     for t in range(T):
         pred, _ = reconstruct(mae, x, (d['temporal'], d['location']), [[t]]*B, 1/T+1e-6)
         near = patches[torch.arange(B), apart[:, t].argmin(1)]
-        error += torch.stack([(p-patches[:, t]).square().mean((1, 2)) for p in (pred.unflatten(1, (T, -1))[:, t], near)])/T
+        error += torch.stack([(p-patches[:, t]).square().mean((1, 2))
+                              for p in (pred.unflatten(1, (T, -1))[:, t], near)])/T
     return -10*error[0].log10(), -10*error[1].log10()
 
 # %% ../../nbs/lib/stages/pretrain_probes.ipynb #3b694547
@@ -189,5 +197,7 @@ def judge_prithvi(
     error = [season_error(image_features(m, images), images['month'], images['lat'], n) for m in (mae, plain)]
     drawn, copied = hidden_dates(mae, places)
     gain, lo, hi = bootstrap_ci(drawn-copied, seed=seed)
-    return pd.DataFrame([dict(mark='month told from an image', unit='months of error', value=error[0], other=error[1], of='random weights'),
-                         dict(mark='hidden date over a copy of the nearest', unit='dB', value=gain, lo=lo, hi=hi, other=float(copied.mean()), of='the copy, as such', wanted=0.)])
+    return pd.DataFrame([dict(mark='month told from an image', unit='months of error', value=error[0], other=error[1],
+                              of='random weights'),
+                         dict(mark='hidden date over a copy of the nearest', unit='dB', value=gain, lo=lo, hi=hi,
+                              other=float(copied.mean()), of='the copy, as such', wanted=0.)])

@@ -50,7 +50,8 @@ class Worlds(Dataset):
             top, left = (int(torch.randint(SIZE - self.crop + 1, ())) for _ in range(2))
             images = {k: x[..., top:top + self.crop, left:left + self.crop] for k, x in images.items()}
         axes = [a for a in FLIPS[self.augment] if torch.rand(()) < .5]
-        return {k: x.flip(axes) for k, x in images.items()} | {k: int(scene[k]) for k in METADATA} | {'lat': np.float32(scene['lat'])}
+        return {k: x.flip(axes) for k, x in images.items()} | {k: int(scene[k])
+                                                               for k in METADATA} | {'lat': np.float32(scene['lat'])}
 
 # %% ../../nbs/lib/stages/unet_pretraining.ipynb #222d0797
 FIRST_SEED = 420_000_000  # where the pretraining of TerraMind's miniature begins
@@ -95,13 +96,16 @@ def export_unet(
     made, last = read_json(Path(out_dir)/'made.json'), read_torch(Path(out_dir)/'last.ckpt')
     rows = next(v['rows'] for k, v in last['callbacks'].items() if k.startswith('Curve'))
     first, n = map(int, made['train'].split('+'))
-    card = dict(name=PRETRAINED, stage='unet', parameters=weigh_memory(model)['params'], dtype='float16', config=made['unet'],
+    card = dict(name=PRETRAINED, stage='unet', parameters=weigh_memory(model)['params'], dtype='float16',
+                config=made['unet'],
                 settings=made['settings'], loss=made['loss'],
                 steps_planned=made['settings']['max_steps'], steps_done=about['steps'],
-                scenes_seen=about['steps']*made['settings']['batch_size'], seeds=[first, first + n - 1], hours=round(hours, 2),
+                scenes_seen=about['steps']*made['settings']['batch_size'], seeds=[first, first + n - 1],
+                hours=round(hours, 2),
                 device='cpu',
                 torch=torch.__version__, history=history, metrics={k: round(v, 4) for k, v in about['metrics'].items()},
-                log=[{k: round(float(v), 4) for k, v in r.items() if k in ('step', 'train_loss', 'val_loss', 'val_psnr')}
+                log=[{k: round(float(v), 4) for k, v in r.items()
+                      if k in ('step', 'train_loss', 'val_loss', 'val_psnr')}
                      for r in rows if 'val_psnr' in r])
     save_weights(Path(dest or root()/'data'/'weights'/'mini')/f'{PRETRAINED}.safetensors', model.state_dict(),
                              card)
