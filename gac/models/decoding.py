@@ -33,7 +33,7 @@ class Decoding:
     "Name the settings that turn the generator's distribution over codes into an image."
     timesteps:int = 10 # diffusion steps
     tokens:str = 'sample' # sample (as TerraMind does), argmax, or expected (the mean code)
-    clamp:str = 'pretraining' # pretraining: each step's estimate is clipped to its range of pretraining; off: no clipping
+    clamp:str = 'pretraining' # pretraining: clip each step's estimate to its pretraining range; off: no clipping
     n_samples:int = 1 # images generated and averaged
 
     def __post_init__(self):
