@@ -21,10 +21,11 @@ from .weights import needed_files
 # %% ../../nbs/lib/models/blank.ipynb #707f1ab5
 @contextmanager
 def without_memory() -> Iterator[None]:
-    "Parameters made here live on the meta device; buffers (position tables, code books) are real."
+    "Create parameters on the meta device within a block; buffers (position tables, code books) stay real."
     register = nn.Module.register_parameter
     def on_meta(module, name, param):
-        if param is not None and not param.is_meta: param = nn.Parameter(param.to('meta'), requires_grad=param.requires_grad)
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.to('meta'), requires_grad=param.requires_grad)
         register(module, name, param)
     nn.Module.register_parameter = on_meta
     try: yield
@@ -36,38 +37,42 @@ def build_blank(
     memory:bool=True, # random weights; else parameters without memory
     **kw, # modalities, output_modalities, tim_modalities, bands, further options of TerraTorch's builder
 ) -> nn.Module:
-    "A model without its weights."
+    "Build a model without its weights."
     e = model_entry(name)
     kw = builder_options(e, kw)
     bands = kw.pop('bands', None) if e.role == 'encoder' else None
     with warnings.catch_warnings(), nullcontext() if memory else without_memory():
-        warnings.simplefilter('ignore')  # TerraTorch warns that there are no weights: that is what was asked
+        warnings.simplefilter('ignore')  # TerraTorch warns that there are no weights
         model = e.registry.build(name, pretrained=False, **kw)
     return select_bands(model, bands) if bands and memory else model
 
 # %% ../../nbs/lib/models/blank.ipynb #ade4efd4
 def select_bands(
     model:TerraMindViT, # its S2L2A input has 12 bands
-    bands:Sequence[str], # those it will be given, in this order
+    bands:Sequence[str], # bands of its future input, in this order
 ) -> TerraMindViT:
-    "Cut the patch embedding of S2L2A down to some bands, weights and all."
+    "Reduce the patch embedding of S2L2A to some bands, weights included; return the model."
     if isinstance(bands, dict): bands = bands['S2L2A']
     grad = next(model.parameters()).requires_grad
-    model = terramind_register.select_modality_patch_embed_weights(model, {'S2L2A': band_names(bands)}, terramind_register.PRETRAINED_BANDS)
+    model = terramind_register.select_modality_patch_embed_weights(model, {'S2L2A': band_names(bands)},
+        terramind_register.PRETRAINED_BANDS)
     model.encoder_embeddings[MODALITIES['S2L2A'][0]].proj.requires_grad_(grad)
     model.bands = tuple(bands)
     return model
 
 # %% ../../nbs/lib/models/blank.ipynb #192f7b88
 def _part(name:str) -> str:
-    "The part of a model a parameter belongs to."
+    "Return the part of a model that a parameter belongs to."
     name = name.removeprefix('sampler.model.')
     if name.startswith('tokenizer.'):
         return 'tokenizer ' + ('encoder' if '.encoder.' in name or '.quant_proj.' in name else 'decoder')
     return 'decoder' if name.startswith(('decoder', 'mask_token')) else 'encoder'
 
-def memory_mb(model:nn.Module, n:int) -> dict[str, float]:
-    "Memory of `n` parameters by dtype, in MB."
+def memory_mb(
+    model:nn.Module, # its linear layers count as 8-bit weights
+    n:int, # parameters
+) -> dict[str, float]: # dtype -> MB
+    "Return the memory of `n` parameters by dtype, in MB."
     linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
     int8, rows = sum(w.numel() for w in linear), sum(w.shape[0] for w in linear)
     return dict(float32=4*n/1e6, float16=2*n/1e6, int8=(int8 + 4*rows + 4*max(n - int8, 0))/1e6)
@@ -77,7 +82,7 @@ def model_info(
     name:str, # a name of `available()`
     **kw, # as for `build`
 ) -> dict:
-    "Parameters, trainable share, memory of the weights in MB by dtype and needed files, without loading a weight."
+    "Return parameters, trainable share, memory by dtype in MB and needed files, without loading a weight."
     model, parts = build_blank(name, memory=False, **kw), {}
     for k, p in model.named_parameters(): parts[_part(k)] = parts.get(_part(k), 0) + p.numel()
     n, trainable = sum(parts.values()), sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -91,7 +96,7 @@ def describe(
     name:str, # a name of `available()`
     **kw, # as for `build`
 ) -> str:
-    "What `gac info` prints."
+    "Return the text of `gac info`: parameters by part, memory and needed files."
     i = model_info(name, **kw)
     lines = [f'{i["name"]}  ({i["cls"]}, {i["role"]})',
              f'  parameters  {i["params"]/1e6:,.2f} M, {i["trainable_share"]:.1%} trainable']

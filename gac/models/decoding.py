@@ -19,22 +19,22 @@ from .generator import TOKENS
 # %% ../../nbs/lib/models/decoding.ipynb #0a68cdce
 @torch.no_grad()
 def tm_sar2opt(
-    model, # from build_terramind_generator
+    model, # a Generator, from build_terramind_generator
     s1, # (B, 2, H, W) VV and VH in dB, array or tensor
     timesteps:int=10, # diffusion steps
-    **kwargs, # tokens, clamp, n_samples, seed, tile_seeds, bands: see generator.Generator.generate
+    **kwargs, # tokens, clamp, n_samples, seed, tile_seeds, bands, as for Generator.generate
 ) -> torch.Tensor: # (B, 4, H, W) reflectance of B02, B03, B04, B08
-    "Draw the optical image of each radar tile."
+    "Generate the optical image of each radar tile."
     return model.generate(torch.as_tensor(np.ascontiguousarray(s1), dtype=torch.float32), timesteps=timesteps, **kwargs)
 
 # %% ../../nbs/lib/models/decoding.ipynb #d05eadcf
 @dataclass(frozen=True)
 class Decoding:
-    "How the generator's distribution over codes becomes an image."
+    "Name the settings that turn the generator's distribution over codes into an image."
     timesteps:int = 10 # diffusion steps
-    tokens:str = 'sample' # sample (TerraMind's own), argmax, or expected: the mean code
-    clamp:str = 'pretraining' # pretraining: each step's estimate is held within the range of pretraining; off: it is not
-    n_samples:int = 1 # images drawn and averaged
+    tokens:str = 'sample' # sample (as TerraMind does), argmax, or expected (the mean code)
+    clamp:str = 'pretraining' # pretraining: clip each step's estimate to its pretraining range; off: no clipping
+    n_samples:int = 1 # images generated and averaged
 
     def __post_init__(self):
         for what, known in (('tokens', TOKENS), ('clamp', CLAMPS)):
@@ -47,22 +47,22 @@ class Decoding:
         return f'{tokens}{mean}, {self.timesteps} step{"s"*(self.timesteps != 1)}{", no clamp"*(self.clamp == "off")}'
 
 # %% ../../nbs/lib/models/decoding.ipynb #3b097310
-SPEC = Decoding()  # what TerraMind does when it is only asked to generate
+SPEC = Decoding()  # TerraMind's own defaults
 
 # %% ../../nbs/lib/models/decoding.ipynb #279b1fc8
 def tile_number(
     tile:str, # id of the tile
 ) -> int: # 0 to 2**63 - 1
-    "A number that names a tile, whatever its place in a store, its batch or its worker."
+    "Return a number that depends on the id of a tile alone."
     return int.from_bytes(hashlib.blake2b(str(tile).encode(), digest_size=8).digest(), 'big') >> 1
 
 # %% ../../nbs/lib/models/decoding.ipynb #327a629f
 def generate_tiles(
     model, # from build_terramind_generator
     s1, # (n, 2, H, W) dB
-    ids, # n names of tiles
-    decoding:Decoding=SPEC,
+    ids, # n ids of tiles
+    decoding:Decoding=SPEC, # settings of generation
     seed:int=0, # of the run
 ) -> np.ndarray: # (n, 4, H, W) reflectance
-    "What Stage 1 makes of some tiles."
+    "Generate the images of Stage 1 for some tiles."
     return tm_sar2opt(model, s1, **asdict(decoding), seed=seed, tile_seeds=[tile_number(i) for i in ids]).cpu().numpy()

@@ -16,19 +16,19 @@ from ..core.files import GacError
 CLAMPS = ('pretraining', 'off')
 
 def steps_run(
-    timesteps:int, # asked
+    timesteps:int, # requested, 1 to train_steps
     train_steps:int=1000, # of the diffusion's training
 ) -> int:
-    "Diffusion steps that are really run."
+    "Return the number of diffusion steps that the scheduler runs."
     if not 1 <= timesteps <= train_steps: raise GacError(f'timesteps is {timesteps}: expected 1 to {train_steps}.')
     return len(range(train_steps, 0, -(train_steps//timesteps)))
 
 # %% ../../nbs/lib/models/diffusion.ipynb #25a22796
 def scheduler_for(
-    tokenizer:DiVAE,
+    tokenizer:DiVAE, # its scheduler is copied
     clamp:str='pretraining', # the predicted image limited to the range seen in pretraining, or off
 ):
-    "The tokenizer's own scheduler, with the clamp as a choice."
+    "Return a copy of the tokenizer's scheduler with or without the clamp."
     if clamp not in CLAMPS: raise GacError(f'clamp is {clamp!r}: expected {" or ".join(CLAMPS)}.')
     config = tokenizer.noise_scheduler.config
     plain = config.sample_max_value == 1  # the quantile is limited to 1, so thresholding is clipping
@@ -38,20 +38,21 @@ def scheduler_for(
 
 # %% ../../nbs/lib/models/diffusion.ipynb #da27c674
 def diffuse(
-    tokenizer:DiVAE,
+    tokenizer:DiVAE, # its decoder is the UNet
     codes:Tensor, # (B,L,h,w)
-    noise:Tensor, # (B,C,H,W)
+    noise:Tensor, # (B,C,H,W), standard normal
     timesteps:int=10, # DDIM steps
     clamp:str='pretraining', # or off
 ) -> Tensor: # (B,C,H,W) standardised
-    "Decode codes to an image, from given noise."
-    steps_run(timesteps)  # refuses what cannot be run
+    "Decode codes to an image, starting at the given noise."
+    steps_run(timesteps)  # refuses an impossible number
     scheduler, image = scheduler_for(tokenizer, clamp), noise
     scheduler.set_timesteps(timesteps, mode='trailing')
     dtype, codes = next(tokenizer.decoder.parameters()).dtype, codes.to(next(tokenizer.decoder.parameters()).dtype)
     paint = tokenizer.decoder if torch.is_grad_enabled() else getattr(tokenizer, 'recorded', tokenizer.decoder)
     for t in scheduler.timesteps:
-        with torch.autocast(noise.device.type, dtype, enabled=dtype.itemsize < 4):  # the UNet's step embedding is always float32
+        # the UNet's step embedding is always float32
+        with torch.autocast(noise.device.type, dtype, enabled=dtype.itemsize < 4):
             out = paint(image.to(dtype), torch.full_like(t, int(t), device=noise.device), codes)
         image = scheduler.step(out.float(), t, image).prev_sample
     return image

@@ -38,22 +38,24 @@ LEVELS = dict(s2l2a='8-6-5-5', lulc='5-5-5', ndvi='8-5-5')
 KEYS = {m.lower(): MODALITIES[m][1] for m in ('S2L2A', 'LULC', 'NDVI')}  # tokenizer -> key of its tokens
 INPUT_KEYS = ['untok_sen1grd@224', 'untok_sen1rtc@224', 'untok_sen2l2a@224', 'untok_dem@224', *KEYS.values()]
 OUTPUT_KEYS = list(KEYS.values())
-CORE = dict(dim=128, encoder_depth=4, decoder_depth=4, num_heads=4, mlp_ratio=4., qkv_bias=True, proj_bias=True, mlp_bias=True,
+CORE = dict(dim=128, encoder_depth=4, decoder_depth=4, num_heads=4, mlp_ratio=4., qkv_bias=True, proj_bias=True,
+            mlp_bias=True,
             norm_layer=partial(LayerNorm, eps=1e-6, bias=False), act_layer=nn.GELU, gated_mlp=False)
 PRITHVI = dict(img_size=SIZE, num_frames=1, patch_size=(1, 8, 8), in_chans=6, embed_dim=128, depth=6, num_heads=4,
-               decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=4, mlp_ratio=4, coords_encoding=['time', 'location'],
+               decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=4, mlp_ratio=4,
+               coords_encoding=['time', 'location'],
                coords_scale_learn=True, mask_ratio=.75, norm_pix_loss=False)
 PRITHVI_BANDS = ('B02', 'B03', 'B04', 'B8A', 'B11', 'B12')  # the six bands Prithvi was pretrained on, in its order
 
 # %% ../../nbs/lib/models/mini.ipynb #f1339ae9
 def vocab(levels:str) -> int: # levels of a quantiser, e.g. 8-5-5-5
-    "Number of codes of a finite scalar quantiser."
+    "Return the number of codes of a finite scalar quantiser."
     return math.prod(map(int, levels.split('-')))
 
 # %% ../../nbs/lib/models/mini.ipynb #086d0b75
 @contextmanager
 def mini_modalities() -> Iterator[dict]:
-    "TerraMind's modality table with the miniature patch size and vocabularies, put back on leaving."
+    "Give TerraMind's modality table the miniature patch size and vocabularies, and restore it on leaving."
     old = {k: dict(v) for k, v in MODALITY_INFO.items()}
     try:
         for v in MODALITY_INFO.values():
@@ -64,27 +66,39 @@ def mini_modalities() -> Iterator[dict]:
         for k, v in old.items(): MODALITY_INFO[k].clear(); MODALITY_INFO[k].update(v)
 
 # %% ../../nbs/lib/models/mini.ipynb #b54045a7
-def vit_mini_enc(**kw) -> nn.Module: return vit_models.ViTEncoder(**kw | dict(dim_tokens=128, depth=2, num_heads=4))
+def vit_mini_enc(**kw) -> nn.Module: 
+    "Build the tokenizer encoder of S2L2A: width 128, two blocks."
+    return vit_models.ViTEncoder(**kw | dict(dim_tokens=128, depth=2, num_heads=4))
 
 # %% ../../nbs/lib/models/mini.ipynb #b65d2c60
-def vit_nano_enc(**kw) -> nn.Module: return vit_models.ViTEncoder(**kw | dict(dim_tokens=64, depth=2, num_heads=2))
+def vit_nano_enc(**kw) -> nn.Module: 
+    "Build the tokenizer encoder of land cover and NDVI: width 64, two blocks."
+    return vit_models.ViTEncoder(**kw | dict(dim_tokens=64, depth=2, num_heads=2))
 
 # %% ../../nbs/lib/models/mini.ipynb #b109a17a
-def vit_nano_dec(**kw) -> nn.Module: return vit_models.ViTDecoder(**kw | dict(dim_tokens=64, depth=2, num_heads=2))
+def vit_nano_dec(**kw) -> nn.Module: 
+    "Build the tokenizer decoder of land cover: width 64, two blocks."
+    return vit_models.ViTDecoder(**kw | dict(dim_tokens=64, depth=2, num_heads=2))
 
 # %% ../../nbs/lib/models/mini.ipynb #0d08093d
 _unet = partial(unet.PatchedUNetCondCat, patch_size=PATCH, attention_resolutions=[], channel_mult=(1, 1))
-def unet_mini(**kw) -> nn.Module: return _unet(model_channels=96, num_res_blocks=2, num_heads=2, **kw)
+
+def unet_mini(**kw) -> nn.Module:
+    "Build the diffusion decoder of S2L2A: 96 channels, two residual blocks per level."
+    return _unet(model_channels=96, num_res_blocks=2, num_heads=2, **kw)
 
 # %% ../../nbs/lib/models/mini.ipynb #d5be2e75
-def unet_nano(**kw) -> nn.Module: return _unet(model_channels=64, num_res_blocks=1, num_heads=1, **kw)
+def unet_nano(**kw) -> nn.Module:
+    "Build the diffusion decoder of NDVI: 64 channels, one residual block per level."
+    return _unet(model_channels=64, num_res_blocks=1, num_heads=1, **kw)
 
 # %% ../../nbs/lib/models/mini.ipynb #47f9a5ba
 class SeamlessUNet(unet.PatchedUNetCondCat):
-    "A decoder that sees over the borders of tokens: after the UNet, whose unit is the token, convolutions of pixels correct the image."
+    "Correct the UNet's image by pixel convolutions, which see across the borders of tokens."
     def __init__(self, in_channels:int, out_channels:int, cond_channels:int, width:int=24, **kw):
         super().__init__(in_channels, out_channels, cond_channels, PATCH, **kw)
-        self.seams = nn.Sequential(nn.Conv2d(out_channels, width, 5, padding=2), nn.GELU(), nn.Conv2d(width, width, 3, padding=1), nn.GELU(),
+        self.seams = nn.Sequential(nn.Conv2d(out_channels, width, 5, padding=2), nn.GELU(),
+                                   nn.Conv2d(width, width, 3, padding=1), nn.GELU(),
                                    nn.Conv2d(width, out_channels, 3, padding=1))
         nn.init.zeros_(self.seams[-1].weight), nn.init.zeros_(self.seams[-1].bias)
 
@@ -93,24 +107,27 @@ class SeamlessUNet(unet.PatchedUNetCondCat):
         return image + self.seams(SPAN*image)/SPAN
 
 # %% ../../nbs/lib/models/mini.ipynb #643d5b86
-SPAN = 6.  # the optical tokenizer's unit over the standard deviation of reflectance: the convolutions compute near one
+SPAN = 6.  # optical tokenizer's unit over the standard deviation of reflectance: convolutions compute near 1
 
 def unet_seamless(**kw) -> nn.Module:
-    return SeamlessUNet(model_channels=96, num_res_blocks=2, num_heads=2, attention_resolutions=[], channel_mult=(1, 1), **kw)
+    "Build the decoder of `unet_mini` with pixel convolutions after it."
+    return SeamlessUNet(model_channels=96, num_res_blocks=2, num_heads=2, attention_resolutions=[], channel_mult=(1, 1),
+                        **kw)
 
 # %% ../../nbs/lib/models/mini.ipynb #4296bb10
 for f in (vit_mini_enc, vit_nano_enc, vit_nano_dec): setattr(vit_models, f.__name__, f)
 for f in (unet_mini, unet_nano, unet_seamless): setattr(unet, f.__name__, f)
 
 # %% ../../nbs/lib/models/mini.ipynb #81d7930c
-DECODERS = dict(s2l2a='unet_mini', ndvi='unet_nano', lulc='vit_nano_dec') # tokenizer -> its decoder, where its card names none
+# tokenizer -> its decoder, unless its card names another
+DECODERS = dict(s2l2a='unet_mini', ndvi='unet_nano', lulc='vit_nano_dec')
 
 def mini_tokenizer(
     mod:str, # s2l2a, lulc or ndvi
     decoder:str='', # of DECODERS, or unet_seamless; empty: the one in DECODERS
-    **kw, # for the class
+    **kw, # further options of the class
 ) -> nn.Module: # DiVAE (diffusion decoder), for lulc VQVAE
-    "An untrained miniature tokenizer."
+    "Build an untrained miniature tokenizer."
     levels = kw.pop('levels', LEVELS[mod])
     common = dict(image_size=SIZE, patch_size=PATCH, post_mlp=True, quant_type='fsq', codebook_size=levels,
                   latent_dim=len(levels.split('-'))) | kw
@@ -122,27 +139,29 @@ def mini_tokenizer(
 # %% ../../nbs/lib/models/mini.ipynb #178ac852
 @contextmanager
 def family(
-    levels:dict|None=None, # tokenizer -> levels of its quantiser, where they are not those of LEVELS
-    decoders:dict|None=None, # tokenizer -> decoder, where it is not that of DECODERS
+    levels:dict|None=None, # tokenizer -> levels of its quantiser; default: LEVELS
+    decoders:dict|None=None, # tokenizer -> decoder; default: DECODERS
 ) -> Iterator[None]:
     "Build miniatures with other quantisers and decoders."
     old = dict(LEVELS), dict(DECODERS)
-    for table, given in ((LEVELS, levels), (DECODERS, decoders)): table.update({k: v for k, v in (given or {}).items() if v})
+    for table, given in ((LEVELS, levels), (DECODERS, decoders)):
+        table.update({k: v for k, v in (given or {}).items() if v})
     try: yield
     finally: LEVELS.update(old[0]), DECODERS.update(old[1])
 
 # %% ../../nbs/lib/models/mini.ipynb #35258d07
 def carded(
-    files:Iterable[Path], # of weights; the card beside a tokenizer's may name its levels and its decoder
-) -> dict: # for `family`
-    "What the cards beside some weights say of quantisers and decoders."
+    files:Iterable[Path], # files of weights; the card beside a tokenizer may name levels and decoder
+) -> dict: # options of `family`: levels and decoders by tokenizer
+    "Read quantisers and decoders from the cards beside some weights."
     found = dict(levels={}, decoders={})
     for path in files:
         if of := re.fullmatch(r'terramind_mini_tokenizer_(\w+)\.safetensors', path.name):
             card = read_json(path.with_suffix('.json'))
             found['levels'][of[1]], found['decoders'][of[1]] = card.get('levels'), card.get('decoder')
             if (d := card.get('decoder')) and not (hasattr(unet, d) or hasattr(vit_models, d)):
-                raise GacError(f'{path.with_suffix(".json")}: decoder {d!r} is none of {", ".join(sorted({*DECODERS.values(), "unet_seamless"}))}.')
+                raise GacError(f'{path.with_suffix(".json")}: decoder {d!r} is none of '
+                               f'{", ".join(sorted({*DECODERS.values(), "unet_seamless"}))}.')
     return found
 
 # %% ../../nbs/lib/models/mini.ipynb #9e89c3c3
@@ -150,7 +169,7 @@ def mini_core(
     inputs:Iterable[str]=INPUT_KEYS, # modality keys the encoder reads
     outputs:Iterable[str]=OUTPUT_KEYS, # modality keys the decoder predicts
 ) -> TerraMind:
-    "The untrained miniature token model: a masked-token encoder-decoder."
+    "Build the untrained miniature token model: a masked-token encoder-decoder."
     with mini_modalities() as info:
         enc, _ = build_modality_embeddings(info, list(inputs), img_size=SIZE, dim=CORE['dim'], patch_size=PATCH)
         dec, _ = build_output_modality_embeddings(info, list(outputs), img_size=SIZE, dim=CORE['dim'], patch_size=PATCH)
@@ -158,9 +177,9 @@ def mini_core(
 
 # %% ../../nbs/lib/models/mini.ipynb #c2713b2c
 def mini_prithvi(
-    frames:int=1, # dates of a place
+    frames:int=1, # dates of one place
 ) -> PrithviMAE:
-    "The untrained miniature masked autoencoder, six bands, with place and date."
+    "Build the untrained miniature masked autoencoder: six bands, with place and date."
     return PrithviMAE(**PRITHVI | dict(num_frames=frames))
 
 # %% ../../nbs/lib/models/mini.ipynb #8ac56e3c
@@ -168,12 +187,15 @@ TERRAMIND_KEY_STATS = {  # modality key -> mean and standard deviation per band,
     k: ([*map(float, mean)], [*map(float, terramind_register.v1_pretraining_std[k])])
     for k, mean in terramind_register.v1_pretraining_mean.items()}
 PRITHVI_STATS = (prithvi_vit.PRITHVI_V2_MEAN, prithvi_vit.PRITHVI_V2_STD)
-_mean = [545.519, 601.665, 793.154, 824.727, 1139.865, 1880.283, 2180.373, 2315.887, 2422.907, 2411.005, 1591.09, 1059.237]
-_std = [1055.493, 1119.77, 1008.488, 1078.874, 1086.737, 1225.52, 1349.537, 1415.466, 1431.358, 1329.165, 930.556, 726.271]
+_mean = [545.519, 601.665, 793.154, 824.727, 1139.865, 1880.283, 2180.373, 2315.887, 2422.907, 2411.005, 1591.09,
+         1059.237]
+_std = [1055.493, 1119.77, 1008.488, 1078.874, 1086.737, 1225.52, 1349.537, 1415.466, 1431.358, 1329.165, 930.556,
+        726.271]
 _six = [S2_BANDS.index(b) for b in PRITHVI_BANDS]
 MINI_STATS = {  # modality key -> mean and standard deviation per band over 300 procedural scenes, in DN, dB, m
     'untok_sen2l2a@224': (_mean, _std),
-    'tok_sen2l2a@224': (_mean, [6333.0, 6718.6, 6050.9, 6473.2, 6520.4, 7353.1, 8097.2, 8492.8, 8588.1, 7975.0, 5583.3, 4357.6]),
+    'tok_sen2l2a@224': (_mean, [6333.0, 6718.6, 6050.9, 6473.2, 6520.4, 7353.1, 8097.2, 8492.8, 8588.1, 7975.0, 5583.3,
+                                4357.6]),
     'untok_sen1grd@224': ([-12.637, -20.437], [4.26, 5.885]), 'untok_sen1rtc@224': ([-12.242, -18.974], [3.83, 4.517]),
     'untok_dem@224': ([251.957], [310.0]), 'tok_lulc@224': ([0.], [1.]), 'tok_ndvi@224': ([0.], [1.]),
     'prithvi': ([_mean[i] for i in _six], [_std[i] for i in _six])}

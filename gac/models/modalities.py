@@ -19,14 +19,14 @@ MODALITIES = {  # modality -> (key of its input, key of its tokens)
     'S2L2A': ('untok_sen2l2a@224', 'tok_sen2l2a@224'), 'DEM': ('untok_dem@224', 'tok_dem@224'),
     'LULC': ('tok_lulc@224', 'tok_lulc@224'), 'NDVI': ('tok_ndvi@224', 'tok_ndvi@224')}
 BAND_NAMES = dict(zip(S2_BANDS, terramind_register.PRETRAINED_BANDS['untok_sen2l2a@224']))  # ours -> TerraTorch's
-HLS_NAMES = BAND_NAMES | {'B08': 'NIR_NARROW'}  # Prithvi knows one near infrared, the narrow one: B08 inherits its weights
+HLS_NAMES = BAND_NAMES | {'B08': 'NIR_NARROW'}  # Prithvi has one near infrared, the narrow one: B08 takes its weights
 LULC_LABELS = 10  # classes of the land-cover tokenizer, TerraMesh codes 0-9
 
 def modality_key(
     name:str, # plain name, e.g. S2L2A
     tokens:bool=False, # the key of its tokens
 ) -> str: # key in TerraMind's modality table
-    "TerraMind's key of a modality."
+    "Return TerraMind's key of a modality; refuse an unknown name."
     if name not in MODALITIES: raise GacError(f'Unknown modality {name!r}: known are {", ".join(MODALITIES)}.')
     return MODALITIES[name][tokens]
 
@@ -35,7 +35,7 @@ def band_names(
     bands:Sequence[str], # Sentinel-2 bands, e.g. B02
     names:dict=BAND_NAMES, # ours -> TerraTorch's
 ) -> list[str]:
-    "TerraTorch's names of Sentinel-2 bands; an unknown one is refused, where TerraTorch would start it from random weights."
+    "Return TerraTorch's names of bands; refuse an unknown one, which TerraTorch would start from random weights."
     unknown = [b for b in bands if b not in names]
     if unknown: raise GacError(f'Unknown band {", ".join(map(str, unknown))}: known are {", ".join(names)}.')
     return [names[b] for b in bands]

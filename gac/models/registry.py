@@ -24,20 +24,21 @@ from .modalities import band_names, HLS_NAMES, MODALITIES, modality_key
 # %% ../../nbs/lib/models/registry.ipynb #d52600bb
 @dataclass(frozen=True)
 class Entry:
-    "One model the study can build."
+    "Describe a model that the study can build."
     name: str  # TerraTorch's name
     role: str  # generate, encoder, tim, tokenizer or prithvi
-    repo: str  # repository on the Hugging Face Hub; empty: committed with the study
+    repo: str  # repository of the Hugging Face Hub; empty: committed with the study
     file: str  # its weights
 
     @property
     def mini(self) -> bool: return not self.repo
     @property
     def registry(self):
-        return TERRATORCH_FULL_MODEL_REGISTRY if self.role in ('generate', 'tokenizer') else TERRATORCH_BACKBONE_REGISTRY
+        return TERRATORCH_FULL_MODEL_REGISTRY if self.role in ('generate',
+                                                               'tokenizer') else TERRATORCH_BACKBONE_REGISTRY
 
 # %% ../../nbs/lib/models/registry.ipynb #f0b2533e
-ROLES = dict(generate='_generate', encoder='', tim='_tim')  # role -> what its name ends in
+ROLES = dict(generate='_generate', encoder='', tim='_tim')  # role -> end of the name
 
 def _entries() -> Iterator[Entry]:
     hub = lambda name, role, table: Entry(name, role, table['hf_hub_id'], table['hf_hub_filename'])
@@ -58,28 +59,31 @@ def _entries() -> Iterator[Entry]:
 MODELS = {e.name: e for e in _entries()}
 
 def available() -> pd.DataFrame:
-    "Every model the study can build, by name."
-    return pd.DataFrame([dict(name=e.name, role=e.role, file=e.file, hub=e.repo or 'data/weights/mini') for e in MODELS.values()])
+    "Return a table of the models that the study can build: name, role, file, hub."
+    return pd.DataFrame([dict(name=e.name, role=e.role, file=e.file, hub=e.repo or 'data/weights/mini')
+                         for e in MODELS.values()])
 
 # %% ../../nbs/lib/models/registry.ipynb #d1234695
 def model_entry(name:str) -> Entry:
-    "The registry's entry of a model."
+    "Return the entry of a model; refuse an unknown name and suggest near ones."
     if name in MODELS: return MODELS[name]
     near = get_close_matches(name, MODELS, n=3)
     hint = f' Did you mean {" or ".join(near)}?' if near else ''
     raise GacError(f'Unknown model {name!r}.{hint} `gac info` lists them all.')
 
 # %% ../../nbs/lib/models/registry.ipynb #8e1ca8fc
-DEFAULTS = dict(  # what is built where nothing is asked
-    generate=dict(modalities=['S1GRD'], output_modalities=['S2L2A'], timesteps=10), encoder=dict(modalities=['S1GRD', 'S2L2A']),
+DEFAULTS = dict(  # options of a builder that the caller leaves out
+    generate=dict(modalities=['S1GRD'], output_modalities=['S2L2A'], timesteps=10),
+    encoder=dict(modalities=['S1GRD', 'S2L2A']),
     tim=dict(modalities=['S1GRD'], tim_modalities=['LULC']), tokenizer={}, prithvi=dict(bands=OPT_BANDS))
 
 def builder_options(e:Entry, kw:dict) -> dict:
-    "Options of TerraTorch's builder: the study's defaults, modalities checked, Prithvi's bands by TerraTorch's names."
+    "Return options of TerraTorch's builder: defaults filled in, modalities checked, Prithvi's bands renamed."
     kw = DEFAULTS[e.role] | {k: v for k, v in kw.items() if v is not None}
     for k in ('modalities', 'output_modalities', 'tim_modalities'):
         if k in kw: kw[k] = [m for m in kw[k] if modality_key(m)]
     if e.role == 'prithvi': kw['bands'] = band_names(kw['bands'], HLS_NAMES)
     elif 'bands' in kw and e.role != 'encoder':
-        raise GacError(f'{e.name} takes no bands: only encoders are built for some. A generator is given them by name when it runs.')
+        raise GacError(f'{e.name} takes no bands: only encoders are built for some. A generator is given them by name '
+                       'when it runs.')
     return kw

@@ -18,7 +18,7 @@ from .modalities import band_names, LULC_LABELS
 
 # %% ../../nbs/lib/models/standardize.ipynb #40c52f0b
 class Standardizer(nn.Module):
-    "House units to a model's standardised input and back."
+    "Standardise physical units for a model, and convert its output back."
     def __init__(self,
         stats:dict[str, tuple], # modality key -> (mean per band, standard deviation per band), in DN, dB, m
     ):
@@ -31,23 +31,24 @@ class Standardizer(nn.Module):
                 self.register_buffer(name, self.exact[name].clone(), persistent=False)
 
     def _apply(self, fn:Callable, recurse:bool=True) -> nn.Module:
-        "Move with the module, but never lose precision: the mean of a band in bfloat16 is off by up to 8 DN."
+        "Move with the module and stay float32: the mean of a band in bfloat16 is off by up to 8 DN."
         super()._apply(fn, recurse)
         for name, value in self.exact.items(): self._buffers[name] = value.to(self._buffers[name].device)
         return self
 
     def inward(self,
-        x:Tensor, # (B,C,H,W) in house units; land cover (B,H,W) class codes
+        x:Tensor, # (B,C,H,W) reflectance, dB or m; land cover (B,H,W) class codes
         key:str, # modality key
-        bands:Sequence[str]=S2_BANDS, # of a Sentinel-2 image; bands it lacks are filled with the mean
+        bands:Sequence[str]=S2_BANDS, # bands of a Sentinel-2 image, in order
     ) -> Tensor: # (B,C,H,W) standardised
-        "What the model reads."
+        "Return the standardised input; a Sentinel-2 band that is not given is filled with its mean."
         if 'lulc' in key: return F.one_hot(x.long(), LULC_LABELS).movedim(-1, 1).float()
         mean, std = getattr(self, f'{key}_mean'), getattr(self, f'{key}_std')
         if x.ndim == 3: x = x[:, None]
         x = x.to(mean.device).float()
         if 'sen2' not in key: return (x - mean)/std
-        if x.shape[1] != len(bands): raise GacError(f'{x.shape[1]} bands given and {len(bands)} named: {", ".join(bands)}.')
+        if x.shape[1] != len(bands):
+            raise GacError(f'{x.shape[1]} bands given and {len(bands)} named: {", ".join(bands)}.')
         at = [S2_BANDS.index(b) for b in bands if band_names([b])]
         full = x.new_zeros(len(x), len(mean), *x.shape[-2:])
         full[:, at] = (x/REFLECTANCE - mean[at])/std[at]
@@ -56,9 +57,9 @@ class Standardizer(nn.Module):
     def outward(self,
         y:Tensor, # (B,C,H,W) as the decoder gives it
         key:str, # modality key
-        bands:Sequence[str]=S2_BANDS, # of a Sentinel-2 image: those wanted
+        bands:Sequence[str]=S2_BANDS, # bands of a Sentinel-2 image to return
     ) -> Tensor: # (B,len(bands),H,W) reflectance; dB, m; land cover (B,H,W) class codes
-        "What the house reads."
+        "Return the physical values of a decoder's output."
         if 'lulc' in key: return y.argmax(1)
         mean, std = getattr(self, f'{key}_mean'), getattr(self, f'{key}_std')
         y = y.float()*std + mean

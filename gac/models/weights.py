@@ -26,10 +26,10 @@ from .registry import builder_options, model_entry
 # %% ../../nbs/lib/models/weights.ipynb #73d367ee
 @dataclass(frozen=True)
 class WeightFile:
-    "One file of weights and where its tensors belong."
+    "Name a file of weights and the prefixes of its tensors in the model."
     file: str  # name
-    repo: str  # repository on the Hugging Face Hub; empty: committed with the study
-    role: str  # role of the model that reads it; decides how its keys are understood
+    repo: str  # repository of the Hugging Face Hub; empty: committed with the study
+    role: str  # role of the model that reads it, which decides the reading of its keys
     into: tuple[str, ...] = ('',)  # prefixes of the model
 
 # %% ../../nbs/lib/models/weights.ipynb #1c3b31de
@@ -37,9 +37,9 @@ INTO = dict(generate=('sampler.model.',), tim=('', 'sampler.model.'))
 
 def needed_files(
     name:str, # a name of `available()`
-    **kw, # as for `build`
+    **kw, # as for `build_model`
 ) -> list[WeightFile]:
-    "The files a model's weights come from."
+    "Return the weight files of a model."
     e, kw = model_entry(name), builder_options(model_entry(name), kw)
     files = [WeightFile(e.file, e.repo, e.role, INTO.get(e.role, ('',)))]
     read = [m for m in kw.get('modalities', ()) if modality_key(m) == modality_key(m, tokens=True)]
@@ -50,28 +50,28 @@ def needed_files(
 
 # %% ../../nbs/lib/models/weights.ipynb #eb7189a2
 def _cache() -> Path:
-    "The Hugging Face cache, by its own environment variables."
+    "Return the Hugging Face cache, by its environment variables."
     home = os.environ.get('HF_HOME') or Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'huggingface'
     return Path(os.environ.get('HF_HUB_CACHE') or Path(home)/'hub')
 
 def offline() -> bool:
-    "Whether HF_HUB_OFFLINE forbids the network."
+    "Return True if HF_HUB_OFFLINE forbids the network."
     return os.environ.get('HF_HUB_OFFLINE', '').strip().upper() in ('1', 'ON', 'YES', 'TRUE')
 
 # %% ../../nbs/lib/models/weights.ipynb #c86f3b11
 def _in_cache(folder:Path, w:WeightFile) -> Path|None:
-    "A file in a folder of the Hub's cache layout: models--org--name/refs/main names the snapshot."
+    "Return a file in a folder of the cache's layout: models--org--name/refs/main names the snapshot."
     base = folder/f'models--{w.repo.replace("/", "--")}'
     ref = base/'refs'/'main'
     if not w.repo or not ref.is_file(): return None
     path = base/'snapshots'/ref.read_text(encoding='utf-8').strip()/w.file
     return path if path.is_file() else None
 
-WEIGHTS = 'GAC_WEIGHTS'  # variable of the environment: the folder of weights of a whole command, for every model it builds
+WEIGHTS = 'GAC_WEIGHTS'  # environment variable: folder of weights for all models of a command
 
 def _places(w:WeightFile, weights:str) -> list[Path|None]:
-    "Where a file may lie on this machine, best first."
-    if not weights and (given := os.environ.get(WEIGHTS, '')):  # of a whole command
+    "Return the possible paths of a file on this machine, best first."
+    if not weights and (given := os.environ.get(WEIGHTS, '')):  # for all models of a command
         return _places(w, given) if w.repo else [*_places(w, given), *_own(w)]
     if weights == 'hub': return [_in_cache(_cache(), w)]
     if weights: return [(folder := Path(weights).expanduser())/w.file, _in_cache(folder, w), _in_cache(folder/'hub', w)]
@@ -79,20 +79,20 @@ def _places(w:WeightFile, weights:str) -> list[Path|None]:
 
 # %% ../../nbs/lib/models/weights.ipynb #83ec76be
 def _own(w:WeightFile) -> list[Path|None]:
-    "Where a file lies if nobody says so."
+    "Return the default paths of a file."
     own = root()/'data'/'weights'
     return [own/w.file, _in_cache(_cache(), w)] if w.repo else [own/'mini'/w.file]
 
 def find_file(
-    w:WeightFile,
+    w:WeightFile, # its repository decides the default places
     weights:str='', # folder of the files; empty: the default places; hub: the Hugging Face cache only
 ) -> Path|None:
-    "The file on this machine, or None."
+    "Return the path of a file on this machine, or None."
     return next((p for p in _places(w, str(weights)) if p is not None and p.is_file()), None)
 
 # %% ../../nbs/lib/models/weights.ipynb #81ee7169
 def _download(w:WeightFile) -> Path|str:
-    "Fetch a file from the Hub; where that fails, why."
+    "Fetch a file from the Hub; return its path, or the reason of a failure."
     if not w.repo: return 'it is committed with the study'
     if offline(): return 'HF_HUB_OFFLINE is set'
     from huggingface_hub import hf_hub_download
@@ -102,9 +102,9 @@ def _download(w:WeightFile) -> Path|str:
 def locate(
     name:str, # a name of `available()`
     weights:str='', # as for `find_file`
-    **kw, # as for `build`
+    **kw, # as for `build_model`
 ) -> dict[WeightFile, Path]:
-    "Every file a model needs; if any is missing, all of them are named, with where to put them."
+    "Return the paths of a model's files; refuse a model with missing files and name their expected paths."
     if not weights and not model_entry(name).mini: weights = os.environ.get(WEIGHTS, '')
     given = str(weights) not in ('', 'hub')
     found = {w: find_file(w, weights) or ('' if given else _download(w)) for w in needed_files(name, **kw)}
@@ -115,17 +115,18 @@ def locate(
     for w, why in missing.items():
         hub = f'; it is published as {w.repo} on the Hugging Face Hub' if w.repo else ''
         lines.append(f'  {w.file}{f" ({why})" if why else ""}: put it at {place/w.file}{hub}')
-    raise GacError('\n'.join([*lines, 'Or name the folder that holds them: --weights FOLDER (weights= in a notebook).']))
+    raise GacError('\n'.join([*lines,
+                              'Or name the folder that holds them: --weights FOLDER (weights= in a notebook).']))
 
 # %% ../../nbs/lib/models/weights.ipynb #7be2d05f
 REPOSITORY = r'([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?'  # org/name@revision
 
 def find_folder(
     place:str|Path, # folder, or name of a repository of the Hugging Face Hub
-    need:Sequence[str], # files that must be in it
-    more:Sequence[str]=(), # files that are fetched where they are there
-) -> Path: # the folder; one that is named as no repository is given back as it is
-    "A folder of weights on this machine, in the Hugging Face cache or on the Hub, best first."
+    need:Sequence[str], # required files
+    more:Sequence[str]=(), # optional files
+) -> Path: # the folder; a name that is no repository is returned as it is
+    "Return a folder of weights: on this machine, in the Hugging Face cache or from the Hub."
     named = re.fullmatch(REPOSITORY, str(place))
     if not named or Path(place).exists() or Path(place).parent.exists(): return Path(place)
     from huggingface_hub import snapshot_download
@@ -138,13 +139,15 @@ def find_folder(
             lacks = [n for n in need if not (found/n).is_file()]
             if not lacks: return found
             if not here: why = f'it has no {", ".join(lacks)}'
-    raise GacError(f'{place} is no folder here and not in the Hugging Face cache ({why}). It needs {", ".join(need)}: fetch them where there is a '
+    raise GacError(f'{place} is no folder here and not in the Hugging Face cache ({why}). It needs {", ".join(need)}: '
+                   'fetch them where there is a '
                          f'network (hf download {named[1]}), or put them into a folder and give that.')
 
 # %% ../../nbs/lib/models/weights.ipynb #c12a84b9
 _BOTH = r'\.(weight|bias)'
 _EMBEDDING = r'(pos_emb|mod_emb|proj\.weight|token_emb\.weight|to_logits\.weight)'  # tensors of a modality's embedding
-_TERRAMIND_DECODER = '|'.join([r'decoder\.\d+\..+', 'decoder_norm' + _BOTH, 'decoder_proj_context' + _BOTH, 'mask_token',
+_TERRAMIND_DECODER = '|'.join([r'decoder\.\d+\..+', 'decoder_norm' + _BOTH, 'decoder_proj_context' + _BOTH,
+                               'mask_token',
                                r'decoder_embeddings\.[^.]+\.' + _EMBEDDING])
 _PRITHVI_DECODER = '|'.join(r'(decoder\.)?' + k for k in (
     'decoder_embed' + _BOTH, 'mask_token', 'decoder_pos_embed', r'decoder_blocks\.\d+\..+', 'decoder_norm' + _BOTH,
@@ -152,12 +155,13 @@ _PRITHVI_DECODER = '|'.join(r'(decoder\.)?' + k for k in (
 
 def spare_keys(
     model:nn.Module, # the model being filled
-    role:str, # of the file
+    role:str, # role of the file
 ) -> str: # regular expression
-    "Keys a file may hold that this model has no place for."
+    "Return a pattern of the keys that a file may hold without a place in this model."
     if role == 'tokenizer': return r'(?!)'
     if role == 'prithvi':  # pos_embed is a fixed table, rebuilt for the number of frames
-        coords = [k for k, there in (('temporal', model.temporal_encoding), ('location', model.location_encoding)) if not there]
+        coords = [k for k, there in (('temporal', model.temporal_encoding), ('location', model.location_encoding))
+                  if not there]
         return '|'.join([_PRITHVI_DECODER, 'pos_embed', *(rf'{k}_embed_enc\.scale' for k in coords)])
     core, rules = (model, [_TERRAMIND_DECODER]) if role == 'encoder' else (model.sampler.model, [])
     for side in ('encoder_embeddings', 'decoder_embeddings'):
@@ -167,48 +171,50 @@ def spare_keys(
 
 # %% ../../nbs/lib/models/weights.ipynb #754de7ab
 def _understand(key:str, role:str) -> str:
-    "A file's key in the model's words: Prithvi's files hold the whole autoencoder, old ones with a timm prefix."
+    "Return the model's key for a file's key: Prithvi's files hold the autoencoder, old ones with a timm prefix."
     return key.replace('_timm_module.', '').removeprefix('encoder.') if role == 'prithvi' else key
 
 def read_weights(path:Path) -> dict[str, Tensor]:
-    "The tensors of a .pt or .safetensors file, nothing else; the file is not executed."
+    "Read the tensors of a .pt or .safetensors file without executing code of the file."
     try:
         if path.suffix == '.safetensors': return load_file(path)
         try: state = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-        except RuntimeError: state = torch.load(path, map_location='cpu', weights_only=True)  # written before PyTorch 1.6
+        # written before PyTorch 1.6
+        except RuntimeError: state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as problem:
         raise GacError(f'{path} is not a readable file of weights ({type(problem).__name__}): '
                              'it may be cut off or of another kind. Fetch it again.') from problem
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise GacError(f'{path} holds something else than a table of tensors: expected the state dict as published on the Hub.')
+        raise GacError(f'{path} holds something else than a table of tensors: expected the state dict as published on '
+                       'the Hub.')
     return state
 
 # %% ../../nbs/lib/models/weights.ipynb #c837cc3d
 def _ties(model:nn.Module) -> list[list[str]]:
-    "Names that share one parameter."
+    "Return groups of names that share one parameter."
     names = {}
     for k, p in model.named_parameters(remove_duplicate=False): names.setdefault(id(p), []).append(k)
     return [v for v in names.values() if len(v) > 1]
 
 def _tie(model:nn.Module, names:list[str]) -> None:
-    "Let all names share the first one's parameter again."
+    "Make all names share the first one's parameter again."
     for k in names[1:]:
         path, _, leaf = k.rpartition('.')
         setattr(model.get_submodule(path), leaf, model.get_parameter(names[0]))
 
-Part = tuple[str, dict[str, Tensor], WeightFile]  # name for messages, tensors, where they belong
+Part = tuple[str, dict[str, Tensor], WeightFile]  # name for messages, tensors, file
 
 def _form(x:Tensor) -> str:
-    "Shape, and type where it is no float."
+    "Format a tensor's shape, and its type unless it is a float."
     return f'{tuple(x.shape)}' + ('' if x.is_floating_point() else f' {x.dtype}')
 
 # %% ../../nbs/lib/models/weights.ipynb #c7d5798e
 def match_keys(
-    model:nn.Module,
-    parts:Iterable[Part],
-    fixed:str=r'(?!)', # keys of the model that keep what they were built with (regular expression)
+    model:nn.Module, # to be filled
+    parts:Iterable[Part], # files with their tensors
+    fixed:str=r'(?!)', # regular expression of the model's keys that keep their values
 ) -> tuple[dict[str, Tensor], dict[str, list[str]]]: # key of the model -> tensor; kind of problem -> its tensors
-    "Which tensor goes where, and everything that does not fit."
+    "Assign the tensors of files to keys of a model, and list all that do not fit."
     wanted = {k: v for k, v in model.state_dict().items() if not re.fullmatch(fixed, k)}
     found, bad = {}, dict(missing=[], unexpected=[], misshapen=[], untied=[])
     for _, state, w in parts:
@@ -234,10 +240,10 @@ def _first(names:Iterable[str], n:int=10) -> str: # the first `n` of many names
 
 def load_checked(
     model:nn.Module, # with or without memory
-    parts:Sequence[Part], # name for messages, tensors, where they belong
-    fixed:str=r'(?!)', # keys of the model that keep what they were built with (regular expression)
+    parts:Sequence[Part], # files with their tensors
+    fixed:str=r'(?!)', # regular expression of the model's keys that keep their values
 ) -> nn.Module:
-    "Fill a model so that every key is accounted for; anything missing, unexpected or misshapen is an error naming it."
+    "Fill a model and return it; refuse a missing, unexpected or misshapen tensor by name."
     found, bad = match_keys(model, parts, fixed)
     if any(bad.values()):
         what = '; '.join(f'{len(v)} {kind}: {_first(v)}' for kind, v in bad.items() if v)
@@ -254,7 +260,7 @@ def load_checked(
 def strict_filter(
     role:str, # encoder, tim or generate
 ) -> Callable: # (state, model) -> state, as TerraTorch's checkpoint_filter_fn
-    "A filter of TerraMind's checkpoints under which every tensor has its place; the tokenizers have files of their own."
+    "Return a strict filter of TerraMind's checkpoints; tokenizers have their own files."
     def strictly(state:dict, model:nn.Module) -> dict:
         w = WeightFile('the checkpoint', '', role, INTO.get(role, ('',)))
         found, bad = match_keys(model, [(w.file, state, w)], fixed=r'tokenizer\..*')
@@ -267,7 +273,7 @@ def strict_filter(
 
 # %% ../../nbs/lib/models/weights.ipynb #93bf6adf
 def _from_folder(fetch:Callable) -> Callable: # hf_hub_download
-    "A download that looks into the folder of --weights first."
+    "Wrap a download so that the folder of --weights comes first."
     def fetched(repo_id:str, filename:str, **kw):
         folder = os.environ.get(WEIGHTS, '')
         here = find_file(WeightFile(filename, repo_id, ''), folder) if folder else None

@@ -26,7 +26,7 @@ def shape_mask(
     size:int, # px
     kind:str, # road: a line 2 to 3 px wide across the tile; field: a rectangle of 14 to 30 px
 ) -> np.ndarray: # (size, size) bool
-    "A place for a lie."
+    "Draw the mask of a line or a rectangle."
     y, x = np.mgrid[:size, :size] - (size - 1)/2
     angle = rng.uniform(0, np.pi)
     u, v = np.cos(angle)*x + np.sin(angle)*y, np.cos(angle)*y - np.sin(angle)*x
@@ -35,8 +35,11 @@ def shape_mask(
     return (np.abs(u - at[0]) < half[0]) & (np.abs(v - at[1]) < half[1])
 
 # %% ../../nbs/lib/stages/artefacts.ipynb #693552a7
-def ring(mask:np.ndarray, width:int=3) -> np.ndarray:
-    "The surroundings of a place."
+def ring(
+    mask:np.ndarray, # (H, W) bool
+    width:int=3, # px
+) -> np.ndarray: # (H, W) bool
+    "Return the surroundings of a mask."
     grown = F.max_pool2d(torch.from_numpy(mask[None, None].astype(np.float32)), 2*width + 1, 1, width)[0, 0].numpy() > 0
     return grown & ~mask
 
@@ -45,18 +48,18 @@ def contrast(
     s1:np.ndarray, # (2, H, W) dB, despeckled
     mask:np.ndarray, # (H, W) bool
 ) -> float: # dB
-    "How much the radar tells a place from its surroundings."
+    "Return the radar contrast between a mask and its surroundings."
     return float(np.abs(s1[:, mask].mean(1) - s1[:, ring(mask)].mean(1)).mean())
 
 # %% ../../nbs/lib/stages/artefacts.ipynb #7e500982
 def inject_artefact(
     opt_v2:np.ndarray, # (4, H, W) reflectance
     s1:np.ndarray, # (2, H, W) dB
-    kind:str, # of KINDS
-    seed, # number, or several
-    candidates:int=24, # places looked at
-) -> tuple: # (4, H, W) with the lie; (H, W) bool: where it is
-    "Tell a lie: where the radar shows least (added) or most (erased)."
+    kind:str, # one of ARTEFACT_KINDS
+    seed, # number, or a tuple of numbers
+    candidates:int=24, # candidate places
+) -> tuple: # (4, H, W) with the artefact; (H, W) bool: its mask
+    "Inject an artefact where the radar contrast is lowest (added) or highest (erased)."
     what, how = kind.split()
     rng = np.random.default_rng(seed)
     smooth = despeckled(torch.from_numpy(np.ascontiguousarray(s1, dtype=np.float32))[None], 3)[0].numpy()
@@ -65,7 +68,8 @@ def inject_artefact(
     mask = places[int(np.argmin(told) if how == 'added' else np.argmax(told))]
     around = opt_v2[:, ring(mask)].mean(1)  # (4,)
     if how == 'erased': colour = around
-    else: colour = np.array(ARTEFACT_COLOURS['road' if what == 'road' else 'crop' if around[3] < 2*around[2] else 'soil'])
+    else:
+        colour = np.array(ARTEFACT_COLOURS['road' if what == 'road' else 'crop' if around[3] < 2*around[2] else 'soil'])
     out = opt_v2.copy()
     grain = opt_v2[:, mask] - opt_v2[:, mask].mean(1, keepdims=True)
     out[:, mask] = colour[:, None] + (.3*grain if how == 'added' else 0)
@@ -73,12 +77,12 @@ def inject_artefact(
 
 # %% ../../nbs/lib/stages/artefacts.ipynb #19e2d6a7
 def removed_share(
-    clean:np.ndarray, # (4, H, W) what is made of opt_v2
-    lied:np.ndarray, # (4, H, W) what is made of it with the lie
-    delta:np.ndarray, # (4, H, W) the lie
+    clean:np.ndarray, # (4, H, W) output for opt_v2
+    lied:np.ndarray, # (4, H, W) output for opt_v2 with the artefact
+    delta:np.ndarray, # (4, H, W) the artefact
     mask:np.ndarray, # (H, W) bool
 ) -> float: # 0: it stays, 1: it is gone
-    "The share of a lie that was taken back."
+    "Return the removed share of an artefact."
     d = delta[:, mask].astype(np.float64)
     return float(1 - ((lied - clean)[:, mask]*d).sum()/(d*d).sum())
 
@@ -87,28 +91,29 @@ def artefact_test(
     methods:dict, # name -> function: (s1 (n, 2, H, W), opt_v2 (n, 4, H, W)) -> (n, 4, H, W)
     s1:np.ndarray, # (n, 2, H, W) dB
     opt_v2:np.ndarray, # (n, 4, H, W) reflectance
-    ids, # n names of tiles
+    ids, # n ids of tiles
     seed:int=0, # of the places
-    kinds=ARTEFACT_KINDS,
+    kinds=ARTEFACT_KINDS, # kinds of artefacts
 ) -> pd.DataFrame: # method, kind, id, share: one row per method, kind and tile
-    "What is taken back of one lie of each kind in every tile."
+    "Return the removed share of one artefact of each kind in every tile."
     clean, rows = {m: np.asarray(f(s1, opt_v2)) for m, f in methods.items()}, []
     for k, kind in enumerate(kinds):
         told = [inject_artefact(v, r, kind, (seed, tile_number(i) % 2**32, k, 5)) for v, r, i in zip(opt_v2, s1, ids)]
         lied = np.stack([x for x, _ in told])
         for m, f in methods.items():
             made = np.asarray(f(s1, lied))
-            rows += [dict(method=m, kind=kind, id=i, share=removed_share(clean[m][n], made[n], lied[n] - opt_v2[n], told[n][1]))
+            rows += [dict(method=m, kind=kind, id=i,
+                          share=removed_share(clean[m][n], made[n], lied[n] - opt_v2[n], told[n][1]))
                      for n, i in enumerate(ids)]
     return pd.DataFrame(rows)
 
 # %% ../../nbs/lib/stages/artefacts.ipynb #d2890e8b
 def artefact_table(
-    tested:pd.DataFrame, # of lie_test
-    scenes, # of each id, a Series
+    tested:pd.DataFrame, # from artefact_test
+    scenes, # Series: id -> scene
     seed:int=0, # of the bootstrap
 ) -> pd.DataFrame: # method, kind, share, lo, hi, n_tiles
-    "Mean shares with their 95 % intervals over scenes."
+    "Return mean shares with 95 % intervals over scenes."
     rows = []
     for (m, kind), part in tested.groupby(['method', 'kind'], sort=False):
         mean, lo, hi = bootstrap_ci(part.share.to_numpy(), scenes=scenes.loc[part.id].to_numpy(), seed=seed)

@@ -30,8 +30,8 @@ from ..training.settings import Settings
 # %% ../../nbs/lib/stages/chain.ipynb #0bd728dd
 def cached_method(
     method:Callable, # tiles -> (n, 4, H, W) reflectance
-) -> Callable: # the same
-    "A method that several others build on: the last batch is not made twice."
+) -> Callable: # the same method, cached
+    "Return a method that keeps its last batch, for methods that build on it."
     last = {}
     def again(batch):
         key = tuple(batch['id'])
@@ -44,7 +44,7 @@ def cached_method(
 # %% ../../nbs/lib/stages/chain.ipynb #9deb2dd4
 @dataclass(frozen=True)
 class ChainRecipe:
-    "How Stages 2 and 3 of a run were trained."
+    "Hold the settings of Stages 2 and 3 of a run."
     refiner: dict # of build_prithvi_refiner
     settings2: dict # of settings.Settings
     loss2: dict # of Stage2Loss
@@ -55,10 +55,11 @@ class ChainRecipe:
     pairs: int # training tiles
     crop: int = 64 # px of Stage 2's training windows
     val_tiles: int = 8 # validation tiles
-    lies: float = .25 # share of Stage 3's training tiles that carry a planted one
-    unet: UNetRecipe|None = None # of the U-Nets, where the run has some
+    lies: float = .25 # share of Stage 3's training tiles with an injected artefact
+    unet: UNetRecipe|None = None # settings of the U-Nets; None: the run has none
 
-    def only(self, pairs:int) -> 'ChainRecipe': return replace(self, pairs=pairs, unet=self.unet and self.unet.only(pairs))
+    def only(self, pairs:int) -> 'ChainRecipe':
+        return replace(self, pairs=pairs, unet=self.unet and self.unet.only(pairs))
 
 # %% ../../nbs/lib/stages/chain.ipynb #bbb087e6
 BRIEF = dict(max_steps=2, batch_size=2, grad_accum_steps=1, val_every=2, save_every=2)
@@ -67,7 +68,7 @@ def brief_recipe(
     pairs:int=8, # training tiles
     **settings, # of settings.Settings, for both stages
 ) -> ChainRecipe:
-    "A few steps of the miniatures: enough to run, not to learn."
+    "Return a recipe of a few steps of the miniatures: enough to run, not to learn."
     both = asdict(Settings(lr=1e-3, **BRIEF | settings))
     return ChainRecipe(dict(backbone='prithvi_mini'), both | dict(monitor='val_psnr', mode='max'), {},
                   dict(name='terramind_mini_generate'), both | dict(monitor='val_monitor'), {},
@@ -78,16 +79,17 @@ def brief_recipe(
 def recipe_of(
     run, # run.Run
 ) -> ChainRecipe:
-    "What the trainings of a run say about themselves."
+    "Read the recipe that the trainings of a run recorded."
     card, made = read_stage2(run.dir/'stage2')[1], read_json(run.dir/'stage3'/'made.json')
     lies, val = (made['train'][3], made['val'][0]) if made['val'] else (made['train'][3], 0)
     return ChainRecipe(card['params'], card['settings'], card['loss'], made['model'], made['settings'], made['loss'],
-                  {k: made[k] for k in ('frozen', 'crop', 'augment', 'select', 'strength') if k in made}, int(card['pairs']),
+                  {k: made[k] for k in ('frozen', 'crop', 'augment', 'select', 'strength') if k in made},
+                  int(card['pairs']),
                   int(card.get('crop', 64)), val, lies, unet_recipe(run))
 
 # %% ../../nbs/lib/stages/chain.ipynb #6263f1ba
 def unet_recipe(run) -> UNetRecipe|None: # run.Run
-    "How the U-Nets of a run were trained."
+    "Read the recipe of a run's U-Nets; return None without one."
     kept = read_json(run.dir/'unets'/'recipe.json')
     return UNetRecipe(**kept) if kept else None
 
@@ -97,12 +99,12 @@ def _settings(kept:dict, seed:int): return Settings(**kept | dict(seed=seed))
 def fit_stage2(
     store, # store.Store with radar and truth
     images:Callable, # method that gives opt_v1
-    recipe:ChainRecipe,
-    out_dir, # of the training
-    seed:int=0, # of order, dropout and what is not pretrained
-    **changes, # of build_prithvi_refiner
+    recipe:ChainRecipe, # settings of the training
+    out_dir, # folder of the training
+    seed:int=0, # of order, dropout and new weights
+    **changes, # options of build_prithvi_refiner
 ) -> Callable: # method: tiles -> (n, 4, H, W) reflectance
-    "Stage 2, trained by a recipe on top of a method."
+    "Train Stage 2 by a recipe on the images of a method; return it as a method."
     refiner = build_prithvi_refiner(**recipe.refiner | dict(seed=seed) | changes)
     train = Pairs(store, store.rows('train')[:recipe.pairs], images, recipe.crop)
     val = Pairs(store, store.rows('val')[:recipe.val_tiles], images)
@@ -113,13 +115,13 @@ def fit_stage2(
 # %% ../../nbs/lib/stages/chain.ipynb #c9c4dd40
 def fit_stage3(
     store, # store.Store with radar and truth
-    images:Callable, # method whose images are grounded
-    recipe:ChainRecipe,
-    out_dir, # of the training
-    seed:int=0, # of order, dropout and what is not pretrained
-    **changes, # of build_stage3_model
+    images:Callable, # method that gives the images to ground
+    recipe:ChainRecipe, # settings of the training
+    out_dir, # folder of the training
+    seed:int=0, # of order, dropout and new weights
+    **changes, # options of build_stage3_model
 ) -> Callable: # method: tiles -> (n, 4, H, W) reflectance
-    "Stage 3, trained by a recipe on top of a method."
+    "Train Stage 3 by a recipe on the images of a method; return it as a method."
     model = build_stage3_model(**recipe.grounding | dict(seed=seed) | changes)
     train = Triples(store, store.rows('train')[:recipe.pairs], images, recipe.lies, seed)
     val = Triples(store, store.rows('val')[:recipe.val_tiles], images)
@@ -131,12 +133,12 @@ def fit_stage3(
 def fit_chain(
     store, # store.Store with radar and truth
     v1:Callable, # method that gives opt_v1
-    recipe:ChainRecipe,
-    out_dir, # of the trainings
-    seed:int=0,
-    no_refinement:bool=True, # Stage 1+3 as well
+    recipe:ChainRecipe, # settings of the trainings
+    out_dir, # folder of the trainings
+    seed:int=0, # of order, dropout and new weights
+    no_refinement:bool=True, # train Stage 1+3 too
 ) -> dict: # name of STAGES -> method
-    "Stages 2 and 3 trained anew with one seed."
+    "Train Stages 2 and 3 again with one seed; return the methods by name."
     out_dir = Path(out_dir)
     made = {'Stage 1+2': fit_stage2(store, v1, recipe, out_dir/'stage2', seed)}
     if no_refinement: made['Stage 1+3'] = fit_stage3(store, v1, recipe, out_dir/'stage3_no2', seed)
@@ -146,7 +148,7 @@ def fit_chain(
 def mean_of_seeds(
     tables, # measured tables of the same tiles, one per seed
 ) -> pd.DataFrame:
-    "Every measure of every tile, averaged over trainings."
+    "Average every measure of every tile over trainings."
     first = tables[0]
     every = pd.concat([t.drop(columns='scene') for t in tables]).groupby(level=['method', 'id'], sort=False).mean()
     return every.reindex(first.index).assign(scene=first.scene)
@@ -155,10 +157,10 @@ def mean_of_seeds(
 def trained_before(
     run, # run.Run
     store, # store.Store with radar and truth
-    unets:bool=False, # U-Nets too
-    **how3, # over those of brief_recipe
-) -> ChainRecipe: # of the run
-    "Where a notebook runs alone, what comes before it is done now, briefly."
+    unets:bool=False, # train U-Nets too
+    **how3, # changes of brief_recipe's how3
+) -> ChainRecipe: # recipe of the run
+    "Train missing stages of a run for a few steps, and return its recipe."
     v1, brief = stored_method(drawn_before(run, store)), brief_recipe()
     if not both_trained(run.dir):
         run.stand_in('Stage 2 or Stage 3')

@@ -38,14 +38,14 @@ from ..training.checkpoints import CARD_FILE
 from ..training.int8 import check_precision
 
 # %% ../../nbs/lib/stages/commands.ipynb #0587339c
-DECODING_FILE = 'stage1.json'  # beside a checkpoint: how the images were drawn that it was trained on
-_DRAWN = dict(model=str, weights=(dict, str), precision=str, decoder=str)  # who drew them, where that is known
+DECODING_FILE = 'stage1.json'  # beside a checkpoint: decoding of its training images
+_DRAWN = dict(model=str, weights=(dict, str), precision=str, decoder=str)  # generator of the images, if known
 
 def keep_decoding(
-    folder:str|Path, # of a checkpoint
-    drawn:dict, # settings of the images; those of decoding.Decoding are kept, and who drew
-) -> Path|None: # None: they do not say, as images do that another program drew
-    "Write down how the images were drawn that a checkpoint learnt from, so that `gac infer` draws them so."
+    folder:str|Path, # folder of a checkpoint
+    drawn:dict, # attributes of the images; decoding and generator are kept
+) -> Path|None: # the file; None: no decoding known, as for images of another program
+    "Write the decoding of a checkpoint's training images for `gac infer`."
     file, names = Path(folder)/DECODING_FILE, [f.name for f in fields(Decoding)]
     if not set(names) <= set(drawn): return file.unlink(missing_ok=True)
     write_file(file, json.dumps({k: drawn[k] for k in (*names, *_DRAWN) if k in drawn}) + '\n')
@@ -54,14 +54,15 @@ def keep_decoding(
 # %% ../../nbs/lib/stages/commands.ipynb #2363167f
 def _read_drawn(
     path:str|Path, # folder of a checkpoint, the file in it, or a repository of the Hugging Face Hub
-    head:str=REFINER_FILE, # the file that makes a folder a checkpoint
-) -> dict: # empty: nobody wrote it down
-    "What is written beside a checkpoint."
+    head:str=REFINER_FILE, # main file of a checkpoint
+) -> dict: # empty: not recorded
+    "Read the record beside a checkpoint."
     if Path(path).suffix == '.safetensors': folder = Path(path).parent
     else:
-        more = (Path(head).with_suffix('.json').name, *ADAPTER_FILES, CARD_FILE)  # a cache never holds half a checkpoint
+        # fetch the whole checkpoint, so that a cache never holds half of it
+        more = (Path(head).with_suffix('.json').name, *ADAPTER_FILES, CARD_FILE)
         try: folder = find_folder(path, (head, DECODING_FILE), more)
-        except GacError: return {}  # a repository without the file, or none to be asked
+        except GacError: return {}  # a repository without the file, or no network
     file, kinds = folder/DECODING_FILE, {f.name: f.type for f in fields(Decoding)}
     if not file.exists(): return {}
     try: made = json.loads(file.read_text(encoding='utf-8'))
@@ -69,33 +70,34 @@ def _read_drawn(
     fits = lambda k: type(made[k]) is kinds[k] if k in kinds else isinstance(made[k], _DRAWN.get(k, ()))
     if not isinstance(made, dict) or not made.keys() >= kinds.keys() or not all(map(fits, made)):
         told = ', '.join(f'{k} ({t.__name__})' for k, t in kinds.items())
-        raise GacError(f'{file} does not say how Stage 1 drew: expected JSON with {told}. Delete it to draw in the default way.')
+        raise GacError(f'{file} does not say how Stage 1 drew: expected JSON with {told}. Delete it to draw in the '
+                       'default way.')
     return made
 
 # %% ../../nbs/lib/stages/commands.ipynb #97b9682d
 def read_decoding(
-    path:str|Path, # as for _read_drawn
-    head:str=REFINER_FILE, # likewise
-) -> Decoding|None: # None: nobody wrote it down
-    "How the images were drawn that a checkpoint learnt from."
+    path:str|Path, # folder of a checkpoint, the file in it, or a repository of the Hub
+    head:str=REFINER_FILE, # main file of a checkpoint
+) -> Decoding|None: # None: not recorded
+    "Read the decoding of a checkpoint's training images."
     made = _read_drawn(path, head)
     try: return Decoding(**{k: v for k, v in made.items() if k not in _DRAWN}) if made else None
     except GacError as e: raise GacError(f'{path}/{DECODING_FILE}: {e}') from None
 
 # %% ../../nbs/lib/stages/commands.ipynb #df327fbf
 def read_generator(
-    path:str|Path, # as for _read_drawn
-    head:str=REFINER_FILE, # likewise
-) -> dict: # model, weights (file -> digest, or random), precision, decoder, as far as they are known
-    "Who drew the images that a checkpoint learnt from."
+    path:str|Path, # folder of a checkpoint, the file in it, or a repository of the Hub
+    head:str=REFINER_FILE, # main file of a checkpoint
+) -> dict: # model, weights (file -> digest, or random), precision, decoder, as far as known
+    "Read the generator of a checkpoint's training images."
     return {k: v for k, v in _read_drawn(path, head).items() if k in _DRAWN}
 
 # %% ../../nbs/lib/stages/commands.ipynb #e9748b67
 def drawn_otherwise(
-    learnt:dict, # how and by whom the images were drawn that a checkpoint learnt from
+    learnt:dict, # decoding and generator of a checkpoint's training images
     drawn:dict, # the same of other images
-) -> str: # empty: alike, as far as both say
-    "What differs between two lots of images; precision is no matter."
+) -> str: # empty: no difference, as far as known
+    "Return the differences of decoding and generator, except for precision."
     told = lambda k, d: d.get(k, '' if k == 'decoder' and d else None)
     names = [k for k in (*_DRAWN, *(f.name for f in fields(Decoding))) if k != 'precision']
     return '; '.join(f'{k} {told(k, learnt)}, here {told(k, drawn)}' for k in names
@@ -103,21 +105,22 @@ def drawn_otherwise(
 
 # %% ../../nbs/lib/stages/commands.ipynb #b1c66d61
 def check_drawn(
-    path:str|Path, # checkpoint, as for _read_drawn
-    drawn:dict, # attributes of the images of Stage 1 it is given, or that those it is given were made from; empty: not known
-    head:str=REFINER_FILE, # the file that makes a folder a checkpoint
+    path:str|Path, # folder of a checkpoint, the file in it, or a repository of the Hub
+    drawn:dict, # attributes of the images of Stage 1 behind its inputs; empty: not known
+    head:str=REFINER_FILE, # main file of a checkpoint
 ) -> None:
-    "Refuse images that were drawn otherwise than those a checkpoint learnt from."
+    "Refuse images of another decoding or generator than a checkpoint's training images."
     if differ := drawn_otherwise(_read_drawn(path, head), drawn):
-        raise GacError(f'{path} was trained on images that Stage 1 drew otherwise: {differ}. Draw them as it was trained (gac precompute), or give the '
+        raise GacError(f'{path} was trained on images that Stage 1 drew otherwise: {differ}. Draw them as it was '
+                       'trained (gac precompute), or give the '
                        'checkpoint that was trained on such images.')
 
 # %% ../../nbs/lib/stages/commands.ipynb #6ed674a3
 def drawn_for(
     place, # store.Store with the images
-    array:str, # opt_v1, or one made of it
+    array:str, # opt_v1, or an array made of it
 ) -> dict: # empty: not known
-    "How Stage 1 drew what an array was made from."
+    "Return the settings of Stage 1 behind an array."
     made = dict(place.arrays[array].attrs) if array in place.arrays else {}
     while made.get('source'): made = made['source']
     return made
@@ -151,12 +154,12 @@ def run_stage2(
 
 # %% ../../nbs/lib/stages/commands.ipynb #5612b24f
 def save_stage2_panels(
-    refiner:PrithviRefiner,
-    pairs:Pairs,
+    refiner:PrithviRefiner, # trained
+    pairs:Pairs, # validation tiles
     path:Path, # a .png file
-    most:int=64, # tiles looked at
+    most:int=64, # number of tiles to choose from
 ) -> Path:
-    "A picture of the tiles with the largest, the median and the smallest gain."
+    "Save a picture of the tiles with the largest, the median and the smallest gain."
     import matplotlib.pyplot as plt
     some = [pairs.tile(i) for i in range(min(len(pairs), most))]
     v1, truth = (np.stack([t[k].numpy() for t in some]) for k in ('opt_v1', 'truth'))
@@ -200,12 +203,12 @@ def run_stage3(
 
 # %% ../../nbs/lib/stages/commands.ipynb #436a47c3
 def save_stage3_panels(
-    model:Stage3GroundingModel,
-    data:Triples,
+    model:Stage3GroundingModel, # trained
+    data:Triples, # validation tiles
     path:Path, # a .png file
-    most:int=64, # tiles looked at
+    most:int=64, # number of tiles to choose from
 ) -> Path:
-    "A picture of the tiles with the largest, the median and the smallest gain."
+    "Save a picture of the tiles with the largest, the median and the smallest gain."
     import matplotlib.pyplot as plt
     some = [data.tile(i) for i in range(min(len(data), most))]
     s1, v2, truth = (torch.stack([t[k] for t in some]) for k in ('s1', 'opt_v2', 'truth'))

@@ -13,50 +13,52 @@ from ..core.files import GacError
 from ..core.vocabulary import BIOMES
 
 # %% ../../nbs/lib/stages/conditions.ipynb #588a7f65
-METADATA = {'month': 12, 'biome': max(BIOMES)}  # metadata -> its highest code; 0 is unknown
-METADATA_FIELDS = ('month', 'biome', 'place')  # what a refiner may be told; place is lon and lat, for encoders that read coordinates
-YEAR = 2018.  # of BigEarthNet and of the miniature's pretraining
+METADATA = {'month': 12, 'biome': max(BIOMES)}  # field -> its highest code; 0 is unknown
+# conditions of a refiner; place is lon and lat, for encoders that read coordinates
+METADATA_FIELDS = ('month', 'biome', 'place')
+YEAR = 2018.  # year of BigEarthNet and of the miniature's pretraining
 
 def metadata_codes(
     metadata:dict, # month and biome: numbers, lists or tensors
     name:str, # month or biome
     n:int, # tiles
-    device='cpu',
-) -> Tensor: # (n,) int64; 0 where nothing is said
-    "One field of the metadata for every tile of a batch."
+    device='cpu', # of the result
+) -> Tensor: # (n,) int64; 0: unknown
+    "Return one field of the metadata for every tile of a batch."
     given = torch.as_tensor(metadata.get(name, 0), device=device)
     if given.ndim > 1 or given.numel() not in (1, n):
         raise GacError(f'{name}: {given.numel()} values for {n} tiles. Give one for all, or one for each.')
     value = given.expand(n) if given.ndim == 0 or given.numel() == 1 else given
-    if value.is_floating_point() and (value != value.round()).any() or (value < 0).any() or (value > METADATA[name]).any():
+    if (value.is_floating_point() and (value != value.round()).any() or (value < 0).any()
+            or (value > METADATA[name]).any()):
         raise GacError(f'{name} is {given.tolist()}: expected whole numbers from 0 (unknown) to {METADATA[name]}.')
     return value.long()
 
 # %% ../../nbs/lib/stages/conditions.ipynb #d3927f05
 def check_fields(
-    metadata, # dict, or None: nothing is known
-    known=(*METADATA, 'lon', 'lat'), # names
+    metadata, # dict, or None: no metadata
+    known=(*METADATA, 'lon', 'lat'), # names of fields
 ) -> dict:
-    "The metadata, if it has no field that nobody would read."
+    "Return the metadata; refuse an unknown field."
     wrong = set(metadata or {}) - set(known)
     if wrong: raise GacError(f'Metadata has no field {", ".join(sorted(wrong))}: known are {", ".join(known)}.')
     return metadata or {}
 
 # %% ../../nbs/lib/stages/conditions.ipynb #6ccd374a
 def season(
-    month:Tensor, # (B,) calendar months, 0 where unknown
-    lat:Tensor|None=None, # (B,) degrees, NaN where unknown; None: nowhere known
+    month:Tensor, # (B,) calendar months, 0: unknown
+    lat:Tensor|None=None, # (B,) degrees, NaN: unknown; None: all unknown
 ) -> Tensor: # (B,) months of the northern hemisphere with the same season
-    "South of the equator the year runs half a year late; a tile of unknown latitude counts as northern."
+    "Return northern months of the same season; a tile of unknown latitude counts as northern."
     return month if lat is None else torch.where((month > 0) & (lat < 0), (month + 5) % 12 + 1, month)
 
 # %% ../../nbs/lib/stages/conditions.ipynb #bb4da589
 class Condition(nn.Module):
-    "Season and biome as one vector that shifts and scales channels."
+    "Encode season and biome as one vector that shifts and scales channels."
     def __init__(self,
-        fields=('month', 'biome'), # what it is told
-        dim:int=32, # of the vector
-        drop:float=.1, # share of training tiles a field is hidden from
+        fields=('month', 'biome'), # conditions, of METADATA_FIELDS
+        dim:int=32, # size of the vector
+        drop:float=.1, # share of training tiles without a field
     ):
         super().__init__()
         self.fields, self.drop, self.dim = tuple(fields), drop, dim
@@ -69,13 +71,16 @@ class Condition(nn.Module):
         self.mix = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU())
 
     def hide(self, code:Tensor) -> Tensor: # (B,)
-        "Forget a field of some tiles while training, so that the refiner also works without it."
-        return torch.where(torch.rand(code.shape, device=code.device) < self.drop, 0, code) if self.training and self.drop else code
+        "Hide a field of some training tiles, so that the refiner also works without it."
+        return torch.where(torch.rand(code.shape, device=code.device) < self.drop, 0,
+                           code) if self.training and self.drop else code
 
     def forward(self, month:Tensor, biome:Tensor) -> Tensor: # (B,) of `season`, (B,) -> (B, dim)
         phase, total = 2*torch.pi*(month - .5)/12, 0
-        waves = torch.stack([phase.sin(), phase.cos(), (2*phase).sin(), (2*phase).cos()], -1)*(month > 0)[:, None]  # (B, 4)
+        # (B, 4)
+        waves = torch.stack([phase.sin(), phase.cos(), (2*phase).sin(), (2*phase).cos()], -1)*(month > 0)[:, None]
         if self.season is not None: total = total + self.season(waves)
         if self.biome is not None: total = total + self.biome(biome)
-        if self.local is not None: total = total + (self.local(biome).unflatten(1, (4, self.dim))*waves[..., None]).sum(1)
+        if self.local is not None: total = total + (self.local(biome).unflatten(1, (4, self.dim))*waves[...,
+            None]).sum(1)
         return self.mix(total)

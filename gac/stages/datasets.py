@@ -25,14 +25,14 @@ from .grounding import Stage3GroundingModel
 FLIPS = {'none': (), 'east-west': (-1,), 'all': (-1, -2)}  # augmentation -> axes that may be mirrored
 
 class Pairs(Dataset):
-    "Generated images with their truth, as Stage 2 is trained on them."
+    "Give generated images with their truth, for the training of Stage 2."
     def __init__(self,
         store, # store.Store with the truth
         rows, # positions in the store
-        images:Callable, # method: tiles -> (n, 4, H, W) reflectance, as of stage1.opt_v1_of
-        crop:int=0, # px, a random window; 0: the whole tile
-        augment:str='none', # mirroring, of FLIPS
-        keep:int=2048, # tiles held in memory once read
+        images:Callable, # method: tiles -> (n, 4, H, W) reflectance, e.g. from stage1.opt_v1_of
+        crop:int=0, # side of a random window, px; 0: the whole tile
+        augment:str='none', # mirroring, one of FLIPS
+        keep:int=2048, # tiles kept in memory
     ):
         if augment not in FLIPS: raise GacError(f'augment {augment!r}: expected {", ".join(FLIPS)}.')
         size = min(store.arrays['s2'].shape[-2:])
@@ -43,7 +43,7 @@ class Pairs(Dataset):
     def __len__(self) -> int: return len(self.rows)
 
     def tile(self, i:int) -> dict: # opt_v1, truth (4, H, W), s1 (2, H, W); month, biome, lon, lat
-        "A whole tile."
+        "Return a whole tile."
         if i in self.held: return self.held[i]
         batch = load_tiles(self.store, self.rows[i:i + 1])
         one = {k: torch.from_numpy(np.ascontiguousarray(x[0], dtype=np.float32))
@@ -63,7 +63,7 @@ class Pairs(Dataset):
         return one | {k: x.flip(axes) for k, x in images.items()}
 
     def mark(self) -> str:
-        "Digits that change with the tiles, their images or the truth; over the first and last eight."
+        "Return a digest of the ids of all tiles, and the data of the first and last eight."
         digest = hashlib.sha256(','.join(self.store.table.id.iloc[self.rows]).encode())
         for i in sorted({*range(len(self))[:8], *range(len(self))[-8:]}):
             for k in ('opt_v1', 'truth'): digest.update(self.tile(i)[k].numpy().tobytes())
@@ -71,23 +71,24 @@ class Pairs(Dataset):
 
 # %% ../../nbs/lib/stages/datasets.ipynb #dd3c7c4d
 class Triples(Dataset):
-    "Radar, refined image and truth, as Stage 3 is trained on them."
+    "Give radar, refined image and truth, for the training of Stage 3."
     def __init__(self,
         store, # store.Store with radar and truth
         rows, # positions in the store
         images:Callable, # method: tiles -> (n, 4, H, W) reflectance, gives opt_v2
-        lies:float=0., # share of tiles that carry one
-        seed:int=0, # of the lies
-        keep:int=2048, # tiles held in memory once read
+        lies:float=0., # share of tiles with an injected artefact
+        seed:int=0, # of the artefacts
+        keep:int=2048, # tiles kept in memory
     ):
-        self.store, self.rows, self.images, self.lies, self.seed, self.keep = store, np.asarray(rows), images, lies, seed, keep
-        self.held, self.told = {}, {}  # tiles as they are, and with their lies
-        self.more, self.made_by = {}, {}  # what `remember` adds, and of which model it is
+        self.store, self.rows, self.images, self.lies, self.seed, self.keep = (
+            store, np.asarray(rows), images, lies, seed, keep)
+        self.held, self.told = {}, {}  # tiles without and with their artefacts
+        self.more, self.made_by = {}, {}  # arrays added by `remember`, and their model
 
     def __len__(self) -> int: return len(self.rows)
 
     def tile(self, i:int) -> dict: # s1 (2, H, W) dB, opt_v2, truth (4, H, W) reflectance
-        "A tile without its lie."
+        "Return a tile without its artefact."
         if i in self.held: return self.held[i]
         batch = load_tiles(self.store, self.rows[i:i + 1])
         given = dict(s1=batch['s1'], opt_v2=self.images(batch), truth=batch['truth'])
@@ -101,39 +102,44 @@ class Triples(Dataset):
         return one | {k: v[i] for k, v in self.more.items()}
 
     def with_lie(self, i:int) -> dict: # as tile
-        "A tile with its lie, where it carries one."
+        "Return a tile with its artefact, if it carries one."
         one, row = self.tile(i), int(self.rows[i])
         rng = np.random.default_rng((self.seed, row, 3))
         if rng.random() >= self.lies: return one
         kind = ARTEFACT_KINDS[rng.integers(len(ARTEFACT_KINDS))]
-        return one | dict(opt_v2=torch.from_numpy(inject_artefact(one['opt_v2'].numpy(), one['s1'].numpy(), kind, (self.seed, row, 4))[0]))
+        return one | dict(opt_v2=torch.from_numpy(inject_artefact(one['opt_v2'].numpy(), one['s1'].numpy(), kind,
+                                                                  (self.seed, row, 4))[0]))
 
     def s2(self, rows) -> Tensor: # (n, 12, H, W) reflectance
         return torch.from_numpy(load_tiles(self.store, self.rows[rows])['s2'].astype(np.float32))
 
 # %% ../../nbs/lib/stages/datasets.ipynb #4aa75573
-REMEMBERED = {'features': ('features', 'pixels'), 'tokens': ('tokens',)}  # what is kept -> its arrays
+REMEMBERED = {'features': ('features', 'pixels'), 'tokens': ('tokens',)}  # kind -> its arrays
 
 @torch.no_grad()
 def remember(
     data:Triples, # changed in place
-    model:Stage3GroundingModel,
-    what:str, # of REMEMBERED
+    model:Stage3GroundingModel, # owner of the frozen weights
+    what:str, # one of REMEMBERED
     batch_size:int=8, # tiles at a time
-) -> Triples:
-    "Compute once what training does not change."
+) -> Triples: # the data
+    "Compute and keep the quantities of all tiles that training does not change."
     parts = {k: [] for k in REMEMBERED[what]}
     for k in range(0, len(data), batch_size):
         some = range(k, min(k + batch_size, len(data)))
         s1, v2 = (torch.stack([data[i][n] for i in some]).to(model.device) for n in ('s1', 'opt_v2'))
         s1, v2 = padded(model, s1), padded(model, v2)
         new = [model.features(s1, v2).half(),
-               model.pixels(s1, v2).half()] if what == 'features' else [model.generator.tokenize(data.s2(list(some)), 'S2L2A')]
+               model.pixels(s1, v2).half()] if what == 'features' else [model.generator.tokenize(data.s2(list(some)),
+                   'S2L2A')]
         for part, x in zip(parts.values(), new): part.append(x.cpu())
     data.more |= {k: torch.cat(part) for k, part in parts.items()}
     return data
 
 # %% ../../nbs/lib/stages/datasets.ipynb #3feea828
-def padded(model:Stage3GroundingModel, x:Tensor) -> Tensor:
-    "Extended by reflection to what the generator reads."
+def padded(
+    model:Stage3GroundingModel, # its generator sets the multiple
+    x:Tensor, # (..., H, W)
+) -> Tensor: # (..., H', W')
+    "Pad images by reflection to a multiple that the generator reads."
     return pad_to_multiple(x, model.generator.multiple('S2L2A'))[0]

@@ -35,13 +35,13 @@ from ..training.int8 import autocast_for, check_precision, weigh_memory
 # %% ../../nbs/lib/stages/inference.ipynb #2cabd830
 @torch.no_grad()
 def stage3_inference(
-    model:Stage3GroundingModel,
-    s1, # (B, 2, H, W) or (2, H, W), array or tensor
-    opt_v2, # (B, 4, H, W) or (4, H, W)
-    timesteps:int|None=None, # of the token routes; None: those of the model
+    model:Stage3GroundingModel, # trained, or untrained (returns opt_v2)
+    s1, # (B, 2, H, W) or (2, H, W) dB, array or tensor
+    opt_v2, # (B, 4, H, W) or (4, H, W) reflectance
+    timesteps:int|None=None, # diffusion steps of the token routes; None: the model's
     batch_size:int=8, # tiles at a time
-) -> Tensor: # opt_v3, shaped as opt_v2, on the CPU
-    "Ground some images."
+) -> Tensor: # opt_v3, with the shape of opt_v2, on the CPU
+    "Ground images and return opt_v3."
     s1, v2 = (torch.as_tensor(np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x, dtype=torch.float32)
               for x in (s1, opt_v2))
     single = v2.ndim == 3
@@ -55,12 +55,12 @@ def stage3_inference(
 
 # %% ../../nbs/lib/stages/inference.ipynb #96750369
 def stage3_batch_inference(
-    model:Stage3GroundingModel,
-    dataloader, # of dicts with s1 and opt_v2 (and more, which is passed on), or of pairs (s1, opt_v2)
-    timesteps:int|None=None, # None: those of the model
-    verbose:bool=True, # print how far it is
+    model:Stage3GroundingModel, # trained
+    dataloader, # of dicts with s1 and opt_v2 (further tensors are passed on), or of pairs (s1, opt_v2)
+    timesteps:int|None=None, # diffusion steps of the token routes; None: the model's
+    verbose:bool=True, # print the progress
 ) -> dict: # opt_v3 (n, 4, H, W) and all tensors of the batches
-    "Ground everything a loader gives."
+    "Ground all batches of a loader."
     parts, seen = {}, 0
     for batch in dataloader:
         batch = batch if isinstance(batch, dict) else dict(zip(('s1', 'opt_v2', 'truth'), batch))
@@ -78,27 +78,28 @@ def compute_stage3_metrics(
     opt_v2, # the same shape
     s2_truth, # the same shape
 ) -> dict: # mse_v3, mse_v2, mse_improvement_%, and mae likewise
-    "What Stage 3 changes in squared and absolute error."
+    "Return squared and absolute errors of opt_v3 and opt_v2, and the improvement."
     out = {}
     for name, f in (('mse', mse), ('mae', mae)):
         new, old = (float(f(x, s2_truth).double().mean()) for x in (opt_v3, opt_v2))
-        out |= {f'{name}_v3': new, f'{name}_v2': old, f'{name}_improvement_%': 100*(old - new)/old if old else float('nan')}
+        out |= {f'{name}_v3': new, f'{name}_v2': old,
+                f'{name}_improvement_%': 100*(old - new)/old if old else float('nan')}
     return out
 
 # %% ../../nbs/lib/stages/inference.ipynb #f2754e8e
 def stage3_method(
-    model:Stage3GroundingModel,
+    model:Stage3GroundingModel, # trained
     images:Callable, # method that gives opt_v2
-    timesteps:int|None=None,
+    timesteps:int|None=None, # diffusion steps of the token routes; None: the model's
 ) -> Callable: # method: tiles -> (n, 4, H, W) reflectance
-    "Stage 3 as a method, on top of another."
+    "Return Stage 3 as a method that grounds the images of another one."
     return lambda batch: stage3_inference(model, batch['s1'], images(batch), timesteps).numpy()
 
 # %% ../../nbs/lib/stages/inference.ipynb #52d67532
 def grounding_info(
-    model:Stage3GroundingModel,
+    model:Stage3GroundingModel, # trained or untrained
 ) -> pd.DataFrame: # part, layers, params, trainable, share_%
-    "Architecture and parameters by part."
+    "Count parameters by part of the model."
     net, gen = model.generator.net, model.generator
     parts = {'encoder': [net.encoder, net.encoder_norm, net.encoder_embeddings],
              'decoder': [net.decoder, net.decoder_norm, net.decoder_embeddings],
@@ -106,7 +107,8 @@ def grounding_info(
     rows = []
     for name, modules in parts.items():
         p = {id(q): q for m in modules for q in m.parameters()}.values()
-        rows.append(dict(part=name, params=sum(q.numel() for q in p), trainable=sum(q.numel() for q in p if q.requires_grad)))
+        rows.append(dict(part=name, params=sum(q.numel() for q in p),
+                         trainable=sum(q.numel() for q in p if q.requires_grad)))
     size = weigh_memory(model)
     rows.append(dict(part='all', params=size['params'], trainable=size['trainable']))
     table = pd.DataFrame(rows)
@@ -114,43 +116,47 @@ def grounding_info(
 
 # %% ../../nbs/lib/stages/inference.ipynb #b28e4355
 def fingerprint_stage3(model:Stage3GroundingModel) -> str: # 16 digits
-    "A digest of what was trained."
-    return adapter_digest({k: v for k, v in model.state_dict().items() if 'lora_' in k or k.startswith('head.') or k == 'strength'})
+    "Return a digest of the trained weights."
+    return adapter_digest({k: v for k, v in model.state_dict().items() if 'lora_' in k or k.startswith('head.')
+                           or k == 'strength'})
 
 # %% ../../nbs/lib/stages/inference.ipynb #da438502
 def precompute_stage3(
     store, # store.Store with the radar
-    model:Stage3GroundingModel,
-    into=None, # store.Store with opt_v2, the array goes there; None: `store`
+    model:Stage3GroundingModel, # trained
+    into=None, # store.Store with opt_v2, which gets the array; None: `store`
     output:str='opt_v3', # name of the array
-    source:str='opt_v2', # array that is grounded
+    source:str='opt_v2', # array to ground
     batch_size:int=8, # tiles at a time
-    timesteps:int|None=None, # of the token routes; None: those of the model
-    max_tiles:int=0, # only the first so many; 0: all
-    rank:int=0, # this worker
-    world_size:int=1, # of so many
-    overwrite:bool=False, # replace an array that was made otherwise
-    precision:str='32-true', # of settings.MIXED
-) -> dict: # of tileset.run_tileset; tiles without opt_v2 or usable radar are errors
-    "Ground a whole tile set."
+    timesteps:int|None=None, # diffusion steps of the token routes; None: the model's
+    max_tiles:int=0, # number of tiles from the start; 0: all
+    rank:int=0, # number of this worker
+    world_size:int=1, # workers
+    overwrite:bool=False, # replace an array of other settings
+    precision:str='32-true', # one of settings.MIXED
+) -> dict: # result of tileset.run_tileset; tiles without opt_v2 or usable radar are errors
+    "Ground a whole tile set and store the array."
     into = into or store
-    if source not in into.arrays: raise GacError(f'{into.path} has no {source}. Make it: gac precompute-stage2 --data-dir {store.path}')
+    if source not in into.arrays:
+        raise GacError(f'{into.path} has no {source}. Make it: gac precompute-stage2 --data-dir {store.path}')
     made = dict(bands=list(OPT_BANDS), units='reflectance x 10000', model=model.config, weights=backbone_digest3(model),
                 trained=fingerprint_stage3(model),
                 timesteps=timesteps or model.timesteps, source=dict(into.arrays[source].attrs), precision=precision)
     check_precision(precision, model.device.type)
     def make(s1, rows):
-        with autocast_for(model.device.type, precision): return stage3_inference(model, s1, to_reflectance(into.read(source, rows)), timesteps, batch_size).numpy()
+        with autocast_for(model.device.type, precision):
+            return stage3_inference(model, s1, to_reflectance(into.read(source, rows)), timesteps, batch_size).numpy()
     return run_tileset(into, output, into.arrays[source].shape[1:], made, lambda rows: read_radar(store, rows), make,
-                       batch_size, max_tiles, rank, world_size, overwrite, source, ahead=2 if model.device.type == 'cuda' else 1, threads=1)
+                       batch_size, max_tiles, rank, world_size, overwrite, source,
+                       ahead=2 if model.device.type == 'cuda' else 1, threads=1)
 
 # %% ../../nbs/lib/stages/inference.ipynb #8f7ecef5
 def opt_v3_of(
     run, # run.Run
     store, # store.Store
     rows, # positions in the store
-) -> tuple: # method: tiles -> (n, 4, H, W) reflectance; those of the rows it has an image for
-    "opt_v3 of a store: as it was precomputed, else grounded on the spot by the model of this run."
+) -> tuple: # method: tiles -> (n, 4, H, W) reflectance; rows with an image
+    "Return opt_v3 of a store as a method: the precomputed array, else computed by the run's model."
     place, rows = grid_store(run, store), np.asarray(rows)
     if 'opt_v3' in place.arrays: return stored_method(place, 'opt_v3'), rows[place.written('opt_v3')[rows]]
     v2, rows = opt_v2_of(run, store, rows)
@@ -160,11 +166,12 @@ def opt_v3_of(
 def read_images(
     path:str|Path, # .pt or .npz
 ) -> dict: # name -> float32 tensor
-    "The tensors of a file; a bare tensor is called 'tensor'."
+    "Read the tensors of a file; a single tensor gets the name 'tensor'."
     path = Path(path)
     if path.suffix == '.npz':
         try:
-            with np.load(path, allow_pickle=False) as z: found = {k: torch.from_numpy(np.asarray(z[k])) for k in z.files}
+            with np.load(path, allow_pickle=False) as z:
+                found = {k: torch.from_numpy(np.asarray(z[k])) for k in z.files}
         except FileNotFoundError as e: raise GacError(f'{path} is missing.') from e
         except Exception as e:
             raise GacError(f'{path} is no readable archive of plain arrays ({e}). Write it with np.savez.') from e
@@ -178,39 +185,47 @@ def read_images(
 
 # %% ../../nbs/lib/stages/inference.ipynb #9fea7ca3
 def _batched(x:Tensor, channels:int, where) -> Tensor: # (B, channels, H, W)
-    "With a batch axis, or an error that says what was expected."
+    "Add a batch axis if needed; refuse another shape."
     x = x[None] if x.ndim == 3 else x
     if x.ndim != 4 or x.shape[1] != channels:
         raise GacError(f'{where}: shape {tuple(x.shape)}, expected (tiles, {channels}, height, width).')
     return x
 
-def radar_in(found:dict, where) -> Tensor: # (B, 2, H, W) dB
-    "VV and VH of a file."
+def radar_in(
+    found:dict, # from read_images
+    where, # file, for messages
+) -> Tensor: # (B, 2, H, W), units of the file
+    "Return VV and VH of a file; refuse a file without radar."
     if {'s1_vv', 's1_vh'} <= found.keys():
         vv, vh = found['s1_vv'], found['s1_vh']
         if vv.shape != vh.shape or vv.ndim < 2:
-            raise GacError(f'{where}: s1_vv {tuple(vv.shape)} and s1_vh {tuple(vh.shape)}, expected (tiles, height, width) twice.')
+            raise GacError(f'{where}: s1_vv {tuple(vv.shape)} and s1_vh {tuple(vh.shape)}, expected (tiles, height, '
+                           'width) twice.')
         return _batched(torch.stack([vv, vh], -3), 2, f'{where}, s1_vv and s1_vh')
     for k in ('s1', 'tensor'):
         if k in found: return _batched(found[k], 2, f'{where}, {k}')
     raise GacError(f'{where}: no radar; expected s1_vv and s1_vh, or s1. It holds {", ".join(found)}.')
 
 # %% ../../nbs/lib/stages/inference.ipynb #634796d3
-def image_in(found:dict, where, names=('opt_v2', 'tensor')) -> Tensor: # (B, 4, H, W)
-    "The four bands of a file."
+def image_in(
+    found:dict, # from read_images
+    where, # file, for messages
+    names=('opt_v2', 'tensor'), # accepted names, best first
+) -> Tensor: # (B, 4, H, W)
+    "Return the four bands of a file; refuse a file without them."
     for k in names:
         if k in found: return _batched(found[k], len(OPT_BANDS), f'{where}, {k}')
     raise GacError(f'{where}: no {names[0]}. It holds {", ".join(found)}.')
 
 # %% ../../nbs/lib/stages/inference.ipynb #7927c0f6
 def in_db(
-    radar:Tensor, # (B, 2, H, W) as it came
+    radar:Tensor, # (B, 2, H, W), units of the file
     where, # file, for messages
-    asked:str='auto', # dB, linear, amplitude; auto: by the rules of units
+    asked:str='auto', # dB, linear, amplitude; auto: detected by the rules of data.units
     scale:float=0, # factor of the stored values; 0: none
-    named:bool=False, # VV and VH have names, not an order
+    named:bool=False, # True: VV and VH have names, so their order is not checked
 ) -> Tensor: # dB
-    "The radar of a file by the rules all readers go by."
+    "Convert radar to dB by the rules of all readers; refuse implausible values."
     samples = [x*(scale or 1) for x in radar.numpy()]
     unit = s1_unit(samples, asked, str(where))
     try:
@@ -224,35 +239,41 @@ def in_db(
     return torch.from_numpy(np.stack([to_db(x, unit) for x in samples]))
 
 # %% ../../nbs/lib/stages/inference.ipynb #0f04aa3a
-def in_reflectance(x:Tensor, where) -> Tensor: # (B, 4, H, W)
-    "The image of a file, or an error where it is no reflectance."
+def in_reflectance(
+    x:Tensor, # (B, 4, H, W)
+    where, # file, for messages
+) -> Tensor: # the same
+    "Return an image; refuse values that are not finite or no reflectance."
     if not torch.isfinite(x).all(): raise GacError(f'{where}: opt_v2 has values that are not finite.')
-    if x.numel() and x.abs().median() > 2: raise GacError(f'{where}: opt_v2 goes up to {x.max():.4g}, expected reflectance, not digital numbers.')
+    if x.numel() and x.abs().median() > 2:
+        raise GacError(f'{where}: opt_v2 goes up to {x.max():.4g}, expected reflectance, not digital numbers.')
     return x
 
 # %% ../../nbs/lib/stages/inference.ipynb #5684d504
 def infer_files(
     s1:str|Path, # .pt or .npz with the radar
-    output:str|Path, # .pt or .npz that is written
+    output:str|Path, # .pt or .npz to write
     stage3_checkpoint:str|Path, # folder of a trained Stage 3
-    opt_v2:str|Path='', # .pt or .npz with the refined image; empty: it is in the file of the radar
+    opt_v2:str|Path='', # .pt or .npz with the refined image; empty: in the file of the radar
     timesteps:int=8, # diffusion steps of the token routes
-    stage2_checkpoint:str|Path='', # checked to be of the kind Stage 3 was trained on; empty: not checked
-    weights:str='', # of the generator
+    stage2_checkpoint:str|Path='', # checked against the Stage 2 of the training; empty: no check
+    weights:str='', # folder of the generator's weights
     batch_size:int=8, # tiles at a time
-    s1_units:str='auto', # dB, linear, amplitude; auto: by the rules of units
+    s1_units:str='auto', # dB, linear, amplitude; auto: detected by the rules of data.units
     s1_scale:float=0, # factor of the stored radar; 0: none
-) -> dict: # tiles, output, and what compute_stage3_metrics says where s2_real is given
-    "What `gac stage3 infer` does."
+) -> dict: # tiles, output, and compute_stage3_metrics if the file has s2_real
+    "Ground the images of a file and write opt_v3, as `gac stage3 infer` does."
     output, image = Path(output), Path(opt_v2 or s1)
     if output.suffix not in ('.pt', '.npz'): raise GacError(f'{output}: the output is a .pt or .npz file.')
     for given in (Path(s1), image):
-        if output.exists() and given.exists() and output.samefile(given): raise GacError(f'{output} is the input itself ({given}). Give another --output.')
+        if output.exists() and given.exists() and output.samefile(given):
+            raise GacError(f'{output} is the input itself ({given}). Give another --output.')
     if output.is_dir(): raise GacError(f'{output} is a folder, and the output is one file (--output).')
     writable(output.parent)
     found = read_images(s1)
     there = found if image == Path(s1) else read_images(image)
-    radar, v2 = in_db(radar_in(found, s1), s1, s1_units, s1_scale, named='s1_vv' in found), in_reflectance(image_in(there, image), image)
+    radar, v2 = in_db(radar_in(found, s1), s1, s1_units, s1_scale,
+                      named='s1_vv' in found), in_reflectance(image_in(there, image), image)
     model = load_stage3(stage3_checkpoint, stage2_checkpoint, weights)
     v3 = stage3_inference(model, radar, v2, timesteps, batch_size)
     out = dict(opt_v3=v3, s1_vv=radar[:, 0], s1_vh=radar[:, 1])
@@ -260,16 +281,17 @@ def infer_files(
         if output.suffix == '.pt': torch.save(out, f)
         else: np.savez(f, **{k: v.numpy() for k, v in out.items()})
     truth = next((d['s2_real'] for d in (there, found) if 's2_real' in d), None)
-    measured = {} if truth is None else compute_stage3_metrics(v3, v2, _batched(truth, len(OPT_BANDS), f'{image}, s2_real'))
+    measured = {} if truth is None else compute_stage3_metrics(v3, v2,
+                                                               _batched(truth, len(OPT_BANDS), f'{image}, s2_real'))
     return dict(tiles=len(v3), output=str(output)) | measured
 
 # %% ../../nbs/lib/stages/inference.ipynb #f2961008
 def grounding_report(
-    stage3_checkpoint:str|Path='', # folder of a trained Stage 3; empty: an untrained one of `name`
+    stage3_checkpoint:str|Path='', # folder of a trained Stage 3; empty: an untrained model of `name`
     name:str='terramind_mini_generate', # generator
-    **more, # of build_stage3_model
+    **more, # options of build_stage3_model
 ) -> str:
-    "What `gac stage3 info` prints."
+    "Return the text of `gac stage3 info`: parameters, adapted layers and settings."
     model = load_stage3(stage3_checkpoint) if stage3_checkpoint else build_stage3_model(name=name, **more)
     card = read_stage3(stage3_checkpoint)[1] if stage3_checkpoint else {}
     facts = model.config | {k: card[k] for k in ('metrics', 'stage2', 'steps', 'pairs') if k in card}

@@ -19,15 +19,15 @@ from .grounding import despeckled
 
 # %% ../../nbs/lib/stages/losses.ipynb #d3ca804a
 STEP = .1  # reflectance, the unit of errors in the loss
-FLOOR = 1e-5  # squared reflectance: a tile at 50 dB is good enough
+FLOOR = 1e-5  # squared reflectance: errors beyond 50 dB PSNR do not count
 BETAS = (.0448, .2856, .3001, .2363, .1333)  # weight of each scale (Wang et al. 2003), finest first
 
 def scales(
     side:int, # px, the shorter side of a tile
 ) -> int: # 1 to 5
-    "How many scales of MS-SSIM fit: each halves the image, and the smallest must hold the window."
+    "Return the scales of MS-SSIM that fit: each halves the image, the smallest must hold the window."
     if side < SSIM_WINDOW: raise GacError(f'SSIM needs tiles of {SSIM_WINDOW} px or more, got {side}.')
-    # the second as torchmetrics counts
+    # the second condition is that of torchmetrics
     return max(n for n in range(1, len(BETAS) + 1) if min(side//2**(n - 1), side//max(1, n - 1)**2) >= SSIM_WINDOW)
 
 # %% ../../nbs/lib/stages/losses.ipynb #63fbd3b5
@@ -35,8 +35,9 @@ def ms_ssim(
     pred:Tensor, # (B, C, H, W) reflectance
     truth:Tensor, # the same shape
 ) -> Tensor: # scalar, 1 for identical images
-    "Structural similarity over as many scales as fit; over one scale it is SSIM."
-    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as several, structural_similarity_index_measure as single
+    "Return structural similarity over the scales that fit; over one scale it is SSIM."
+    from torchmetrics.functional.image import (
+        multiscale_structural_similarity_index_measure as several, structural_similarity_index_measure as single)
     n = scales(min(pred.shape[-2:]))
     if n == 1: return single(pred, truth, data_range=1.)
     return several(pred, truth, data_range=1., betas=tuple(b/sum(BETAS[:n]) for b in BETAS[:n]), normalize='simple')
@@ -46,21 +47,21 @@ def spectral_angle(
     pred:Tensor, # (B, C, H, W) reflectance
     truth:Tensor, # the same shape
 ) -> Tensor: # scalar, rad
-    "Mean angle between spectra, with a gradient everywhere."
+    "Return the mean angle between spectra; its gradient is finite everywhere."
     lengths = (pred.square().sum(1)*truth.square().sum(1)).clamp_min(1e-12).sqrt()
     return torch.acos(((pred*truth).sum(1)/lengths).clamp(-1 + 1e-6, 1 - 1e-6)).mean()
 
 # %% ../../nbs/lib/stages/losses.ipynb #22e7129d
 class Stage2Loss(nn.Module):
-    "Weighted sum of what Stage 2 should get right; terms of weight 0 are not computed."
+    "Sum the weighted terms of Stage 2; terms of weight 0 are not computed."
     def __init__(self,
         log_mse:float=1., # log10 of each tile's mean squared error: PSNR in bels, so that every tile counts the same
         l1:float=0., # mean absolute error, in tenths of reflectance
         l2:float=0., # mean squared error, in squared tenths
         ms_ssim:float=.1, # 1 - MS-SSIM
         sam:float=.1, # spectral angle, rad
-        lpips:float=0., # perceptual distance, where its backbone weights are at hand
-        lpips_weights:str='', # their file; empty: looked for
+        lpips:float=0., # perceptual distance, if its weights are available
+        lpips_weights:str='', # file of these weights; empty: default places
     ):
         super().__init__()
         self.weights = dict(log_mse=log_mse, l1=l1, l2=l2, ms_ssim=ms_ssim, sam=sam, lpips=lpips)
@@ -72,12 +73,12 @@ class Stage2Loss(nn.Module):
             self.weights['lpips'] = 0.
 
     def say(self, text:str) -> None:
-        "Print something once."
+        "Print a text once."
         if text not in self.said: print(text, flush=True)
         self.said.add(text)
 
     def term(self, name:str, pred:Tensor, truth:Tensor) -> Tensor:
-        "One term, a scalar."
+        "Return one term, a scalar."
         if name == 'log_mse': return ((pred - truth).square().mean((1, 2, 3)) + FLOOR).log10().mean()
         if name == 'l1': return F.l1_loss(pred, truth)/STEP
         if name == 'l2': return F.mse_loss(pred, truth)/STEP**2
@@ -85,7 +86,8 @@ class Stage2Loss(nn.Module):
         if name == 'lpips': return self.perceptual.net.to(pred.device)(2*rgb(pred) - 1, 2*rgb(truth) - 1).mean()
         n = scales(min(pred.shape[-2:]))
         if n < len(BETAS):
-            self.say(f'tiles of {min(pred.shape[-2:])} px are too small for MS-SSIM over 5 scales: ' + (f'{n} scales' if n > 1 else 'SSIM') + ' instead')
+            self.say(f'tiles of {min(pred.shape[-2:])} px are too small for MS-SSIM over 5 scales: '
+                     + (f'{n} scales' if n > 1 else 'SSIM') + ' instead')
         return 1 - ms_ssim(pred, truth)
 
     def forward(self,
@@ -99,9 +101,9 @@ class Stage2Loss(nn.Module):
 # %% ../../nbs/lib/stages/losses.ipynb #3cbffd77
 def texture(
     x:Tensor, # (B, C, H, W)
-    window:int=9, # px
+    window:int=9, # side, px
 ) -> Tensor: # (B, H - window + 1, W - window + 1), mean over channels
-    "The local standard deviation."
+    "Return the local standard deviation."
     mean, square = F.avg_pool2d(x, window, 1), F.avg_pool2d(x*x, window, 1)
     return (square - mean**2).clamp_min(1e-8).sqrt().mean(1)
 
@@ -109,8 +111,8 @@ def texture(
 def texture_agreement(
     pred:Tensor, # (B, 4, H, W) reflectance
     s1:Tensor, # (B, 2, H, W) dB
-) -> Tensor: # (B,), 0 where the spread of the image follows that of the radar, 1 where it has nothing to do with it
-    "One minus the correlation of local spreads, the radar without most of its speckle."
+) -> Tensor: # (B,), 0: correlation 1; 1: no correlation
+    "Return one minus the correlation of local standard deviations of image and despeckled radar."
     a, b = texture(pred).flatten(1), texture(despeckled(s1, 3)).flatten(1)
     a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
     return 1 - (a*b).sum(1)/(a.square().sum(1)*b.square().sum(1) + 1e-12).sqrt()
@@ -118,8 +120,8 @@ def texture_agreement(
 # %% ../../nbs/lib/stages/losses.ipynb #e5c0b1ec
 def steepness(
     x:Tensor, # (B, C, H, W)
-) -> Tensor: # (B, 1, H, W), 1 on the average of a tile
-    "Relative size of the gradient after a little smoothing, mean over channels."
+) -> Tensor: # (B, 1, H, W), with mean 1 over a tile
+    "Return the relative gradient magnitude after smoothing, mean over channels."
     x = F.avg_pool2d(F.pad(x, [1]*4, mode='replicate'), 3, 1)
     dx = F.pad(x[..., 2:] - x[..., :-2], (1, 1, 0, 0), mode='replicate')
     dy = F.pad(x[..., 2:, :] - x[..., :-2, :], (0, 0, 1, 1), mode='replicate')
@@ -128,19 +130,19 @@ def steepness(
 
 # %% ../../nbs/lib/stages/losses.ipynb #e557df35
 class Stage3Loss(nn.Module):
-    "Weighted sum of what Stage 3 should get right; terms of weight 0 are not computed."
+    "Sum the weighted terms of Stage 3; terms of weight 0 are not computed."
     def __init__(self,
         relative:float=1., # half log of the squared error over opt_v2's, mean over tiles
         l1:float=.2, # mean absolute error, in tenths of reflectance
         sar:float=.1, # distance of edge and texture agreement to the truth's own
-        identity:float=.02, # distance to opt_v2 where the radar has no objection, in tenths of reflectance
+        identity:float=.02, # distance to opt_v2 where the radar agrees with it, in tenths of reflectance
         spectral:float=.1, # spectral angle, rad
         lpips:float=0., # perceptual distance
-        lpips_weights:str='', # its backbone; empty: looked for
+        lpips_weights:str='', # file of its weights; empty: default places
     ):
         super().__init__()
         self.weights = dict(relative=relative, l1=l1, sar=sar, identity=identity, spectral=spectral, lpips=lpips)
-        self.floor = 1e-5  # squared reflectance: an RMSE of .003 is good enough
+        self.floor = 1e-5  # squared reflectance: an RMSE below .003 does not count
         if min(self.weights.values()) < 0 or not any(self.weights.values()):
             raise GacError(f'Loss weights {self.weights}: expected none below 0 and one above.')
         self.perceptual = LPIPS(lpips_weights) if lpips else None
@@ -149,7 +151,7 @@ class Stage3Loss(nn.Module):
             self.weights['lpips'] = 0.
 
     def term(self, name:str, pred:Tensor, truth:Tensor, opt_v2:Tensor, s1:Tensor) -> Tensor:
-        "One term, a scalar."
+        "Return one term, a scalar."
         if name == 'l1': return F.l1_loss(pred, truth)/.1
         if name == 'relative':
             new, old = ((x - truth).square().mean((1, 2, 3)) + self.floor for x in (pred, opt_v2))

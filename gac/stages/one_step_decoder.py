@@ -24,11 +24,11 @@ from ..training.settings import Settings
 
 # %% ../../nbs/lib/stages/one_step_decoder.ipynb #di000003
 class OneStepDecoder(nn.Module):
-    "Codes to an image in one pass: convolutions between codes, pixels unfolded from channels at the end (Shi et al. 2016, arXiv 1609.05158)."
+    "Decode codes to an image by convolutions and a final pixel shuffle (Shi et al. 2016, arXiv 1609.05158)."
     def __init__(self,
         codes:int, # channels of a code
-        bands:int, # of the image
-        patch:int, # px a code stands for
+        bands:int, # bands of the image
+        patch:int, # side of a code's patch, px
         width:int=96, # channels
         depth:int=3, # residual blocks
     ):
@@ -36,7 +36,8 @@ class OneStepDecoder(nn.Module):
         self.config = dict(codes=codes, bands=bands, patch=patch, width=width, depth=depth)
         conv = lambda a, b: nn.Conv2d(a, b, 3, padding=1)
         self.read = conv(codes, width)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.GELU(), conv(width, width), nn.GELU(), conv(width, width)) for _ in range(depth))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.GELU(), conv(width, width), nn.GELU(), conv(width, width))
+                                    for _ in range(depth))
         self.out = nn.Sequential(nn.GELU(), nn.Conv2d(width, bands*patch**2, 1), nn.PixelShuffle(patch))
 
     def forward(self, codes:Tensor) -> Tensor: # (B, L, h, w) -> (B, bands, h patch, w patch), standardised
@@ -51,13 +52,14 @@ def DistillationSet(
     store, # store.Store
     rows, # positions in the store
     batch_size:int=16, # tiles at a time
-    seed:int=0,
+    seed:int=0, # of the noise
 ) -> list: # of dicts: codes (L, h, w), image (12, H, W) standardised
-    "Mean codes, and what the painter makes of them in one step."
+    "Return mean codes and the teacher's one-step images of some tiles."
     key, out = model._output('S2L2A'), []
     for i in range(0, len(rows), batch_size):
         batch = load_tiles(store, rows[i:i + batch_size])
-        codes = model.codes(model.token_logits(torch.from_numpy(np.ascontiguousarray(batch['s1'])), 'S2L2A'), 'expected', output='S2L2A')
+        codes = model.codes(model.token_logits(torch.from_numpy(np.ascontiguousarray(batch['s1'])), 'S2L2A'),
+                            'expected', output='S2L2A')
         own = [tile_generator(seed, tile_number(t), 0, 'noise') for t in batch['id']]
         images = model._image(codes, key, 1, 'pretraining', own)
         out += [dict(codes=c.cpu(), image=x.cpu()) for c, x in zip(codes, images)]
@@ -65,7 +67,7 @@ def DistillationSet(
 
 # %% ../../nbs/lib/stages/one_step_decoder.ipynb #30f1709e
 def distill_step(model, batch) -> dict:
-    "Distance to the teacher's image, as PSNR sees it: the logarithm of each tile's error; mirrored at random while training."
+    "Return the mean logarithm of each tile's squared error to the teacher, mirrored in training."
     codes, image = batch['codes'], batch['image']
     if model.training:
         axes = [a for a in (-1, -2) if torch.rand(()) < .5]
@@ -76,36 +78,39 @@ def distill_step(model, batch) -> dict:
 DIRECT_FILE = 'direct.safetensors'
 
 def distill_decoder(
-    model:Generator, # the teacher, with the painter it is to do without
+    model:Generator, # the teacher, with its diffusion decoder
     store, # store.Store with radar
-    rows, # positions of the tiles it is taught on
-    val_rows, # of those that choose the best checkpoint
-    out_dir:str|Path='direct', # of this training
+    rows, # positions of the training tiles
+    val_rows, # positions of the tiles that choose the best checkpoint
+    out_dir:str|Path='direct', # folder of this training
     steps:int=400, # optimizer steps
     batch_size:int=8, # tiles at a time
     lr:float=1e-3, # peak learning rate
-    width:int=96, # of DirectDecoder
-    depth:int=3,
-    seed:int=0,
-    resume:bool=True, # go on from the last checkpoint
+    width:int=96, # channels of OneStepDecoder
+    depth:int=3, # residual blocks
+    seed:int=0, # of weights, noise and order
+    resume:bool=True, # continue from the last checkpoint
 ) -> OneStepDecoder: # in evaluation mode, on the device of the teacher; its file is DIRECT_FILE in out_dir
-    "Teach a decoder without diffusion what the painter does in one step."
+    "Train a decoder without diffusion to give the teacher's one-step image."
     train, val = (DistillationSet(model, store, r, batch_size, seed) for r in (rows, val_rows))
     every = max(1, steps//4)
-    settings = Settings(lr=lr, max_steps=steps, batch_size=batch_size, grad_accum_steps=1, val_every=every, save_every=every,
+    settings = Settings(lr=lr, max_steps=steps, batch_size=batch_size, grad_accum_steps=1, val_every=every,
+                        save_every=every,
                                  early_stopping=False, seed=seed)
     with seeded(seed):
-        direct = OneStepDecoder(train[0]['codes'].shape[0], train[0]['image'].shape[0], model.tokenizer('S2L2A').patch_size, width, depth)
+        direct = OneStepDecoder(train[0]['codes'].shape[0], train[0]['image'].shape[0],
+                                model.tokenizer('S2L2A').patch_size, width, depth)
     fit_model(direct.to(model.device), distill_step, train, val, settings, out_dir, resume, 'direct decoder')
-    export_best(out_dir, Path(out_dir)/DIRECT_FILE, 'direct decoder', model.gac['name'], S2_BANDS, config=direct.config, pairs=len(train))
+    export_best(out_dir, Path(out_dir)/DIRECT_FILE, 'direct decoder', model.gac['name'], S2_BANDS, config=direct.config,
+                pairs=len(train))
     return load_one_step_decoder(Path(out_dir)/DIRECT_FILE, model)
 
 # %% ../../nbs/lib/stages/one_step_decoder.ipynb #eac97aa9
 def load_one_step_decoder(
-    path:str|Path, # DIRECT_FILE of `distill`, or its folder
-    model:Generator, # that it was taught by
-) -> OneStepDecoder: # set model.direct to it
-    "A direct decoder for a generator."
+    path:str|Path, # DIRECT_FILE of `distill_decoder`, or its folder
+    model:Generator, # its teacher
+) -> OneStepDecoder: # to be set as model.direct
+    "Load a one-step decoder; refuse one of another generator."
     path = Path(path)/DIRECT_FILE if Path(path).is_dir() else Path(path)
     state, about = load_checkpoint(path, 'direct decoder', model.gac['name'])
     direct = OneStepDecoder(**about['config'])

@@ -29,11 +29,11 @@ from .unet_pretraining import world_stats
 
 # %% ../../nbs/lib/stages/pretrain.ipynb #7de2b166
 def rate(
-    step:int,
-    p:PretrainPlan,
-    begun:int=0, # step at which the optimiser began anew
+    step:int, # steps done
+    p:PretrainPlan, # settings
+    begun:int=0, # first step of the current optimiser
 ) -> float: # 0–1
-    "Learning rate relative to its peak: rise, plateau, fall."
+    "Return the learning rate relative to its peak: rise, plateau, fall."
     fall = p.steps*p.decay
     return min((step-begun+1)/p.warmup, 1, max(p.steps-step, 0)/fall if fall else 1)
 
@@ -41,15 +41,17 @@ def rate(
 @torch.no_grad()
 def look_alike(core, # TerraMind
                gain:float=3., # of the position's share in queries and keys
-               waves:int=9): # sine waves per axis and phase that tell places of a 20x20 grid apart; the others are nearly constant on it
-    """Start the decoder's cross-attention at equal query and key maps of the position, so that each token first looks at its own place
-    (after the mimetic initialisation of Trockman and Kolter 2023, arXiv 2305.09828). Without it the token model stayed at the marginal distribution."""
+               waves:int=9): # sine waves per axis and phase that vary over a 20x20 grid
+    """Initialise the decoder's cross-attention so that each token first attends to its own position.
+    Query and key maps of the position are equal (after the mimetic initialisation of Trockman and Kolter 2023,
+    arXiv 2305.09828). Without it the token model stayed at the marginal distribution."""
     dim, heads = core.dim, core.decoder[0].cross_attn.num_heads
     useful = torch.cat([torch.arange(waves)+k*dim//4 for k in range(4)])
     core.decoder_proj_context.weight.mul_(.15)  # position first, content later
     for block in core.decoder:
         turn = torch.zeros(dim, dim)
-        turn[:, useful] = torch.cat([torch.linalg.qr(torch.randn(len(useful), dim//heads))[0].T for _ in range(heads)])*gain
+        turn[:, useful] = torch.cat([torch.linalg.qr(torch.randn(len(useful), dim//heads))[0].T
+                                     for _ in range(heads)])*gain
         block.cross_attn.q.weight.copy_(turn); block.cross_attn.kv.weight[:dim].copy_(turn)
     return core
 
@@ -57,8 +59,9 @@ def look_alike(core, # TerraMind
 @torch.no_grad()
 def order_codes(core, # TerraMind
                 scale:float=.5): # length of a class vector
-    """Start the output layer with the quantiser's geometry: the score of a code is a sum over its dimensions, near levels have near vectors.
-    A softmax over a thousand unordered classes learns each on its own; this one learns 24 levels at once."""
+    """Initialise the output layer with the quantiser's geometry.
+    The logit of a code is a sum over its dimensions, and near levels have near vectors. A softmax over a thousand
+    unordered classes learns each by itself; this one learns 24 levels at once."""
     for mod, key in KEYS.items():
         layer, levels = core.decoder_embeddings[key].to_logits, [int(l) for l in LEVELS[mod].split('-')]
         basis = torch.linalg.qr(torch.randn(layer.in_features, sum(levels)))[0].T.split(levels)
@@ -72,23 +75,24 @@ def order_codes(core, # TerraMind
 
 # %% ../../nbs/lib/stages/pretrain.ipynb #6dddc64f
 def build_stage(
-    stage:str, # one of STAGES
-    decoder:str='', # of a tokenizer
-    dates:int=1, # of a place, for prithvi
+    stage:str, # one of PRETRAIN_STAGES
+    decoder:str='', # decoder of a tokenizer
+    dates:int=1, # dates of a place, for prithvi
     levels:str='', # of the S2L2A quantiser
 ):
-    "The untrained model of a stage."
+    "Build the untrained model of a stage."
     with family(dict(s2l2a=levels)):
         if stage == 'core': return order_codes(look_alike(mini_core()))
         if stage == 'prithvi': return mini_prithvi(dates)
         if stage == 'unet': return build_unet(hide=.5, dropout=0.).standardise(*world_stats())
         tok = mini_tokenizer(stage, decoder)
-    with torch.no_grad(): tok.quant_proj.weight.mul_(.3)  # start in the middle of the quantiser, where its gradient lives
+    with torch.no_grad():
+        tok.quant_proj.weight.mul_(.3)  # start in the middle of the quantiser, where gradients are large
     return tok
 
 # %% ../../nbs/lib/stages/pretrain.ipynb #30b1b6ee
 def stage_loss(p:PretrainPlan, model, d, tokenizers=None):
-    "Loss of one batch and what to log."
+    "Return the loss of a batch, and values for the log."
     if p.stage == 'core': return core_loss(model, tokenizers, d)
     if p.stage == 'prithvi': return prithvi_loss(model, d), {}
     if p.stage == 'unet': return unet_loss(model, d), {}
@@ -98,33 +102,38 @@ def stage_loss(p:PretrainPlan, model, d, tokenizers=None):
 
 # %% ../../nbs/lib/stages/pretrain.ipynb #577de17a
 def native_bf16(device:str) -> bool: # cpu or cuda
-    "Whether a device computes in bfloat16; a CPU that only emulates it is nine times slower than in float32."
+    "Return True if a device computes in bfloat16; a CPU that emulates it is nine times slower."
     return (torch.cuda.is_bf16_supported(including_emulation=False) if device == 'cuda'
             else bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 # %% ../../nbs/lib/stages/pretrain.ipynb #2f9ed1b2
 def start_from(model, stage:str, folder:str): # model of a stage; folder of finished weights
-    "Load finished weights. Tables that follow from the shape are kept; the pixel convolutions of a tokenizer, and the core's words for other optical codes, may be new."
+    """Load finished weights into a model of a stage.
+    Position tables keep their values. Pixel convolutions of a tokenizer, and the core's embeddings of other optical
+    codes, may be new."""
     path = root()/folder/f'{FILES[stage]}.safetensors'
     state, own = read_weights(path), model.state_dict()
     fits = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     loose = [k for k in own.keys() | state.keys() if k not in fits and not k.endswith('pos_embed')]
-    new = r'decoder\.seams\..+' if stage in LEVELS else r'(en|de)coder_embeddings\.tok_sen2l2a@224\.(token_emb|to_logits)\.weight' if stage == 'core' else r'(?!)'
+    new = (r'decoder\.seams\..+' if stage in LEVELS
+           else r'(en|de)coder_embeddings\.tok_sen2l2a@224\.(token_emb|to_logits)\.weight' if stage == 'core'
+           else r'(?!)')
     if odd := [k for k in loose if not re.fullmatch(new, k)]:
-        raise GacError(f'{path}: {len(odd)} tensors do not fit stage {stage}, {odd[0]} the first. Give --params without init, or the weights of this stage.')
+        raise GacError(f'{path}: {len(odd)} tensors do not fit stage {stage}, {odd[0]} the first. Give --params '
+                       'without init, or the weights of this stage.')
     model.load_state_dict(own | fits)
     return model
 
 # %% ../../nbs/lib/stages/pretrain.ipynb #8b283299
 def unet_loss(model, d): # unet_model.UNet; batch of inputs_of
-    "The loss of the control: that of Stage 2, on mirrored scenes."
+    "Return the loss of the U-Net: that of Stage 2, on mirrored scenes."
     axes = [a for a in (-1, -2) if torch.rand(()) < .5]
     told = {k: d[k] for k in ('month', 'biome', 'lat')}
     return Stage2Loss(ms_ssim=0.)(model(d['radar'].flip(axes), None, told), d['truth'].flip(axes))['loss']
 
 # %% ../../nbs/lib/stages/pretrain.ipynb #afe2f7c3
 def freeze_encoder(model): # DiVAE or VQVAE
-    "Keep a tokenizer's codes as they are."
+    "Freeze the encoder of a tokenizer, so that its codes stay the same."
     for part in (model.encoder, model.quant_proj): part.requires_grad_(False)
     return model
 
@@ -140,19 +149,20 @@ def follow(mean:dict, model, decay:float, step:int) -> dict: # name -> tensor, c
 
 # %% ../../nbs/lib/stages/pretrain.ipynb #72ae9e23
 def save_state(path:Path, **state):
-    "Write a checkpoint so that a kill leaves either the old or the new one."
+    "Write a checkpoint; a kill leaves the old one or the new one."
     with replacing(path) as partly: torch.save(state, partly)
 
 # %% ../../nbs/lib/stages/pretrain.ipynb #51971c9e
-SAME = ('stage', 'batch', 'first_seed', 'wide', 'dates', 'decoder', 'levels', 'freeze')  # fields of a plan that a run cannot change on its way
+# fields of a plan that must stay the same during a run
+SAME = ('stage', 'batch', 'first_seed', 'wide', 'dates', 'decoder', 'levels', 'freeze')
 
 def begin(
-    p:PretrainPlan,
+    p:PretrainPlan, # settings
     path:Path, # checkpoint of the run
     dest:Path, # folder of exported weights
-    device:str,
+    device:str, # cpu or cuda
 ): # model, optimiser, state
-    "A stage where it stands: from its checkpoint, else from its exported weights, else new."
+    "Load a stage from its checkpoint, else from its exported weights, else build it."
     torch.manual_seed(p.first_seed % 2**31)
     model = build_stage(p.stage, p.decoder, p.dates, p.levels)
     card = read_json(dest/f'{FILES[p.stage]}.json')
@@ -167,19 +177,21 @@ def begin(
     if path.exists():
         state |= torch.load(path, weights_only=True, map_location=device)
         if odd := [k for k in SAME if state['plan'].get(k) != getattr(p, k)]:
-            raise GacError(f'{path} was made by a plan with another {", ".join(odd)}. Give another --output-dir, or the same plan.')
+            raise GacError(f'{path} was made by a plan with another {", ".join(odd)}. Give another --output-dir, or '
+                           'the same plan.')
         model.load_state_dict(state['model']); opt.load_state_dict(state['optimizer'])
-    elif exported: state |= dict(step=card['steps_done'], log=card['log'], seconds=card['hours']*3600, begun=card['steps_done'])
+    elif exported:
+        state |= dict(step=card['steps_done'], log=card['log'], seconds=card['hours']*3600, begun=card['steps_done'])
     return model, opt, state
 
 # %% ../../nbs/lib/stages/pretrain.ipynb #08dc392d
-def pretrain(p:PretrainPlan, # what to learn
+def pretrain(p:PretrainPlan, # settings
              out:Path, # folder of checkpoints and logs
              tokenizers:dict|None=None, # trained tokenizers, for the core
-             device:str='cpu',
+             device:str='cpu', # or cuda
              threads:int=1, # CPU threads of the training process
-             dest:Path|None=None): # folder of exported weights to go on from; None: data/weights/mini
-    "Run or resume one stage; returns the model (its running mean, where there is one) and the log."
+             dest:Path|None=None): # folder of exported weights to continue from; None: data/weights/mini
+    "Run or resume one stage; return the model (with averaging: the running mean) and the log."
     torch.set_num_threads(threads); out = Path(out); out.mkdir(parents=True, exist_ok=True)
     path = out/f'{p.stage}.ckpt'
     model, opt, state = begin(p, path, Path(dest or root()/'data/weights/mini'), device)
@@ -187,12 +199,13 @@ def pretrain(p:PretrainPlan, # what to learn
     half = p.precision == 'bf16-mixed' or (p.precision == 'auto' and native_bf16(device))
     began, first, seen, held = time.time(), step, [], False
     model.train()
-    for scene in DataLoader(Scenes(p.first_seed, p.batch, step, p.stop or p.steps, p.wide, p.dates), batch_size=None, num_workers=p.workers,
+    for scene in DataLoader(Scenes(p.first_seed, p.batch, step, p.stop or p.steps, p.wide, p.dates), batch_size=None,
+                            num_workers=p.workers,
                             prefetch_factor=4 if p.workers else None):
         # TerraMind shuffles its outputs with Python's
         torch.manual_seed(p.first_seed % 2**31+step); random.seed(p.first_seed+step)
         if p.freeze and step >= p.freeze and not held:
-            if mean and step == p.freeze: model.load_state_dict(mean)  # the mean's codes are those that stay
+            if mean and step == p.freeze: model.load_state_dict(mean)  # the codes of the mean are kept
             held = bool(freeze_encoder(model))
         d = {k: v.to(device) for k, v in model_inputs(scene).items()}
         for g in opt.param_groups: g['lr'] = p.lr*rate(step, p, state['begun'])
@@ -201,27 +214,33 @@ def pretrain(p:PretrainPlan, # what to learn
         if mean: follow(mean, model, p.average, step-state['begun'])
         seen.append({'loss': loss.item(), **parts})
         if step % 100 == 0 or step == p.steps:
-            log.append({'step': step, **{k: float(np.mean([s[k] for s in seen if k in s])) for k in set().union(*seen)}}); seen = []
+            log.append({'step': step, **{k: float(np.mean([s[k] for s in seen if k in s]))
+                                         for k in set().union(*seen)}}); seen = []
             speed = (step-first)*p.batch/(time.time()-began)
-            print(f'{p.stage} {step}/{p.steps} '+' '.join(f'{k.split("@")[0]} {v:.4f}' for k, v in sorted(log[-1].items())
-                                                          if k != 'step')+f' {speed:.1f} scenes/s, {(p.steps-step)*p.batch/speed/60:.0f} min left', flush=True)
+            print(f'{p.stage} {step}/{p.steps} '+' '.join(f'{k.split("@")[0]} {v:.4f}'
+                                                          for k, v in sorted(log[-1].items())
+                                                          if k != 'step')+f' {speed:.1f} scenes/s, '
+                                                              f'{(p.steps-step)*p.batch/speed/60:.0f} min left',
+                                                              flush=True)
         if step % p.save_every == 0 or step in (p.steps, p.stop):
-            save_state(path, model=model.state_dict(), optimizer=opt.state_dict(), mean=mean, step=step, log=log, begun=state['begun'],
+            save_state(path, model=model.state_dict(), optimizer=opt.state_dict(), mean=mean, step=step, log=log,
+                       begun=state['begun'],
                        seconds=state['seconds']+time.time()-began, plan=asdict(p), device=device)
     if mean: model.load_state_dict(mean)
     return model.eval(), log
 
 # %% ../../nbs/lib/stages/pretrain.ipynb #81ef7e09
 def export_weights(out:Path, # folder of checkpoints
-                   stage:str, # one of STAGES
-                   dest:Path|None=None, # data/weights/mini
-                   history:str=''): # what the plan does not say: prolongations, changes on the way
-    "Write a stage's weights (safetensors, float16) and its card; returns the card."
+                   stage:str, # one of PRETRAIN_STAGES
+                   dest:Path|None=None, # output folder; None: data/weights/mini
+                   history:str=''): # text of the card on prolongations and changes
+    "Write a stage's weights (safetensors, float16) and its card; return the card."
     dest = Path(dest or root()/'data/weights/mini')
     state = torch.load(Path(out)/f'{stage}.ckpt', weights_only=True, map_location='cpu')
     plan, log, weights = state['plan'], state['log'], state['mean'] or state['model']
     card = dict(name=FILES[stage], stage=stage, parameters=sum(v.numel() for v in weights.values()), dtype='float16',
-                levels=plan['levels'] or LEVELS.get(stage), decoder=plan['decoder'], resumable=state['step'] < plan['steps'],
+                levels=plan['levels'] or LEVELS.get(stage), decoder=plan['decoder'],
+                resumable=state['step'] < plan['steps'],
                 plan=plan, steps_done=state['step'], scenes_seen=state['step']*plan['batch'],
                 seeds=[plan['first_seed'], plan['first_seed']+state['step']*plan['batch']-1],
                 hours=round(state['seconds']/3600, 2),
@@ -231,26 +250,27 @@ def export_weights(out:Path, # folder of checkpoints
     return card
 
 # %% ../../nbs/lib/stages/pretrain.ipynb #72726e28
-def load_stage(out:Path, stage:str): # folder of checkpoints; one of STAGES
-    "A trained stage, frozen. A tokenizer is there as soon as its codes stay as they are."
+def load_stage(out:Path, stage:str): # folder of checkpoints; one of PRETRAIN_STAGES
+    "Load a trained stage and freeze it; refuse a tokenizer whose codes still change."
     state = torch.load(Path(out)/f'{stage}.ckpt', weights_only=True, map_location='cpu')
     plan = state['plan']
     if stage in LEVELS and plan['freeze'] > state['step']:
-        raise GacError(f'{out}/{stage}.ckpt: step {state["step"]} of {plan["freeze"]} after which its codes stay as they are. Let that stage go on first.')
+        raise GacError(f'{out}/{stage}.ckpt: step {state["step"]} of {plan["freeze"]} after which its codes stay as '
+                       'they are. Let that stage go on first.')
     model = build_stage(stage, plan['decoder'], plan['dates'], plan['levels'])
     model.load_state_dict(state['mean'] or state['model'])
     return model.eval().requires_grad_(False)
 
 # %% ../../nbs/lib/stages/pretrain.ipynb #4ad95b22
 def a_tokenizer(stage:str, out:Path, dest:Path): # one of KEYS; folder of checkpoints; folder of exported weights
-    "A trained tokenizer: of this run, else exported, else the committed one."
+    "Load a trained tokenizer: of this run, else exported, else the committed one."
     if (Path(out)/f'{stage}.ckpt').exists(): return load_stage(out, stage)
     there = [f for f in (Path(dest), root()/'data/weights/mini') if (f/f'{FILES[stage]}.safetensors').exists()]
     return build_model(FILES[stage], weights=str(there[0])).requires_grad_(False)
 
 # %% ../../nbs/lib/stages/pretrain.ipynb #82ea75a4
-def load_plans(path:Path) -> list[PretrainPlan]: # params file: stage -> fields of Plan
-    "The stages of a params file, in the order they must run."
+def load_plans(path:Path) -> list[PretrainPlan]: # params file: stage -> fields of PretrainPlan
+    "Read the stages of a params file, in the order of their training."
     import yaml
     plans = yaml.safe_load(Path(path).read_text())
     unknown = set(plans)-set(PRETRAIN_STAGES)
@@ -259,7 +279,7 @@ def load_plans(path:Path) -> list[PretrainPlan]: # params file: stage -> fields 
 
 # %% ../../nbs/lib/stages/pretrain.ipynb #bbbbb6da
 def pretrain_all(plans:list[PretrainPlan], out:Path, device:str='cpu', threads:int=1, only:str='', dest:Path|None=None):
-    "Run (or resume) the stages one after the other and write their weights; returns the cards."
+    "Run or resume the stages one after another and write their weights; return the cards."
     cards, dest = [], Path(dest or root()/'data/weights/mini')
     for p in plans:
         if only and p.stage != only: continue

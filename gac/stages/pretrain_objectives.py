@@ -27,7 +27,7 @@ from ..models.mini import KEYS, MINI_STATS, PATCH, PRITHVI_BANDS, SIZE
 # %% ../../nbs/lib/stages/pretrain_objectives.ipynb #6f09b7ca
 @dataclass
 class PretrainPlan:
-    "One stage of the pretraining."
+    "Hold the settings of one stage of the pretraining."
     stage: str  # s2l2a, lulc, ndvi (tokenizers), core (token model), prithvi (masked autoencoder) or unet (the control)
     steps: int  # optimiser steps in all
     batch: int = 8  # scenes per step
@@ -35,7 +35,7 @@ class PretrainPlan:
     warmup: int = 200  # steps of linear rise
     decay: float = .25  # last share of the steps, with a linear fall to zero
     weight_decay: float = .05
-    first_seed: int = PRETRAIN_BASE  # seed of the first scene drawn
+    first_seed: int = PRETRAIN_BASE  # seed of the first scene
     precision: str = 'auto'  # 32-true, bf16-mixed, or auto: bf16-mixed where the device computes it natively
     workers: int = 1  # processes that draw scenes
     save_every: int = 500  # steps
@@ -45,25 +45,27 @@ class PretrainPlan:
     dates: int = 1  # months a place is seen in
     decoder: str = ''  # of a tokenizer; empty: that of mini.DECODERS
     levels: str = ''  # of the S2L2A quantiser, for its tokenizer and for the core; empty: those of mini.LEVELS
-    freeze: int = 0  # steps after which a tokenizer's encoder stays as it is, so that codes keep their meaning; 0: never
-    average: float = 0.  # decay of the running mean of the weights, which is what is exported; 0: no mean
+    freeze: int = 0  # steps after which a tokenizer's encoder is frozen, so that codes keep their meaning; 0: never
+    average: float = 0.  # decay of the exported running mean of the weights; 0: no mean
 
 # %% ../../nbs/lib/stages/pretrain_objectives.ipynb #b7eed081
 PRETRAIN_STAGES = ('s2l2a', 'lulc', 'ndvi', 'prithvi', 'core', 'unet')
-FILES = dict(s2l2a='terramind_mini_tokenizer_s2l2a', lulc='terramind_mini_tokenizer_lulc', ndvi='terramind_mini_tokenizer_ndvi',
+FILES = dict(s2l2a='terramind_mini_tokenizer_s2l2a', lulc='terramind_mini_tokenizer_lulc',
+             ndvi='terramind_mini_tokenizer_ndvi',
              core='terramind_mini', prithvi='prithvi_mini', unet='unet_pretrained')
 FIRST_HELD_OUT = 9*PRETRAIN_BASE  # seeds from here on are never drawn in training
 
 # %% ../../nbs/lib/stages/pretrain_objectives.ipynb #ef43c62d
 class Scenes(IterableDataset):
-    "Batches of procedural scenes, numbered by optimiser step."
+    "Draw batches of procedural scenes, numbered by optimiser step."
     def __init__(self, first_seed:int, # seed of the first scene of step 0
                  batch:int, # scenes per step
                  start:int, # first step
                  stop:int, # step after the last
                  wide:float=0., # share of wide scenes, see stream.draw_place_dates
                  dates:int=1): # months of a place
-        self.first_seed, self.batch, self.start, self.stop, self.wide, self.dates = first_seed, batch, start, stop, wide, dates
+        self.first_seed, self.batch, self.start, self.stop, self.wide, self.dates = (
+            first_seed, batch, start, stop, wide, dates)
     def __iter__(self):
         info = get_worker_info()
         first, stride = (info.id, info.num_workers) if info else (0, 1)
@@ -74,14 +76,14 @@ class Scenes(IterableDataset):
 # %% ../../nbs/lib/stages/pretrain_objectives.ipynb #dafb283f
 def standardise(x, # (B,C,H,W) in DN, dB, m or NDVI
                 key:str): # modality key of MINI_STATS
-    "The miniature family's standardisation of one modality."
+    "Standardise one modality by the statistics of the miniatures."
     mean, std = (torch.tensor(v, dtype=torch.float32)[:, None, None] for v in MINI_STATS[key])
     return (torch.as_tensor(np.asarray(x, dtype=np.float32))-mean)/std
 
 # %% ../../nbs/lib/stages/pretrain_objectives.ipynb #79b80214
 def model_inputs(scene:dict, # batch of scenes from scenes.scene_batches
              ) -> dict: # modality key -> tensor the miniatures read
-    "All modalities of a batch of scenes, standardised."
+    "Standardise all modalities of a batch of scenes."
     pick = [S2_BANDS.index(b) for b in PRITHVI_BANDS]
     return {'untok_sen2l2a@224': standardise(scene['s2'], 'untok_sen2l2a@224'),
             'tok_sen2l2a@224': standardise(scene['s2'], 'tok_sen2l2a@224').clamp(-1, 1),
@@ -90,57 +92,63 @@ def model_inputs(scene:dict, # batch of scenes from scenes.scene_batches
             'untok_dem@224': standardise(np.asarray(scene['dem'])[:, None], 'untok_dem@224'),
             'tok_ndvi@224': standardise(np.asarray(scene['ndvi'])[:, None], 'tok_ndvi@224').clamp(-1, 1),
             'tok_lulc@224': torch.as_tensor(np.asarray(scene['lulc'])).long(),
-            'prithvi': standardise(np.asarray(scene['dates'])[:, :, pick], 'prithvi').transpose(1, 2),  # (B, 6, T, H, W)
+            # (B, 6, T, H, W)
+            'prithvi': standardise(np.asarray(scene['dates'])[:, :, pick], 'prithvi').transpose(1, 2),
             'temporal': torch.stack([torch.full(scene['months'].shape, 2018.),
-                                     (torch.as_tensor(scene['months']).float()-.5)*30.4], -1),  # (B, T, 2) year, day of the year
+                                     # (B, T, 2) year, day of the year
+                                     (torch.as_tensor(scene['months']).float()-.5)*30.4], -1),
             'month': torch.as_tensor(scene['month']), 'biome': torch.as_tensor(scene['biome']),
-            'lat': torch.as_tensor(scene['lat']).float(), 'radar': torch.as_tensor(scene['s1grd']), 'truth': reflectance_of(scene, OPT_BANDS),
+            'lat': torch.as_tensor(scene['lat']).float(), 'radar': torch.as_tensor(scene['s1grd']),
+            'truth': reflectance_of(scene, OPT_BANDS),
             'location': torch.stack([torch.as_tensor(np.asarray(scene[k])).float() for k in ('lat', 'lon')], -1)}
 
 # %% ../../nbs/lib/stages/pretrain_objectives.ipynb #14b41584
 def band_weights():
-    "Weight of each of the 12 bands in the tokenizer's loss, mean 1."
+    "Return the weights of the 12 bands in the tokenizer's loss, with mean 1."
     var = torch.tensor(MINI_STATS['tok_sen2l2a@224'][1])**2
     w = .5+.5*var/var.mean()
     w[list(OPT_INDEX)] *= 3
     return w/w.mean()
 
 # %% ../../nbs/lib/stages/pretrain_objectives.ipynb #c40954db
-def diffusion_times(n:int, # how many
-                    first:float=.6, # share at the last time, where one-step decoding lives
+def diffusion_times(n:int, # number of times
+                    first:float=.6, # share at the last time, that of one-step decoding
                     last:float=.2): # share drawn from the last tenth
-    "Diffusion times in [0, 1000), the noisy end favoured."
+    "Draw diffusion times in [0, 1000), most of them at the noisy end."
     t, u = torch.randint(0, 1000, (n,)), torch.rand(n)
     return torch.where(u < first, 999, torch.where(u < first+last, 900+t//10, t))
 
 # %% ../../nbs/lib/stages/pretrain_objectives.ipynb #f2d78d58
 def keep_dimensions(h): # (B,D,h,w) latent before quantisation
-    "Keeps a quantiser's dimensions alive: a penalty where one hardly varies over the batch (VICReg's hinge) or its sigmoid saturates."
+    "Return a penalty on latent dimensions with little variance (VICReg's hinge) or saturated sigmoids."
     return F.relu(1.5-h.transpose(0, 1).flatten(1).std(1)).pow(2).mean()+F.relu(h.abs()-4).pow(2).mean()
 
 # %% ../../nbs/lib/stages/pretrain_objectives.ipynb #db19ea62
 def quantised(tok, x): # DiVAE or VQVAE; image
-    "Codes with straight-through gradients, and the spread penalty of the latent."
+    "Return codes with straight-through gradients, and the penalty of the latent."
     h = tok.quant_proj(tok.encoder(tok.prepare_input(x))).float()
     # float32: bfloat16 rounds to wrong codes
-    with torch.autocast('cpu', enabled=False), torch.autocast('cuda', enabled=False): return tok.quantize(h)[0], keep_dimensions(h)
+    with torch.autocast('cpu', enabled=False), torch.autocast('cuda', enabled=False):
+        return tok.quantize(h)[0], keep_dimensions(h)
 
 # %% ../../nbs/lib/stages/pretrain_objectives.ipynb #59cc6387
 def divae_loss(tok, # DiVAE
                x, # (B,C,H,W) standardised image
                weights=None): # (C,)
-    "Error of the predicted clean image at random diffusion times (x0-prediction): with weights its logarithm by scene, false steps between pixels included, else in units of the variance."
+    """Return the error of the predicted clean image at random diffusion times (x0-prediction).
+    With weights: the mean logarithm by scene, errors of pixel differences included; else in units of the variance."""
     quant, penalty = quantised(tok, x)
     t = diffusion_times(len(x)).to(x.device)
     off = tok.decoder(tok.noise_scheduler.add_noise(x, torch.randn_like(x), t), t, quant).float()-x
     if weights is None: return off.square().mean()/x.var()+.1*penalty
     off = off*weights.to(x.device).sqrt()[:, None, None]
-    steps = sum(off.diff(dim=d).square().mean((1, 2, 3)) for d in (-1, -2))  # what the best image lacks too: false steps
+    # errors of differences between neighbouring pixels
+    steps = sum(off.diff(dim=d).square().mean((1, 2, 3)) for d in (-1, -2))
     return .3*(off.square().mean((1, 2, 3))+.5*steps+2e-5).log().mean()+.1*penalty
 
 # %% ../../nbs/lib/stages/pretrain_objectives.ipynb #78385e9b
 def vqvae_loss(tok, x): # VQVAE; (B,H,W) class codes
-    "Cross-entropy of the decoded classes."
+    "Return the cross-entropy of the decoded classes."
     quant, penalty = quantised(tok, x)
     return F.cross_entropy(tok.decode_quant(quant).float(), x)+.1*penalty
 
@@ -150,7 +158,7 @@ def seen_dates(
     mae, # PrithviMAE
     n:int, # dates in the batch
 ) -> Iterator[None]:
-    "Let an autoencoder count its tokens by the dates that a batch has."
+    "Set the number of dates of an autoencoder within a block."
     built = mae.encoder.num_frames
     mae.encoder.num_frames = mae.decoder.num_frames = n
     try: yield
@@ -161,13 +169,13 @@ def reconstruct(
     mae, # PrithviMAE
     x, # (B, 6, T, H, W) standardised
     coords:tuple=(None, None), # (B, T, 2) year and day of the year; (B, 2) latitude and longitude
-    hidden:Sequence=(), # of each place: dates hidden whole
-    ratio:float=.75, # share of patches hidden in all
+    hidden:Sequence=(), # for each place: dates hidden whole
+    ratio:float=.75, # total share of hidden patches
 ): # (B, N, pixels) patches as predicted; (B, N) 1 where hidden
-    "An autoencoder's answer, with dates hidden by choice."
+    "Reconstruct the patches of an image series, with given dates hidden."
     B, T = len(x), x.shape[2]
     noise = torch.rand(B, T, mae.encoder.patch_embed.num_patches//mae.encoder.patch_embed.grid_size[0], device=x.device)
-    for i, dates in enumerate(hidden): noise[i, list(dates)] += 1  # what has the largest numbers is hidden first
+    for i, dates in enumerate(hidden): noise[i, list(dates)] += 1  # patches with the largest numbers are hidden first
     mask_by = mae.encoder.random_masking
     mae.encoder.random_masking = lambda sequence, share: mask_by(sequence, share, noise.flatten(1))
     try:
@@ -178,13 +186,13 @@ def reconstruct(
 
 # %% ../../nbs/lib/stages/pretrain_objectives.ipynb #8eb00a79
 def patch_error(mae, x, pred, mask): # PrithviMAE; (B, 6, T, H, W); as of `reconstruct`; (B,)
-    "Mean squared error of the hidden patches of each place."
+    "Return the mean squared error of the hidden patches of each place."
     error = (pred-mae.patchify(x)).square().mean(-1)
     return (error*mask).sum(1)/mask.sum(1)
 
 # %% ../../nbs/lib/stages/pretrain_objectives.ipynb #579fc876
 def prithvi_loss(mae, d): # PrithviMAE; batch of inputs_of
-    "Masked-autoencoder loss over dates of a place."
+    "Return the masked-autoencoder loss over dates of a place."
     x, when, T = d['prithvi'], d['temporal'], d['prithvi'].shape[2]
     exercise, hidden, ratio = random.random() if T > 1 else 0., (), .75
     if exercise < .3:
@@ -196,7 +204,7 @@ def prithvi_loss(mae, d): # PrithviMAE; batch of inputs_of
 
 # %% ../../nbs/lib/stages/pretrain_objectives.ipynb #6afce313
 N = (SIZE//PATCH)**2  # tokens of one modality
-RECIPES = (  # probability, shown tokens per input, asked tokens per output
+RECIPES = (  # probability, shown tokens per input, predicted tokens per output
     (.40, {'untok_sen1grd@224': N}, (280, 24, 12)),
     (.10, {'untok_sen1rtc@224': N}, (280, 24, 12)),
     (.18, {'untok_sen1grd@224': N, 'untok_sen2l2a@224': (40, 360)}, (240, 24, 12)),
@@ -209,10 +217,10 @@ RECIPES = (  # probability, shown tokens per input, asked tokens per output
 )
 LOSS_WEIGHTS = dict(zip(KEYS.values(), (1., .3, .15)))
 
-def masked_input(value, shown, asked):  # token ids or image, how many input tokens shown, how many target tokens asked
-    "One modality as `TerraMind.forward` wants it; what is shown is never asked."
+def masked_input(value, shown, asked):  # token ids or image, number of shown and of predicted tokens
+    "Return one modality in the form of `TerraMind.forward`; shown tokens are never predicted."
     B = len(value); order = torch.rand(B, N, device=value.device).argsort(1).argsort(1)
-    # everyone attends: a zero would hide all tokens from all
+    # no zeros: a zero would mask all tokens
     attention = torch.full((B, N), 3*N, dtype=torch.int, device=value.device)
     return dict(tensor=value, input_mask=order >= shown, target_mask=(order < N-asked) if asked
                 else torch.ones_like(order, dtype=torch.bool),
@@ -222,7 +230,7 @@ def masked_input(value, shown, asked):  # token ids or image, how many input tok
 def core_batch(d, # batch of inputs_of
                tokens, # output key -> (B,N) token ids
                recipe): # one of RECIPES
-    "The modality dictionary of one recipe."
+    "Return the modality dictionary of one recipe."
     _, shown, asked = recipe
     count = {k: v if isinstance(v, int) else int(torch.randint(v[0], v[1]+1, ())) for k, v in shown.items()}
     out = {}
@@ -238,13 +246,13 @@ def core_batch(d, # batch of inputs_of
 # %% ../../nbs/lib/stages/pretrain_objectives.ipynb #7824172d
 @torch.no_grad()
 def tokenise(tokenizers:dict, d:dict) -> dict: # name -> tokenizer; batch of inputs_of
-    "Token ids (B,N) of the three tokenised modalities, in float32 (bfloat16 gives wrong codes)."
+    "Return token ids (B,N) of the three tokenised modalities, in float32 (bfloat16 gives wrong codes)."
     with torch.autocast('cpu', enabled=False), torch.autocast('cuda', enabled=False):
         return {KEYS[m]: t.tokenize(d[KEYS[m]]).flatten(1).long() for m, t in tokenizers.items()}
 
 # %% ../../nbs/lib/stages/pretrain_objectives.ipynb #5b06bd41
 def core_loss(core, tokenizers, d): # TerraMind; tokenizers by name; batch of inputs_of
-    "Masked-token cross-entropy, weighted by output modality."
+    "Return the masked-token cross-entropy, weighted by output modality."
     tokens = tokenise(tokenizers, d)
     recipe = RECIPES[int(torch.multinomial(torch.tensor([r[0] for r in RECIPES]), 1))]
     mod_dict, n_in, n_out = core_batch(d, tokens, recipe)
@@ -253,5 +261,6 @@ def core_loss(core, tokenizers, d): # TerraMind; tokenizers by name; batch of in
 
 # %% ../../nbs/lib/stages/pretrain_objectives.ipynb #3edce50b
 def reflectance_of(scene:dict, bands=S2_BANDS) -> torch.Tensor: # (B,C,H,W)
-    "Reflectance of a batch of scenes."
-    return torch.from_numpy(np.asarray(scene['s2'])[:, [S2_BANDS.index(b) for b in bands]].astype(np.float32)*REFLECTANCE)
+    "Return the reflectance of a batch of scenes."
+    return torch.from_numpy(np.asarray(scene['s2'])[:,
+                                                    [S2_BANDS.index(b) for b in bands]].astype(np.float32)*REFLECTANCE)

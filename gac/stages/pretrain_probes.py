@@ -25,21 +25,21 @@ from .pretrain_objectives import (
 
 # %% ../../nbs/lib/stages/pretrain_probes.ipynb #bf89ca42
 def held_out_scenes(n:int, # scenes
-             offset:int=0, # first scene after HELD_OUT
+             offset:int=0, # first scene, counted from FIRST_HELD_OUT
              wide:float=0., # share of wide scenes
-             dates:int=1) -> dict: # months of a place
-    "A batch of scenes no stage has seen."
+             dates:int=1) -> dict: # dates of a place
+    "Draw a batch of held-out scenes."
     return draw_batch(range(FIRST_HELD_OUT+offset, FIRST_HELD_OUT+offset+n), SIZE, wide, dates)
 
 # %% ../../nbs/lib/stages/pretrain_probes.ipynb #cb67bea8
 def pixel_rows(s1): # (B,2,H,W) dB
-    "VV, VH and their 5×5 means, one row per pixel."
+    "Return VV, VH and their 5×5 means, one row per pixel."
     s1 = torch.as_tensor(s1).float(); local = F.avg_pool2d(F.pad(s1, (2, 2, 2, 2), mode='reflect'), 5, 1)
     return torch.cat([s1, local], 1).permute(0, 2, 3, 1).flatten(0, 2).numpy()
 
 # %% ../../nbs/lib/stages/pretrain_probes.ipynb #ee1944f3
 def pixel_regression(train:dict, test:dict) -> torch.Tensor: # batches of scenes; (B,4,H,W)
-    "Reflectance by linear regression on VV, VH and their 5×5 means, fitted on `train`."
+    "Predict reflectance by linear regression on VV, VH and their 5×5 means, fitted on `train`."
     from sklearn.linear_model import LinearRegression
     B, _, H, W = test['s1grd'].shape
     fit = LinearRegression().fit(pixel_rows(train['s1grd'])[::7],
@@ -48,10 +48,12 @@ def pixel_regression(train:dict, test:dict) -> torch.Tensor: # batches of scenes
 
 # %% ../../nbs/lib/stages/pretrain_probes.ipynb #468e3239
 @torch.no_grad()
-def token_accuracy(core, tokenizers:dict, scene:dict,
-                   share:float, # token model; tokenizers; scenes; share of the optical patches shown beside S1
-                   seed:int=0) -> dict: # accuracy of all tokens, of those whose patch is shown, of those whose patch is hidden; cross-entropy in nats
-    "How well the optical tokens are predicted from the radar and part of the optical image."
+def token_accuracy(core, # token model
+                   tokenizers:dict, # modality -> tokenizer
+                   scene:dict, # batch of scenes
+                   share:float, # share of the optical patches shown with S1
+                   seed:int=0) -> dict: # accuracy of all, shown and hidden tokens; cross-entropy in nats
+    "Return the accuracy of optical tokens predicted from the radar and part of the optical image."
     d = model_inputs(scene); truth = tokenise(tokenizers, d)[KEYS['s2l2a']]; B = len(truth)
     shown = torch.rand(B, N, generator=torch.Generator().manual_seed(seed)).argsort(1).argsort(1) < round(share*N)
     mod = {'untok_sen1grd@224': masked_input(d['untok_sen1grd@224'], N, 0),
@@ -59,18 +61,20 @@ def token_accuracy(core, tokenizers:dict, scene:dict,
     mod['untok_sen2l2a@224'] = masked_input(d['untok_sen2l2a@224'], 0, 0) | {'input_mask': ~shown}
     logits = core(mod, N+round(share*N), N, return_logits=True)[KEYS['s2l2a']]
     hit = logits.argmax(-1) == truth
-    return dict(all=hit.float().mean().item(), shown=hit[shown].float().mean().item(), hidden=hit[~shown].float().mean().item(),
+    return dict(all=hit.float().mean().item(), shown=hit[shown].float().mean().item(),
+                hidden=hit[~shown].float().mean().item(),
                 cross_entropy=F.cross_entropy(logits.flatten(0, 1), truth.flatten()).item())
 
 # %% ../../nbs/lib/stages/pretrain_probes.ipynb #45047fa9
 def patch_majority(lulc, patch:int=PATCH) -> np.ndarray: # (B,H,W) class codes
-    "Most frequent class of each patch, (B*N,)."
-    return torch.as_tensor(lulc).long().unfold(1, patch, patch).unfold(2, patch, patch).flatten(3).mode(-1).values.flatten().numpy()
+    "Return the most frequent class of each patch, (B*N,)."
+    return torch.as_tensor(lulc).long().unfold(1, patch, patch).unfold(2, patch,
+        patch).flatten(3).mode(-1).values.flatten().numpy()
 
 # %% ../../nbs/lib/stages/pretrain_probes.ipynb #180b8ee6
-def fit_probe(features, labels, train:int, # (n,D), (n,), how many of the rows are for fitting
-          most:int=8000, seed:int=0) -> float: # rows used for fitting at most
-    "Mean IoU over the classes of the test rows of multinomial logistic regression on standardised features."
+def fit_probe(features, labels, train:int, # (n,D), (n,), number of rows for fitting
+          most:int=8000, seed:int=0) -> float: # most rows for fitting
+    "Return the mean IoU of multinomial logistic regression on standardised features, on the test rows."
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -83,20 +87,21 @@ def fit_probe(features, labels, train:int, # (n,D), (n,), how many of the rows a
 @torch.no_grad()
 def probe_encoder(name:str, scene:dict, train:int, pretrained:bool, modalities=('S1GRD', 'S2L2A'), seed:int=0,
                   weights:str='') -> float: # folder of the weights; empty: the committed ones
-    "Land-cover mIoU of a linear probe on an encoder's frozen patch features; the first `train` scenes are for fitting."
+    "Return the land-cover mIoU of a linear probe on frozen patch features, fitted on `train` scenes."
     torch.manual_seed(seed)
     patch, inputs = ((8, {'S2L2A': reflectance_of(scene)}) if name.startswith('prithvi')
                      else (PATCH, {'S1GRD': torch.from_numpy(scene['s1grd']), 'S2L2A': reflectance_of(scene)}))
-    model = build_model(name, pretrained, weights, **({} if name.startswith('prithvi') else dict(modalities=list(modalities))))
+    model = build_model(name, pretrained, weights,
+                        **({} if name.startswith('prithvi') else dict(modalities=list(modalities))))
     x = encode_features(model.eval(), {m: v for m, v in inputs.items() if m in modalities})
     return fit_probe(x.flatten(0, 1).numpy(), patch_majority(scene['lulc'], patch), train*x.shape[1], seed=seed)
 
 # %% ../../nbs/lib/stages/pretrain_probes.ipynb #94cb9a83
 @torch.no_grad()
-def judge_marks(n:int=96, # held-out scenes; half as many others fit the probes, four times as many others the regression
-          seed:int=0,
+def judge_marks(n:int=96, # held-out scenes; n/2 others fit the probes, 4 n others the regression
+          seed:int=0, # of tokens, noise and intervals
           weights:str=''): # folder of the weights; empty: the committed ones
-    "The four marks, one row each: what, value, 95 % interval over scenes, wanted."
+    "Return the four marks, one row each: name, value, 95 % interval over scenes, target."
     import pandas as pd
     fit, test, many = held_out_scenes(max(n//2, 4), 10_000), held_out_scenes(n), held_out_scenes(4*n, 20_000)
     truth, s1 = reflectance_of(test, OPT_BANDS), torch.from_numpy(test['s1grd'])
@@ -108,7 +113,8 @@ def judge_marks(n:int=96, # held-out scenes; half as many others fit the probes,
     partial = build_generator(input_modalities=('S1GRD', 'S2L2A'), weights=weights)
     rows = []
     def row(what, unit, value, lo, hi, wanted):
-        rows.append(dict(mark=what, unit=unit, value=value, lo=lo, hi=hi, wanted=wanted, met=value >= wanted, n_scenes=n))
+        rows.append(dict(mark=what, unit=unit, value=value, lo=lo, hi=hi, wanted=wanted, met=value >= wanted,
+                         n_scenes=n))
     def interval(what, unit, values, wanted): row(what, unit, *bootstrap_ci(values, seed=seed), wanted)
     interval('S2L2A round trip, one step', 'dB PSNR', score['trip'], 33.)
     interval('Stage 1 (expected code) over per-pixel regression', 'dB PSNR', score['v1']-score['regression'], 1.)
@@ -117,15 +123,18 @@ def judge_marks(n:int=96, # held-out scenes; half as many others fit the probes,
     for share in (0., .5):
         a = token_accuracy(partial.net, {'s2l2a': partial.tokenizer()}, test, share, seed)
         for which in (('all', 'hidden') if share else ('all',)):
-            row(f'token accuracy, S1 and {share:.0%} of S2 shown, {which} tokens', 'share', a[which], float('nan'), float('nan'),
+            row(f'token accuracy, S1 and {share:.0%} of S2 shown, {which} tokens', 'share', a[which], float('nan'),
+                float('nan'),
                 .6 if share and which == 'all' else float('nan'))
     both = {k: np.concatenate([fit[k], test[k]]) for k in ('s1grd', 's2', 'lulc')}
     for name, modalities in (('terramind_mini', ('S1GRD', 'S2L2A')), ('terramind_mini', ('S1GRD',)),
                              ('prithvi_mini', ('S2L2A',))):
         known, chance = (probe_encoder(name, both, len(fit['s2']), p, modalities, seed, weights) for p in (True, False))
-        row(f'land-cover probe, {name} on {"+".join(modalities)}: gain over random weights', 'pp mIoU', 100*(known-chance),
+        row(f'land-cover probe, {name} on {"+".join(modalities)}: gain over random weights', 'pp mIoU',
+            100*(known-chance),
             float('nan'), float('nan'), float('nan') if modalities == ('S1GRD',) else 15.)
-        row(f'land-cover probe, {name} on {"+".join(modalities)}', 'mIoU', known, float('nan'), float('nan'), float('nan'))
+        row(f'land-cover probe, {name} on {"+".join(modalities)}', 'mIoU', known, float('nan'), float('nan'),
+            float('nan'))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/lib/stages/pretrain_probes.ipynb #b897f93e
@@ -135,7 +144,7 @@ def season_error(
     lat, # (n,) degrees; south of the equator the season is half a year off
     train:int, # rows for fitting
 ) -> float: # mean absolute error, months
-    "How well a ridge regression of the season's sine and cosine tells the month."
+    "Return the error of the month from a ridge regression of the season's sine and cosine."
     from sklearn.linear_model import RidgeCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -149,9 +158,9 @@ def season_error(
 @torch.no_grad()
 def hidden_dates(
     mae, # PrithviMAE of three dates
-    d:dict, # batch of inputs_of, three dates
+    d:dict, # from model_inputs, three dates
 ): # (n,) dB of the prediction, (n,) dB of a copy of the nearest date; standardised units, range 1
-    "Each date hidden in turn, the two others shown."
+    "Return the PSNR of each hidden date, with the two others shown."
     x, B, T = d['prithvi'], len(d['prithvi']), d['prithvi'].shape[2]
     patches = mae.patchify(x).unflatten(1, (T, -1))
     months = ((d['temporal'][..., 1]/30.4).floor()).long()
@@ -160,13 +169,14 @@ def hidden_dates(
     for t in range(T):
         pred, _ = reconstruct(mae, x, (d['temporal'], d['location']), [[t]]*B, 1/T+1e-6)
         near = patches[torch.arange(B), apart[:, t].argmin(1)]
-        error += torch.stack([(p-patches[:, t]).square().mean((1, 2)) for p in (pred.unflatten(1, (T, -1))[:, t], near)])/T
+        error += torch.stack([(p-patches[:, t]).square().mean((1, 2))
+                              for p in (pred.unflatten(1, (T, -1))[:, t], near)])/T
     return -10*error[0].log10(), -10*error[1].log10()
 
 # %% ../../nbs/lib/stages/pretrain_probes.ipynb #3b694547
 @torch.no_grad()
 def image_features(mae, scene:dict, batch:int=16): # PrithviMAE; scenes; (n, 2D) mean and deviation over patches
-    "What an encoder says of single images, without date and place."
+    "Return an encoder's features of single images, without date and place."
     x, rows = model_inputs(scene)['prithvi'][:, :, :1], []
     with seen_dates(mae, 1):
         for part in x.split(batch):
@@ -176,11 +186,11 @@ def image_features(mae, scene:dict, batch:int=16): # PrithviMAE; scenes; (n, 2D)
 
 # %% ../../nbs/lib/stages/pretrain_probes.ipynb #3ad91315
 def judge_prithvi(
-    n:int=160, # held-out images that fit the season; half as many test it, a third as many places have a date hidden
+    n:int=160, # held-out images that fit the season; n/2 test it, n/3 places have a hidden date
     seed:int=0, # of the random weights
     weights:str='', # folder of the weights; empty: the committed ones
 ):
-    "The autoencoder's marks, one row each: what, value, 95 % interval over places, that of random weights or of copying, and what is wanted."
+    "Return the autoencoder's marks, one row each: value, 95 % interval over places, reference, target."
     import pandas as pd
     images, places = held_out_scenes(n+n//2, 30_000), model_inputs(held_out_scenes(max(n//3, 2), 40_000, dates=3))
     torch.manual_seed(seed)
@@ -189,5 +199,7 @@ def judge_prithvi(
     error = [season_error(image_features(m, images), images['month'], images['lat'], n) for m in (mae, plain)]
     drawn, copied = hidden_dates(mae, places)
     gain, lo, hi = bootstrap_ci(drawn-copied, seed=seed)
-    return pd.DataFrame([dict(mark='month told from an image', unit='months of error', value=error[0], other=error[1], of='random weights'),
-                         dict(mark='hidden date over a copy of the nearest', unit='dB', value=gain, lo=lo, hi=hi, other=float(copied.mean()), of='the copy, as such', wanted=0.)])
+    return pd.DataFrame([dict(mark='month told from an image', unit='months of error', value=error[0], other=error[1],
+                              of='random weights'),
+                         dict(mark='hidden date over a copy of the nearest', unit='dB', value=gain, lo=lo, hi=hi,
+                              other=float(copied.mean()), of='the copy, as such', wanted=0.)])

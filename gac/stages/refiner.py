@@ -30,13 +30,13 @@ from ..training.order import seeded
 
 # %% ../../nbs/lib/stages/refiner.ipynb #c2fb1eda
 class ConvNeXtBlock(nn.Module):
-    "Depthwise 7×7, layer norm, pointwise MLP (Liu et al. 2022, arXiv 2201.03545), here with FiLM (Perez et al. 2018, arXiv 1709.07871)."
+    "ConvNeXt block (Liu et al. 2022, arXiv 2201.03545) with FiLM conditioning."
     def __init__(self,
         dim:int, # channels
         condition:int=0, # size of the conditioning vector; 0: none
         expand:int=3, # hidden channels of the MLP, in multiples of dim
-        dropout:float=.1,
-        scale:float=.1, # the branch at the start (layer scale)
+        dropout:float=.1, # share of hidden channels
+        scale:float=.1, # initial layer scale
     ):
         super().__init__()
         self.spatial, self.norm = nn.Conv2d(dim, dim, 7, padding=3, groups=dim), nn.LayerNorm(dim)
@@ -53,42 +53,47 @@ class ConvNeXtBlock(nn.Module):
         return x + (self.mlp(y)*self.scale).movedim(-1, 1)
 
 # %% ../../nbs/lib/stages/refiner.ipynb #da6167c0
-AROUND = 15  # px, the surroundings of a pixel
+AROUND = 15  # side of a pixel's surroundings, px
 
 def steered(
     x:Tensor, # (B, C, H, W)
     film:Tensor, # (B, 2 C, H or 1, W or 1), gains and shifts
 ) -> Tensor: # (B, C, H, W)
-    "Channels scaled and shifted (FiLM: Perez et al. 2018, arXiv 1709.07871)."
+    "Scale and shift channels (FiLM: Perez et al. 2018, arXiv 1709.07871)."
     gain, shift = film.chunk(2, 1)
     return x*(1 + gain) + shift
 
 # %% ../../nbs/lib/stages/refiner.ipynb #6b8d4b0d
 class Pointwise(nn.Module):
-    "Two hidden layers over the numbers of each pixel, both steered, and a last one that begins at zero."
+    "Map the values of each pixel by two FiLM-conditioned layers and a last one that starts at zero."
     def __init__(self,
-        given:int, # numbers of a pixel
-        bands:int, # of the answer
+        given:int, # input values of a pixel
+        bands:int, # output values of a pixel
         width:int=48, # channels
-        dropout:float=.1,
+        dropout:float=.1, # share of channels
     ):
         super().__init__()
-        self.into, self.hidden, self.out = nn.Conv2d(given, width, 1), nn.Conv2d(width, width, 1), nn.Conv2d(width, bands, 1)
-        self.drop, self.films = nn.Dropout(dropout), 4*width  # numbers it takes to be steered
+        self.into, self.hidden, self.out = (
+            nn.Conv2d(given, width, 1), nn.Conv2d(width, width, 1), nn.Conv2d(width, bands, 1))
+        self.drop, self.films = nn.Dropout(dropout), 4*width  # size of its FiLM vector
         nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
 
-    def forward(self, x:Tensor, films:Tensor) -> Tensor: # (B, given, H, W), (B, 4 width, H or 1, W or 1) -> (B, bands, H, W)
-        for layer, film in zip((self.into, self.hidden), films.chunk(2, 1)): x = self.drop(F.gelu(steered(layer(x), film)))
+    def forward(self,
+        x:Tensor, # (B, given, H, W)
+        films:Tensor, # (B, 4 width, H or 1, W or 1)
+    ) -> Tensor: # (B, bands, H, W)
+        for layer, film in zip((self.into, self.hidden), films.chunk(2, 1)):
+            x = self.drop(F.gelu(steered(layer(x), film)))
         return self.out(x)
 
 # %% ../../nbs/lib/stages/refiner.ipynb #1fff534d
 class Colour(nn.Module):
-    "A correction of each pixel's spectrum in the light of what is known of the tile."
+    "Correct each pixel's spectrum, conditioned on metadata and features of the tile."
     def __init__(self,
-        bands:int, # of the image
+        bands:int, # bands of the image
         condition:int, # size of the conditioning vector
         width:int=48, # channels
-        dropout:float=.1,
+        dropout:float=.1, # share of channels
     ):
         super().__init__()
         self.net = Pointwise(3*bands, bands, width, dropout)
@@ -96,19 +101,20 @@ class Colour(nn.Module):
 
     def forward(self, x:Tensor, c:Tensor) -> Tensor: # (B, bands, H, W), (B, condition) -> (B, bands, H, W)
         rows = F.avg_pool2d(F.pad(x, (AROUND//2,)*4, mode='replicate'), (AROUND, 1), 1)
-        around = F.avg_pool2d(rows, (1, AROUND), 1)  # one axis after the other: 30 values to read, not 225
-        return self.net(torch.cat([x, around, x.mean((2, 3), keepdim=True).expand_as(x)], 1), self.film(c)[..., None, None])
+        around = F.avg_pool2d(rows, (1, AROUND), 1)  # one axis after the other: 30 values instead of 225
+        return self.net(torch.cat([x, around, x.mean((2, 3), keepdim=True).expand_as(x)], 1),
+                        self.film(c)[..., None, None])
 
 # %% ../../nbs/lib/stages/refiner.ipynb #00633e21
 class ConvNeXtHead(nn.Module):
-    "From features of several depths and the image itself to a correction of the image, zero at the start."
+    "Map the image and features of several depths to a correction, which starts at zero."
     def __init__(self,
         dims, # channels of the feature maps
-        bands:int=4,
+        bands:int=4, # bands of the image
         width:int=48, # channels
         depth:int=3, # ConvNeXt blocks of the structure; 0: colour alone
         condition:int=32, # size of the conditioning vector
-        dropout:float=.1,
+        dropout:float=.1, # share of channels
     ):
         super().__init__()
         self.colour = Colour(bands, condition, width, dropout)
@@ -122,8 +128,11 @@ class ConvNeXtHead(nn.Module):
         self.fine, self.out = nn.Conv2d(bands, width//2, 3, padding=1), nn.Conv2d(width//2, bands, 3, padding=1)
         nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
 
-    def forward(self, x:Tensor, features:list,
-                c:Tensor|None=None) -> Tensor: # (B, bands, H, W); (B, h, w, dim) each; None: nothing is known -> (B, bands, H, W)
+    def forward(self,
+        x:Tensor, # (B, bands, H, W)
+        features:list, # (B, h, w, dim) of each depth
+        c:Tensor|None=None, # (B, condition); None: no metadata
+    ) -> Tensor: # (B, bands, H, W)
         pooled = self.pooled(features[-1].mean((1, 2)))
         c = pooled if c is None else c + pooled
         colour = self.colour(x, c)
@@ -135,27 +144,28 @@ class ConvNeXtHead(nn.Module):
         return colour + self.out(F.gelu(F.interpolate(self.up(half), x.shape[-2:], mode='bilinear') + self.fine(x)))
 
 # %% ../../nbs/lib/stages/refiner.ipynb #93b2d44f
-# layers that get adapters
-REFINER_TARGETS = {'attention': r'blocks\.{i}\.attn\.(qkv|proj)', 'wider': r'blocks\.{i}\.(attn\.(qkv|proj)|mlp\.fc[12])'}
-SHORT = 200  # patches: as long as their scores fit its cache, a CPU is faster with plain products than with fused attention
-SCALE = .02  # reflectance, the unit of a correction: first steps of training stay small
+# reach -> layers with adapters
+REFINER_TARGETS = {'attention': r'blocks\.{i}\.attn\.(qkv|proj)',
+                   'wider': r'blocks\.{i}\.(attn\.(qkv|proj)|mlp\.fc[12])'}
+SHORT = 200  # patches; below it a CPU computes attention faster by plain products than fused
+SCALE = .02  # reflectance, unit of a correction, which keeps the first steps of training small
 
 def _silent(layer:nn.Module, coords:tuple, out:Tensor) -> Tensor:
-    "Add nothing to the tiles whose date or place is unknown."
+    "Set the embedding of tiles with unknown date or place to zero."
     known = (coords[0] > -999).flatten(1).all(1)  # (B,)
     return out*known.view(-1, 1, 1)
 
 # %% ../../nbs/lib/stages/refiner.ipynb #1b32c180
 class PrithviRefiner(nn.Module):
-    "Prithvi-EO-2.0 (Szwarcman et al. 2024, arXiv 2412.02732) looks at an image, a ConvNeXt head corrects it."
+    "Correct an image by a ConvNeXt head on Prithvi-EO-2.0 (Szwarcman et al. 2024, arXiv 2412.02732)."
     def __init__(self,
         encoder:nn.Module, # Prithvi from build.build_model
-        metadata=('month', 'biome'), # of FIELDS
-        levels:int=3, # depths of the encoder that are read, the last among them
+        metadata=('month', 'biome'), # conditions, of METADATA_FIELDS
+        levels:int=3, # depths of the encoder for the head, the last one included
         width:int=48, # channels of the head
-        depth:int=3, # its blocks for structure; 0: colour alone
-        dropout:float=.1,
-        hide:float=.1, # share of training tiles whose month, and whose biome, is hidden
+        depth:int=3, # blocks for structure; 0: colour alone
+        dropout:float=.1, # share of channels
+        hide:float=.1, # share of training tiles with a hidden month, and with a hidden biome
     ):
         super().__init__()
         self.encoder, self.metadata, n = encoder, tuple(metadata), len(encoder.blocks)
@@ -163,8 +173,9 @@ class PrithviRefiner(nn.Module):
         self.patch = encoder.patch_embed.patch_size[-1]
         fields = [f for f in self.metadata if f in METADATA]
         self.condition = Condition(fields, drop=hide) if fields else None
-        self.head = ConvNeXtHead([encoder.embed_dim]*len(self.at), len(encoder.gac['bands']), width, depth, dropout=dropout)
-        self.register_buffer('strength', torch.ones(()))  # share of the correction that is applied, see `calibrate`
+        self.head = ConvNeXtHead([encoder.embed_dim]*len(self.at), len(encoder.gac['bands']), width, depth,
+                                 dropout=dropout)
+        self.register_buffer('strength', torch.ones(()))  # applied share of the correction, fitted on validation
         for name in ('temporal_embed_enc', 'location_embed_enc'):
             if hasattr(encoder, name): getattr(encoder, name).register_forward_hook(_silent)
 
@@ -172,18 +183,19 @@ class PrithviRefiner(nn.Module):
     def blocks(self) -> nn.ModuleList: return self.encoder.blocks  # see checkpointing.checkpointed
 
     def coords(self, month:Tensor, metadata:dict) -> dict: # month (B,)
-        "Date and place as encoders with coordinates read them; what is unknown is -1000."
+        "Return date and place for encoders with coordinates; unknown values are -1000."
         told, n = {}, len(month)
         if self.encoder.temporal_encoding and 'month' in self.metadata:
             day = torch.where(month > 0, (month - .5)*30.4, -1000.)
             told['temporal_coords'] = torch.stack([torch.full_like(day, YEAR), day], -1)[:, None]  # (B, 1, 2)
         if self.encoder.location_encoding and 'place' in self.metadata and {'lat', 'lon'} <= metadata.keys():
-            place = [torch.as_tensor(metadata[k], dtype=torch.float32, device=month.device).expand(n) for k in ('lat', 'lon')]
+            place = [torch.as_tensor(metadata[k], dtype=torch.float32, device=month.device).expand(n)
+                     for k in ('lat', 'lon')]
             told['location_coords'] = torch.stack(place, -1).nan_to_num(-1000.)  # (B, 2)
         return told
 
     def features(self, x:Tensor, **coords) -> list: # (B, 4, H, W) standardised, padded -> (B, h, w, D) each
-        "Patch features of several depths."
+        "Return patch features of several depths."
         grid = [s//self.patch for s in x.shape[-2:]]
         short = x.device.type == 'cpu' and math.prod(grid) <= SHORT
         with sdpa_kernel(SDPBackend.MATH) if short else nullcontext(): every = self.encoder(x, **coords)
@@ -191,37 +203,39 @@ class PrithviRefiner(nn.Module):
 
     def forward(self,
         opt_v1:Tensor, # (B, 4, H, W) reflectance, any size
-        metadata:dict|None=None, # month (1-12), biome (1-14), lon and lat (degrees): one for all or one for each; 0 or nothing: unknown
+        metadata:dict|None=None, # month (1-12), biome (1-14), lon, lat (degrees), for all or for each tile; 0: unknown
     ) -> Tensor: # opt_v2, the same shape
-        "The image, corrected."
+        "Return the corrected image."
         bands = self.encoder.gac['bands']
         if opt_v1.ndim != 4 or opt_v1.shape[1] != len(bands):
-            raise GacError(f'opt_v1 is {tuple(opt_v1.shape)}: expected (tiles, {len(bands)}, height, width) with the bands {", ".join(bands)}.')
+            raise GacError(f'opt_v1 is {tuple(opt_v1.shape)}: expected (tiles, {len(bands)}, height, width) with the '
+                           f'bands {", ".join(bands)}.')
         given, n = check_fields(metadata), len(opt_v1)
         month, biome = (metadata_codes(given, k, n, opt_v1.device) for k in METADATA)
         if self.condition is not None: month, biome = self.condition.hide(month), self.condition.hide(biome)
         padded, crop = pad_to_multiple(opt_v1.float(), self.patch*(1 + self.patch % 2))
         x = prithvi_input(padded, bands, self.encoder.gac['stats']['prithvi'])
-        lat = torch.as_tensor(given['lat'], dtype=torch.float32, device=month.device).expand(n) if 'lat' in given else None
+        lat = torch.as_tensor(given['lat'], dtype=torch.float32,
+                              device=month.device).expand(n) if 'lat' in given else None
         c = self.condition(season(month, lat), biome) if self.condition is not None else None
         correction = self.head(x, self.features(x, **self.coords(month, given)), c)
         return opt_v1 + SCALE*self.strength*crop_back(correction, crop).float()
 
 # %% ../../nbs/lib/stages/refiner.ipynb #fd4a6311
 def build_prithvi_refiner(
-    backbone:str='prithvi_mini', # as TerraTorch names it: prithvi_eo_v2_600_tl, …
+    backbone:str='prithvi_mini', # TerraTorch's name, e.g. prithvi_eo_v2_600_tl
     lora_r:int=8, # rank of the adapters; 0: none
-    lora_alpha:int=16, # their scale is alpha/rank
+    lora_alpha:int=16, # the adapters' scale is alpha/rank
     load_in_8bit:bool=False, # frozen linear layers in 8 bits
-    unfreeze_last_n_blocks:int=0, # of the encoder; they stay in floating point
-    metadata=('month', 'biome'), # what the refiner is told, of FIELDS
-    pretrained:bool=True, # False: random weights, the control
-    weights:str='', # folder of weight files, 'hub', or empty: the committed miniatures or the Hugging Face cache
-    reach:str='attention', # layers of a block that get adapters: attention or wider
-    seed:int=0, # of what is not pretrained
+    unfreeze_last_n_blocks:int=0, # blocks of the encoder, which stay in floating point
+    metadata=('month', 'biome'), # conditions, of METADATA_FIELDS
+    pretrained:bool=True, # False: random weights, as a control
+    weights:str='', # folder of weight files, 'hub', or empty: the default places
+    reach:str='attention', # layers of a block with adapters: attention or wider
+    seed:int=0, # of new weights
     **head, # levels, width, depth, dropout, hide of PrithviRefiner
-) -> PrithviRefiner: # in evaluation mode, an untrained one returns its input
-    "A refiner by the name of its backbone."
+) -> PrithviRefiner: # in evaluation mode
+    "Build a refiner by the name of its backbone; an untrained one returns its input."
     config = dict(backbone=backbone, lora_r=lora_r, lora_alpha=lora_alpha, load_in_8bit=load_in_8bit,
                   unfreeze_last_n_blocks=unfreeze_last_n_blocks,
                   metadata=list(metadata), pretrained=pretrained, reach=reach, seed=seed, **head)
@@ -238,29 +252,38 @@ def build_prithvi_refiner(
     return to_device(refiner.eval())
 
 # %% ../../nbs/lib/stages/refiner.ipynb #e359c46d
-def adapt_encoder(encoder:nn.Module, r:int, alpha:int, int8:bool, free:int, reach:str) -> None:
-    "8-bit weights, adapters and unfrozen blocks: adapters where a block is frozen, and only there."
+def adapt_encoder(
+    encoder:nn.Module, # changed in place
+    r:int, # rank of the adapters; 0: none
+    alpha:int, # the adapters' scale is alpha/rank
+    int8:bool, # 8-bit weights in frozen blocks
+    free:int, # number of last blocks to unfreeze
+    reach:str, # one of REFINER_TARGETS
+) -> None:
+    "Add 8-bit weights and adapters to frozen blocks, and unfreeze the last blocks."
     n = len(encoder.blocks)
     if not 0 <= free <= n: raise GacError(f'{free} blocks to unfreeze: {encoder.gac["name"]} has {n}.')
     last = [str(i) for i in range(n - free, n)]
     if int8: to_int8(encoder, skip=tuple(rf'blocks\.{i}' for i in last))
-    if r and free < n: inject_lora(encoder, REFINER_TARGETS[reach].format(i=f'({"|".join(map(str, range(n - free)))})'), r, alpha)
+    if r and free < n:
+        inject_lora(encoder, REFINER_TARGETS[reach].format(i=f'({"|".join(map(str, range(n - free)))})'), r, alpha)
     if free: unfreeze(encoder, rf'(blocks\.({"|".join(last)})|norm)\.')
 
 # %% ../../nbs/lib/stages/refiner.ipynb #c0cf88a3
 def forecast_memory(
-    backbone:str='prithvi_mini', # as TerraTorch names it
+    backbone:str='prithvi_mini', # TerraTorch's name
     lora_r:int=8, # rank of the adapters
-    reach:str='attention', # layers of a block that get adapters
+    reach:str='attention', # layers of a block with adapters
     **head, # levels, width, depth of PrithviRefiner
-) -> dict: # backbone, params, trainable, share_%, and the memory of all weights in MB by dtype
-    "What a refiner weighs, without loading or allocating its backbone."
+) -> dict: # backbone, params, trainable, share_%, and memory of all weights in MB by dtype
+    "Return parameters and memory of a refiner without allocating its backbone."
     encoder = build_blank(backbone, memory=False)
     linear = {k: m for k, m in encoder.named_modules() if isinstance(m, nn.Linear)}
     hit = [m for k, m in linear.items() if re.fullmatch(REFINER_TARGETS[reach].format(i=r'\d+'), k)]
     with without_memory():
         encoder.gac = dict(bands=OPT_BANDS)
-        own = sum(p.numel() for k, p in PrithviRefiner(encoder, **head).named_parameters() if not k.startswith('encoder.'))
+        own = sum(p.numel() for k, p in PrithviRefiner(encoder, **head).named_parameters()
+                  if not k.startswith('encoder.'))
     trainable = own + lora_r*sum(m.in_features + m.out_features for m in hit)
     frozen = sum(p.numel() for p in encoder.parameters())
     memory = memory_mb(encoder, frozen)

@@ -36,10 +36,10 @@ def batches(
     n:int, # tiles
     batch_size:int, # tiles at a time
     shard:int, # tiles of one shard of the store
-    rank:int=0, # this worker
-    world_size:int=1, # of so many
+    rank:int=0, # number of this worker
+    world_size:int=1, # workers
 ) -> list[range]: # positions in the store
-    "The batches of one rank: shards are dealt out in turn, batches never cross a shard."
+    "Return the batches of a worker: shards in turn, no batch across a shard."
     if batch_size < 1: raise GacError(f'batch size {batch_size}: expected at least 1 tile at a time.')
     if not 0 <= rank < world_size: raise GacError(f'rank {rank} of {world_size}: ranks go from 0 to {world_size - 1}.')
     shards = [range(s, min(s + shard, n)) for s in range(0, n, shard)]
@@ -48,8 +48,8 @@ def batches(
 # %% ../../nbs/lib/stages/tileset.ipynb #67aa6b16
 def unusable(
     s1, # (2, H, W) dB
-) -> str: # the reason, empty if there is none
-    "Why a radar tile cannot be turned into an image."
+) -> str: # the reason; empty: usable
+    "Return the reason why a radar tile cannot be used."
     bad = int((~np.isfinite(s1)).sum())
     if bad: return f's1 has {bad} values that are not finite'
     low, high = float(s1.min()), float(s1.max())
@@ -61,7 +61,7 @@ def read_radar(
     store, # store.Store
     rows, # positions in the store
 ) -> tuple: # (n, 2, H, W) dB; their n positions; position -> reason for the others
-    "The usable radar tiles among some, and what is wrong with the others."
+    "Read radar tiles; return the usable ones, and the reasons for the others."
     rows = np.asarray(rows)
     try: s1 = list(store.read('s1', rows))
     except GacError as e:
@@ -77,39 +77,42 @@ def read_radar(
 # %% ../../nbs/lib/stages/tileset.ipynb #f7816fa2
 def disk_forecast(
     n:int, # tiles still to be written
-    shape, # of one tile, e.g. (4, 120, 120)
-    folder, # where they go
-    reserve:float=.05, # share of the free space left alone
-) -> dict: # need (uncompressed, so at most) and free, bytes
-    "What the output needs and what the disk has; refuses when that is too little."
+    shape, # shape of a tile, e.g. (4, 120, 120)
+    folder, # output folder
+    reserve:float=.05, # share of the free space to keep
+) -> dict: # need (uncompressed, an upper bound) and free, bytes
+    "Return needed and free disk space; refuse an output that does not fit."
     need, free = n*int(np.prod(shape))*np.dtype('int16').itemsize, shutil.disk_usage(folder).free
     if need > free*(1 - reserve):
-        raise GacError(f'{folder}: {n} tiles need up to {need/1e9:.4g} GB and {free/1e9:.4g} GB are free ({reserve:.0%} is left alone). '
+        raise GacError(f'{folder}: {n} tiles need up to {need/1e9:.4g} GB and {free/1e9:.4g} GB are free '
+                       f'({reserve:.0%} is left alone). '
                        f'Free some space, write elsewhere (--output-dir) or take fewer tiles (--max-tiles).')
     return dict(need=need, free=free)
 
 # %% ../../nbs/lib/stages/tileset.ipynb #54238e78
 def stage1_settings(
     model, # from build_terramind_generator
-    decoding:Decoding,
+    decoding:Decoding, # settings of generation
     seed:int, # of the run
-) -> dict:
-    "What determines an array of Stage 1, kept as its attributes."
+) -> dict: # attributes of the array
+    "Return the settings that determine an array of Stage 1."
     weights = {name: digest[:16] for name, digest in weights_checksums(model.core).items()}
     more = dict(precision=model.precision + ', compiled'*model.compiled)
-    if model.direct is not None: more |= dict(decoder='direct', decoder_weights=adapter_digest(model.direct.state_dict()))
-    return dict(bands=list(OPT_BANDS), units='reflectance x 10000', model=model.core.gac['name'], inputs=list(model.inputs),
+    if model.direct is not None:
+        more |= dict(decoder='direct', decoder_weights=adapter_digest(model.direct.state_dict()))
+    return dict(bands=list(OPT_BANDS), units='reflectance x 10000', model=model.core.gac['name'],
+                inputs=list(model.inputs),
                 weights=weights or 'random',
                 **asdict(decoding), seed=seed, **more)
 
 # %% ../../nbs/lib/stages/tileset.ipynb #f1110002
 def in_order(
     work:Callable, # item -> result
-    items, # in any number
-    ahead:int, # items begun before the result of one is taken; 1: none, the caller's own thread does the work
-    threads:int=0, # that work on them; 0: one for each
+    items, # any number of them
+    ahead:int, # items in work at a time; 1: work in the caller's thread
+    threads:int=0, # worker threads; 0: `ahead`
 ) -> Iterator: # results in the order of the items
-    "Begin the next items before the result of one is taken: while a GPU paints a batch, the next one is read and the last one written."
+    "Work on several items at a time, so that reading, computing and writing overlap."
     if ahead < 2:
         yield from map(work, items)
         return
@@ -123,35 +126,36 @@ def in_order(
 
 # %% ../../nbs/lib/stages/tileset.ipynb #389648c3
 def run_tileset(
-    into, # store.Store
+    into, # store.Store that gets the array
     output:str, # name of the array
-    shape:tuple, # of one tile
-    made:dict, # what determines its values, kept as its attributes
-    read:Callable, # positions in the store -> what `make` is given, for those positions that can be made, position -> reason for the others
-    make:Callable, # what was read, its positions -> (n, C, H, W) reflectance
+    shape:tuple, # shape of a tile
+    made:dict, # settings that determine its values, stored as attributes
+    read:Callable, # positions -> input of `make`, usable positions, position -> reason for the others
+    make:Callable, # input, its positions -> (n, C, H, W) reflectance
     batch_size:int=8, # tiles at a time
-    max_tiles:int=0, # only the first so many of the store; 0: all
-    rank:int=0, # this worker
-    world_size:int=1, # of so many
-    overwrite:bool=False, # replace an array that was made otherwise
+    max_tiles:int=0, # number of tiles from the start; 0: all
+    rank:int=0, # number of this worker
+    world_size:int=1, # workers
+    overwrite:bool=False, # replace an array of other settings
     source:str='', # array of `into` that a tile must have; empty: none
-    said:str='', # how it is made, for the first line
-    ahead:int=1, # batches begun before the result of one is taken
-    threads:int=0, # that `make` bears; 0: as many
-) -> dict: # processed, errors, output; skipped: there already; failed: DataFrame of id and error
-    "Make an array of a stage, batch by batch. Stopped at any moment and called again, it goes on and leaves the same bytes."
+    said:str='', # settings in words, for the first line
+    ahead:int=1, # batches in work at a time
+    threads:int=0, # threads that call `make`; 0: `ahead`
+) -> dict: # processed, errors, output, skipped (already there), failed: DataFrame of id and error
+    "Compute an array of a stage batch by batch; a second call continues and leaves the same bytes."
     n = min(len(into), max_tiles or len(into))
     todo = batches(n, batch_size, into.shard, rank, world_size)
     mine = np.array([r for b in todo for r in b], dtype=int)
     there = into.written(source) if source else np.ones(len(into), bool)
-    with FileLock(writable(into.journal)/'begin', timeout=600):  # workers may begin at the same moment
+    with FileLock(writable(into.journal)/'begin', timeout=600):  # workers may start at the same time
         into.refresh()
         if overwrite: drop_other(into, output, made)
         written = into.written(output) if output in into.arrays else np.zeros(len(into), bool)
         left, errors = mine[there[mine] & ~written[mine]], {int(r): f'it has no {source}' for r in mine[~there[mine]]}
         disk = disk_forecast(len(left), shape, into.path)
         into.ensure_array(output, shape, 'int16', made)
-    print(f'{output}: {len(left)} of {len(mine)} tiles to draw{f" ({said})" if said else ""}, up to {disk["need"]/1e6:.4g} MB', flush=True)
+    print(f'{output}: {len(left)} of {len(mine)} tiles to draw{f" ({said})" if said else ""}, up to '
+          f'{disk["need"]/1e6:.4g} MB', flush=True)
     now, left = 0, set(left.tolist())
     todo = [[r for r in b if there[r]] for b in todo if left & set(b)]
     def work(batch):
@@ -159,7 +163,8 @@ def run_tileset(
         if not left & set(rows.tolist()): return rows[:0], None, bad
         try: return rows, make(given, rows), bad
         except torch.OutOfMemoryError as e:
-            raise GacError(f'Out of memory with {len(rows)} tiles at a time: take fewer (--batch-size). What is drawn is safe.') from e
+            raise GacError(f'Out of memory with {len(rows)} tiles at a time: take fewer (--batch-size). What is drawn '
+                           'is safe.') from e
     steps = progress(todo, len(left), output, 'tiles', size=lambda b: len(left & set(b))) if todo else ()
     try:
         for _, (rows, images, bad) in zip(steps, in_order(work, todo, ahead, threads)):
@@ -170,10 +175,12 @@ def run_tileset(
             into.write(output, rows[sound], to_dn(images[sound]), rank, world_size)
             now += len(left & set(rows[sound].tolist()))
     finally: into.close()
-    failed = pd.DataFrame([dict(id=into.table.id.iloc[r], error=why) for r, why in sorted(errors.items())], columns=['id', 'error'])
+    failed = pd.DataFrame([dict(id=into.table.id.iloc[r], error=why) for r, why in sorted(errors.items())],
+                          columns=['id', 'error'])
     for row in failed.head(10).itertuples(): print(f'{output}: {row.id} was left out: {row.error}', flush=True)
     if len(failed) > 10: print(f'{output}: and {len(failed) - 10} more', flush=True)
-    return dict(processed=now, errors=len(failed), output=str(into.path/'arrays'/output), skipped=int((there & written)[mine].sum()),
+    return dict(processed=now, errors=len(failed), output=str(into.path/'arrays'/output),
+                skipped=int((there & written)[mine].sum()),
                 failed=failed)
 
 # %% ../../nbs/lib/stages/tileset.ipynb #d729f8b4
@@ -181,8 +188,8 @@ def drop_other(
     store, # store.Store
     output:str, # name of an array
     wanted:dict, # its settings
-) -> bool: # whether there was one to drop
-    "Drop an array that was made with other settings."
+) -> bool: # True: it was dropped
+    "Drop an array of other settings."
     if output not in store.arrays: return False
     have = dict(store.arrays[output].attrs)
     if all(have.get(k) == v for k, v in json.loads(json.dumps(wanted)).items()): return False
@@ -192,17 +199,18 @@ def drop_other(
 # %% ../../nbs/lib/stages/tileset.ipynb #7956cdce
 def derived_store(
     store, # store.Store
-    path, # folder of the companion, new or begun before
-): # store.Store without the radar and the truth
-    "A store beside `store` for arrays of later stages: the same tiles in the same order."
+    path, # folder of the derived store, new or existing
+): # store.Store without radar and truth
+    "Open or create a store for arrays of later stages, with the same tiles in the same order."
     path = Path(path)
     def opened():
-        other = Store(path) if (path/'table.parquet').exists() else Store.create(path, {}, dict(companion=True), store.shard)
+        other = Store(path) if (path/'table.parquet').exists() else Store.create(path, {}, dict(companion=True),
+            store.shard)
         if len(other) > len(store) or list(other.table.id) != list(store.table.id[:len(other)]):
             raise GacError(f'{path} holds other tiles than {store.path}. Give another --output-dir.')
         return other
     if (path/'table.parquet').exists() and len(other := opened()) == len(store): return other
-    with FileLock(writable(path/'journal')/'begin', timeout=600):  # workers may begin at the same moment
+    with FileLock(writable(path/'journal')/'begin', timeout=600):  # workers may start at the same time
         other = opened()
         if len(other) < len(store):
             with other: other.append(store.table.iloc[len(other):].to_dict('records'))
@@ -211,40 +219,46 @@ def derived_store(
 # %% ../../nbs/lib/stages/tileset.ipynb #c61ec1be
 def open_tiles(
     data_dir, # tile store, or a folder or file in a known layout
-    output_dir='', # where converted tiles or new arrays go; empty: into the store at data_dir
-    **options, # of convert.convert, for other layouts
-) -> tuple: # the store with the radar, the store new arrays go to
-    "What `gac precompute` works on."
+    output_dir='', # folder for converted tiles or new arrays; empty: the store at data_dir
+    **options, # options of convert.convert, for other layouts
+) -> tuple: # the store with the radar, the store for new arrays
+    "Open the tiles of `gac precompute`, and convert other layouts first."
     data_dir = Path(data_dir)
     if not data_dir.exists():
-        raise GacError(f'{data_dir} does not exist: give the folder of a tile store or of tiles in a known layout (--data-dir).')
+        raise GacError(f'{data_dir} does not exist: give the folder of a tile store or of tiles in a known layout '
+                       '(--data-dir).')
     if not (data_dir/'table.parquet').exists():
-        if not output_dir: raise GacError(f'{data_dir} is no tile store. Make one: gac data convert {data_dir} STORE (gac precompute makes it where --output-dir says).')
+        if not output_dir:
+            raise GacError(f'{data_dir} is no tile store. Make one: gac data convert {data_dir} STORE (gac precompute '
+                           'makes it where --output-dir says).')
         converted = Path(output_dir)/'tiles'
         convert(data_dir, converted, **options)
         store = Store(converted)
         return store, store
     store = Store(data_dir)
-    return store, derived_store(store, output_dir) if output_dir and Path(output_dir).resolve() != data_dir.resolve() else store
+    return store, (derived_store(store, output_dir)
+                   if output_dir and Path(output_dir).resolve() != data_dir.resolve() else store)
 
 # %% ../../nbs/lib/stages/tileset.ipynb #a10f21df
 def paired_rows(
     store, # store.Store with the truth
     place, # store.Store with the images
-    array:str, # their name
+    array:str, # name of the array
 ) -> dict[str, np.ndarray]: # train, val -> positions
-    "Tiles to train and to validate on that have an image of the stage before; without any to train on, what to do."
+    "Return training and validation tiles with an image of the previous stage; refuse a set without any."
     there = place.written(array)
     rows = {s: (r := store.rows(s))[there[r]] for s in ('train', 'val')}
     if len(rows['train']): return rows
     if not len(store.rows('train')):
-        raise GacError(f'{store.path} has no training tiles ({count_splits(store.table["split"]) or "it is empty"}). Make some: gac data split {store.path}')
+        raise GacError(f'{store.path} has no training tiles ({count_splits(store.table["split"]) or "it is empty"}). '
+                       f'Make some: gac data split {store.path}')
     raise GacError(f'{place.path}: no training tile has {array}. Make it: {MAKERS[array]} --data-dir {store.path}')
 
 # %% ../../nbs/lib/stages/tileset.ipynb #b8a0f39f
 def tell_unvalidated(
     name:str, # of the training
-    more:str='', # what cannot be chosen then
+    more:str='', # further consequences
 ) -> None:
-    "What a training does that has nothing to validate on."
-    print(f'{name}: no validation tiles (gac data split makes some), so it trains to the last step, without early stopping, and keeps that{more}', flush=True)
+    "Print that a training without validation tiles keeps its last step."
+    print(f'{name}: no validation tiles (gac data split makes some), so it trains to the last step, without early '
+          f'stopping, and keeps that{more}', flush=True)

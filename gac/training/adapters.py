@@ -23,49 +23,52 @@ from ..core.tensors import read_safetensors
 
 # %% ../../nbs/lib/training/adapters.ipynb #7590b2e5
 def linear_layers(model:nn.Module) -> dict[str, nn.Linear]:
-    "The linear layers of a model by name."
+    "Return the linear layers of a model by name."
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
 
 # %% ../../nbs/lib/training/adapters.ipynb #fa2cb0d0
 def _near_misses(model:nn.Module, pattern:str) -> list[str]:
-    "Names like the pattern, block numbers written as {i}."
+    "Return names similar to the pattern, with block numbers as {i}."
     numbered = {re.sub(r'\.\d+(?=\.|$)', '.{i}', name) for name in linear_layers(model)}
     plain = re.sub(r'\\d\+|\[0-9\]\+|\\d', '{i}', pattern).replace('\\.', '.').replace('\\', '')
     return get_close_matches(plain, sorted(numbered), n=4, cutoff=.3) or sorted(numbered)[:4]
 
 def inject_lora(
-    model:nn.Module, # changed in place: matched layers get adapters, everything else is frozen
+    model:nn.Module, # changed in place: matching layers get adapters, everything else is frozen
     target:str, # regular expression for whole names of linear layers
     r:int=8, # rank of the additions
     alpha:int=16, # their scale is alpha/r
-    dropout:float=0., # of an adapter's input
-) -> tuple[nn.Module, pd.DataFrame]: # the model, and per layer hit: name, in, out, parameters added
-    "LoRA adapters on every linear layer whose name matches."
+    dropout:float=0., # share of an adapter's input
+) -> tuple[nn.Module, pd.DataFrame]: # the model; a row per adapted layer: name, in, out, added
+    "Add LoRA adapters to every linear layer with a matching name, and freeze the rest."
     from peft import LoraConfig, inject_adapter_in_model
     try: hit = [name for name, _ in model.named_modules() if re.fullmatch(target, name)]
     except re.error as e: raise GacError(f'LoRA target {target!r} is no regular expression: {e}.') from e
     layers = linear_layers(model)
     if other := [name for name in hit if name not in layers]:
-        raise GacError(f'LoRA target {target!r} matches {other[0]!r} ({type(model.get_submodule(other[0])).__name__}), which is no linear layer; '
+        raise GacError(f'LoRA target {target!r} matches {other[0]!r} '
+                       f'({type(model.get_submodule(other[0])).__name__}), which is no linear layer; '
                        f'near it: {_near_misses(model, target)}.')
-    if not hit: raise GacError(f'LoRA target {target!r} matches no layer; names like it: {_near_misses(model, target)}.')
+    if not hit:
+        raise GacError(f'LoRA target {target!r} matches no layer; names like it: {_near_misses(model, target)}.')
     report = pd.DataFrame([{'name': n, 'in': layers[n].in_features, 'out': layers[n].out_features,
                             'added': r*(layers[n].in_features + layers[n].out_features)} for n in hit])
-    if is_int8(model): model.is_loaded_in_8bit = True  # peft looks here; without it adapters on 8-bit layers cannot be merged
+    if is_int8(model):
+        model.is_loaded_in_8bit = True  # peft looks here; without it adapters on 8-bit layers cannot be merged
     inject_adapter_in_model(LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target), model)
     return model, report
 
 # %% ../../nbs/lib/training/adapters.ipynb #c756531d
 def is_int8(model:nn.Module) -> bool:
-    "Whether a layer of the model holds 8-bit weights."
+    "Return True if a layer of the model holds 8-bit weights."
     return any(type(m).__name__ == 'Int8Linear' for m in model.modules())
 
 # %% ../../nbs/lib/training/adapters.ipynb #9bf9e360
 def unfreeze(
     model:nn.Module, # changed in place
-    pattern:str, # regular expression for the beginning of parameter names
-) -> int: # parameters set free
-    "Let matching parameters train; 8-bit weights cannot."
+    pattern:str, # regular expression for the start of parameter names
+) -> int: # freed parameters
+    "Free matching parameters for training, except for 8-bit weights."
     hit = [p for name, p in model.named_parameters() if re.match(pattern, name) and p.is_floating_point()]
     if not hit: raise GacError(f'Nothing to unfreeze: no floating-point parameter begins with {pattern!r}.')
     for p in hit: p.requires_grad_(True)
@@ -77,10 +80,10 @@ ADAPTER_FILES = ('adapter_config.json', 'adapter_model.safetensors')  # as peft 
 
 def save_adapters(
     model:nn.Module, # with adapters
-    folder:str|Path, # where to
-    base:str='', # what they belong to: a repository of the Hub, or a name
+    folder:str|Path, # output folder
+    base:str='', # model of the adapters: a repository of the Hub, or a name
 ) -> Path: # the folder
-    "Write the adapters in peft's format."
+    "Write the adapters in peft's format and return their folder."
     from peft import get_peft_model_state_dict
     if not hasattr(model, 'peft_config'): raise GacError('No adapters to save: call inject_lora first.')
     folder, config = writable(folder), copy(model.peft_config['default'])
@@ -92,12 +95,12 @@ def save_adapters(
 
 # %% ../../nbs/lib/training/adapters.ipynb #feb39d3f
 def load_adapters(
-    model:nn.Module, # without adapters, or with those of the same configuration
-    folder:str|Path, # as `save_adapters` or peft wrote it
+    model:nn.Module, # without adapters, or with adapters of the same configuration
+    folder:str|Path, # written by `save_adapters` or peft
 ) -> nn.Module: # the model, changed in place
-    "Inject the adapters of a folder and set their weights, every key accounted for."
+    "Inject the adapters of a folder and set their weights; refuse a missing or unexpected key."
     from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-    # earlier versions had them one below
+    # earlier versions used a subfolder
     folder = next((f for f in (Path(folder), Path(folder)/'adapters') if (f/ADAPTER_FILES[0]).exists()), Path(folder))
     for name in ADAPTER_FILES:
         if not (folder/name).is_file():
@@ -105,18 +108,19 @@ def load_adapters(
     config = LoraConfig.from_pretrained(str(folder))
     if not hasattr(model, 'peft_config'):
         inject_lora(model, config.target_modules, config.r, config.lora_alpha, config.lora_dropout)
-    state = {k.removeprefix(_PEFT_PREFIX): v for k, v in read_safetensors(folder/'adapter_model.safetensors')[0].items()}
+    state = {k.removeprefix(_PEFT_PREFIX): v
+             for k, v in read_safetensors(folder/'adapter_model.safetensors')[0].items()}
     account_for_tensors(state, get_peft_model_state_dict(model), folder/'adapter_model.safetensors')
     set_peft_model_state_dict(model, state)
     return model
 
 # %% ../../nbs/lib/training/adapters.ipynb #581ca082
 def merge_lora(model:nn.Module) -> nn.Module:
-    "Add the adapters to the weights they stand beside and remove them, in place."
+    "Add the adapters to their weights and remove them, in place."
     from peft.tuners.lora import LoraLayer
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # 8-bit weights are rounded anew: the prose says so
+            warnings.simplefilter('ignore')  # 8-bit weights are rounded again
             layer.merge()
         model.set_submodule(name, layer.get_base_layer())
     if hasattr(model, 'peft_config'): del model.peft_config
@@ -125,24 +129,26 @@ def merge_lora(model:nn.Module) -> nn.Module:
 # %% ../../nbs/lib/training/adapters.ipynb #1494b07d
 def account_for_tensors(
     state:Mapping, # name → tensor, as read
-    expected:Mapping, # name → tensor, as the model wants them
-    where, # named in the message
-    optional=(), # names that may be there as well
+    expected:Mapping, # name → tensor of the model
+    where, # file or place, for the message
+    optional=(), # further names that are allowed
 ) -> None:
-    "Missing, unexpected or misshapen tensors are an error that names them."
+    "Refuse missing, unexpected or misshapen tensors by name."
     some = lambda names: f"{', '.join(sorted(names)[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
     both = state.keys() & expected.keys()
     wrong = {'missing': expected.keys() - state.keys(), 'unexpected': state.keys() - expected.keys() - set(optional),
              'misshapen': {f'{k} {tuple(state[k].shape)} for {tuple(expected[k].shape)}'
                            for k in both if state[k].shape != expected[k].shape}}
     if any(wrong.values()):
-        raise GacError(f'{where} does not fit the model: ' + '; '.join(f'{k}: {some(v)}' for k, v in wrong.items() if v) + '.')
+        raise GacError(f'{where} does not fit the model: ' + '; '.join(f'{k}: {some(v)}'
+            for k, v in wrong.items() if v) + '.')
 
 # %% ../../nbs/lib/training/adapters.ipynb #e8e9a02a
 def adapter_digest(
     state:Mapping, # name → tensor
 ) -> str: # 16 digits
-    "What changes when a weight does."
+    "Return a digest of names and weights, bytes included."
     seen = hashlib.sha256()
-    for k, v in sorted(state.items()): seen.update(k.encode() + v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for k, v in sorted(state.items()):
+        seen.update(k.encode() + v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return seen.hexdigest()[:16]

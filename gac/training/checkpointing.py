@@ -17,12 +17,13 @@ from torch.nn.attention import sdpa_kernel, SDPBackend
 from ..core.files import GacError
 
 # %% ../../nbs/lib/training/checkpointing.ipynb #f1110006
-_ATTENTION = {SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled, SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
+_ATTENTION = {SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
+              SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
               SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
               SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled}
 
 def _twice(plain:Callable, *args, **kw):
-    "Call it, and again in the backward pass, with the kernels for attention that were allowed at first."
+    "Call a block, and again in the backward pass with the same attention kernels."
     from torch.utils.checkpoint import checkpoint
     if not torch.is_grad_enabled(): return plain(*args, **kw)
     allowed = [kernel for kernel, on in _ATTENTION.items() if on()]
@@ -31,13 +32,16 @@ def _twice(plain:Callable, *args, **kw):
 # %% ../../nbs/lib/training/checkpointing.ipynb #9714009d
 @contextmanager
 def checkpointed(
-    model:nn.Module, # its `blocks` are the modules that are computed twice
-    on:bool=True, # False: leave everything as it is
+    model:nn.Module, # its `blocks` are computed twice
+    on:bool=True, # False: no change
 ):
-    "Blocks that keep only their input for the backward pass, inside the block."
+    "Let the blocks of a model keep only their input for the backward pass, within a block."
     blocks = list(getattr(model, 'blocks', ())) if on else []
-    if on and not blocks: raise GacError(f'{type(model).__name__} names no blocks whose activations could be computed twice: train it without checkpointing.')
-    if any('forward' in vars(m) for m in blocks): raise GacError(f'The blocks of {type(model).__name__} are checkpointed already.')
+    if on and not blocks:
+        raise GacError(f'{type(model).__name__} names no blocks whose activations could be computed twice: train it '
+                       'without checkpointing.')
+    if any('forward' in vars(m) for m in blocks):
+        raise GacError(f'The blocks of {type(model).__name__} are checkpointed already.')
     for m in blocks: m.forward = functools.partial(_twice, m.forward)
     try: yield
     finally:

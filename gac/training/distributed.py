@@ -18,49 +18,59 @@ from .order import launched
 from .settings import Settings
 
 # %% ../../nbs/lib/training/distributed.ipynb #f1110009
-def finished(path:Path) -> bool: # last.ckpt of a training
-    "Whether a training came to its end."
+def finished(
+    path:Path, # last.ckpt of a training
+) -> bool:
+    "Return True if a training has reached its last step."
     return path.exists() and bool(read_torch(path).get('gac', {}).get('finished'))
 
 # %% ../../nbs/lib/training/distributed.ipynb #3c9311b8
 def forget(folder:Path) -> None:
-    "Begin a training anew."
+    "Delete the checkpoints of a training, so that it starts again."
     for name in ('last.ckpt', 'best.ckpt'): (folder/name).unlink(missing_ok=True)
 
 # %% ../../nbs/lib/training/distributed.ipynb #8e2b2704
 def needs_launch(settings:Settings) -> bool:
-    "Whether a training needs processes that this one, a notebook or a console, cannot become: it cannot start itself anew."
+    "Return True if a training needs several processes and this one is interactive."
     return settings.world > 1 and launched() == 1 and hasattr(sys, 'ps1')
 
 # %% ../../nbs/lib/training/distributed.ipynb #0db76cd8
-def check_processes(s:Settings) -> None:
-    "Say what to do where the processes that are there are not those that were asked for."
-    if needs_launch(s): raise GacError(f'devices={s.devices}, num_nodes={s.num_nodes}: this process can train on one device only. Use gac train-stage2 or '
+def check_processes(
+    s:Settings, # devices and num_nodes of the training
+) -> None:
+    "Refuse a number of processes that differs from the settings."
+    if needs_launch(s):
+        raise GacError(f'devices={s.devices}, num_nodes={s.num_nodes}: this process can train on one device only. Use '
+                       'gac train-stage2 or '
                                 'gac train-stage3, which start the others, alone or by torchrun or srun.')
     if launched() not in (1, s.world):
-        raise GacError(f'{launched()} processes were started together, but devices={s.devices} x num_nodes={s.num_nodes} is {s.world}: give as many '
+        raise GacError(f'{launched()} processes were started together, but devices={s.devices} x '
+                       f'num_nodes={s.num_nodes} is {s.world}: give as many '
                        '(--devices, --num-nodes).')
 
 # %% ../../nbs/lib/training/distributed.ipynb #60158399
 def launch_ddp(
-    model:nn.Module, # makes room for theirs meanwhile
-    file:Path, # .json, in the folder of the training
-    plan:dict, # the training, see stage2.train_stage2_from_spec and stage3.train_stage3_from_spec
-    settings:Settings,
-    stale=(), # folders whose checkpoints belong to another training
+    model:nn.Module, # moved to the CPU meanwhile, which frees the GPU
+    file:Path, # .json in the folder of the training
+    plan:dict, # the training, as read by train_stage2_from_spec and train_stage3_from_spec
+    settings:Settings, # devices of this machine
+    stale=(), # folders with checkpoints of another training, which are deleted
 ) -> None:
-    "Train in a process for each device of this machine, as torchrun starts them."
+    "Train with one process for each device of this machine, started by torchrun."
     for folder in stale: forget(folder)
     write_file(file, json.dumps(plan))
     if settings.num_nodes > 1:
-        raise GacError(f'num_nodes={settings.num_nodes}: a notebook runs on one machine. Train with `srun gac train-as {file}`, a task for each device, '
+        raise GacError(f'num_nodes={settings.num_nodes}: a notebook runs on one machine. Train with `srun gac '
+                       f'train-as {file}`, a task for each device, '
                        'and run the notebook again: it takes up what is there.')
     if torch.cuda.is_available() and settings.devices > torch.cuda.device_count():
         raise GacError(f'devices={settings.devices}: this machine has {torch.cuda.device_count()}.')
     where, said = next(model.parameters()).device, []
     model.to('cpu')
-    process = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(settings.devices), '--no-python',
-                                sys.executable, '-c', 'import sys; from gac.cli import main; sys.exit(main())', 'train-as', str(file)],
+    process = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node',
+                                str(settings.devices), '--no-python',
+                                sys.executable, '-c', 'import sys; from gac.cli import main; sys.exit(main())',
+                                'train-as', str(file)],
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         for line in process.stdout:
@@ -72,5 +82,7 @@ def launch_ddp(
         process.wait()
         raise
     model.to(where)
-    if code: raise GacError(f'A process of the training stopped ({next((x.strip() for x in said if x.startswith("gac: ")), "see above")}). '
+    if code:
+        raise GacError('A process of the training stopped '
+                       f'({next((x.strip() for x in said if x.startswith("gac: ")), "see above")}). '
                             'Run it again: it goes on from the last checkpoint.')

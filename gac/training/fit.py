@@ -29,7 +29,7 @@ from .settings import Settings
 # %% ../../nbs/lib/training/fit.ipynb #704eb32a
 @dataclass
 class Fit:
-    "What came out of a training."
+    "Hold the results of a training."
     curve:pd.DataFrame # one row per logged step
     steps:int # optimizer steps taken
     best:Path|None # checkpoint of the best validation
@@ -38,45 +38,49 @@ class Fit:
     resumed_at:int # the step a resumed run began with
 
 # %% ../../nbs/lib/training/fit.ipynb #b8e1d23e
-FREE_TO_CHANGE = ('checkpointing', 'num_workers', 'accelerator', 'devices', 'num_nodes', 'strategy', 'deterministic', 'log_every')
+FREE_TO_CHANGE = ('checkpointing', 'num_workers', 'accelerator', 'devices', 'num_nodes', 'strategy', 'deterministic',
+                  'log_every')
 
 def _check_resume(path:Path, checkpoint:dict, settings:Settings, total_steps:int) -> None:
-    "Refuse to continue under other settings."
+    "Refuse to continue with other settings."
     then = checkpoint.get('gac')
     if then is None: raise GacError(f'{path} was not written by this study: choose another folder.')
     now = asdict(settings)
     changed = [f'{k} was {v!r}, now {now.get(k)!r}' for k, v in then['settings'].items() if now.get(k) != v
                and k not in FREE_TO_CHANGE]
-    if then['total_steps'] != total_steps: changed.append(f"the training had {then['total_steps']} steps, now {total_steps}")
+    if then['total_steps'] != total_steps:
+        changed.append(f"the training had {then['total_steps']} steps, now {total_steps}")
     if changed:
-        raise GacError(f"{path} belongs to a training with other settings ({'; '.join(changed)}): choose another folder, or resume=False.")
+        raise GacError(f"{path} belongs to a training with other settings ({'; '.join(changed)}): choose another "
+                       "folder, or resume=False.")
 
 # %% ../../nbs/lib/training/fit.ipynb #1c52e7ae
 def _run(run:Trainer, task:Task, batches:DataLoader, checks:DataLoader|None, last:Path, name:str) -> None:
-    "Train, from `last` where it is. Lightning leaves the process at an interruption; here it goes on as one, and what is kept is told."
+    "Train from `last`, if it exists; report the kept step when interrupted, and raise KeyboardInterrupt."
     before = signal.getsignal(signal.SIGINT)
     try: run.fit(task, batches, checks, ckpt_path=str(last) if last.exists() else None)
     except SystemExit:
         if not run.interrupted: raise
         signal.signal(signal.SIGINT, before)
-        kept = f'step {read_torch(last)["global_step"]} is kept' if last.exists() else 'nothing is kept yet (save_every says when)'
+        kept = (f'step {read_torch(last)["global_step"]} is kept' if last.exists()
+                else 'nothing is kept yet (save_every says when)')
         print(f'{name}: interrupted at step {run.global_step}; {kept}.', flush=True)
         raise KeyboardInterrupt from None
 
 # %% ../../nbs/lib/training/fit.ipynb #90d0a9ee
 def fit_model(
-    model:nn.Module, # trained in place, on return as after the last step
+    model:nn.Module, # trained in place; holds the weights of the last step on return
     step:Callable, # (model, batch) → {'loss': scalar, further terms}
     train:Dataset, # training tiles
     val:Dataset|None, # validation tiles; None: no validation, no best checkpoint
-    settings:Settings,
-    out_dir:str|Path, # of this training alone
-    resume:bool=True, # continue from last.ckpt where there is one
-    name:str='training', # begins the printed lines
+    settings:Settings, # learning rate, steps, devices, …
+    out_dir:str|Path, # folder of this training alone
+    resume:bool=True, # continue from last.ckpt, if it exists
+    name:str='training', # start of the printed lines
     collate:Callable|None=None, # list of items → batch
     every:float=30., # seconds between printed lines; 0: none
 ) -> Fit:
-    "Train, or continue, or load what is finished."
+    "Train a model, continue its training, or load a finished one."
     s, out_dir = settings, writable(out_dir)
     total = s.steps(len(train))
     last, start, checkpoint = out_dir/'last.ckpt', 0, None
@@ -88,14 +92,16 @@ def fit_model(
         start = checkpoint['global_step']
     validate = val is not None and len(val) > 0
     where = next(model.parameters()).device
-    here = replace(s, accelerator='gpu') if s.accelerator == 'auto' and where.type == 'cuda' else s  # where the model is, or an error
+    # where the model is, or an error
+    here = replace(s, accelerator='gpu') if s.accelerator == 'auto' and where.type == 'cuda' else s
     done = bool(checkpoint and checkpoint['gac']['finished'])
     if not done: check_processes(s)
     per_round = min(s.val_every, total)*s.grad_accum_steps*s.batch_size
     batches = loader(train, s.batch_size, True, s.seed, s.workers, per_round, collate)
-    checks = loader(val, s.batch_size, False, s.seed, s.workers, math.ceil(len(val)/s.world), collate) if validate else None
+    checks = loader(val, s.batch_size, False, s.seed, s.workers, math.ceil(len(val)/s.world),
+                    collate) if validate else None
     with seeded(s.seed), warnings.catch_warnings(), checkpointed(model, s.checkpointing):
-        warnings.filterwarnings('ignore', module='lightning')  # advice on workers and folders that are not empty
+        warnings.filterwarnings('ignore', module='lightning')  # advice on workers and non-empty folders
         if done: load_trained(task, checkpoint['state_dict'], last)
         else:
             run = trainer(here, out_dir, total, name, validate, every)
@@ -110,19 +116,20 @@ def fit_model(
 
 # %% ../../nbs/lib/training/fit.ipynb #049337ee
 def export_best(
-    out_dir:str|Path, # of a training
+    out_dir:str|Path, # folder of a training
     path:str|Path, # a .safetensors file
-    kind:str, # what it is: stage2, stage3, …
-    backbone:str='', # registry name
-    bands:tuple=OPT_BANDS,
-    **more, # further facts for the card
+    kind:str, # stage2, stage3, …
+    backbone:str='', # registry name of its model
+    bands:tuple=OPT_BANDS, # names of the bands
+    **more, # further metadata
 ) -> Path:
-    "The best checkpoint of a training (the last one where nothing was validated) as safetensors with metadata."
+    "Write the best checkpoint (without validation: the last) as safetensors with metadata."
     out_dir = Path(out_dir)
     source = next((p for p in (out_dir/'best.ckpt', out_dir/'last.ckpt') if p.exists()), None)
     if source is None: raise GacError(f'{out_dir} holds neither best.ckpt nor last.ckpt: nothing was trained there.')
     checkpoint = read_torch(source)
     state = {k.removeprefix('model.'): v for k, v in checkpoint['state_dict'].items()}
     about = checkpoint['gac']
-    return save_checkpoint(path, state, kind, backbone, bands, about['settings'], about['settings']['seed'], about['metrics'],
+    return save_checkpoint(path, state, kind, backbone, bands, about['settings'], about['settings']['seed'],
+                           about['metrics'],
                            steps=checkpoint['global_step'], **more)

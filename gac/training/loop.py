@@ -30,35 +30,39 @@ from .settings import cosine_warmup, Settings, STRATEGIES
 
 # %% ../../nbs/lib/training/loop.ipynb #ee968dc2
 class Task(LightningModule):
-    "A model, and how a batch becomes a loss."
+    "Hold a model and the function that turns a batch into a loss."
     def __init__(self,
-        model:nn.Module, # what is trained, wholly or in part
+        model:nn.Module, # trained wholly or in part
         step:Callable, # (model, batch) → {'loss': scalar, further terms}
-        settings:Settings,
-        total_steps:int, # of the whole training
+        settings:Settings, # learning rate, warmup, seed, …
+        total_steps:int, # optimizer steps of the whole training
     ):
         super().__init__()
         self.model, self.step, self.settings, self.total_steps = model, step, settings, total_steps
-        self.strict_loading = False  # frozen weights are not in the checkpoint; on_load_checkpoint accounts for the rest
+        self.strict_loading = False  # frozen weights are not in the checkpoint; on_load_checkpoint checks the rest
 
     def training_step(self, batch, batch_idx:int) -> dict:
         terms = self.step(self.model, batch)
         if not torch.isfinite(terms['loss']):
-            raise GacError(f"The loss is {terms['loss'].item()} in step {self.global_step}: inspect the batch, or lower lr ({self.settings.lr}).")
+            raise GacError(f"The loss is {terms['loss'].item()} in step {self.global_step}: inspect the batch, or "
+                           f"lower lr ({self.settings.lr}).")
         return {k: v if k == 'loss' else torch.as_tensor(v).detach() for k, v in terms.items()}
 
     def validation_step(self, batch, batch_idx:int) -> None:
         terms = self.step(self.model, batch)
-        size = next(len(t) for t in (batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple))
+        size = next(len(t) for t in (batch.values() if isinstance(batch, dict) else batch
+                                     if isinstance(batch, (list, tuple))
                                      else [batch]))
         self.log_dict({f'val_{k}': torch.as_tensor(v).float() for k, v in terms.items()}, batch_size=size, logger=False,
-                      sync_dist=process_rank()[1] > 1)  # every process has its share of the tiles
+                      sync_dist=process_rank()[1] > 1)  # every process validates its share of the tiles
 
     def configure_optimizers(self) -> dict:
         free = [p for p in self.parameters() if p.requires_grad]
         if not free: raise GacError('Nothing to train: every parameter is frozen.')
         optimizer = torch.optim.AdamW(free, lr=self.settings.lr, weight_decay=self.settings.weight_decay)
-        return {'optimizer': optimizer, 'lr_scheduler': {'scheduler': cosine_warmup(optimizer, self.total_steps, self.settings.warmup), 'interval': 'step'}}
+        return {'optimizer': optimizer,
+                'lr_scheduler': {'scheduler': cosine_warmup(optimizer, self.total_steps, self.settings.warmup),
+                                 'interval': 'step'}}
 
     def on_save_checkpoint(self, checkpoint:dict) -> None:
         keep = trained_state(self)
@@ -74,7 +78,7 @@ class Task(LightningModule):
 
 # %% ../../nbs/lib/training/loop.ipynb #40740fd9
 class StepSeed(Callback):
-    "Every batch draws its random numbers from its own seed."
+    "Seed the random numbers of every batch by its number."
     def __init__(self, seed:int): self.seed = seed
 
     def _set(self, *where:int) -> None:
@@ -88,13 +92,13 @@ class StepSeed(Callback):
 
 # %% ../../nbs/lib/training/loop.ipynb #358a27ac
 class Finish(Callback):
-    "Stop after exactly so many steps, with a last validation."
+    "Stop after an exact number of steps, with a last validation."
     def __init__(self, total_steps:int): self.total_steps = total_steps
     def on_train_batch_end(self, trainer, *args): trainer.should_stop |= trainer.global_step >= self.total_steps
 
 # %% ../../nbs/lib/training/loop.ipynb #7e65da1a
 class Rounds(Callback):
-    "Begin a resumed run at the beginning of a round, with the counters of an unbroken one."
+    "Resume at the start of a round, with the counters of an unbroken training."
     def on_load_checkpoint(self, trainer, module, checkpoint):
         loop, rounds = trainer.fit_loop, checkpoint['gac']['rounds']
         for progress in (loop.epoch_progress.current, loop.epoch_progress.total):
@@ -104,12 +108,12 @@ class Rounds(Callback):
 
 # %% ../../nbs/lib/training/loop.ipynb #96b794d8
 class Curve(Callback):
-    "Means of the loss terms, learning rate, GPU memory, validation: kept in the checkpoint, written by the logger, printed now and then."
+    "Collect mean losses, learning rate, GPU memory and validation; store, log and print them."
     def __init__(self,
-        settings:Settings,
-        total_steps:int,
-        name:str='training', # begins the printed lines
-        every:float=30., # seconds between printed lines; a validation is always printed; 0: nothing is
+        settings:Settings, # steps between rows and validations
+        total_steps:int, # optimizer steps of the whole training
+        name:str='training', # start of the printed lines
+        every:float=30., # seconds between printed lines, besides validations; 0: no lines
     ):
         self.settings, self.total, self.name, self.every = settings, total_steps, name, every
         self.rows, self.written, self.sums, self.count = [], 0, {}, 0
@@ -121,14 +125,16 @@ class Curve(Callback):
         self.first, self.start = trainer.global_step, time.perf_counter()
         self.printed = self.start
 
-    def on_train_batch_start(self, trainer, module, batch, batch_idx): self.lr = trainer.optimizers[0].param_groups[0]['lr']
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.lr = trainer.optimizers[0].param_groups[0]['lr']
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        whole = {'loss': self.settings.grad_accum_steps}  # Lightning hands it over divided by that, and nothing else
+        whole = {'loss': self.settings.grad_accum_steps}  # Lightning divides the loss by it, and no other term
         for k, v in outputs.items(): self.sums[k] = self.sums.get(k, 0.) + float(v)*whole.get(k, 1)
         self.count += 1
         step, s = trainer.global_step, self.settings
-        if self.count % s.grad_accum_steps or not (step % s.log_every == 0 or step % s.val_every == 0 or step >= self.total):
+        if self.count % s.grad_accum_steps or not (step % s.log_every == 0 or step % s.val_every == 0
+                                                   or step >= self.total):
             return
         self._write(trainer)
         memory = torch.cuda.max_memory_allocated(module.device)/1e6 if module.device.type == 'cuda' else float('nan')
@@ -156,11 +162,12 @@ class Curve(Callback):
         rate = (row['step'] - self.first)/(self.printed - self.start)
         values = '  '.join(f'{k} {v:.4g}' for k, v in row.items() if k != 'step' and not math.isnan(v))
         left = format_duration((self.total - row['step'])/rate)
-        print(f"{self.name}: step {row['step']} of {self.total}  {values}  ({rate:.2g} steps/s, {left} left)", flush=True)
+        print(f"{self.name}: step {row['step']} of {self.total}  {values}  ({rate:.2g} steps/s, {left} left)",
+              flush=True)
 
 # %% ../../nbs/lib/training/loop.ipynb #31c33a81
 class AtomicIO(TorchCheckpointIO):
-    "Checkpoints that are there wholly or not at all."
+    "Write checkpoints in one move, and read them without running code."
     def save_checkpoint(self, checkpoint, path, storage_options=None):
         path = Path(path)
         with replacing(path, path.with_name(f'.{path.name}')) as partly: torch.save(checkpoint, partly)
@@ -170,32 +177,35 @@ class AtomicIO(TorchCheckpointIO):
 
 # %% ../../nbs/lib/training/loop.ipynb #71240093
 class Log(CSVLogger):
-    "Lightning's table of the curve; a full disk is told."
+    "Write Lightning's table of the curve; report a full disk."
     def save(self):
         with writing(self.log_dir): super().save()
 
 # %% ../../nbs/lib/training/loop.ipynb #aea4fbb8
 def trainer(
-    settings:Settings,
-    out_dir:str|Path, # last.ckpt, best.ckpt and curve go here
+    settings:Settings, # devices, precision, validation, …
+    out_dir:str|Path, # folder of last.ckpt, best.ckpt and the curve
     total_steps:int, # optimizer steps
-    name:str='training', # begins the printed lines
-    validate:bool=True, # whether there is something to validate on
+    name:str='training', # start of the printed lines
+    validate:bool=True, # False: no validation tiles
     every:float=30., # seconds between printed lines; 0: none
 ) -> Trainer:
-    "A Lightning trainer: best and last checkpoint, early stopping, a curve, plain lines of progress."
+    "Return a Lightning trainer with checkpoints, early stopping, a curve and printed progress."
     logging.getLogger('lightning.pytorch').setLevel(logging.ERROR)
     check_precision(settings.precision, settings.device)
     s, out_dir = settings, Path(out_dir)
-    strategy = s.strategy if s.strategy not in ('auto', 'ddp') else STRATEGIES[2] if s.world > 1 else 'auto'  # adapters may rest
+    # adapters may be unused in a pass
+    strategy = s.strategy if s.strategy not in ('auto', 'ddp') else STRATEGIES[2] if s.world > 1 else 'auto'
     keep = dict(dirpath=str(out_dir), enable_version_counter=False, save_on_train_epoch_end=True)
     callbacks = [StepSeed(s.seed), Rounds(), Curve(s, total_steps, name, every), Finish(total_steps)]
     if validate and s.early_stopping:
-        callbacks.append(EarlyStopping(s.monitor, mode=s.mode, patience=s.early_stopping_patience, check_on_train_epoch_end=True))
+        callbacks.append(EarlyStopping(s.monitor, mode=s.mode, patience=s.early_stopping_patience,
+                                       check_on_train_epoch_end=True))
     if validate: callbacks.append(ModelCheckpoint(filename='best', monitor=s.monitor, mode=s.mode, **keep))
     callbacks.append(ModelCheckpoint(filename='last', every_n_epochs=s.save_every//s.val_every, **keep))
     return Trainer(max_epochs=-1, max_steps=total_steps, accumulate_grad_batches=s.grad_accum_steps,
-                   gradient_clip_val=s.clip or None, precision=s.precision, accelerator=s.accelerator, devices=s.devices, num_nodes=s.num_nodes,
+                   gradient_clip_val=s.clip or None, precision=s.precision, accelerator=s.accelerator,
+                   devices=s.devices, num_nodes=s.num_nodes,
                    strategy=strategy,
                    deterministic='warn' if s.deterministic else None, callbacks=callbacks, plugins=[AtomicIO()],
                    logger=Log(str(out_dir), name='', version='curve'), default_root_dir=str(out_dir),

@@ -18,30 +18,30 @@ from ..core.files import GacError
 
 # %% ../../nbs/lib/training/order.ipynb #a4abfb5e
 def process_rank() -> tuple[int, int]:
-    "This process among all of a distributed run."
+    "Return rank and number of processes of a distributed run; (0, 1) without one."
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()
     return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if ready else (0, 1)
 
 # %% ../../nbs/lib/training/order.ipynb #7ab3021d
 def by_first(work:Callable) -> None:
-    "Something the first process of a distributed run does while the others wait."
+    "Run a function in the first process of a distributed run while the others wait."
     rank, world = process_rank()
     if rank == 0: work()
     if world > 1: torch.distributed.barrier()
 
 # %% ../../nbs/lib/training/order.ipynb #d688a039
 def launched() -> int:
-    "Processes that torchrun, srun or Lightning started together, this one among them."
+    "Return the number of processes that torchrun, srun or Lightning started together."
     return max(int(os.environ.get(k) or 1) for k in ('WORLD_SIZE', 'SLURM_STEP_NUM_TASKS'))
 
 # %% ../../nbs/lib/training/order.ipynb #2e203c78
 class Order(Sampler):
-    "Endless shuffled passes over n tiles, handed out in rounds; yields (tile, position)."
+    "Yield (tile, position) of endless shuffled passes over n tiles, one round at a time."
     def __init__(self,
         n:int, # tiles
         per_round:int|None=None, # tiles of a round on one device; None: one pass
-        seed:int=0, # of the permutations
-        shuffle:bool=True, # False: every pass in the order of the tiles
+        seed:int=0, # seed of the permutations
+        shuffle:bool=True, # False: tiles in their stored order
     ):
         if n < 1: raise GacError('No tiles to load.')
         self.n, self.per_round, self.seed, self.shuffle, self.round = n, per_round or n, seed, shuffle, 0
@@ -51,7 +51,7 @@ class Order(Sampler):
     def __len__(self) -> int: return self.per_round
 
     def permutation(self, number:int) -> np.ndarray:
-        "The order of tiles in one pass."
+        "Return the order of tiles in one pass."
         return np.random.default_rng((self.seed, number)).permutation(self.n) if self.shuffle else np.arange(self.n)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -65,7 +65,7 @@ class Order(Sampler):
 # %% ../../nbs/lib/training/order.ipynb #aaca3464
 @contextmanager
 def seeded(*seed:int):
-    "Python, NumPy and Torch under this seed inside the block, as they were before after it."
+    "Seed Python, NumPy and Torch for a block, and restore their state on leaving."
     python, numpy = random.getstate(), np.random.get_state()
     value = int(np.random.SeedSequence(seed).generate_state(1)[0])
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
@@ -79,10 +79,10 @@ def seeded(*seed:int):
 
 # %% ../../nbs/lib/training/order.ipynb #6355d062
 class Seeded(Dataset):
-    "A dataset whose items are drawn under the seed of their position."
+    "Draw the items of a dataset under the seed of their position."
     def __init__(self,
         dataset:Dataset, # tiles, augmented or not
-        seed:int=0, # of the run
+        seed:int=0, # seed of the run
     ): self.dataset, self.seed = dataset, seed
 
     def __len__(self) -> int: return len(self.dataset)
@@ -94,16 +94,18 @@ class Seeded(Dataset):
 # %% ../../nbs/lib/training/order.ipynb #9335ccdb
 def loader(
     dataset:Dataset, # tiles
-    batch_size:int=1,
-    shuffle:bool=True,
-    seed:int=0, # of order and augmentation
+    batch_size:int=1, # tiles
+    shuffle:bool=True, # False: tiles in their stored order
+    seed:int=0, # seed of order and augmentation
     num_workers:int=0, # processes; the batches are the same for any number
     per_round:int|None=None, # tiles of a round; None: one pass
     collate:Callable|None=None, # list of items → batch
 ) -> DataLoader:
-    "Batches whose order and randomness depend on the seed alone."
+    "Return a loader whose order and random numbers depend on the seed alone."
     workers = 0 if os.name == 'nt' else num_workers
     return DataLoader(Seeded(dataset, seed), batch_size, sampler=Order(len(dataset), per_round, seed, shuffle),
                       num_workers=workers,
-                      persistent_workers=workers > 0, collate_fn=collate or default_collate, pin_memory=torch.cuda.is_available(),
-                      generator=torch.Generator().manual_seed(seed))  # the loader's own draw leaves Torch's generator alone
+                      persistent_workers=workers > 0, collate_fn=collate or default_collate,
+                      pin_memory=torch.cuda.is_available(),
+                      # the loader's own draw leaves Torch's generator alone
+                      generator=torch.Generator().manual_seed(seed))

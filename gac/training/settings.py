@@ -19,14 +19,14 @@ STRATEGIES = ('auto', 'ddp', 'ddp_find_unused_parameters_true', 'ddp_find_unused
 
 @dataclass(frozen=True)
 class Settings:
-    "How a model is trained; steps are optimizer steps throughout."
+    "Set how a model is trained; steps are optimizer steps throughout."
     lr:float = 1e-4 # peak learning rate
     epochs:float = 30. # passes over the training tiles
     max_steps:int = 0 # optimizer steps; 0: as many as `epochs` needs
     batch_size:int = 1 # tiles per device and backward pass
     grad_accum_steps:int = 8 # backward passes to a step
     precision:str = '32-true' # or bf16-mixed, 16-mixed (GPU)
-    warmup:float = .05 # steps of rising learning rate, or a share of all steps where below 1
+    warmup:float = .05 # steps of rising learning rate, or a share of all steps if below 1
     weight_decay:float = .01 # AdamW's
     clip:float = 1. # largest gradient norm; 0: no clipping
     val_every:int = 500 # steps between validations
@@ -37,23 +37,25 @@ class Settings:
     mode:str = 'min' # or max
     log_every:int = 10 # steps between rows of the curve
     seed:int = 0 # order of tiles, augmentation, dropout
-    deterministic:bool = True # deterministic algorithms, a warning where there is none
+    deterministic:bool = True # deterministic algorithms, with a warning for others
     checkpointing:bool = False # compute the activations of frozen blocks twice, see `checkpointed`
     num_workers:int = 0 # processes that load tiles; always 0 on Windows
     accelerator:str = 'auto' # cpu, gpu, mps
     devices:int = 1 # per node
     num_nodes:int = 1 # machines
-    strategy:str = 'auto' # auto and ddp: DDP over several devices, whose parameters may rest; or one of STRATEGIES by Lightning's name
+    strategy:str = 'auto' # one of STRATEGIES; auto and ddp: DDP that allows unused parameters
 
     def __post_init__(self):
         low = {'batch_size': 1, 'grad_accum_steps': 1, 'val_every': 1, 'save_every': 1, 'log_every': 1, 'devices': 1,
                'num_nodes': 1}
         for f in fields(self):
             value = getattr(self, f.name)
-            if not isinstance(value, (float, int) if f.type is float else f.type) or (isinstance(value, bool) and f.type is not bool):
+            if not isinstance(value, (float, int) if f.type is float else f.type) or (isinstance(value, bool)
+                and f.type is not bool):
                 raise GacError(f'Setting {f.name}={value!r}: expected {f.type.__name__}.')
             if f.type in (int, float) and not (low.get(f.name, 0) <= value <= 2**53):
-                raise GacError(f'Setting {f.name}={str(value)[:40]}: expected {low.get(f.name, 0)} or more, at most 2**53.')
+                raise GacError(f'Setting {f.name}={str(value)[:40]}: expected {low.get(f.name, 0)} or more, at most '
+                               '2**53.')
         for name, choice in {'mode': ('min', 'max'), 'precision': tuple(MIXED), 'strategy': STRATEGIES}.items():
             if getattr(self, name) not in choice:
                 raise GacError(f'Setting {name}={getattr(self, name)!r}: expected one of {choice}.')
@@ -68,23 +70,23 @@ class Settings:
     def world(self) -> int: return self.devices*self.num_nodes
 
     @property
-    def device(self) -> str: # cpu, or what else there is
-        "What Lightning will take."
+    def device(self) -> str: # cpu, cuda or mps
+        "Return the device that Lightning will use."
         if self.accelerator != 'auto': return self.accelerator
         return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
 
     def steps(self, tiles:int) -> int:
-        "Optimizer steps of a training over `tiles` tiles."
+        "Return the optimizer steps of a training over `tiles` tiles."
         if tiles < 1: raise GacError('No training tiles.')
         return self.max_steps or math.ceil(self.epochs*tiles/(self.batch_size*self.grad_accum_steps*self.world))
 
 # %% ../../nbs/lib/training/settings.ipynb #7c9fd2c5
 def cosine_warmup(
-    optimizer:torch.optim.Optimizer,
+    optimizer:torch.optim.Optimizer, # its rates are the peak
     total_steps:int, # optimizer steps of the whole training
-    warmup:float, # rising steps, or their share of all where below 1
+    warmup:float, # rising steps, or their share of all if below 1
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    "Linear rise to the peak rate, then half a cosine to zero."
+    "Return a schedule that rises linearly to the peak, then falls along half a cosine to zero."
     rise = min(int(warmup if warmup >= 1 else warmup*total_steps), total_steps - 1)
     def factor(step:int) -> float: # step: optimizer steps taken
         if step < rise: return (step + 1)/(rise + 1)
