@@ -49,7 +49,7 @@ def test_commands_exist(page, capsys):
         try: args = parser().parse_args(words)
         except SystemExit as e: assert not e.code, f'{page.name}: gac {line}: {capsys.readouterr().err}'
         else:
-            if hasattr(args, 'profile'): load_profile(args.profile)
+            if getattr(args, 'profile', ''): load_profile(args.profile)
         check_sets(words, page.name)
     for span in re.findall(r'`(?:\.venv/bin/)?gac ([a-z][^`…]*)`', re.sub(r'(?ms)^```.*?^```', '', text)):
         p, rest = leaf(shlex.split(span))
