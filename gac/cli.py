@@ -219,7 +219,7 @@ WEIGHTS = opt('--weights', default='', metavar='DIR',
               help='folder of weight files, or hub; nothing: data/weights, then the Hugging Face cache and Hub')
 
 def models() -> list[dict]: # name, role, file, hub
-    "Every model the study can build, as gac.foundations has it from TerraTorch, without the half minute TerraTorch takes."
+    "Every model the study can build, as gac.models.registry has it from TerraTorch, without the half minute TerraTorch takes."
     row = lambda name, role, file, hub='data/weights/mini': dict(name=name, role=role, file=file, hub=hub)
     ends, own = dict(generate='_generate', encoder='', tim='_tim'), 'ibm-esa-geospatial/TerraMind-1.0-'
     rows = [row(f'terramind_v1_{size}{end}', role, f'TerraMind_v1_{size}.pt', own + size)

@@ -105,7 +105,7 @@ def weights_file(
     path = root()/'data'/'weights'/'mini'/f'{PRETRAINED}.safetensors' if weights == 'mini' else Path(weights)
     if not path.is_file():
         raise GacError(f'{path} is missing: the weights of the pretrained U-Net. Make them with '
-                       'baselines.pretrain_unet, or leave that variant out.')
+                       'gac.stages.unet_pretraining.pretrain_unet, or leave that variant out.')
     return path
 
 # %% ../../nbs/lib/stages/unet_model.ipynb #9c5e23b8
