@@ -210,3 +210,9 @@ def test_pictures_of_an_executed_notebook_are_whole(path):
         for out in cell.get('outputs', []):
             if 'image/png' in out.get('data', {}):
                 Image.open(io.BytesIO(base64.b64decode(''.join(out['data']['image/png']).strip(), validate=True))).verify()
+
+@pytest.mark.parametrize('path', sorted((ROOT/'nbs'/'lib').rglob('[!.]*.ipynb')), ids=lambda p: p.relative_to(ROOT/'nbs'/'lib').as_posix())
+def test_links_of_the_library_lead_somewhere(path):
+    text = '\n'.join(''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'markdown')
+    lost = [t for t in re.findall(r'\]\(([^)#\s]+)\)', text) if '://' not in t and not (path.parent/t).exists()]
+    assert not lost, f'{path.name} links {lost}'
