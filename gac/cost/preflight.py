@@ -139,7 +139,7 @@ def check_leakage(
     if not len(shared): return Finding('leakage', 'ok', f'{several.size:,} places, none in two splits')
     return Finding('leakage', 'missing',
                    f'{len(shared):,} of {several.size:,} places are in two splits, e.g. {shared[0]}: '
-                   'split them anew (places.split_by_block).')
+                   'split them again: gac data split STORE --by block --guard 3km.')
 
 # %% ../../nbs/lib/cost/preflight.ipynb #7a50c112
 def check_data(
