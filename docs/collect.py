@@ -1,5 +1,12 @@
 "Gathers the sources of the documentation: pages, notebooks and reports as they lie, and pages made from modules, options and tables."
-import ast, io, json, os, re, shutil, sys, tokenize
+import ast
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import tokenize
 from html import escape
 from pathlib import Path
 

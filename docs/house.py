@@ -1,5 +1,8 @@
 "Measures the house: lengths of modules, functions and cells, parameters, docstrings, and definitions without an example. `python docs/house.py`"
-import ast, json, re, statistics
+import ast
+import json
+import re
+import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,11 +11,14 @@ __all__ = ['COMMANDS', 'PLACES', 'GROUPS', 'PROFILE', 'SEED', 'WEIGHTS', 'STRICT
            'nyc_publish', 'downstream', 'uncertainty', 'claims', 'bench', 'infer', 'export']
 
 # %% ../nbs/lib/cli.ipynb #35573b05
-import argparse, os, re, sys
+import argparse
+import os
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .core.config import config_of, config_parameters, Stage2Config, Stage3Config
+from .core.config import Stage2Config, Stage3Config, config_of, config_parameters
 
 # %% ../nbs/lib/cli.ipynb #f33065f8
 COMMANDS = {}  # 'data convert' -> (function, options)
@@ -73,6 +76,7 @@ def refuse(
 ) -> None:
     "Refuse a path that is not there and a model nobody knows before the libraries are loaded that take half a minute."
     from pathlib import Path
+
     from gac.core.files import GacError, did_you_mean
     for names, kwargs in options:
         dest, what = kwargs.get('dest') or names[0].lstrip('-').replace('-', '_'), kwargs['help']
@@ -154,6 +158,7 @@ SEED = opt('--seed', type=_at_least(0), default=0, metavar='N', help='seed of ev
 def _pairs(words:list) -> dict:
     "KEY=VALUE words as names and values; values are read as YAML: 10, 1e-4, true, [1, 2]."
     import yaml
+
     from gac.core.files import GacError
     pairs = dict(w.partition('=')[::2] for w in words)
     for w in words:
@@ -209,6 +214,7 @@ Tolerances are those of nbs/params/tolerances.yaml; rows on real chips are compa
 def version():
     "Print the version of gac and of the libraries that decide its numbers."
     from importlib.metadata import version as of
+
     import gac
     print(f'gac {gac.__version__}', *(f'{name} {of(name)}' for name in ('torch', 'terratorch', 'numpy')), sep=', ')
 
@@ -269,6 +275,7 @@ def pretrain(params, only, output_dir, weights_dir, export, device, threads):
 def pretrain_params(name:str): # cpu, gpu or a file
     "The file of a pretraining plan."
     from pathlib import Path
+
     from gac.core.files import GacError, root
     places = [root()/'nbs'/'params'/f'pretrain_{name}.yaml', Path(name)]
     for path in places:
@@ -587,6 +594,7 @@ def train_as(file):
     """Train Stage 2 or 3 as a notebook wrote it down for several devices.
 Started as torchrun or srun start it, a process for each device; the notebook then takes up what was trained."""
     from pathlib import Path
+
     from gac.core.files import GacError, read_json
     from gac.stages.stage2 import train_stage2_from_spec
     from gac.stages.stage3 import train_stage3_from_spec
@@ -732,6 +740,7 @@ def claims(reports):
     """Hold every claim of the study's documents against the tables of a report: claimed, measured, verdict.
 The questions of nbs/14_ablations.ipynb are asked by gac run --only 11 --set 14_ablations.rows=[...]."""
     from pathlib import Path
+
     from gac.core.files import GacError
     if not (Path(reports)/'tables').is_dir():  # said before torch is loaded
         raise GacError(f'{reports} is no report: it has no folder tables. Make one with gac run --profile mini.')

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from gac.core import files
 from gac.core.run import start_run
 

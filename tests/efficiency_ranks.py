@@ -1,5 +1,7 @@
 "Programs that run in several processes: `train OUT DEVICES BATCH STEPS [KILL]` by Lightning's DDP, `draw STORE RANK RANKS [KILL] [STAGE]` with ranks of its own."
-import os, signal, sys
+import os
+import signal
+import sys
 
 import torch
 from torch.utils.data import Dataset
@@ -15,6 +17,7 @@ from gac.training.checkpoints import trained_state
 from gac.training.fit import fit_model
 from gac.training.order import process_rank
 from gac.training.settings import Settings
+
 
 class Pairs(Dataset):
     "Eight small pairs, the same in every process."

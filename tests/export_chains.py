@@ -2,7 +2,9 @@
 import time
 
 import numpy as np
+
 from gac.models.decoding import tile_number
+
 
 class Grey:
     "Each tile in one grey of its own: the worst that can happen to a seam."

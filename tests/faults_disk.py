@@ -1,5 +1,9 @@
 "Disks that are full or read-only and processes that are killed, each inflicted on a fork of this process that leaves nothing behind."
-import ctypes, os, signal, sys, traceback
+import ctypes
+import os
+import signal
+import sys
+import traceback
 from contextlib import suppress
 from pathlib import Path
 

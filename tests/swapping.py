@@ -1,7 +1,10 @@
 "Replace a function in every module that has imported it."
-import importlib, pkgutil, sys
+import importlib
+import pkgutil
+import sys
 
 import gac
+
 
 def swap(monkeypatch, module:str, name:str, value) -> None: # monkeypatch; where it is defined; its name
     "Set `name` to `value` in its own module and in all that imported it by name."

@@ -5,20 +5,33 @@ from dataclasses import asdict, replace
 import numpy as np
 import pandas as pd
 import pytest
+from swapping import swap
+
 from gac.core.files import GacError
 from gac.core.run import start_run
 from gac.data.stores import from_world
 from gac.evaluation import setups
-from gac.evaluation.ablations import ablation_table, METRICS
-from gac.evaluation.maker import answers, budget, code_digest, Maker, middle, STAGE_OUTPUTS, View
+from gac.evaluation.ablations import METRICS, ablation_table
+from gac.evaluation.maker import STAGE_OUTPUTS, Maker, View, answers, budget, code_digest, middle
 from gac.evaluation.setups import (
-    _plain, BLIND, changed, complete, flatten_setup, Row, rows_of, Setup, setup_differences, setup_of, with_steps)
+    BLIND,
+    Row,
+    Setup,
+    _plain,
+    changed,
+    complete,
+    flatten_setup,
+    rows_of,
+    setup_differences,
+    setup_of,
+    with_steps,
+)
 from gac.measure.tables import load_tiles, measure_methods, stored_method
 from gac.models.decoding import Decoding
 from gac.stages.chain import brief_recipe, fit_chain
 from gac.stages.datasets import Pairs
 from gac.stages.stage1 import build_terramind_generator, precompute_stage1
-from swapping import swap
+
 
 def toy_setup(**changes) -> Setup:
     "A default of a few steps."

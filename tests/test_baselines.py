@@ -1,15 +1,16 @@
 "Baselines on tiles whose answer is known; U-Nets that learn, look where they may, and go on where they stopped."
-from dataclasses import replace
 import json
+from dataclasses import asdict, replace
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from dataclasses import asdict
+from swapping import swap
 
 from gac.core.files import GacError, read_yaml, root, write_file
 from gac.data.stores import from_world
-from gac.evaluation.baselines import descriptors, MeanBy, NEAREST, REGRESSIONS, Retrieval, simple_baselines
+from gac.evaluation.baselines import NEAREST, REGRESSIONS, MeanBy, Retrieval, descriptors, simple_baselines
 from gac.evaluation.learning_curve import learning_curve, learning_curve_gains
 from gac.evaluation.methods import pairs_of, stage_methods, unet_methods
 from gac.evaluation.results import compare_with_unets
@@ -19,13 +20,24 @@ from gac.stages.chain import brief_recipe, recipe_of
 from gac.stages.grounding import build_stage3_model
 from gac.stages.refiner import build_prithvi_refiner, forecast_memory
 from gac.stages.unet import (
-    brief_unet, draw_trials, equal_compute_unet_steps, fit_unet, load_unet, search_unet, slug, training_cost, tried,
-    unet_method, unet_step, UNetRecipe)
-from gac.stages.unet_model import build_unet, matched, PRETRAINED, SIZE_TOLERANCE, weights_file
-from gac.stages.unet_pretraining import export_unet, FIRST_SEED, pretrain_unet, world_stats, Worlds
+    UNetRecipe,
+    brief_unet,
+    draw_trials,
+    equal_compute_unet_steps,
+    fit_unet,
+    load_unet,
+    search_unet,
+    slug,
+    training_cost,
+    tried,
+    unet_method,
+    unet_step,
+)
+from gac.stages.unet_model import PRETRAINED, SIZE_TOLERANCE, build_unet, matched, weights_file
+from gac.stages.unet_pretraining import FIRST_SEED, Worlds, export_unet, pretrain_unet, world_stats
 from gac.training.int8 import weigh_memory
 from gac.training.order import seeded
-from swapping import swap
+
 
 def V1(batch) -> np.ndarray: return batch['truth']*.8  # a Stage 1 that is too dark
 

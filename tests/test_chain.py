@@ -1,9 +1,17 @@
 "The chain runner: skipping, resuming, refusing, reporting."
-import json, os, shutil, signal, subprocess, sys, time
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from swapping import swap
+
 from gac.core.environment import provenance
 from gac.core.files import GacError, root, write_file
 from gac.core.run import Run, start_run
@@ -11,7 +19,6 @@ from gac.runner.chain import _recognise, run_chain
 from gac.runner.page import write_page
 from gac.runner.plan import folders_of
 from gac.runner.verify import compare_reports, verify
-from swapping import swap
 
 ROWS = "import pandas as pd\nrun.save_table(pd.DataFrame({'x': range(n)}), 'rows', 'Some rows & more.')"
 FIGURE = ("import matplotlib.pyplot as plt\nfig, ax = plt.subplots(figsize=(2, 1))\nax.plot([0, 1, 4])\nax.set_title('a line')\n"

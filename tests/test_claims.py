@@ -4,12 +4,20 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from swapping import swap
+
 from gac.core.files import root
 from gac.evaluation.claim_list import CLAIMS
-from gac.evaluation.claims import Claim, class_of, judge_claim, Tables
+from gac.evaluation.claims import Claim, Tables, class_of, judge_claim
 from gac.evaluation.claims_report import (
-    claims_figure, claims_page, claims_table, found_ablations, KNOWN_BY, study_findings)
-from swapping import swap
+    KNOWN_BY,
+    claims_figure,
+    claims_page,
+    claims_table,
+    found_ablations,
+    study_findings,
+)
+
 
 def named(start:str) -> Claim:
     "The claim that begins so."

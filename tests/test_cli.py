@@ -1,10 +1,18 @@
 "The command line: help of every command, quick and complete; refusals in one line; the whole way from tiles to opt_v1."
-import configparser, json, re, resource, subprocess, sys
+import configparser
+import json
+import re
+import resource
+import subprocess
+import sys
 from dataclasses import asdict, replace
 
 import pytest
+import tiles_layouts
+from swapping import swap
+
 from gac.cli import COMMANDS, GROUPS, main, models
-from gac.core.config import config_parameters, Stage2Config, Stage3Config
+from gac.core.config import Stage2Config, Stage3Config, config_parameters
 from gac.core.files import GacError, root
 from gac.core.parameters import notebook_parameters
 from gac.data.layouts import LAYOUTS
@@ -13,9 +21,6 @@ from gac.data.stores import from_world
 from gac.models.registry import available
 from gac.runner.plan import chain_notebooks
 from gac.runner.profiles import profile_values
-from swapping import swap
-
-import tiles_layouts
 
 GAC = [sys.executable, '-c', 'import sys; from gac.cli import main; sys.exit(main())']
 
@@ -181,6 +186,7 @@ def test_a_direct_decoder_is_taught_and_used(tmp_path, capsys):
 def test_later_stages_are_drawn_by_any_number_of_workers(tmp_path, capsys, monkeypatch):
     "opt_v2 beside opt_v1 and opt_v3 beside opt_v2, by two workers as by one; a tile without opt_v1 is listed by the worker whose it is."
     import torch
+
     from gac.stages.grounding import build_stage3_model
     from gac.stages.refiner import build_prithvi_refiner
     from gac.stages.stage2 import save_stage2

@@ -7,6 +7,8 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from swapping import swap
+
 from gac.core.files import GacError, root
 from gac.core.vocabulary import OPT_BANDS
 from gac.data.store import Store
@@ -15,11 +17,19 @@ from gac.evaluation.classes import columns_of, confusion, interval, measures, re
 from gac.models.blank import without_memory
 from gac.models.mini import MINI_STATS
 from gac.products.downstream_config import (
-    config_of, DownstreamRecipe, fit_config, hushed, model_config, open_config, SameStart, statistics, terratorch,
-    write_config)
+    DownstreamRecipe,
+    SameStart,
+    config_of,
+    fit_config,
+    hushed,
+    model_config,
+    open_config,
+    statistics,
+    terratorch,
+    write_config,
+)
 from gac.products.downstream_runs import gradient_check, mark_of, predicted, run_arms, truth_of
-from gac.products.labels import ARMS, as_classes, LABEL_CODES, StoreData
-from swapping import swap
+from gac.products.labels import ARMS, LABEL_CODES, StoreData, as_classes
 
 SHORT = DownstreamRecipe(size=24, batch_size=2, steps=2, channels=(16, 12, 8, 8), require=('opt_v1', 'opt_v2', 'opt_v3'))
 DRAWN = ('opt_v1', 'opt_v2', 'opt_v3')

@@ -1,16 +1,24 @@
 "What a long run needs: a dry run that finds what is missing, several processes that agree, a catalogue of half a million rows, the real architectures for a few steps."
-import os, shutil, signal, subprocess, sys, time
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+import tiles_layouts
 import torch
+from swapping import swap
+
 from gac.cli import main
 from gac.core.files import GacError, root
 from gac.cost.memory import kept_for_backward
-from gac.cost.preflight import bytes_per_tile, check_data, check_weights, RAW
+from gac.cost.preflight import RAW, bytes_per_tile, check_data, check_weights
 from gac.data.convert import convert
 from gac.data.store import Store
 from gac.data.stores import from_world
@@ -27,9 +35,6 @@ from gac.training.checkpointing import checkpointed
 from gac.training.checkpoints import trained_state
 from gac.training.order import seeded
 from gac.training.settings import Settings
-from swapping import swap
-
-import tiles_layouts
 
 RANKS = [sys.executable, str(Path(__file__).with_name('efficiency_ranks.py'))]
 

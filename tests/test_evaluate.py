@@ -1,27 +1,27 @@
 "Baselines on data whose answer is known, tables whose arithmetic is known, and the evaluation of real chips."
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
-from dataclasses import replace
-
 import torch
+from swapping import swap
 
 from gac.core.files import GacError, read_json
 from gac.core.run import start_run
 from gac.core.vocabulary import OPT_BANDS
 from gac.data.stores import from_world
-from gac.evaluation.baselines import MeanBy, NEAREST, pixel_features, PixelRegression, Recalibration, simple_baselines
+from gac.evaluation.baselines import NEAREST, MeanBy, PixelRegression, Recalibration, pixel_features, simple_baselines
 from gac.evaluation.learning_curve import learning_curve, learning_curve_gains, learning_curve_table, variant_methods
 from gac.evaluation.methods import grounder, stage_methods, training_tiles
 from gac.evaluation.results import by_rule, gains_of_stages, ranking, real_sets, results_table, run_evaluate
 from gac.measure.metrics import PSNR_MAX
-from gac.measure.tables import load_tiles, measure_methods, RESULT_COLUMNS, stored_method
+from gac.measure.tables import RESULT_COLUMNS, load_tiles, measure_methods, stored_method
 from gac.stages.chain import brief_recipe, fit_chain, fit_stage3, mean_of_seeds, recipe_of
 from gac.stages.stage1 import build_terramind_generator, grid_store
 from gac.stages.stage3 import save_stage3
-from swapping import swap
+
 
 def batch(n:int, size:int=32, seed:int=0, months=None, truth=None) -> dict:
     "Random radar tiles with a truth of one colour, or a given one."

@@ -1,10 +1,15 @@
 "Fetching the public chips: from a server of our own, with a wrong file and with a connection that breaks."
-import hashlib, http.server, io, tarfile, threading
+import hashlib
+import http.server
+import io
+import tarfile
+import threading
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
+
 from gac.core.environment import sha256
 from gac.core.files import GacError, root
 from gac.data.examples import fetch_examples

@@ -1,5 +1,16 @@
 "Controls change pictures: in a kernel without a browser, and in JupyterLab in a real one; and papermill tells what a notebook can be given."
-import base64, io, json, os, re, shlex, shutil, socket, subprocess, sys, time, urllib.request
+import base64
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,10 +18,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+
 from gac.core.files import GacError, root
-from gac.measure.widgets import attention_viewer, ERROR_TOP, tile_browser, training_monitor
-from gac.runner.execute import strip_widgets
 from gac.core.parameters import notebook_parameters, read_notebook
+from gac.measure.widgets import ERROR_TOP, attention_viewer, tile_browser, training_monitor
+from gac.runner.execute import strip_widgets
 from gac.runner.plan import chain_notebooks
 
 ROOT = root()

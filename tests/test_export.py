@@ -1,12 +1,21 @@
 "Files a GIS opens, and scenes of any size: what comes out, what a stop leaves, what is refused."
-import dataclasses, json, os, signal, socket, subprocess, sys, time
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 import rasterio
+from PIL import Image
+from swapping import swap
+
 from gac.cli import main
 from gac.core.files import GacError
 from gac.core.vocabulary import OPT_BANDS
@@ -17,19 +26,18 @@ from gac.evaluation.methods import grounder
 from gac.measure.panels import white_of
 from gac.models.decoding import Decoding
 from gac.products.blocks import draw_block
-from gac.products.chain import introduce, SceneChain
-from gac.products.cog import cog_faults, NODATA, OPTICAL, write_cog
-from gac.products.infer import _alone, infer_scene, scene_figure, SPREAD
+from gac.products.chain import SceneChain, introduce
+from gac.products.cog import NODATA, OPTICAL, cog_faults, write_cog
+from gac.products.infer import SPREAD, _alone, infer_scene, scene_figure
 from gac.products.infer_tiles import AS_DRAWN, decoding_for, generator_for, infer_tiles
 from gac.products.scene import open_scene
 from gac.products.seams import seam_excess
-from gac.products.tiles import export_tiles, ExportShelf
+from gac.products.tiles import ExportShelf, export_tiles
 from gac.products.tiling import Tiling
 from gac.stages.commands import keep_decoding
 from gac.stages.grounding import build_stage3_model
 from gac.stages.stage3 import save_stage3
 from gac.stages.tileset import derived_store, stage1_settings
-from swapping import swap
 
 sys.path.insert(0, str(Path(__file__).parent))
 import export_chains as chains

@@ -1,14 +1,22 @@
 "Everything that can go wrong, inflicted on the real code: nothing is lost, and the message names the file and says what to do."
-import json, os, shutil, signal, sys, types
+import json
+import os
+import shutil
+import signal
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import rasterio
 import torch
 from odc.geo.geobox import GeoBox
+from swapping import swap
 
 from gac.core.files import GacError
+from gac.core.parameters import read_notebook
 from gac.core.run import start_run
 from gac.core.tensors import read_safetensors, read_torch
 from gac.core.vocabulary import OPT_BANDS
@@ -25,7 +33,6 @@ from gac.products.infer import infer_scene
 from gac.products.tiles import export_tiles
 from gac.products.tiling import Tiling
 from gac.runner.chain import run_chain
-from gac.core.parameters import read_notebook
 from gac.stages.datasets import Pairs, Triples
 from gac.stages.grounding import build_stage3_model
 from gac.stages.refiner import build_prithvi_refiner
@@ -35,8 +42,6 @@ from gac.stages.stage3 import train_stage3
 from gac.stages.tileset import derived_store
 from gac.training.fit import export_best, fit_model
 from gac.training.settings import Settings
-from swapping import swap
-import rasterio
 
 sys.path.insert(0, str(Path(__file__).parent))
 import export_chains as chains
@@ -234,6 +239,7 @@ def test_killed_at_any_file_it_goes_on_to_the_same_end(name, given, unbroken, tm
 
 def test_a_command_on_a_full_disk_is_one_line(capsys, monkeypatch):
     import errno
+
     from gac.cli import main
     def full(*args, **kw): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'some/file')
     swap(monkeypatch, 'gac.runner.verify', 'verify', full)
@@ -301,7 +307,9 @@ def test_a_training_on_values_that_are_not_finite_stops_at_once(tmp_path):
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork and SIGKILL')
 def test_soak_of_kills_at_random_moments(given, unbroken, tmp_path):
     "Precompute and train, killed at any moment, over and over: the arrays and weights are those of an unbroken run. GAC_SOAK_MINUTES, else 30."
-    import random, threading, time
+    import random
+    import threading
+    import time
     until, rng, kills, rounds = time.monotonic() + 60*float(os.environ.get('GAC_SOAK_MINUTES') or 30), random.Random(0), 0, 0
     while rounds == 0 or time.monotonic() < until:
         for name in ('images of Stage 1', 'Stage 2', 'Stage 3', 'converted tiles'):

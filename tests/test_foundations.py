@@ -1,5 +1,8 @@
 "Weights in the Hub's own format: full-size files of random numbers are made once, loaded to the last tensor, and refused when anything is wrong."
-import os, pickle, random, shutil
+import os
+import pickle
+import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,10 +15,10 @@ from gac.models.blank import build_blank, model_info
 from gac.models.build import build_model, save_weights, weights_checksums
 from gac.models.clamp import clip_error
 from gac.models.features import encode_features
-from gac.models.generator import build_generator, Generator, spare, TOKENS
-from gac.models.mini import mini_core, TERRAMIND_KEY_STATS
+from gac.models.generator import TOKENS, Generator, build_generator, spare
+from gac.models.mini import TERRAMIND_KEY_STATS, mini_core
 from gac.models.modalities import MODALITIES
-from gac.models.registry import model_entry, MODELS
+from gac.models.registry import MODELS, model_entry
 from gac.models.sampling import tile_generator
 from gac.models.true_tiles import true_tiles
 from gac.models.weights import _ties, load_checked, locate, needed_files, read_weights

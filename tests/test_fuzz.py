@@ -1,5 +1,8 @@
 "Readers are given anything: bytes that were changed, structures that make no sense. Only the project's own error may come out."
-import io, json, os, sys
+import io
+import json
+import os
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +12,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from hypothesis.extra import numpy as sn
+
 from gac.core.files import GacError, read_json
+from gac.core.parameters import Parameter, check_value, notebook_parameters
 from gac.core.tensors import read_torch
 from gac.core.vocabulary import OPT_BANDS
 from gac.data.arrays import tile_arrays
@@ -20,12 +25,11 @@ from gac.data.layouts import READERS
 from gac.data.places import read_ecoregions
 from gac.data.readers import Options
 from gac.data.records import DatasetUnits, records_of
-from gac.data.store import check_id, COLUMNS, Store
+from gac.data.store import COLUMNS, Store, check_id
 from gac.models.weights import read_weights
 from gac.nyc.chips import Chips, finish
 from gac.products.scene import open_scene
 from gac.products.tiles import tile_file_name
-from gac.core.parameters import check_value, notebook_parameters, Parameter
 from gac.runner.profiles import check_parameters, load_profile
 from gac.stages.inference import radar_in, read_images
 from gac.training.checkpoints import load_checkpoint, save_checkpoint

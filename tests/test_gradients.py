@@ -2,21 +2,30 @@
 import numpy as np
 import pytest
 import torch
+from terratorch.models.backbones.terramind.model.generate import GenerationSampler
+from terratorch.models.backbones.terramind.model.terramind import TerraMind
+from terratorch.models.backbones.terramind.tokenizer.scheduling.diffusion_pipeline import PipelineCond
+
 from gac.core.files import GacError
 from gac.models.build import build_model
 from gac.models.diffusion import scheduler_for
 from gac.models.generator import build_generator
 from gac.models.gradient_flow.barriers import (
-    BARRIERS, dissect, generate_through, group_of, make_batch, probe_gradients, STOPS, undecorated, without_barriers)
+    BARRIERS,
+    STOPS,
+    dissect,
+    generate_through,
+    group_of,
+    make_batch,
+    probe_gradients,
+    undecorated,
+    without_barriers,
+)
 from gac.models.gradient_flow.costs import cost_of, score_function
-from gac.models.gradient_flow.routes import (
-    GRADIENT_ROUTES, Route, route_reach, train, trainable, unreached, with_lora)
+from gac.models.gradient_flow.routes import GRADIENT_ROUTES, Route, route_reach, train, trainable, unreached, with_lora
 from gac.models.gradient_flow.survey import reinit_zero_layers, survey
 from gac.models.mini import CORE
 from gac.training.order import seeded
-from terratorch.models.backbones.terramind.model.generate import GenerationSampler
-from terratorch.models.backbones.terramind.model.terramind import TerraMind
-from terratorch.models.backbones.terramind.tokenizer.scheduling.diffusion_pipeline import PipelineCond
 
 TOKEN_MODEL = {'encoder embeddings', 'encoder', 'cross-attention', 'decoder', 'output embedding'}
 EXPECTED = {'as shipped': set(), '− pipeline no_grad': {'UNet'}, '− code lookup': {'UNet'}, '− choice': {'UNet'},

@@ -1,5 +1,6 @@
 "Files from outside, properties that hold for any image, and many tiles: what the metrics notebook cannot show in a cell."
-import os, warnings
+import os
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,15 @@ from hypothesis import given, settings, strategies as st
 
 from gac.core.files import GacError
 from gac.measure.edges import (
-    edge_agreement, EDGE_EPS, edge_recall, hallucination, image_edges, sar_edge, sar_edge_gap, SAR_MEASURES)
+    EDGE_EPS,
+    SAR_MEASURES,
+    edge_agreement,
+    edge_recall,
+    hallucination,
+    image_edges,
+    sar_edge,
+    sar_edge_gap,
+)
 from gac.measure.metrics import mae, psnr, rmse, sam_deg, ssim
 from gac.measure.perception import ALEXNET_FILE, LPIPS, rgb
 from gac.measure.statistics import bootstrap_ci, paired_gain, summary

@@ -1,5 +1,8 @@
 "The New York data set: built from rasters of odd grids and from a STAC catalogue; what is refused; the experiment's configurations."
-import datetime, json, shutil, threading
+import datetime
+import json
+import shutil
+import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -8,27 +11,47 @@ import numpy as np
 import pytest
 import rasterio
 import yaml
+from odc.geo.geobox import GeoBox
 from pyproj import Transformer
 from rasterio.transform import from_origin
+from swapping import swap
 
 from gac.core.files import GacError, root
 from gac.core.vocabulary import S2_BANDS
 from gac.models.build import build_model
-from gac.nyc.build import build_chips, BuildOptions, stac_to_db
-from gac.nyc.chips import assign_splits, chip_places, Chips, split_gap, write_chip
+from gac.nyc.build import BuildOptions, build_chips, stac_to_db
+from gac.nyc.chips import Chips, assign_splits, chip_places, split_gap, write_chip
 from gac.nyc.city import city, from_city
 from gac.nyc.gate import gate, publish
 from gac.nyc.series import from_series, map_with
-from gac.nyc.sources import Catalogue, check_contents, Files, S2_ASSETS, stac_items
+from gac.nyc.sources import S2_ASSETS, Catalogue, Files, check_contents, stac_items
 from gac.nyc.survey import (
-    class_shares, class_table, majority, metres_per_pixel, NO_LABEL, NYC_CLASSES, utm_grid, warped)
+    NO_LABEL,
+    NYC_CLASSES,
+    class_shares,
+    class_table,
+    majority,
+    metres_per_pixel,
+    utm_grid,
+    warped,
+)
 from gac.nyc.thoughts import generate_thoughts
 from gac.nyc.tim import (
-    as_it_loads, config_differences, equal_compute_steps, FAMILIES, gflop, read_test, run_config, run_settings,
-    scores, standardisation, THOUGHT, TIM_INPUTS, TIM_VARIANTS)
+    FAMILIES,
+    THOUGHT,
+    TIM_INPUTS,
+    TIM_VARIANTS,
+    as_it_loads,
+    config_differences,
+    equal_compute_steps,
+    gflop,
+    read_test,
+    run_config,
+    run_settings,
+    scores,
+    standardisation,
+)
 from gac.products.downstream_config import at_root, open_config, write_config
-from swapping import swap
-from odc.geo.geobox import GeoBox
 
 DAYS = ('2021-01-12', '2021-04-15', '2021-07-20', '2021-10-23')
 S1_DAYS = ('2021-01-10', '2021-04-16', '2021-07-18', '2021-10-22')
@@ -631,7 +654,8 @@ def test_the_parser_refuses_what_terratorch_does_not_know(tmp_path):
         open_config(write_config(tmp_path/'bad.yaml', c), build=False)
 
 def test_publishing_needs_a_certain_gain(tmp_path):
-    import huggingface_hub, torch
+    import huggingface_hub
+    import torch
     from safetensors.torch import load_file
     run = tmp_path/'run'/'nyc'
     (run/'runs'/'TiM_LULC_0').mkdir(parents=True)
@@ -689,7 +713,9 @@ def test_the_real_time_series_goes_through(real_data, town, tmp_path):
 @pytest.mark.slow
 def test_terratorch_runs_the_same_file(town, tmp_path):
     "terratorch fit and test, in processes of their own, give the numbers of the run inside this one."
-    import os, subprocess, sys
+    import os
+    import subprocess
+    import sys
     path = configured(town, tmp_path, 'S1 alone, TiM LULC')
     here = run_config(path)['confusion']
     shutil.move(tmp_path/'run', tmp_path/'kept')

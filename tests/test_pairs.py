@@ -1,24 +1,25 @@
 "Training on one's own pairs, from a folder of chips to images: the recipe of docs/howto/tiles.md, and what is said on the way."
-import os, re
+import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import rasterio
+import tiles_layouts as layouts
+
 from gac.cli import main
 from gac.core.files import GacError, root
 from gac.data.convert import convert, frequent_reasons
 from gac.data.readers import nested
-from gac.data.splits import deal_split, SPLIT_BY, split_room, split_store, SplitRule
-from gac.data.store import GUARD, is_id, Store
+from gac.data.splits import SPLIT_BY, SplitRule, deal_split, split_room, split_store
+from gac.data.store import GUARD, Store, is_id
 from gac.products.blocks import draw_block
 from gac.products.cog import write_cog
 from gac.products.scene import open_scene
 from gac.products.tiling import Tiling
 from gac.stages.stage3 import _ids, _same
-
-import tiles_layouts as layouts
 
 RECIPE = Path(__file__).parents[1]/'docs'/'howto'/'tiles.md'
 FAST = {'train-stage2': '--max-steps 2 --val-every 1 --save-every 1 --batch-size 2 --grad-accum-steps 1',

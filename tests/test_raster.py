@@ -1,13 +1,18 @@
 "One door for files: the same file is judged by the same rule, whoever reads it, and what it holds comes out right or is refused."
-import json, os, re, sys
+import json
+import os
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import rasterio
+from swapping import swap
+
 from gac.cli import main
-from gac.core.files import fingerprint_files, GacError, real_data, root, writable
+from gac.core.files import GacError, fingerprint_files, real_data, root, writable
 from gac.core.run import Run
 from gac.core.vocabulary import OPT_BANDS, OPT_INDEX, S2_BANDS
 from gac.data.convert import _loaded, convert
@@ -24,10 +29,10 @@ from gac.products.scene import open_scene
 from gac.products.tiles import export_tiles
 from gac.products.tiling import Tiling
 from gac.runner.plan import _key, modules_used
-from swapping import swap
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiles_layouts as layouts
+
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch): monkeypatch.setattr(os, 'fsync', lambda fd: None)

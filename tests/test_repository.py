@@ -1,16 +1,26 @@
 "What the repository promises about itself: one place for every fact, nothing that belongs to one machine."
-import ast, base64, configparser, io, json, os, re, shutil, subprocess, sys
+import ast
+import base64
+import configparser
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
+
 from gac.core.environment import requirements
 from gac.core.files import root
+from gac.core.parameters import check_value, notebook_parameters, read_notebook
 from gac.runner.execute import strip_widgets
 from gac.runner.layers import layer_violations
 from gac.runner.page import render_readme
-from gac.core.parameters import check_value, notebook_parameters, read_notebook
 from gac.runner.profiles import check_parameters, load_profile, profiles
 
 ROOT = root()

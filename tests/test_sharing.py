@@ -1,5 +1,7 @@
 "What is trained is a folder that peft and the Hugging Face Hub know: its card is true, its code runs, and its name is enough to load it."
-import json, re, shutil
+import json
+import re
+import shutil
 from pathlib import Path
 
 import huggingface_hub
@@ -10,6 +12,7 @@ import yaml
 from huggingface_hub import ModelCard, metadata_load
 from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file
+
 from gac.cli import main
 from gac.core.files import GacError
 from gac.core.vocabulary import OPT_BANDS

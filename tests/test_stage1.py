@@ -1,10 +1,18 @@
 "Stage 1 over a tile set: killed and resumed, shared by ranks, in any batch size, with bad tiles, short disks and wrong settings."
-import os, shutil, signal, subprocess, sys, time
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiles_layouts
 import torch
+from swapping import swap
+
 from gac.cli import main
 from gac.core.files import GacError
 from gac.data.arrays import to_dn
@@ -17,9 +25,6 @@ from gac.models.decoding import Decoding, generate_tiles
 from gac.models.mini import mini_core, mini_tokenizer
 from gac.stages.stage1 import build_terramind_generator, precompute_stage1
 from gac.stages.tileset import derived_store, open_tiles, run_tileset, stage1_settings
-from swapping import swap
-
-import tiles_layouts
 
 QUICK = dict(timesteps=1, batch_size=3)
 GAC = [sys.executable, '-c', 'import sys; from gac.cli import main; sys.exit(main())']

@@ -1,16 +1,20 @@
 "Stage 2 as a process: killed trainings and precomputations, checkpoints that do not belong, other Prithvis, and what the refiner may learn from."
-import json, os, shutil, signal, sys
+import json
+import os
+import shutil
+import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from swapping import swap
 from torch import nn
 
-from safetensors.torch import save_file
-
+from gac.core.config import Stage2Config
 from gac.core.files import GacError, root
 from gac.core.vocabulary import OPT_BANDS, REFLECTANCE
 from gac.data.arrays import to_dn, to_reflectance
@@ -19,18 +23,24 @@ from gac.data.stores import from_world
 from gac.measure.metrics import psnr
 from gac.measure.tables import load_tiles
 from gac.models.mini import MINI_STATS
-from gac.core.config import Stage2Config
 from gac.stages.commands import run_stage2
 from gac.stages.datasets import Pairs
 from gac.stages.losses import Stage2Loss
-from gac.stages.refiner import build_prithvi_refiner, PrithviRefiner
+from gac.stages.refiner import PrithviRefiner, build_prithvi_refiner
 from gac.stages.stage2 import (
-    CONDITIONED, fingerprint_stage2, load_stage2, precompute_stage2, read_stage2, refine, REFINER_FILE,
-    STAGE2_SETTINGS, train_stage2)
+    CONDITIONED,
+    REFINER_FILE,
+    STAGE2_SETTINGS,
+    fingerprint_stage2,
+    load_stage2,
+    precompute_stage2,
+    read_stage2,
+    refine,
+    train_stage2,
+)
 from gac.stages.tileset import derived_store, run_tileset
 from gac.training.adapters import merge_lora
 from gac.training.checkpoints import load_checkpoint, trained_state
-from swapping import swap
 
 SMALL = dict(width=16, depth=1)
 QUICK = replace(STAGE2_SETTINGS, lr=3e-3, max_steps=8, batch_size=2, grad_accum_steps=2, val_every=2, save_every=2, log_every=1,

@@ -1,27 +1,33 @@
 "Stage 3 as a process: adapters only where they belong, every route trains, a killed training goes on, files in and out, bad input refused by name."
-import json, os, shutil, subprocess, sys, time
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from swapping import swap
+
+from gac.core.config import Stage3Config
 from gac.core.files import GacError
 from gac.core.vocabulary import OPT_BANDS
 from gac.data.arrays import to_dn
 from gac.data.store import Store
 from gac.data.stores import from_world
 from gac.measure.tables import load_tiles, stored_method
-from gac.core.config import Stage3Config
 from gac.stages.commands import run_stage3
-from gac.stages.datasets import remember, Triples
+from gac.stages.datasets import Triples, remember
 from gac.stages.grounding import build_stage3_model
 from gac.stages.inference import grounding_report, infer_files, precompute_stage3, stage3_inference
 from gac.stages.stage2 import REFINER_FILE
 from gac.stages.stage3 import _prepare, load_stage3, save_stage3, stage3_step, train_stage3, watch
 from gac.training.checkpoints import save_checkpoint
 from gac.training.settings import Settings
-from swapping import swap
 
 SMALL = dict(width=16, depth=1, taps=2, lora_r=2)
 QUICK = Settings(lr=5e-3, max_steps=4, batch_size=2, grad_accum_steps=1, val_every=2, save_every=2, early_stopping=False,

@@ -1,10 +1,16 @@
 "The study itself, at profile smoke. In a process of its own, whose kernels are forked from one that has imported what they need."
-import json, re, subprocess, sys, time
+import json
+import re
+import subprocess
+import sys
+import time
 
 import pandas as pd
 import pytest
+
 from gac.core.files import root
 from gac.runner.plan import chain_notebooks
+
 
 def run(home, data='') -> tuple: # status of each notebook, seconds
     "Run the chain, reports and artefacts in `home`."

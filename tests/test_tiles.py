@@ -1,13 +1,24 @@
 "The tile store under faults, and the readers under every trap we know of."
-import json, os, pickle, random, signal, subprocess, sys, time
+import json
+import os
+import pickle
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-import rasterio, rasterio.warp, rasterio.windows
+import rasterio
+import rasterio.warp
+import rasterio.windows
 import zarr
-import socket, tempfile
+from swapping import swap
 
 from gac.core.files import GacError
 from gac.core.run import Run
@@ -18,16 +29,16 @@ from gac.data.geotiff import _geotiff_source
 from gac.data.layouts import LAYOUTS, recognise
 from gac.data.places import EARTH
 from gac.data.shards import FORMAT
-from gac.data.splits import split_room, split_store, SplitRule
+from gac.data.splits import SplitRule, split_room, split_store
 from gac.data.store import Store
 from gac.data.stores import from_world, real_store, study_store, training_store
 from gac.data.units import s1_unit
 from gac.data.world.scenes import draw_scene
-from swapping import swap
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiles_layouts as layouts
 import tiles_writer as writer
+
 
 @pytest.fixture(scope='session')
 def unbroken(tmp_path_factory) -> dict:
@@ -570,7 +581,8 @@ def test_real_benv2(tmp_path, real_data):
     vv, vh = np.median(store.read('s1', slice(None)), (2, 3)).T
     assert (vv > vh + 3).all()  # the file has VH first
     assert {t[0] for t in store.table['transform']} == {10.}
-    import pyarrow as pa, pyarrow.parquet as pq  # the place in the table of the file is that of its radar
+    import pyarrow as pa
+    import pyarrow.parquet as pq  # the place in the table of the file is that of its radar
     blob = (real_data/'geobench_benv2'/'benv2.tortilla').read_bytes()
     own = pq.read_table(pa.BufferReader(blob[int.from_bytes(blob[2:10], 'little'):])).to_pandas()
     assert np.abs(store.table[['lon', 'lat']].to_numpy() - own[['lon', 'lat']].to_numpy()).max() < 1e-5

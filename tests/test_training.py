@@ -1,9 +1,14 @@
 "Runs that are killed, checkpoints that are broken, several processes: what the training notebook cannot show in one process."
-import multiprocessing, os, pickle, random, signal
+import multiprocessing
+import os
+import pickle
+import random
+import signal
 from dataclasses import replace
 
 import pytest
 import torch
+from swapping import swap
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -16,7 +21,6 @@ from gac.training.int8 import autocast_for, to_int8
 from gac.training.loop import Task, trainer
 from gac.training.order import Order
 from gac.training.settings import Settings
-from swapping import swap
 
 SETTINGS = Settings(lr=.01, max_steps=11, batch_size=2, grad_accum_steps=2, warmup=.2, val_every=3, save_every=3, log_every=1,
                     num_workers=0, accelerator='cpu')

@@ -1,11 +1,12 @@
 "Doubt whose answer is known, places that must stay apart, attention that must add up, and generations that survive a stop."
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from dataclasses import replace
+from swapping import swap
 
 from gac.cli import main
 from gac.core.files import GacError, read_json
@@ -13,21 +14,49 @@ from gac.core.vocabulary import BIOMES
 from gac.data.arrays import to_reflectance
 from gac.data.store import Store
 from gac.evaluation.attention import (
-    attention_of, attention_received, attention_rows, attention_table, cross_attention, grounded_by, other_radar,
-    RADAR_SWAPS, swap_rows, swap_table, token_places)
-from gac.evaluation.errors import distance_class, DISTANCE_NAMES, edge_distance, errors_by_class, inner, ratio_ci
+    RADAR_SWAPS,
+    attention_of,
+    attention_received,
+    attention_rows,
+    attention_table,
+    cross_attention,
+    grounded_by,
+    other_radar,
+    swap_rows,
+    swap_table,
+    token_places,
+)
+from gac.evaluation.errors import DISTANCE_NAMES, distance_class, edge_distance, errors_by_class, inner, ratio_ci
 from gac.evaluation.generations import chain_of, generations, keep_generations, sample_arrays
 from gac.evaluation.transfer import (
-    exchanged, fit_fold, groups_of, held_out_tiles, place_gains, transfer, transfer_table)
+    exchanged,
+    fit_fold,
+    groups_of,
+    held_out_tiles,
+    place_gains,
+    transfer,
+    transfer_table,
+)
 from gac.evaluation.uncertainty import (
-    ause, band_coverage, calibration_curve, calibration_error, coverage_table, in_ensemble_range, pixel_coverage,
-    range_coverage, reliability, seasons, sparsification, spread_and_error, uncertainty_scores)
+    ause,
+    band_coverage,
+    calibration_curve,
+    calibration_error,
+    coverage_table,
+    in_ensemble_range,
+    pixel_coverage,
+    range_coverage,
+    reliability,
+    seasons,
+    sparsification,
+    spread_and_error,
+    uncertainty_scores,
+)
 from gac.measure.metrics import psnr
 from gac.measure.tables import load_tiles, measure_methods, stored_method
 from gac.stages.chain import brief_recipe, fit_stage2, recipe_of
 from gac.stages.grounding import build_stage3_model
 from gac.stages.inference import stage3_inference
-from swapping import swap
 
 RNG = lambda seed=0: np.random.default_rng(seed)
 

@@ -1,19 +1,26 @@
 "The study on somebody's tiles: what it takes of them, what it says of them, and where it keeps it."
-import json, re, shutil, subprocess, sys
+import json
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from swapping import swap
+
 from gac.core.environment import provenance
 from gac.core.figures import check_file_name, safe_name
 from gac.core.files import GacError, root, write_file
-from gac.core.run import expect, Run
+from gac.core.parameters import read_notebook
+from gac.core.run import Run, expect
 from gac.core.vocabulary import OPT_BANDS, OPT_INDEX
 from gac.data.arrays import to_reflectance
 from gac.data.stores import from_world, shown_store, study_store, training_store, window_of
 from gac.data.world.scenes import draw_scene
-from gac.evaluation.claims import of_data, Tables
+from gac.evaluation.claims import Tables, of_data
 from gac.evaluation.claims_report import home
 from gac.evaluation.learning_curve import fit_at
 from gac.evaluation.results import compare_with_unets, own_spectrum, said_of
@@ -23,9 +30,8 @@ from gac.models.true_tiles import true_tiles
 from gac.products.downstream_images import divisor_of
 from gac.runner.chain import run_chain
 from gac.runner.page import write_page
-from gac.core.parameters import read_notebook
 from gac.runner.plan import chain_notebooks, claim_name, folders_of
-from swapping import swap
+
 
 def open_run(folder, data='') -> Run:
     return Run.open('07_stage1', 'smoke', 0, str(folder/'run'), str(folder/'report'), str(data))

@@ -1,16 +1,27 @@
 """The world's promises: the same scene from the same seed, speed, likeness to real chips, and a radar that knows no season."""
-import hashlib, os, subprocess, sys, time
+import hashlib
+import os
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
+from swapping import swap
 
 from gac.core.files import GacError, root
 from gac.data.world.calibration import (
-    calibration, CHANNELS, ks_table, lag_correlation, measure_pool, real_chips, window_looks)
-from gac.data.world.noise import gamma_db, HELD_OUT_BASE, PRETRAIN_BASE, seed_rng, SPECKLE_LOOKS, STUDY_SEEDS
+    CHANNELS,
+    calibration,
+    ks_table,
+    lag_correlation,
+    measure_pool,
+    real_chips,
+    window_looks,
+)
+from gac.data.world.noise import HELD_OUT_BASE, PRETRAIN_BASE, SPECKLE_LOOKS, STUDY_SEEDS, gamma_db, seed_rng
 from gac.data.world.places import BIOME_PLACES, draw_place
 from gac.data.world.scenes import draw_scene, scene_batches
-from swapping import swap
 
 KS_LIMIT = .2
 SCENES = 240

@@ -4,8 +4,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import rasterio
+
 from gac.core.vocabulary import S2_BANDS
 from gac.data.bigearthnet import BEN_PIXELS
+
 
 def radar(seed:int, size:int=120) -> np.ndarray:
     "(2, size, size) dB."

@@ -1,8 +1,10 @@
 """A writer of tiles that tests may kill: reads `path` lines, forks a writer for each, prints its pid, then how it ended."""
-import os, sys
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
+
 from gac.data.store import Store
 
 N, SHARD, BATCH = 28, 8, 3  # tiles, tiles in a shard, tiles in a batch

@@ -6,11 +6,13 @@
 __all__ = ['Stage2Config', 'Stage3Config', 'config_parameters', 'config_of']
 
 # %% ../../nbs/lib/core/config.ipynb #e95d1298
-import importlib, inspect, re
+import importlib
+import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
-from .parameters import check_value, declared, Parameter
+from .parameters import Parameter, check_value, declared
 
 # %% ../../nbs/lib/core/config.ipynb #34d5db4f
 @dataclass(frozen=True)

@@ -7,7 +7,13 @@ __all__ = ['seed_everything', 'format_duration', 'progress', 'requirements', 'sh
            'provenance']
 
 # %% ../../nbs/lib/core/environment.ipynb #d39b8008
-import hashlib, os, platform, random, re, subprocess, time
+import hashlib
+import os
+import platform
+import random
+import re
+import subprocess
+import time
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path

@@ -6,7 +6,11 @@
 __all__ = ['COLOURS', 'style', 'save_picture', 'escape_latex', 'check_file_name', 'safe_name', 'format_table']
 
 # %% ../../nbs/lib/core/figures.ipynb #0c6b8509
-import hashlib, io, os, re, unicodedata
+import hashlib
+import io
+import os
+import re
+import unicodedata
 from pathlib import Path
 
 import numpy as np

@@ -7,7 +7,12 @@ __all__ = ['GacError', 'root', 'real_data', 'writing', 'replacing', 'writable', 
            'did_you_mean', 'files_below', 'fingerprint_files', 'relative_to_root', 'shown_path', 'read_json']
 
 # %% ../../nbs/lib/core/files.ipynb #5fda38c1
-import errno, hashlib, json, os, re, tempfile
+import errno
+import hashlib
+import json
+import os
+import re
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches

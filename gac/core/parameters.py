@@ -6,7 +6,11 @@
 __all__ = ['Parameter', 'declared', 'read_notebook', 'tags_of', 'notebook_parameters', 'check_value']
 
 # %% ../../nbs/lib/core/parameters.ipynb #8026c696
-import ast, io, json, re, tokenize
+import ast
+import io
+import json
+import re
+import tokenize
 from dataclasses import dataclass
 from pathlib import Path
 

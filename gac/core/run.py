@@ -6,7 +6,9 @@
 __all__ = ['Run', 'expect', 'start_run']
 
 # %% ../../nbs/lib/core/run.ipynb #7818854e
-import json, os, re
+import json
+import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 

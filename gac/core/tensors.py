@@ -9,7 +9,7 @@ __all__ = ['read_torch', 'read_safetensors']
 from pathlib import Path
 
 import torch
-from safetensors import safe_open, SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from .files import GacError
 

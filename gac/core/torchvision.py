@@ -6,7 +6,9 @@
 __all__ = ['mend_torchvision']
 
 # %% ../../nbs/lib/core/torchvision.ipynb #a4e01e58
-import importlib.abc, importlib.util, sys
+import importlib.abc
+import importlib.util
+import sys
 from pathlib import Path
 
 # %% ../../nbs/lib/core/torchvision.ipynb #9b70defc

@@ -7,7 +7,14 @@ __all__ = ['HALF', 'MODES', 'CAPTIONS', 'matrix_rates', 'drift', 'autocast_call'
            'modes', 'profile_kernels', 'quality', 'repeated', 'chain', 'training_items', 'training_cost', 'run_bench']
 
 # %% ../../nbs/lib/cost/bench.ipynb #a414e502
-import copy, functools, gc, itertools, json, tempfile, time, traceback
+import copy
+import functools
+import gc
+import itertools
+import json
+import tempfile
+import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,8 +28,18 @@ from ..core.environment import code_state, provenance
 from ..core.files import GacError, relative_to_root, write_file
 from ..core.run import start_run
 from gac.cost.speed import (
-    agreement, DIGITS, generation_flops, in_turns, library_call, matrix_rate, Method, padded_call, speeds, speedups,
-    TOLERANCE)
+    DIGITS,
+    TOLERANCE,
+    Method,
+    agreement,
+    generation_flops,
+    in_turns,
+    library_call,
+    matrix_rate,
+    padded_call,
+    speeds,
+    speedups,
+)
 from ..data.arrays import tile_arrays
 from ..data.store import Store
 from ..data.stores import from_world
@@ -30,7 +47,7 @@ from ..measure.metrics import psnr
 from ..measure.tables import load_tiles
 from ..models.decoding import Decoding, generate_tiles
 from ..models.diffusion import diffuse
-from ..models.generator import build_generator, computing, PRECISIONS, TOKENS
+from ..models.generator import PRECISIONS, TOKENS, build_generator, computing
 from ..models.registry import model_entry
 from ..runner.page import write_page
 from ..stages.grounding import build_stage3_model

@@ -10,13 +10,13 @@ import functools
 from collections.abc import Callable
 
 import torch
-from torch import nn, Tensor
+from torch import Tensor, nn
 
 from ..core.vocabulary import OPT_BANDS
 from .speed import on_meta
 from ..models.blank import build_blank
-from ..stages.grounding import adapt, Stage3GroundingModel
-from ..stages.refiner import adapt_encoder, PrithviRefiner
+from ..stages.grounding import Stage3GroundingModel, adapt
+from ..stages.refiner import PrithviRefiner, adapt_encoder
 from ..training.checkpointing import checkpointed
 
 # %% ../../nbs/lib/cost/memory.ipynb #ef000033

@@ -8,7 +8,9 @@ __all__ = ['ROLE_OF', 'RAW', 'Finding', 'needs_of', 'models_named', 'check_model
            'check_machine', 'check_versions', 'share_reached', 'preflight']
 
 # %% ../../nbs/lib/cost/preflight.ipynb #c78cf6aa
-import functools, shutil, subprocess
+import functools
+import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from ..models.blank import build_blank
 from ..models.build import take_bands
 from ..models.diffusion import steps_run
 from ..models.generator import build_generator
-from ..models.modalities import band_names, HLS_NAMES
+from ..models.modalities import HLS_NAMES, band_names
 from ..models.registry import model_entry
 from ..models.weights import find_file, match_keys, needed_files, read_weights
 from ..runner.plan import folders_of, plan_chain
@@ -293,6 +295,7 @@ def _driver() -> str:
 def check_versions() -> list[Finding]:
     "Compare installed packages with settings.ini."
     from importlib.metadata import PackageNotFoundError, version
+
     from packaging.requirements import Requirement
     wrong = []
     for r in map(Requirement, requirements()):

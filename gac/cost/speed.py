@@ -8,7 +8,9 @@ __all__ = ['TOLERANCE', 'DIGITS', 'SOLVERS', 'matrix_rate', 'seconds_of', 'on_me
            'sample_with_solver']
 
 # %% ../../nbs/lib/cost/speed.ipynb #a372efc9
-import copy, functools, time
+import copy
+import functools
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn, Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.files import GacError

@@ -15,12 +15,22 @@ import pandas as pd
 import pyarrow as pa
 
 from ..core.files import GacError
-from .bigearthnet import (
-    check_same_place, failing_loader, flags_against, eight_bit_file, open_source, parse_labels, read_optical,
-    read_radar_bands, split_name, value_step, text_or_empty)
+from gac.data.bigearthnet import (
+    check_same_place,
+    eight_bit_file,
+    failing_loader,
+    flags_against,
+    open_source,
+    parse_labels,
+    read_optical,
+    read_radar_bands,
+    split_name,
+    text_or_empty,
+    value_step,
+)
 from .dates import parse_date
 from .geotiff import is_visible
-from .raster import is_generic, OPTICAL, RADAR, Raster
+from .raster import OPTICAL, RADAR, Raster, is_generic
 from .readers import Job, Options, Source
 from .store import check_text
 

@@ -8,7 +8,8 @@ __all__ = ['BEN_PIXELS', 'FLAGS', 'open_source', 'read_radar_bands', 'read_optic
            'read_bigearthnet', 'failing_loader']
 
 # %% ../../nbs/lib/data/bigearthnet.ipynb #4681eb3a
-import os, re
+import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -20,7 +21,7 @@ import pandas as pd
 from ..core.files import GacError
 from ..core.vocabulary import OPT_BANDS, S1_BANDS, S2_BANDS
 from .dates import far_apart, parse_date
-from .raster import open_raster, OPTICAL, RADAR, Raster, same_scale
+from .raster import OPTICAL, RADAR, Raster, open_raster, same_scale
 from .readers import Job, Options, Source
 from .store import check_id, read_table
 from .units import is_screen, step_of
@@ -77,7 +78,9 @@ def check_whole(
     path:Path, # a GeoTIFF that was just written
 ) -> Path:
     "Read each pixel of a file that was just written, and return its path."
-    import rasterio, warnings
+    import warnings
+
+    import rasterio
     from rasterio.errors import NotGeoreferencedWarning
     with warnings.catch_warnings():  # the caller reports a failure
         warnings.simplefilter('ignore', NotGeoreferencedWarning)

@@ -6,7 +6,9 @@
 __all__ = ['STALE', 'auto_size', 'frequent_reasons', 'Part', 'convert', 'options_as_json', 'source_digest']
 
 # %% ../../nbs/lib/data/convert.ipynb #aeb80d83
-import hashlib, json, re
+import hashlib
+import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -15,18 +17,18 @@ import numpy as np
 import pandas as pd
 
 from ..core.environment import progress
-from ..core.files import check_place, fingerprint_files, GacError, writing
+from ..core.files import GacError, check_place, fingerprint_files, writing
 from ..core.vocabulary import OPT_BANDS, S2_BANDS
 from .arrays import tile_arrays
 from .geotiff import is_visible
 from .layouts import READERS, recognise
 from .places import read_ecoregions
 from .raster import BY_ORDER
-from .readers import Job, joined_name, Options, shown_name, Source, split_of
+from .readers import Job, Options, Source, joined_name, shown_name, split_of
 from .records import DatasetUnits, find_units, records_of
 from .shards import write_whole
-from .splits import count_splits, deal_split, note_attributes, SplitRule, tile_side
-from .store import check_id, SPLITS, Store
+from .splits import SplitRule, count_splits, deal_split, note_attributes, tile_side
+from .store import SPLITS, Store, check_id
 from .units import KNOWN_OFFSETS
 
 # %% ../../nbs/lib/data/convert.ipynb #5b11a0e1

@@ -6,12 +6,14 @@
 __all__ = ['fetch_examples']
 
 # %% ../../nbs/lib/data/examples.ipynb #806c8c68
-import hashlib, os, tempfile
+import hashlib
+import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 from ..core.environment import sha256
-from ..core.files import did_you_mean, GacError, read_yaml, root, write_file
+from ..core.files import GacError, did_you_mean, read_yaml, root, write_file
 
 # %% ../../nbs/lib/data/examples.ipynb #1840b08b
 def _bigearthnet_members(members:dict, archives:list[Path], dest:Path) -> None:
@@ -84,7 +86,10 @@ def _fetch(
     retries:int=3, # further attempts after a lost connection
 ) -> Path: # the target file
     "Download one file with pooch unless a valid one exists; leave no partial file."
-    import logging, pooch, requests
+    import logging
+
+    import pooch
+    import requests
     if digest and _holds(to, digest): return to
     pooch.get_logger().setLevel(logging.ERROR)
     catalogue = pooch.create(path=to.parent, base_url='', urls={to.name: url},

@@ -11,11 +11,18 @@ from functools import partial
 from pathlib import Path
 
 from ..core.files import GacError
-from .bigearthnet import (
-    check_same_place, failing_loader, eight_bit_file, open_source, read_optical, read_radar_bands, value_step)
+from gac.data.bigearthnet import (
+    check_same_place,
+    eight_bit_file,
+    failing_loader,
+    open_source,
+    read_optical,
+    read_radar_bands,
+    value_step,
+)
 from .dates import date_of, far_apart, tag_date
 from .raster import OPTICAL, RADAR
-from .readers import Job, joined_name, nested, Options, Source, split_of
+from .readers import Job, Options, Source, joined_name, nested, split_of
 from .store import check_id, is_id
 
 # %% ../../nbs/lib/data/geotiff.ipynb #962017d4

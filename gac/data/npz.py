@@ -17,8 +17,8 @@ from ..core.vocabulary import S1_BANDS, S2_BANDS
 from .bigearthnet import failing_loader, split_name, text_or_empty
 from .dates import far_apart
 from .geotiff import EXTRA
-from .raster import check_grid, name_bands, OPTICAL, pick, RADAR
-from .readers import apply_factor, Job, nested, Options, shown_name, Source, split_of
+from .raster import OPTICAL, RADAR, check_grid, name_bands, pick
+from .readers import Job, Options, Source, apply_factor, nested, shown_name, split_of
 from .units import is_screen, step_of
 
 # %% ../../nbs/lib/data/npz.ipynb #414e6cd1

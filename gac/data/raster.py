@@ -8,7 +8,8 @@ __all__ = ['RADAR', 'OPTICAL', 'PIXEL', 'WARP', 'NOWHERE', 'GDAL', 'BY_ORDER', '
            'check_opened', 'open_raster', 'pick', 'check_order']
 
 # %% ../../nbs/lib/data/raster.ipynb #1fa6d7a5
-import re, warnings
+import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace

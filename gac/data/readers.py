@@ -7,7 +7,10 @@ __all__ = ['SPLIT_NAMES', 'nested', 'shown_name', 'joined_name', 'split_of', 'Op
            'apply_factor']
 
 # %% ../../nbs/lib/data/readers.ipynb #4441695f
-import hashlib, os, re, unicodedata
+import hashlib
+import os
+import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.files import GacError
-from .store import is_id, SPLITS
+from .store import SPLITS, is_id
 
 # %% ../../nbs/lib/data/readers.ipynb #71825b9a
 def nested(

@@ -18,9 +18,27 @@ from .places import biome_of
 from .raster import check_order, lon_lat, pick
 from .readers import Options, Source, windows
 from .store import SPLITS
-from .units import (
-    bright_share, check_db, check_like, check_negative, check_radar, check_wrapped, floor_of, is_dark, KNOWN_OFFSETS,
-    range_of, s1_unit, S2_OFFSET, s2_offset, s2_unit, to_db, TOO_BRIGHT, TOO_MANY, why_missing, why_scaled)
+from gac.data.units import (
+    KNOWN_OFFSETS,
+    S2_OFFSET,
+    TOO_BRIGHT,
+    TOO_MANY,
+    bright_share,
+    check_db,
+    check_like,
+    check_negative,
+    check_radar,
+    check_wrapped,
+    floor_of,
+    is_dark,
+    range_of,
+    s1_unit,
+    s2_offset,
+    s2_unit,
+    to_db,
+    why_missing,
+    why_scaled,
+)
 
 # %% ../../nbs/lib/data/records.ipynb #8d1433d4
 @dataclass

@@ -7,7 +7,13 @@ __all__ = ['COLUMNS', 'SPLITS', 'GUARD', 'MAKERS', 'Entry', 'Store', 'check_text
            'check_id', 'how_to_make']
 
 # %% ../../nbs/lib/data/store.ipynb #6114caa7
-import io, json, os, re, shutil, socket, weakref
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path

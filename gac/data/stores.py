@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.environment import progress
-from ..core.files import fingerprint_files, GacError, read_json, root
+from ..core.files import GacError, fingerprint_files, read_json, root
 from ..core.run import Run
 from .arrays import tile_arrays
 from .convert import convert, options_as_json, source_digest

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from ..core.figures import COLOURS
-from .maker import budget, STAGE_OUTPUTS
-from .setups import BLIND, changed, Setup, stage_of
+from .maker import STAGE_OUTPUTS, budget
+from .setups import BLIND, Setup, changed, stage_of
 from ..measure.statistics import paired_gain
 
 # %% ../../nbs/14_ablations.ipynb #ab4tablec

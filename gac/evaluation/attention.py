@@ -22,7 +22,7 @@ from .results import gains_of_stages
 from ..measure.statistics import bootstrap_ci
 from ..measure.tile_metrics import tile_metrics
 from ..stages.datasets import padded
-from ..stages.grounding import despeckled, Stage3GroundingModel, without_adapters
+from ..stages.grounding import Stage3GroundingModel, despeckled, without_adapters
 from ..stages.inference import stage3_inference
 from ..stages.losses import steepness
 

@@ -6,7 +6,7 @@
 __all__ = ['QUALITY', 'STAGE_GAINS', 'TRAINED', 'GRADIENTS', 'COST', 'TIM', 'PAPER', 'CLAIMS']
 
 # %% ../../nbs/lib/evaluation/claim_list.ipynb #10da8fc6
-from .claims import Claim, TILES
+from .claims import TILES, Claim
 
 # %% ../../nbs/lib/evaluation/claim_list.ipynb #cl4listc
 _WORLD = "data == '{data}' and method == '%s'"

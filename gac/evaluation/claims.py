@@ -20,7 +20,7 @@ from ..core.figures import check_file_name
 from ..core.files import read_json, root
 from ..core.vocabulary import OPT_BANDS
 from ..models.blank import build_blank, without_memory
-from ..stages.grounding import GROUNDING_TARGETS, GroundingHead, WINDOWS
+from ..stages.grounding import GROUNDING_TARGETS, WINDOWS, GroundingHead
 from ..stages.refiner import forecast_memory
 
 # %% ../../nbs/lib/evaluation/claims.ipynb #cl1claimc

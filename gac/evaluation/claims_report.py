@@ -18,7 +18,7 @@ import torch
 from ..core.figures import COLOURS
 from ..core.files import GacError, read_json, root
 from .claim_list import CLAIMS
-from .claims import Absent, CLAIM_CLASSES, class_of, facts, judge_claim, Tables
+from .claims import CLAIM_CLASSES, Absent, Tables, class_of, facts, judge_claim
 from ..models.registry import model_entry
 from ..stages.stage1 import chosen_decoding
 

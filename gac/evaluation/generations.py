@@ -14,14 +14,14 @@ import torch
 from ..core.environment import progress
 from ..core.vocabulary import OPT_BANDS
 from ..data.arrays import to_dn
-from .methods import grounder, METHOD_ARRAYS
+from .methods import METHOD_ARRAYS, grounder
 from ..measure.tables import load_tiles
 from ..models.build import weights_checksums
 from ..models.decoding import Decoding, tile_number
 from ..models.sampling import tile_generator
 from ..stages.inference import fingerprint_stage3, stage3_inference
 from ..stages.stage1 import build_terramind_generator, chosen_decoding
-from ..stages.stage2 import CONDITIONED, fingerprint_stage2, load_stage2, refine, REFINER_FILE
+from ..stages.stage2 import CONDITIONED, REFINER_FILE, fingerprint_stage2, load_stage2, refine
 from ..stages.stage3 import GROUNDING_FILE
 from ..stages.tileset import derived_store, drop_other
 

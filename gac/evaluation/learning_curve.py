@@ -7,7 +7,8 @@ __all__ = ['CHAIN_VARIANTS', 'searched', 'random_stage1', 'unet_variant', 'varia
            'learning_curve_table', 'learning_curve_gains']
 
 # %% ../../nbs/12_learning_curve.ipynb #1cd9a216
-import hashlib, json
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,12 +21,12 @@ from .methods import METHOD_ARRAYS, stage_methods, unet_methods
 from .results import known_weights, seed_folder
 from ..measure.metrics import psnr
 from ..measure.statistics import paired_gain
-from ..measure.tables import load_tiles, measure_methods, RESULT_COLUMNS, stage1_method
+from ..measure.tables import RESULT_COLUMNS, load_tiles, measure_methods, stage1_method
 from ..models.decoding import Decoding
-from ..stages.chain import cached_method, ChainRecipe, fit_stage2, fit_stage3, recipe_of, unet_recipe
+from ..stages.chain import ChainRecipe, cached_method, fit_stage2, fit_stage3, recipe_of, unet_recipe
 from ..stages.stage1 import build_terramind_generator, chosen_decoding, decoding_grid, opt_v1_of
 from ..stages.stage3 import GROUNDING_FILE
-from ..stages.unet import fit_unet, slug, UNETS
+from ..stages.unet import UNETS, fit_unet, slug
 from ..training.order import seeded
 
 # %% ../../nbs/12_learning_curve.ipynb #lpd3f819

@@ -7,7 +7,10 @@ __all__ = ['LATER_OUTPUTS', 'COUNTED', 'STAGE_OUTPUTS', 'View', 'middle', 'held'
            'code_digest', 'Maker', 'with_default', 'answers', 'clock_of', 'budget', 'forecast_grid']
 
 # %% ../../nbs/lib/evaluation/maker.ipynb #83373507
-import ast, hashlib, json, time
+import ast
+import hashlib
+import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, lru_cache
@@ -22,14 +25,14 @@ from ..core.files import GacError, root, write_file
 from ..data.arrays import to_dn, to_reflectance
 from ..data.stores import training_store
 from .results import known_weights
-from .setups import changed, flatten_setup, Row, ROW_SETTINGS, Setup, setup_of
+from .setups import ROW_SETTINGS, Row, Setup, changed, flatten_setup, setup_of
 from ..measure.tables import load_tiles, measure_methods, stage1_method
 from ..stages.chain import fit_stage2, fit_stage3
 from ..stages.datasets import Triples
 from ..stages.inference import stage3_method
 from ..stages.stage1 import build_terramind_generator, chosen_decoding, opt_v1_of
-from ..stages.stage2 import load_stage2, REFINER_FILE, stage2_method
-from ..stages.stage3 import fit_residual_scale3, GROUNDING_FILE, load_stage3
+from ..stages.stage2 import REFINER_FILE, load_stage2, stage2_method
+from ..stages.stage3 import GROUNDING_FILE, fit_residual_scale3, load_stage3
 
 # %% ../../nbs/lib/evaluation/maker.ipynb #ab3viewc
 class View:

@@ -21,9 +21,9 @@ from ..stages.chain import cached_method
 from ..stages.grounding import build_stage3_model
 from ..stages.inference import stage3_method
 from ..stages.stage1 import chosen_decoding, grid_store, opt_v1_of
-from ..stages.stage2 import load_stage2, read_stage2, REFINER_FILE, stage2_method
+from ..stages.stage2 import REFINER_FILE, load_stage2, read_stage2, stage2_method
 from ..stages.stage3 import GROUNDING_FILE, load_stage3, read_stage3
-from ..stages.unet import FILE, load_unet, slug, unet_method, UNETS
+from ..stages.unet import FILE, UNETS, load_unet, slug, unet_method
 
 # %% ../../nbs/lib/evaluation/methods.ipynb #06f89c30
 # method -> array of the derived store that holds its images

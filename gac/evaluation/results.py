@@ -20,19 +20,19 @@ from ..core.files import GacError, read_json, real_data, write_file
 from ..core.vocabulary import OPT_BANDS
 from ..data.arrays import to_reflectance
 from ..data.stores import real_store
-from .methods import evenly_spaced, grounder, METHOD_ARRAYS
+from .methods import METHOD_ARRAYS, evenly_spaced, grounder
 from ..measure.edges import SAR_MEASURES
 from ..measure.metrics import psnr
 from ..measure.panels import in_one_line, panels
 from ..measure.perception import LPIPS
 from ..measure.statistics import paired_gain
-from ..measure.tables import load_tiles, measure_methods, RESULT_COLUMNS, stage1_method, stored_method, summarise
+from ..measure.tables import RESULT_COLUMNS, load_tiles, measure_methods, stage1_method, stored_method, summarise
 from ..models.decoding import Decoding
 from ..stages.chain import cached_method
 from ..stages.commands import check_drawn, drawn_for, read_decoding
 from ..stages.inference import stage3_method
 from ..stages.stage1 import build_terramind_generator
-from ..stages.stage2 import load_stage2, read_stage2, REFINER_FILE, stage2_method
+from ..stages.stage2 import REFINER_FILE, load_stage2, read_stage2, stage2_method
 from ..stages.stage3 import GROUNDING_FILE
 from ..stages.tileset import derived_store, open_tiles, stage1_settings
 from ..stages.unet import UNETS

@@ -10,12 +10,12 @@ __all__ = ['SAY', 'STEPS_TRIED', 'RANKS', 'PAIRS', 'BLIND', 'GRID', 'ROW_SETTING
 import inspect
 from dataclasses import dataclass, fields, is_dataclass, replace
 
-from ..core.files import did_you_mean, GacError
+from ..core.files import GacError, did_you_mean
 from ..models.decoding import Decoding
 from ..stages.chain import ChainRecipe, recipe_of
-from ..stages.grounding import build_stage3_model, GROUNDING_ROUTES, Stage3GroundingModel
+from ..stages.grounding import GROUNDING_ROUTES, Stage3GroundingModel, build_stage3_model
 from ..stages.losses import Stage2Loss, Stage3Loss
-from ..stages.refiner import build_prithvi_refiner, PrithviRefiner
+from ..stages.refiner import PrithviRefiner, build_prithvi_refiner
 from ..stages.stage1 import chosen_decoding
 from ..stages.stage3 import train_stage3
 from ..training.settings import Settings

@@ -8,7 +8,8 @@ __all__ = ['FEW_TILES', 'SECTORS', 'HELD_OUT_BIOMES', 'UNTOLD', 'sector', 'group
            'transfer_table']
 
 # %% ../../nbs/lib/evaluation/transfer.ipynb #5d75050a
-import hashlib, json
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +22,7 @@ from ..core.vocabulary import BIOMES
 from .methods import evenly_spaced
 from .results import gains_of_stages, known_weights
 from ..measure.tables import measure_methods
-from ..stages.chain import cached_method, ChainRecipe, fit_stage2, fit_stage3
+from ..stages.chain import ChainRecipe, cached_method, fit_stage2, fit_stage3
 from ..stages.inference import stage3_method
 from ..stages.stage1 import opt_v1_of
 from ..stages.stage2 import CONDITIONED, load_stage2, stage2_method

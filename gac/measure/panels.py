@@ -9,7 +9,7 @@ __all__ = ['s1_composite', 'white_of', 'picture', 'false_colour', 'in_one_line',
 import numpy as np
 
 from ..core.vocabulary import OPT_BANDS
-from .perception import rgb, RGB_TOP
+from .perception import RGB_TOP, rgb
 from .widgets import ERROR_TOP
 
 # %% ../../nbs/lib/measure/panels.ipynb #26f8c348

@@ -76,7 +76,8 @@ class LPIPS:
             self.reason = (f'no backbone weights: put {ALEXNET_FILE} into {Path("data")/"weights"} '
                            'or into the hub cache of torch')
             return
-        import lpips, torchvision
+        import lpips
+        import torchvision
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter('ignore')  # lpips uses an option that torchvision has renamed
             with torch.device('meta'): expected = torchvision.models.alexnet(weights=None).state_dict()  # shapes

@@ -20,7 +20,7 @@ from .edges import SAR_MEASURES
 from .perception import LPIPS
 from .statistics import summary
 from .tile_metrics import tile_metrics
-from ..models.decoding import Decoding, generate_tiles, SPEC
+from ..models.decoding import SPEC, Decoding, generate_tiles
 
 # %% ../../nbs/lib/measure/tables.ipynb #86147aa0
 def load_tiles(

@@ -6,7 +6,8 @@
 __all__ = ['COMPOSITES', 'WHITES', 'ERROR_TOP', 'Explorer', 'tile_browser', 'read_curves', 'training_monitor', 'attention_viewer']
 
 # %% ../../nbs/lib/measure/widgets.ipynb #13f68955
-import base64, io
+import base64
+import io
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.figures import COLOURS
-from ..core.files import did_you_mean, GacError
+from ..core.files import GacError, did_you_mean
 from ..core.vocabulary import OPT_BANDS
 
 # %% ../../nbs/lib/measure/widgets.ipynb #31367b4d

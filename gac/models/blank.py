@@ -14,7 +14,7 @@ from terratorch.models.backbones.terramind.model import terramind_register
 from terratorch.models.backbones.terramind.model.terramind_vit import TerraMindViT
 from torch import nn
 
-from .modalities import band_names, MODALITIES
+from .modalities import MODALITIES, band_names
 from .registry import builder_options, model_entry
 from .weights import needed_files
 

@@ -7,7 +7,8 @@ __all__ = ['terramind_mini', 'terramind_mini_tim', 'terramind_mini_generate', 'r
            'take_bands', 'checksum', 'weights_checksums', 'save_weights']
 
 # %% ../../nbs/lib/models/build.ipynb #62e5fafa
-import hashlib, json
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -20,16 +21,30 @@ from terratorch.models.backbones.terramind.model.terramind_generation import Ter
 from terratorch.models.backbones.terramind.model.terramind_tim import TerraMindTiM
 from terratorch.models.backbones.terramind.model.terramind_vit import TerraMindViT
 from terratorch.registry import TERRATORCH_BACKBONE_REGISTRY
-from torch import nn, Tensor
+from torch import Tensor, nn
 
 from ..core.files import replacing, write_file
 from ..core.vocabulary import OPT_BANDS, S2_BANDS
 from .blank import build_blank, select_bands
-from .mini import (
-    carded, CORE, family, INPUT_KEYS, KEYS, LEVELS, mini_modalities, MINI_STATS, mini_tokenizer, PATCH, PRITHVI,
-    PRITHVI_BANDS, PRITHVI_STATS, SIZE, TERRAMIND_KEY_STATS)
-from .modalities import band_names, HLS_NAMES
-from .registry import builder_options, model_entry, MODELS
+from gac.models.mini import (
+    CORE,
+    INPUT_KEYS,
+    KEYS,
+    LEVELS,
+    MINI_STATS,
+    PATCH,
+    PRITHVI,
+    PRITHVI_BANDS,
+    PRITHVI_STATS,
+    SIZE,
+    TERRAMIND_KEY_STATS,
+    carded,
+    family,
+    mini_modalities,
+    mini_tokenizer,
+)
+from .modalities import HLS_NAMES, band_names
+from .registry import MODELS, builder_options, model_entry
 from .weights import load_checked, locate, read_weights
 
 # %% ../../nbs/lib/models/build.ipynb #225aac5d

@@ -12,14 +12,14 @@ from contextlib import nullcontext
 import torch
 from terratorch.models.backbones.prithvi_mae import PrithviViT
 from terratorch.models.backbones.terramind.model.terramind_tim import TerraMindTiM
-from torch import nn, Tensor
+from torch import Tensor, nn
 
 from ..core.files import GacError
 from ..core.vocabulary import REFLECTANCE, S2_BANDS
 from ..data.arrays import pad_to_multiple
 from .build import build_model
 from .mini import PRITHVI_BANDS
-from .modalities import band_names, HLS_NAMES
+from .modalities import HLS_NAMES, band_names
 from .registry import model_entry
 from .sampling import own_randomness
 from .standardize import Standardizer

@@ -6,7 +6,9 @@
 __all__ = ['TOKENS', 'PRECISIONS', 'computing', 'Recorded', 'Generator', 'to_device', 'spare', 'build_generator']
 
 # %% ../../nbs/lib/models/generator.ipynb #75b44c25
-import math, os, threading
+import math
+import os
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 
@@ -14,7 +16,7 @@ import torch
 from terratorch.models.backbones.terramind.model.terramind import TerraMind
 from terratorch.models.backbones.terramind.model.terramind_generation import TerraMindGeneration
 from terratorch.models.backbones.terramind.tokenizer.vqvae import DiVAE
-from torch import nn, Tensor
+from torch import Tensor, nn
 
 from ..core.files import GacError
 from ..core.vocabulary import OPT_BANDS, S2_BANDS

@@ -9,7 +9,8 @@ __all__ = ['SIZE', 'PATCH', 'LEVELS', 'KEYS', 'INPUT_KEYS', 'OUTPUT_KEYS', 'CORE
            'family', 'carded', 'mini_core', 'mini_prithvi']
 
 # %% ../../nbs/lib/models/mini.ipynb #2eb8462f
-import math, re
+import math
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,12 +21,15 @@ from terratorch.models.backbones.prithvi_mae import PrithviMAE
 from terratorch.models.backbones.terramind.model import terramind_register
 from terratorch.models.backbones.terramind.model.modality_info import MODALITY_INFO
 from terratorch.models.backbones.terramind.model.terramind import (
-    build_modality_embeddings, build_output_modality_embeddings, TerraMind)
+    TerraMind,
+    build_modality_embeddings,
+    build_output_modality_embeddings,
+)
 from terratorch.models.backbones.terramind.model.tm_utils import LayerNorm
 from terratorch.models.backbones.terramind.tokenizer.models import vit_models
 from terratorch.models.backbones.terramind.tokenizer.models.unet import unet
-from terratorch.models.backbones.terramind.tokenizer.vqvae import DiVAE, VQVAE
-from torch import nn, Tensor
+from terratorch.models.backbones.terramind.tokenizer.vqvae import VQVAE, DiVAE
+from torch import Tensor, nn
 
 from ..core.files import GacError, read_json
 from ..core.vocabulary import S2_BANDS

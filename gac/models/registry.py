@@ -19,7 +19,7 @@ from terratorch.registry import TERRATORCH_BACKBONE_REGISTRY, TERRATORCH_FULL_MO
 from ..core.files import GacError
 from ..core.vocabulary import OPT_BANDS
 from .mini import LEVELS
-from .modalities import band_names, HLS_NAMES, MODALITIES, modality_key
+from .modalities import HLS_NAMES, MODALITIES, band_names, modality_key
 
 # %% ../../nbs/lib/models/registry.ipynb #d52600bb
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@
 __all__ = ['tile_identity', 'tile_generator', 'per_tile_random', 'own_randomness', 'top_p_tokens']
 
 # %% ../../nbs/lib/models/sampling.ipynb #13953f96
-import hashlib, os, random
+import hashlib
+import os
+import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager

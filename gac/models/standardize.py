@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn, Tensor
+from torch import Tensor, nn
 
 from ..core.files import GacError
 from ..core.vocabulary import REFLECTANCE, S2_BANDS
-from .modalities import band_names, LULC_LABELS
+from .modalities import LULC_LABELS, band_names
 
 # %% ../../nbs/lib/models/standardize.ipynb #40c52f0b
 class Standardizer(nn.Module):

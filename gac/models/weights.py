@@ -7,7 +7,8 @@ __all__ = ['INTO', 'WEIGHTS', 'REPOSITORY', 'Part', 'WeightFile', 'needed_files'
            'spare_keys', 'read_weights', 'match_keys', 'load_checked', 'strict_filter']
 
 # %% ../../nbs/lib/models/weights.ipynb #da0ca718
-import os, re
+import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from terratorch.models.backbones.terramind.model import terramind_register
 from terratorch.models.backbones.terramind.model.modality_info import MODALITY_INFO
 from terratorch.models.backbones.terramind.tokenizer import tokenizer_register
-from torch import nn, Tensor
+from torch import Tensor, nn
 
 from ..core.files import GacError, root
 from .modalities import modality_key

@@ -6,7 +6,8 @@
 __all__ = ['BuildOptions', 'seen_optical', 'fill_from_others', 'stac_to_db', 'read_chip', 'class_columns', 'build_chips']
 
 # %% ../../nbs/lib/nyc/build.ipynb #e366676f
-import hashlib, json
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,10 +18,10 @@ from odc.geo.geobox import GeoBox
 
 from ..core.environment import progress
 from ..core.files import GacError, writable, write_file, writing
-from ..data.units import s1_unit, S1_UNITS
-from .chips import assign_splits, chip_places, Chips, finish, write_chip
-from .sources import check_contents, check_dem, CLOUDY, offset_of
-from .survey import class_shares, majority, NO_LABEL, NYC_CLASSES, TO_CLASS, utm_grid
+from ..data.units import S1_UNITS, s1_unit
+from .chips import Chips, assign_splits, chip_places, finish, write_chip
+from .sources import CLOUDY, check_contents, check_dem, offset_of
+from .survey import NO_LABEL, NYC_CLASSES, TO_CLASS, class_shares, majority, utm_grid
 
 # %% ../../nbs/lib/nyc/build.ipynb #2738e307
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ __all__ = ['SEASONS', 'LAT', 'ISLAND', 'BLOCK_KINDS', 'QUARTERS', 'COVER', 'CLAS
            'north_up', 'true_colour', 'class_map', 'legend', 'show_city']
 
 # %% ../../nbs/lib/nyc/city.ipynb #614f73cc
-import hashlib, shutil
+import hashlib
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,16 +20,16 @@ from odc.geo.geobox import GeoBox
 
 from ..core.files import GacError, root, writable
 from ..data.dates import month_of
-from ..data.world.ground import BARE, BUILT, Ground, growth, RANGE, TREES, WATER
-from ..data.world.materials import mixture, SPECTRA
-from ..data.world.noise import noise, speckle, SPECKLE_LOOKS
+from ..data.world.ground import BARE, BUILT, RANGE, TREES, WATER, Ground, growth
+from ..data.world.materials import SPECTRA, mixture
+from ..data.world.noise import SPECKLE_LOOKS, noise, speckle
 from ..data.world.optical import atmosphere, brightness, sensed, shading, sun
 from ..data.world.places import CLIMATES
 from ..data.world.radar import backscatter, foreshortening, measured
 from .build import BuildOptions, class_columns
-from .chips import assign_splits, chip_places, Chips, finish, write_chip
+from .chips import Chips, assign_splits, chip_places, finish, write_chip
 from .sources import check_contents
-from .survey import class_table, NYC_CLASSES
+from .survey import NYC_CLASSES, class_table
 
 # %% ../../nbs/lib/nyc/city.ipynb #7b1690b7
 SEASONS = ('2021-01-14', '2021-04-19', '2021-07-18', '2021-10-21')  # days of the procedural images

@@ -6,7 +6,8 @@
 __all__ = ['FEW_BLOCKS', 'gate', 'gate_verdict', 'publishable', 'publish', 'card']
 
 # %% ../../nbs/16_new_york.ipynb #a6675c66
-import json, shutil
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pandas as pd
 from ..core.files import GacError, root, writable, write_file
 from ..core.tensors import read_torch
 from .survey import NYC_CLASSES
-from .tim import scores, TIM_VARIANTS
+from .tim import TIM_VARIANTS, scores
 
 # %% ../../nbs/16_new_york.ipynb #f414adf6
 FEW_BLOCKS = 5  # parent blocks under which an interval over blocks says nothing

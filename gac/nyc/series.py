@@ -20,7 +20,7 @@ from ..core.vocabulary import S1_BANDS, S2_BANDS
 from ..models.mini import MINI_STATS
 from ..models.modalities import modality_key
 from .build import fill_from_others
-from .chips import chip_places, Chips, write_chip
+from .chips import Chips, chip_places, write_chip
 from .sources import check_contents, check_dem
 from .survey import NO_LABEL, NYC_CLASSES
 from .thoughts import anywhere_grid

@@ -7,7 +7,9 @@ __all__ = ['S2_ASSETS', 'OTHER_ASSETS', 'CLOUDY', 'DARK_DN', 'Date', 'check_days
            'same_image', 'check_contents', 'offset_of', 'check_dem']
 
 # %% ../../nbs/lib/nyc/sources.ipynb #202afa2b
-import json, re, warnings
+import json
+import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +21,7 @@ from odc.geo.geobox import GeoBox
 from ..core.files import GacError
 from ..core.vocabulary import S1_BANDS, S2_BANDS
 from ..data.dates import parse_date
-from ..data.raster import Kind, name_bands, OPTICAL, RADAR
+from ..data.raster import OPTICAL, RADAR, Kind, name_bands
 from .survey import open_raster_or_say, warped
 
 # %% ../../nbs/lib/nyc/sources.ipynb #f29af4ad
@@ -144,10 +146,13 @@ def stac_items(
     span:str, # YYYY-MM-DD/YYYY-MM-DD; empty: any time
 ) -> list: # pystac items, sorted by id
     "Return the items of a catalogue in an area and a span of days."
-    import pystac, pystac_client, pystac_client.errors
+    import pystac
+    import pystac_client
+    import pystac_client.errors
     sign = None
     if 'planetarycomputer' in str(url):
-        try: from planetary_computer import sign_inplace as sign
+        try:
+            from planetary_computer import sign_inplace as sign
         except ImportError:
             raise GacError('The Planetary Computer signs its links: pip install planetary-computer.') from None
     try:

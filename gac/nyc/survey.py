@@ -68,6 +68,7 @@ def open_raster_or_say(
 ):
     "Open a raster with its side files; refuse what cannot be read in one line."
     import rasterio
+
     from gac.data.raster import GDAL
     try:
         with (rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN=GDAL['GDAL_DISABLE_READDIR_ON_OPEN']),
@@ -105,8 +106,8 @@ def warped(
     dn:bool=False, # True: return DN, not reflectance, for an optical raster with tags
 ) -> np.ndarray: # (C, H, W) float32, NaN without data
     "Return a raster on another grid, in the unit of its tags; only the window is read."
-    from rasterio.vrt import WarpedVRT
     from rasterio.enums import Resampling
+    from rasterio.vrt import WarpedVRT
     with open_raster_or_say(path) as src:
         metres_per_pixel(src)
         scale, offset = _factors(src, bands or src.indexes)

@@ -9,7 +9,9 @@ __all__ = ['TIM_INPUTS', 'THOUGHTS', 'TIM_VARIANTS', 'FAMILIES', 'THOUGHT', 'Var
            'note_fallback', 'as_it_loads']
 
 # %% ../../nbs/lib/nyc/tim.ipynb #ddedd35b
-import hashlib, json, shutil
+import hashlib
+import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from ..models.mini import MINI_STATS, PATCH, TERRAMIND_KEY_STATS
 from ..models.modalities import LULC_LABELS, modality_key
 from .city import code_of_material
 from .survey import NYC_CLASSES
-from ..products.downstream_config import at_root, open_config, SameStart
+from ..products.downstream_config import SameStart, at_root, open_config
 
 # %% ../../nbs/lib/nyc/tim.ipynb #c485d2fd
 TIM_INPUTS = ('S2L2A', 'S1RTC', 'DEM')  # modalities of the encoder

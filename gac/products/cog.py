@@ -7,7 +7,10 @@ __all__ = ['NODATA', 'COLOUR', 'OPTICAL', 'RADAR', 'ERROR', 'Layer', 'raster_pro
            'quiet_gdal', 'swept_folder', 'rewrite_as_cog', 'write_cog', 'cog_faults']
 
 # %% ../../nbs/lib/products/cog.ipynb #0e9207d1
-import os, re, socket, warnings
+import os
+import re
+import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

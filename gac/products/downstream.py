@@ -12,7 +12,7 @@ import pandas as pd
 
 from ..core.files import read_json, root
 from ..models.mini import KEYS
-from ..stages.pretrain_objectives import N, RECIPES
+from ..stages.pretrain_objectives import RECIPES, N
 
 # %% ../../nbs/15_downstream.ipynb #6e946eba
 def verdict_of(

@@ -8,7 +8,13 @@ __all__ = ['DEPTH', 'LORA', 'TERRATORCH', 'DownstreamRecipe', 'input_of', 'stati
            'open_config', 'terratorch', 'fit_config']
 
 # %% ../../nbs/lib/products/downstream_config.ipynb #c6d86c5d
-import contextlib, io, logging, subprocess, sys, unittest.mock, warnings
+import contextlib
+import io
+import logging
+import subprocess
+import sys
+import unittest.mock
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +28,7 @@ from ..core.vocabulary import LULC_CLASSES, S2_BANDS
 from ..evaluation.classes import IGNORED
 from ..models.mini import MINI_STATS, TERRAMIND_KEY_STATS
 from ..models.modalities import band_names, modality_key
-from .labels import Arm, LABEL_CODES
+from .labels import LABEL_CODES, Arm
 from ..training.order import seeded
 
 # %% ../../nbs/lib/products/downstream_config.ipynb #8605e0b3

@@ -21,9 +21,9 @@ from ..data.stores import real_store, study_store
 from ..evaluation.methods import evenly_spaced, grounder
 from ..measure.metrics import psnr
 from ..measure.panels import picture, s1_composite, white_of
-from .downstream_config import config_of, DownstreamRecipe, write_config
+from .downstream_config import DownstreamRecipe, config_of, write_config
 from .downstream_runs import gains_of, run_arms, table_of
-from .labels import arm, ARMS, as_classes, LABEL_CODES
+from .labels import ARMS, LABEL_CODES, arm, as_classes
 from ..stages.chain import trained_before
 from ..stages.inference import precompute_stage3
 from ..stages.stage1 import build_terramind_generator, chosen_decoding, grid_store, precompute_stage1

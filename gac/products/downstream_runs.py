@@ -7,7 +7,10 @@ __all__ = ['predicted', 'truth_of', 'part_of', 'gradient_check', 'mark_of', 'Out
            'table_of', 'gains_of']
 
 # %% ../../nbs/lib/products/downstream_runs.ipynb #691338a3
-import hashlib, io, json, zipfile
+import hashlib
+import io
+import json
+import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,11 +21,11 @@ import torch
 
 from ..core.environment import progress
 from ..core.files import GacError, relative_to_root, write_file
-from ..evaluation.classes import columns_of, confusion, IGNORED, interval, measures, resampled
+from ..evaluation.classes import IGNORED, columns_of, confusion, interval, measures, resampled
 from ..models.build import weights_checksums
 from ..models.sampling import own_randomness
-from .downstream_config import config_of, DownstreamRecipe, fit_config, hushed, open_config, write_config
-from .labels import arm, ARM_STEPS, ARMS, as_classes, LABEL_CODES, Windows
+from .downstream_config import DownstreamRecipe, config_of, fit_config, hushed, open_config, write_config
+from .labels import ARM_STEPS, ARMS, LABEL_CODES, Windows, arm, as_classes
 from ..training.order import loader, seeded
 
 # %% ../../nbs/lib/products/downstream_runs.ipynb #c20c8a08

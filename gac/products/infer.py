@@ -6,7 +6,9 @@
 __all__ = ['SPREAD', 'check_output', 'infer_scene', 'quicklook', 'scene_figure']
 
 # %% ../../nbs/lib/products/infer.ipynb #f922e182
-import hashlib, json, shutil
+import hashlib
+import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -29,9 +31,9 @@ from ..data.shards import pack, unpack, write_whole
 from ..data.units import to_db
 from ..measure.panels import false_colour, picture, s1_composite, white_of
 from .blocks import draw_block
-from .cog import describe_file, Layer, OPTICAL, quiet_gdal, raster_profile, rewrite_as_cog
+from .cog import OPTICAL, Layer, describe_file, quiet_gdal, raster_profile, rewrite_as_cog
 from .lineage import provenance_tags, tiff_date
-from .scene import open_scene, Scene
+from .scene import Scene, open_scene
 from .tiling import Tiling
 from ..stages.tileset import disk_forecast
 

@@ -23,15 +23,15 @@ from ..evaluation.methods import evenly_spaced
 from ..measure.panels import panels
 from ..measure.tables import load_tiles
 from ..models.decoding import Decoding
-from .chain import generation_spread, introduced, SceneChain
+from .chain import SceneChain, generation_spread, introduced
 from .cog import NODATA, OPTICAL, quiet_gdal, swept_folder, write_cog
-from .infer import check_output, infer_scene, SPREAD
+from .infer import SPREAD, check_output, infer_scene
 from .lineage import provenance_tags, tile_tags
 from .scene import open_scene
 from .tiles import chosen_tiles, must_write, tile_file_name
 from .tiling import Tiling
 from ..stages.commands import DECODING_FILE, drawn_otherwise, read_decoding, read_generator
-from ..stages.stage2 import checkpoint_file, REFINER_FILE
+from ..stages.stage2 import REFINER_FILE, checkpoint_file
 from ..stages.stage3 import GROUNDING_FILE
 from ..stages.tileset import open_tiles, read_radar
 

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from ..core.files import GacError, root
 from ..core.vocabulary import LULC_CLASSES, OPT_BANDS, S2_BANDS
-from ..data.store import how_to_make, SPLITS, Store
+from ..data.store import SPLITS, Store, how_to_make
 from ..evaluation.classes import IGNORED
 from ..evaluation.methods import evenly_spaced
 from ..training.order import loader

@@ -6,10 +6,10 @@
 __all__ = ['lineage', 'provenance_tags', 'tiff_date', 'tile_tags']
 
 # %% ../../nbs/lib/products/lineage.ipynb #c3142e5a
-import json, re
+import json
+import re
 
 import gac
-
 from ..models.decoding import Decoding
 
 # %% ../../nbs/lib/products/lineage.ipynb #73a0d290

@@ -15,7 +15,7 @@ import numpy as np
 from ..core.files import GacError
 from ..core.vocabulary import S1_BANDS
 from ..data.dates import date_of
-from ..data.raster import BY_ORDER, check_order, lon_lat, open_raster, RADAR, Raster
+from ..data.raster import BY_ORDER, RADAR, Raster, check_order, lon_lat, open_raster
 from ..data.units import check_db, check_radar, s1_unit, to_db
 
 # %% ../../nbs/lib/products/scene.ipynb #7f17daf3

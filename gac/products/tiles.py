@@ -17,9 +17,9 @@ from ..core.environment import progress
 from ..core.files import GacError, writable
 from ..core.vocabulary import OPT_BANDS, S1_BANDS
 from ..data.splits import count_splits
-from ..data.store import check_id, MAKERS, Store
+from ..data.store import MAKERS, Store, check_id
 from ..evaluation.methods import evenly_spaced
-from .cog import ERROR, Layer, NODATA, OPTICAL, quiet_gdal, RADAR, swept_folder, write_cog
+from .cog import ERROR, NODATA, OPTICAL, RADAR, Layer, quiet_gdal, swept_folder, write_cog
 from .lineage import lineage, provenance_tags, tile_tags
 from ..stages.tileset import open_tiles
 

@@ -6,9 +6,13 @@
 __all__ = ['run_chain']
 
 # %% ../../nbs/lib/runner/chain.ipynb #31f343af
-import json, os, signal, threading, time
+import json
+import os
+import signal
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ..core.environment import code_state, format_duration, provenance
@@ -16,7 +20,7 @@ from ..core.files import GacError, read_json, relative_to_root, shown_path, writ
 from .execute import execute_notebook
 from .kernels import forked_kernels
 from .page import write_report
-from .plan import begin_draft, claim_name, folders_of, plan_chain, publish_draft, Stage
+from .plan import Stage, begin_draft, claim_name, folders_of, plan_chain, publish_draft
 
 # %% ../../nbs/lib/runner/chain.ipynb #724cfcc6
 class _Lock:
@@ -144,6 +148,7 @@ def _run_stages(stages:list[Stage], run:Path, report:Path, verbose:bool, jobs:in
     "Run what is to run, side by side where no notebook builds on the other, and remember a key only when its notebook has succeeded."
     import warnings
     from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+
     from jupyter_core.utils import ensure_event_loop
     number = {s.name: f'[{i}/{len(stages)}] {s.name}' for i, s in enumerate(stages, 1)}
     for s in stages:

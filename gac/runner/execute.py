@@ -6,11 +6,13 @@
 __all__ = ['scrub_paths', 'strip_widgets', 'execute_notebook']
 
 # %% ../../nbs/lib/runner/execute.ipynb #7dac2c4b
-import json, sys, tempfile
+import json
+import sys
+import tempfile
 from pathlib import Path
 
 from ..core.files import GacError, root, shown_path, write_file
-from .plan import outputs, Stage
+from .plan import Stage, outputs
 
 # %% ../../nbs/lib/runner/execute.ipynb #f83e2ba6
 def scrub_paths(text:str) -> str:

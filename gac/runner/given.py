@@ -15,7 +15,7 @@ from ..core.run import Run
 from ..data.layouts import READERS, recognise
 from ..data.readers import Options
 from ..data.store import SPLITS
-from ..data.stores import enough, MIN_PAIRS, real_store
+from ..data.stores import MIN_PAIRS, enough, real_store
 
 # %% ../../nbs/lib/runner/given.ipynb #gv240006
 SPLIT_OF = dict(  # parameter of a notebook -> split it takes tiles of

@@ -6,7 +6,11 @@
 __all__ = ['forked_kernels']
 
 # %% ../../nbs/lib/runner/kernels.ipynb #c791b449
-import os, signal, sys, threading, uuid
+import os
+import signal
+import sys
+import threading
+import uuid
 from collections import Counter
 from contextlib import suppress
 
@@ -16,7 +20,10 @@ from .plan import code_of, modules_used
 # %% ../../nbs/lib/runner/kernels.ipynb #b9d04e57
 def _become_kernel(argv:list[str], cwd:str, env:dict) -> None:
     "What a forked process does: be a notebook's kernel, in a session of its own as jupyter_client starts one."
-    import atexit, matplotlib, multiprocessing.forkserver
+    import atexit
+    import multiprocessing.forkserver
+
+    import matplotlib
     from ipykernel.kernelapp import launch_new_instance
     multiprocessing.set_start_method(None, force=True)  # the system's own for what the notebook starts
     os.setsid()
@@ -38,7 +45,8 @@ def forked_kernels(
     stages:list, # notebooks to run
 ) -> dict: # options for papermill.execute_notebook; none where kernels start in the usual way
     "Kernels forked from one process that has imported what a kernel needs and every module of gac that two of the notebooks use."
-    import importlib, multiprocessing
+    import importlib
+    import multiprocessing
     if sys.platform != 'linux': return {}  # no fork on Windows, no safe one on macOS
     from jupyter_client import AsyncKernelManager
     from jupyter_client.provisioning import LocalProvisioner

@@ -6,13 +6,14 @@
 __all__ = ['MAIN', 'MAIN_FIGURES', 'write_page', 'write_report', 'render_readme']
 
 # %% ../../nbs/lib/runner/page.ipynb #4f99b1d4
-import json, re
+import json
+import re
 from pathlib import Path
 
 from ..core.environment import format_duration, provenance
 from ..core.files import read_json, root, write_file
 from .execute import scrub_paths
-from .plan import short_digest, Stage
+from .plan import Stage, short_digest
 
 # %% ../../nbs/lib/runner/page.ipynb #7ecbd918
 _PAGE = """<!DOCTYPE html>
@@ -42,8 +43,9 @@ def _html(df) -> str: # a pandas DataFrame of text
 
 def _html_table(csv:Path, caption:str) -> str:
     "One table of the report, as it was written, with links to its other forms."
-    import pandas as pd
     from html import escape
+
+    import pandas as pd
     title, rest = _sentence(caption, csv.stem)
     body = _html(pd.read_csv(csv, dtype=str, keep_default_na=False))
     body = body.replace('<thead>', f'<caption>{escape(rest)}</caption><thead>', 1) if rest else body
@@ -87,8 +89,9 @@ MAIN_FIGURES = ('tiles_real', 'panels', 'stage_gains')
 
 def _html_given(given:dict) -> str: # of given.look
     "What somebody's tiles are, and what each notebook takes of them."
-    import pandas as pd
     from html import escape
+
+    import pandas as pd
     if not given: return ''
     says = ''.join(f'<p>{escape(line)}</p>' for line in given['says'])
     rows = pd.DataFrame(given['uses'], dtype=str)
@@ -99,8 +102,9 @@ def _html_given(given:dict) -> str: # of given.look
 # %% ../../nbs/lib/runner/page.ipynb #be42c879
 def _html_summary(entries:dict, report:Path) -> str:
     "What a reader wants first: the main table, short, and the main figures."
-    import pandas as pd
     from html import escape
+
+    import pandas as pd
     captions = {k: v for e in entries.values() for k, v in (e['tables'] | e['figures']).items()}
     parts, csv = [], report/'tables'/'results.csv'
     if 'results' in captions and csv.exists():

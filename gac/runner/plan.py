@@ -8,15 +8,29 @@ __all__ = ['imports_of', 'module_file', 'package_of', 'modules_used', 'dependenc
            'folders_of', 'plan_chain']
 
 # %% ../../nbs/lib/runner/plan.ipynb #4e5b9790
-import ast, filecmp, hashlib, json, os, re, shutil
+import ast
+import filecmp
+import hashlib
+import json
+import os
+import re
+import shutil
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from ..core.environment import sha256, weights_in_use
 from ..core.figures import safe_name
-from ..core.files import (
-    did_you_mean, fingerprint_files, GacError, read_json, relative_to_root, root, writable, write_file)
+from gac.core.files import (
+    GacError,
+    did_you_mean,
+    fingerprint_files,
+    read_json,
+    relative_to_root,
+    root,
+    writable,
+    write_file,
+)
 from ..core.parameters import notebook_parameters, read_notebook, tags_of
 from .profiles import check_parameters, find_notebooks, load_profile
 

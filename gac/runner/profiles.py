@@ -8,8 +8,8 @@ __all__ = ['FORMER', 'RUNNER_SETS', 'profiles', 'load_profile', 'profile_values'
 # %% ../../nbs/lib/runner/profiles.ipynb #ae991397
 from pathlib import Path
 
-from ..core.files import did_you_mean, GacError, read_yaml, root
-from ..core.parameters import check_value, notebook_parameters, Parameter
+from ..core.files import GacError, did_you_mean, read_yaml, root
+from ..core.parameters import Parameter, check_value, notebook_parameters
 
 # %% ../../nbs/lib/runner/profiles.ipynb #4f9c7ace
 def profiles(

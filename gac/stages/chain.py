@@ -24,7 +24,7 @@ from .refiner import build_prithvi_refiner
 from .stage1 import drawn_before
 from .stage2 import read_stage2, stage2_method, train_stage2
 from .stage3 import both_trained, train_stage3
-from .unet import brief_unet, fit_unet, slug, UNetRecipe, UNETS
+from .unet import UNETS, UNetRecipe, brief_unet, fit_unet, slug
 from ..training.settings import Settings
 
 # %% ../../nbs/lib/stages/chain.ipynb #0bd728dd

@@ -16,7 +16,7 @@ import torch
 
 from ..core.config import Stage2Config, Stage3Config
 from ..core.figures import save_picture
-from ..core.files import check_place, GacError, write_file
+from ..core.files import GacError, check_place, write_file
 from ..data.stores import window_of
 from ..measure.metrics import psnr
 from ..measure.panels import by_gain, panels
@@ -27,10 +27,17 @@ from .conditions import METADATA
 from .datasets import Pairs, Triples
 from .grounding import Stage3GroundingModel
 from .inference import stage3_inference
-from .recipes import (
-    build_grounding, build_refiner, loop_settings, stage2_data, stage2_loss, stage3_data, stage3_loss)
+from gac.stages.recipes import (
+    build_grounding,
+    build_refiner,
+    loop_settings,
+    stage2_data,
+    stage2_loss,
+    stage3_data,
+    stage3_loss,
+)
 from .refiner import PrithviRefiner
-from .stage2 import read_stage2, refine, REFINER_FILE, train_stage2
+from .stage2 import REFINER_FILE, read_stage2, refine, train_stage2
 from .stage3 import read_stage3, train_stage3
 from .tileset import derived_store, open_tiles, paired_rows
 from ..training.adapters import ADAPTER_FILES

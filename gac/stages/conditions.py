@@ -7,7 +7,7 @@ __all__ = ['METADATA', 'METADATA_FIELDS', 'YEAR', 'metadata_codes', 'check_field
 
 # %% ../../nbs/lib/stages/conditions.ipynb #e6b70eab
 import torch
-from torch import nn, Tensor
+from torch import Tensor, nn
 
 from ..core.files import GacError
 from ..core.vocabulary import BIOMES

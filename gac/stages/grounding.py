@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import nn, Tensor
+from torch import Tensor, nn
 
 from ..core.files import GacError
 from ..core.vocabulary import OPT_BANDS, REFLECTANCE, S2_BANDS

@@ -24,7 +24,7 @@ from ..data.raster import check_order
 from ..data.units import check_db, check_radar, s1_unit, to_db, why_missing
 from ..measure.metrics import mae, mse
 from ..measure.tables import stored_method
-from .grounding import backbone_digest3, build_stage3_model, check_inputs, Stage3GroundingModel
+from .grounding import Stage3GroundingModel, backbone_digest3, build_stage3_model, check_inputs
 from .stage1 import grid_store
 from .stage2 import opt_v2_of
 from .stage3 import load_stage3, read_stage3

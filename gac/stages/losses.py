@@ -9,7 +9,7 @@ __all__ = ['STEP', 'FLOOR', 'BETAS', 'scales', 'ms_ssim', 'spectral_angle', 'Sta
 # %% ../../nbs/lib/stages/losses.ipynb #ff532f92
 import torch
 import torch.nn.functional as F
-from torch import nn, Tensor
+from torch import Tensor, nn
 
 from ..core.files import GacError
 from ..measure.edges import edge_agreement
@@ -37,7 +37,9 @@ def ms_ssim(
 ) -> Tensor: # scalar, 1 for identical images
     "Return structural similarity over the scales that fit; over one scale it is SSIM."
     from torchmetrics.functional.image import (
-        multiscale_structural_similarity_index_measure as several, structural_similarity_index_measure as single)
+        multiscale_structural_similarity_index_measure as several,
+        structural_similarity_index_measure as single,
+    )
     n = scales(min(pred.shape[-2:]))
     if n == 1: return single(pred, truth, data_range=1.)
     return several(pred, truth, data_range=1., betas=tuple(b/sum(BETAS[:n]) for b in BETAS[:n]), normalize='simple')

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn, Tensor
+from torch import Tensor, nn
 
 from ..core.vocabulary import S2_BANDS
 from ..measure.tables import load_tiles

@@ -8,7 +8,10 @@ __all__ = ['SAME', 'rate', 'look_alike', 'order_codes', 'build_stage', 'stage_lo
            'load_plans', 'pretrain_all']
 
 # %% ../../nbs/lib/stages/pretrain.ipynb #533f6c0d
-import copy, random, re, time
+import copy
+import random
+import re
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,12 +21,21 @@ from torch.utils.data import DataLoader
 
 from ..core.files import GacError, read_json, replacing, root
 from ..models.build import build_model, save_weights
-from ..models.mini import family, KEYS, LEVELS, mini_core, mini_prithvi, mini_tokenizer
+from ..models.mini import KEYS, LEVELS, family, mini_core, mini_prithvi, mini_tokenizer
 from ..models.weights import read_weights
 from .losses import Stage2Loss
 from gac.stages.pretrain_objectives import (
-    band_weights, core_loss, divae_loss, FILES, model_inputs, PRETRAIN_STAGES, PretrainPlan, prithvi_loss, Scenes,
-    vqvae_loss)
+    FILES,
+    PRETRAIN_STAGES,
+    PretrainPlan,
+    Scenes,
+    band_weights,
+    core_loss,
+    divae_loss,
+    model_inputs,
+    prithvi_loss,
+    vqvae_loss,
+)
 from .unet_model import build_unet
 from .unet_pretraining import world_stats
 

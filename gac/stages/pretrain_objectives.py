@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import get_worker_info, IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
 from ..core.vocabulary import OPT_BANDS, OPT_INDEX, REFLECTANCE, S2_BANDS
 from ..data.world.noise import PRETRAIN_BASE

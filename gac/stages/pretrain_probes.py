@@ -20,8 +20,16 @@ from ..models.features import encode_features
 from ..models.generator import build_generator
 from ..models.mini import KEYS, PATCH, SIZE
 from .pretrain import build_stage, start_from
-from .pretrain_objectives import (
-    FIRST_HELD_OUT, masked_input, model_inputs, N, reconstruct, reflectance_of, seen_dates, tokenise)
+from gac.stages.pretrain_objectives import (
+    FIRST_HELD_OUT,
+    N,
+    masked_input,
+    model_inputs,
+    reconstruct,
+    reflectance_of,
+    seen_dates,
+    tokenise,
+)
 
 # %% ../../nbs/lib/stages/pretrain_probes.ipynb #bf89ca42
 def held_out_scenes(n:int, # scenes

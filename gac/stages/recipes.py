@@ -12,9 +12,9 @@ from collections.abc import Callable
 from ..core.config import Stage2Config, Stage3Config
 from ..data.stores import window_of
 from .datasets import Pairs, Triples
-from .grounding import build_stage3_model, Stage3GroundingModel
+from .grounding import Stage3GroundingModel, build_stage3_model
 from .losses import Stage2Loss, Stage3Loss
-from .refiner import build_prithvi_refiner, PrithviRefiner
+from .refiner import PrithviRefiner, build_prithvi_refiner
 from ..training.settings import Settings
 
 # %% ../../nbs/lib/stages/recipes.ipynb #c19f822c

@@ -7,13 +7,14 @@ __all__ = ['AROUND', 'REFINER_TARGETS', 'SHORT', 'SCALE', 'ConvNeXtBlock', 'stee
            'PrithviRefiner', 'build_prithvi_refiner', 'adapt_encoder', 'forecast_memory']
 
 # %% ../../nbs/lib/stages/refiner.ipynb #6db52a8f
-import math, re
+import math
+import re
 from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
-from torch import nn, Tensor
-from torch.nn.attention import sdpa_kernel, SDPBackend
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..core.files import GacError
 from ..core.vocabulary import OPT_BANDS
@@ -23,7 +24,7 @@ from ..models.build import build_model
 from ..models.features import prithvi_input
 from ..models.generator import to_device
 from ..models.registry import model_entry
-from .conditions import check_fields, Condition, METADATA, metadata_codes, METADATA_FIELDS, season, YEAR
+from .conditions import METADATA, METADATA_FIELDS, YEAR, Condition, check_fields, metadata_codes, season
 from ..training.adapters import inject_lora, unfreeze
 from ..training.int8 import to_int8
 from ..training.order import seeded

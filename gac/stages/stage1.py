@@ -17,7 +17,7 @@ from ..data.stores import drop_older
 from ..measure.tables import stage1_method, stored_method
 from ..models.decoding import Decoding, generate_tiles
 from ..models.diffusion import CLAMPS
-from ..models.generator import build_generator, to_device, TOKENS
+from ..models.generator import TOKENS, build_generator, to_device
 from .tileset import derived_store, read_radar, run_tileset, stage1_settings
 
 # %% ../../nbs/07_stage1.ipynb #e3526e34

@@ -8,7 +8,8 @@ __all__ = ['REFINER_FILE', 'CONDITIONED', 'STAGE2_SETTINGS', 'save_stage2', 'rea
            'train_stage2_from_spec', 'refine', 'stage2_method', 'precompute_stage2', 'fingerprint_stage2', 'opt_v2_of']
 
 # %% ../../nbs/08_stage2.ipynb #747af916
-import hashlib, json
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -29,17 +30,23 @@ from ..measure.tables import dataset_spec, from_spec, stored_method
 from ..models.build import weights_checksums
 from ..models.registry import model_entry
 from ..models.weights import find_folder
-from .conditions import check_fields, METADATA
+from .conditions import METADATA, check_fields
 from .datasets import Pairs
 from .losses import Stage2Loss
-from .refiner import build_prithvi_refiner, PrithviRefiner
+from .refiner import PrithviRefiner, build_prithvi_refiner
 from .stage1 import grid_store, opt_v1_of
 from .tileset import run_tileset, tell_unvalidated
-from ..training.adapters import adapter_digest, ADAPTER_FILES, load_adapters, save_adapters
-from ..training.checkpoints import (
-    CARD_FILE, load_checkpoint, load_trained, save_checkpoint, trained_state, write_card)
+from ..training.adapters import ADAPTER_FILES, adapter_digest, load_adapters, save_adapters
+from gac.training.checkpoints import (
+    CARD_FILE,
+    load_checkpoint,
+    load_trained,
+    save_checkpoint,
+    trained_state,
+    write_card,
+)
 from ..training.distributed import finished, launch_ddp, needs_launch
-from ..training.fit import Fit, fit_model, FREE_TO_CHANGE
+from ..training.fit import FREE_TO_CHANGE, Fit, fit_model
 from ..training.int8 import autocast_for, check_precision, weigh_memory
 from ..training.order import by_first, launched, process_rank
 from ..training.settings import Settings

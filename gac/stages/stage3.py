@@ -8,7 +8,9 @@ __all__ = ['MARKS', 'STAGE3_SETTINGS', 'STRENGTHS', 'GROUNDING_FILE', 'watch', '
            'read_stage3', 'check_stage2', 'load_stage3']
 
 # %% ../../nbs/09_stage3.ipynb #6a2d00f4
-import hashlib, json, math
+import hashlib
+import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import nn, Tensor
+from torch import Tensor, nn
 
 from ..core.files import GacError, read_json, writable, write_file
 from ..core.tensors import read_torch
@@ -27,15 +29,15 @@ from ..measure.edges import edge_metrics
 from ..measure.metrics import psnr
 from ..measure.tables import dataset_spec, from_spec
 from ..models.registry import model_entry
-from .datasets import FLIPS, padded, remember, REMEMBERED, Triples
-from .grounding import backbone_digest3, build_stage3_model, Stage3GroundingModel
+from .datasets import FLIPS, REMEMBERED, Triples, padded, remember
+from .grounding import Stage3GroundingModel, backbone_digest3, build_stage3_model
 from .losses import Stage3Loss
-from .stage2 import checkpoint_file, data_name, layout_digest, read_stage2, REFINER_FILE
+from .stage2 import REFINER_FILE, checkpoint_file, data_name, layout_digest, read_stage2
 from .tileset import tell_unvalidated
 from ..training.adapters import account_for_tensors, adapter_digest, load_adapters, save_adapters
 from ..training.checkpoints import load_checkpoint, load_trained, save_checkpoint, write_card
 from ..training.distributed import finished, launch_ddp, needs_launch
-from ..training.fit import Fit, fit_model, FREE_TO_CHANGE
+from ..training.fit import FREE_TO_CHANGE, Fit, fit_model
 from ..training.int8 import weigh_memory
 from ..training.order import by_first, launched, process_rank
 from ..training.settings import Settings

@@ -7,7 +7,8 @@ __all__ = ['batches', 'unusable', 'read_radar', 'disk_forecast', 'stage1_setting
            'derived_store', 'open_tiles', 'paired_rows', 'tell_unvalidated']
 
 # %% ../../nbs/lib/stages/tileset.ipynb #c34046f9
-import json, shutil
+import json
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor

@@ -8,7 +8,9 @@ __all__ = ['UNETS', 'FILE', 'SPACE', 'unet_step', 'train_unet', 'load_unet', 'un
            'tried', 'search_unet']
 
 # %% ../../nbs/lib/stages/unet.ipynb #b6717b77
-import hashlib, json, time
+import hashlib
+import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,7 +33,7 @@ from .losses import Stage2Loss
 from .refiner import build_prithvi_refiner
 from .stage2 import CONDITIONED, read_stage2, train_stage2
 from .stage3 import train_stage3
-from .unet_model import build_unet, channel_stats, UNet
+from .unet_model import UNet, build_unet, channel_stats
 from ..training.checkpoints import load_checkpoint, load_trained, save_checkpoint
 from ..training.fit import Fit, fit_model
 from ..training.settings import Settings

@@ -13,13 +13,13 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import nn, Tensor
+from torch import Tensor, nn
 
 from ..core.files import GacError, root
 from ..data.arrays import crop_back, pad_to_multiple
 from ..models.generator import to_device
 from ..models.weights import read_weights
-from .conditions import check_fields, Condition, METADATA, metadata_codes, season
+from .conditions import METADATA, Condition, check_fields, metadata_codes, season
 from .refiner import steered
 from ..training.checkpoints import load_trained
 from ..training.int8 import weigh_memory

@@ -23,7 +23,7 @@ from .conditions import METADATA
 from .datasets import FLIPS
 from .losses import Stage2Loss
 from .unet import load_unet, train_unet
-from .unet_model import build_unet, PRETRAINED
+from .unet_model import PRETRAINED, build_unet
 from ..training.fit import Fit
 from ..training.int8 import weigh_memory
 from ..training.settings import Settings

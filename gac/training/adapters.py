@@ -7,7 +7,9 @@ __all__ = ['ADAPTER_FILES', 'linear_layers', 'inject_lora', 'is_int8', 'unfreeze
            'account_for_tensors', 'adapter_digest']
 
 # %% ../../nbs/lib/training/adapters.ipynb #fedd1539
-import hashlib, re, warnings
+import hashlib
+import re
+import warnings
 from collections.abc import Mapping
 from copy import copy
 from difflib import get_close_matches

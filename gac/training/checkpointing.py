@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
-from torch.nn.attention import sdpa_kernel, SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..core.files import GacError
 

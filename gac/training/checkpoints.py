@@ -6,12 +6,13 @@
 __all__ = ['CARD_FILE', 'MEASURED', 'save_checkpoint', 'load_checkpoint', 'trained_state', 'load_trained', 'write_card']
 
 # %% ../../nbs/lib/training/checkpoints.ipynb #e8af1038
-import json, math
+import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
-from torch import nn, Tensor
+from torch import Tensor, nn
 
 from ..core.environment import provenance
 from ..core.files import GacError, replacing, write_file

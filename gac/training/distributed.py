@@ -6,7 +6,9 @@
 __all__ = ['finished', 'forget', 'needs_launch', 'check_processes', 'launch_ddp']
 
 # %% ../../nbs/lib/training/distributed.ipynb #c2b9a850
-import json, subprocess, sys
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import torch

@@ -6,7 +6,9 @@
 __all__ = ['FREE_TO_CHANGE', 'Fit', 'fit_model', 'export_best']
 
 # %% ../../nbs/lib/training/fit.ipynb #d79d3bbb
-import math, signal, warnings
+import math
+import signal
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path

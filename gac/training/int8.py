@@ -6,7 +6,9 @@
 __all__ = ['to_int8', 'check_precision', 'autocast_for', 'weigh_memory']
 
 # %% ../../nbs/lib/training/int8.ipynb #f58d678b
-import logging, re, warnings
+import logging
+import re
+import warnings
 
 import torch
 from torch import nn

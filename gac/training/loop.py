@@ -6,7 +6,10 @@
 __all__ = ['Task', 'StepSeed', 'Finish', 'Rounds', 'Curve', 'AtomicIO', 'Log', 'trainer']
 
 # %% ../../nbs/lib/training/loop.ipynb #3ba3be4d
-import logging, math, random, time
+import logging
+import math
+import random
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +29,7 @@ from .adapters import account_for_tensors
 from .checkpoints import trained_state
 from .int8 import check_precision
 from .order import process_rank
-from .settings import cosine_warmup, Settings, STRATEGIES
+from .settings import STRATEGIES, Settings, cosine_warmup
 
 # %% ../../nbs/lib/training/loop.ipynb #ee968dc2
 class Task(LightningModule):

@@ -6,13 +6,14 @@
 __all__ = ['process_rank', 'by_first', 'launched', 'Order', 'seeded', 'Seeded', 'loader']
 
 # %% ../../nbs/lib/training/order.ipynb #bd411129
-import os, random
+import os
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ..core.files import GacError
 

@@ -6,7 +6,8 @@
 __all__ = ['MIXED', 'STRATEGIES', 'Settings', 'cosine_warmup']
 
 # %% ../../nbs/lib/training/settings.ipynb #74c4a02c
-import math, os
+import math
+import os
 from dataclasses import dataclass, fields
 
 import torch

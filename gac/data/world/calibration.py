@@ -8,7 +8,9 @@ __all__ = ['PROBABILITIES', 'CHANNELS', 'CHIP_SOURCES', 'Chip', 'terramesh_chips
            'measure_pool', 'calibration', 'write_calibration', 'ks_table']
 
 # %% ../../../nbs/lib/data/world/calibration.ipynb #99a63261
-import json, re, struct
+import json
+import re
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from .noise import noise, seed_rng
-from .places import Climate, CLIMATES, LANDSCAPES
+from .places import CLIMATES, LANDSCAPES, Climate
 from .shapes import borders, grid, line, parcels, roads, streets, top
 
 # %% ../../../nbs/lib/data/world/ground.ipynb #10158161

@@ -8,7 +8,7 @@ __all__ = ['MATERIALS', 'SPECTRA', 'green', 'northern', 'freshness', 'snowfall',
 # %% ../../../nbs/lib/data/world/materials.ipynb #c34b8316
 import numpy as np
 
-from .ground import BUILT, FLOODED, Ground, SNOW, TREES
+from .ground import BUILT, FLOODED, SNOW, TREES, Ground
 from .shapes import HOUSES
 
 # %% ../../../nbs/lib/data/world/materials.ipynb #52bd923f

@@ -10,8 +10,8 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from ...core.vocabulary import S2_BANDS
-from .ground import BUILT, Ground, TREES
-from .materials import mixture, northern, SPECTRA
+from .ground import BUILT, TREES, Ground
+from .materials import SPECTRA, mixture, northern
 from .noise import noise, seed_rng
 
 # %% ../../../nbs/lib/data/world/optical.ipynb #73486c09

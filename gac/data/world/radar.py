@@ -9,8 +9,8 @@ __all__ = ['soil_and_plants', 'walls', 'backscatter', 'foreshortening', 'measure
 import numpy as np
 from scipy.ndimage import gaussian_filter, uniform_filter
 
-from .ground import FLOODED, Ground, SNOW, TREES
-from .noise import gamma_db, seed_rng, speckle, SPECKLE_LOOKS
+from .ground import FLOODED, SNOW, TREES, Ground
+from .noise import SPECKLE_LOOKS, gamma_db, seed_rng, speckle
 from .shapes import HOUSES
 
 # %% ../../../nbs/lib/data/world/radar.ipynb #debbd90a

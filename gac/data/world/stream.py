@@ -15,11 +15,11 @@ import numpy as np
 
 from ...core.files import GacError
 from ...core.vocabulary import S2_BANDS
-from .ground import draw_ground, Ground, WATER
-from .materials import green, mixture, northern, SPECTRA
+from .ground import WATER, Ground, draw_ground
+from .materials import SPECTRA, green, mixture, northern
 from .noise import seed_rng, speckle
-from .optical import atmosphere, brightness, HAZE, sensed, shading
-from .places import Climate, CLIMATES, draw_place
+from .optical import HAZE, atmosphere, brightness, sensed, shading
+from .places import CLIMATES, Climate, draw_place
 from .radar import backscatter, foreshortening, measured, radar_products
 from .scenes import draw_scene
 from .shapes import top

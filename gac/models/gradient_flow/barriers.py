@@ -10,7 +10,7 @@ __all__ = ['MODULE_GROUPS', 'BARRIERS', 'STOPS', 'group_of', 'census', 'make_bat
 # %% ../../../nbs/lib/models/gradient_flow/barriers.ipynb #e9a29810
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, ExitStack
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from terratorch.models.backbones.terramind.model.generate import GenerationSampler
 from terratorch.models.backbones.terramind.tokenizer.scheduling.diffusion_pipeline import PipelineCond
-from torch import nn, Tensor
+from torch import Tensor, nn
 
 from ...core.files import GacError
 from ..generator import Generator

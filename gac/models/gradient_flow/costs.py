@@ -6,18 +6,21 @@
 __all__ = ['peak_mb', 'measure_pass', 'cost_of', 'score_function', 'fidelity']
 
 # %% ../../../nbs/lib/models/gradient_flow/costs.ipynb #b2d18b81
-import math, os, statistics, time
+import math
+import os
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn, Tensor
+from torch import Tensor, nn
 
 from ..diffusion import diffuse
 from ..generator import Generator
-from .routes import device_of, Route, trainable
+from .routes import Route, device_of, trainable
 
 # %% ../../../nbs/lib/models/gradient_flow/costs.ipynb #gf028
 @contextmanager

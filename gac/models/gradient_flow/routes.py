@@ -12,14 +12,14 @@ import math
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import nn, Tensor
+from torch import Tensor, nn
 
 from ...core.files import GacError
 from ...core.vocabulary import OPT_BANDS, OPT_INDEX
 from ..diffusion import diffuse
 from ..features import encode_features
 from ..generator import Generator
-from .barriers import backward, census, census_rows, MODULE_GROUPS, set_ready
+from .barriers import MODULE_GROUPS, backward, census, census_rows, set_ready
 from ...training.adapters import inject_lora
 from ...training.order import seeded
 
