@@ -135,7 +135,7 @@ def commands_page() -> str: # Markdown
     "The help of every command, as the parser prints it."
     os.environ['COLUMNS'] = '110'
     from gac.cli import COMMANDS, parser
-    top, parts = parser(), ['# Commands', 'What `gac COMMAND --help` prints, command by command. [Command line](nbs/lib/cli.ipynb) shows them at work.']
+    top, parts = parser(), ['# Commands', 'What `gac COMMAND --help` prints, command by command. [Command line](nbs/lib/cli/package.ipynb) shows them at work.']
     for name in COMMANDS:
         p = top
         for word in name.split(): p = next(a for a in p._actions if a.choices and word in a.choices).choices[word]

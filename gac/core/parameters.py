@@ -97,7 +97,7 @@ def check_value(
     except (TypeError, OverflowError, KeyError, StopIteration):
         raise GacError(f'{where}: {p.name} is {repr(value)[:80]}, expected {p.kind} ({p.help}).') from None
     for v in value if isinstance(value, list) else [value]:
-        if p.choices and v not in p.choices:
+        if p.choices and v not in p.choices and v != p.default:
             raise GacError(f'{where}: {p.name} is {v!r}, expected one of {", ".join(p.choices)}.')
         if isinstance(v, (int, float)) and not p.low <= v <= p.high:
             raise GacError(f'{where}: {p.name} is {v!r}, expected {p.low:g} to {p.high:g}.')
