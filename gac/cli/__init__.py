@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS', 'GROUPS', 'main', 'parser']
 
 # %% ../../nbs/lib/cli/package.ipynb #69c775e0
-from . import study, models, data, stages, products  # noqa: F401, I001  they enter their commands, in the order of the help
+from . import study, models, data, stages, products  # noqa: F401, I001  commands in the order of the help
 from .options import COMMANDS, GROUPS
 from .program import main, parser
 

@@ -28,7 +28,8 @@ def _offset(text:str) -> int|str: # type of an option
 _offset.__name__ = 'int or auto'
 
 # a value that is not given is left to the layout, so the options have no value of their own
-_READING = options_of(ConvertConfig, True, size=dict(names=('--tile-size',), type=side, metavar='PX'), s2_offset=dict(type=_offset, metavar='DN'),
+_READING = options_of(ConvertConfig, True, size=dict(names=('--tile-size',), type=side, metavar='PX'),
+                      s2_offset=dict(type=_offset, metavar='DN'),
                       keep_snow_cloud=dict(action='store_const', const=True), ecoregions=dict(metavar='FILE'))
 
 @command(opt('source', nargs='+', help='folder or file of real tiles; several are put into one store'),
@@ -43,9 +44,11 @@ Folders are searched at any depth. A stopped command can be repeated and continu
 
 # %% ../../nbs/lib/cli/data.ipynb #1d30670c
 @command(opt('path', metavar='STORE', help='folder of a tile store'),
-    *options_of(SplitConfig, guard=dict(type=distance, metavar='DISTANCE'), block=dict(type=distance, metavar='DISTANCE')),
+    *options_of(SplitConfig, guard=dict(type=distance, metavar='DISTANCE'),
+                block=dict(type=distance, metavar='DISTANCE')),
     opt('--overwrite', action='store_true',
-        help='replace a split that came with the tiles, and drop arrays that models trained under the current split have computed'))
+        help='replace a split that came with the tiles, and drop arrays that models trained under the current split '
+             'have computed'))
 def data_split(path, overwrite, **rule):
     """Assign the tiles of a store to train, val and test, and write the split into the store.
 Tiles without coordinates stay with their scene. The same options give the same split. Images of Stage 1 stay valid."""
@@ -55,7 +58,8 @@ Tiles without coordinates stay with their scene. The same options give the same 
 # %% ../../nbs/lib/cli/data.ipynb #75e3ef4b
 @command(opt('names', nargs='*', metavar='NAME', help='data sets, e.g. terramesh_tiles; empty: all'),
     opt('--output-dir', default='data/real', metavar='DIR', help='folder of the data sets'),
-    opt('--base-url', default='https://raw.githubusercontent.com', metavar='URL', help='address that serves the repositories'))
+    opt('--base-url', default='https://raw.githubusercontent.com', metavar='URL',
+        help='address that serves the repositories'))
 def data_examples(names, output_dir, base_url):
     "Download small public Sentinel chips at pinned commits, and check each file against its checksum."
     from gac.data.examples import fetch_examples
@@ -72,6 +76,6 @@ def data_info(path):
     if layout != 'store': return
     store = Store(path)
     print(store, *(f'{k}: {v}' for k, v in store.attrs.items() if k in ('source', 's1_product', 'layout')), sep='\n')
-    print(store.table.groupby('split', sort=False).agg(tiles=('id', 'size'), scenes=('scene', 'nunique'),
-                                                       months=('month', 'nunique'), biomes=('biome', 'nunique')).to_string())
+    counts = dict(tiles=('id', 'size'), **{f'{k}s': (k, 'nunique') for k in ('scene', 'month', 'biome')})
+    print(store.table.groupby('split', sort=False).agg(**counts).to_string())
     for name in store.arrays: print(f'{name}: {store.written(name).sum()} of {len(store)} tiles')

@@ -11,7 +11,8 @@ from pathlib import Path
 from .options import at_least, command, opt, words
 
 # %% ../../nbs/lib/cli/models.ipynb #cc911ac8
-@command(opt('name', nargs='?', default='', metavar='NAME', help='model, e.g. terramind_v1_large_generate; empty: list all models'),
+@command(opt('name', nargs='?', default='', metavar='NAME',
+             help='model, e.g. terramind_v1_large_generate; empty: list all models'),
     opt('--modalities', type=words, metavar='A,B', help='inputs, e.g. S1GRD,DEM'),
     opt('--output-modalities', type=words, metavar='A,B', help='outputs of a generator, e.g. S2L2A,LULC'))
 def info(name, **modalities):
@@ -36,7 +37,8 @@ def find_plan(
     raise GacError(f'--params {name}: neither {places[0].relative_to(root())} nor a file of that name exists.')
 
 # %% ../../nbs/lib/cli/models.ipynb #dcc01f07
-@command(opt('--params', default='cpu', metavar='NAME', help='plan: cpu, long, gpu (nbs/params/pretrain_NAME.yaml) or a YAML file'),
+@command(opt('--params', default='cpu', metavar='NAME',
+             help='plan: cpu, long, gpu (nbs/params/pretrain_NAME.yaml) or a YAML file'),
     opt('--only', default='', metavar='STAGE', help='one stage: s2l2a, lulc, ndvi, prithvi, core or unet'),
     opt('--output-dir', default='runs/pretrain', metavar='DIR',
         help='folder of checkpoints and logs; a stopped run continues from there'),

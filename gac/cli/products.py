@@ -10,16 +10,20 @@ from .options import SEED, WEIGHTS, at_least, checkpoint_option, command, config
 from ..core.config import ExportConfig, InferConfig, UncertaintyConfig
 
 # %% ../../nbs/lib/cli/products.ipynb #dd116dc8
-STAGES = (checkpoint_option(2, '; empty: without Stage 2', default=''), checkpoint_option(3, '; empty: without Stage 3', default=''))
+STAGES = (checkpoint_option(2, '; empty: without Stage 2', default=''),
+          checkpoint_option(3, '; empty: without Stage 3', default=''))
 
-@command(opt('source', help='Sentinel-1 GeoTIFF of any size (VV and VH, 10 m), tile store, or real tiles in a known layout'),
+@command(opt('source', help='Sentinel-1 GeoTIFF of any size (VV and VH, 10 m), tile store, or real tiles in a known '
+                            'layout'),
     opt('output', help='GeoTIFF that is written; for tiles a folder'),
-    *STAGES, *options_of(InferConfig, visualise=dict(names=('--visualise', '--save-visualizations')), month=dict(choices=range(13), type=int, metavar='M'),
+    *STAGES, *options_of(InferConfig, visualise=dict(names=('--visualise', '--save-visualizations')),
+                         month=dict(choices=range(13), type=int, metavar='M'),
                          biome=dict(choices=range(15), type=int, metavar='B')), WEIGHTS)
 def infer(source, output, stage2_checkpoint, stage3_checkpoint, weights, **options):
     """Run the chain on a scene of any size, or on tiles, and write Cloud-Optimised GeoTIFFs.
-A scene is generated in overlapping tiles that are blended, block by block, so memory does not depend on its size. A stopped command can be
-repeated and continues. The pattern of 2 px that Stage 3 leaves is removed from a scene; tiles keep it, as in gac export."""
+A scene is generated in overlapping tiles that are blended, block by block, so memory does not depend on its size.
+A stopped command can be repeated and continues. The pattern of 2 px that Stage 3 leaves is removed from a scene; tiles
+keep it, as in gac export."""
     config = config_from(InferConfig, options)
     from gac.products.infer_tiles import run_infer
     report = run_infer(source, output, config, stage2_checkpoint, stage3_checkpoint, weights)
@@ -28,13 +32,14 @@ repeated and continues. The pattern of 2 px that Stage 3 leaves is removed from 
 # %% ../../nbs/lib/cli/products.ipynb #cda37baa
 @command(opt('--data-dir', required=True, metavar='DIR', help='tile store, or real tiles in a known layout'),
     opt('--output-dir', required=True, metavar='DIR', help='folder of the files <product>/<id>.tif'),
-    opt('--stage1-dir', '--stage1-outputs-dir', default='', metavar='DIR', help='store with opt_v1; empty: the one at --data-dir'),
+    opt('--stage1-dir', '--stage1-outputs-dir', default='', metavar='DIR',
+        help='store with opt_v1; empty: the one at --data-dir'),
     opt('--stage2-dir', default='', metavar='DIR', help='store with opt_v2; empty: the one at --data-dir'),
     opt('--stage3-dir', default='', metavar='DIR', help='store with opt_v3; empty: the one at --data-dir'),
     *options_of(ExportConfig))
 def export(data_dir, output_dir, stage1_dir, stage2_dir, stage3_dir, **options):
-    """Write products of a tile store as georeferenced Cloud-Optimised GeoTIFFs with names, units, provenance and colours for QGIS.
-A stopped command can be repeated and continues."""
+    """Write products of a tile store as georeferenced Cloud-Optimised GeoTIFFs.
+The files hold names, units, provenance and colours for QGIS. A stopped command can be repeated and continues."""
     config = config_from(ExportConfig, options)
     from gac.products.tiles import run_export
     report = run_export(data_dir, output_dir, config, stage1_dir, stage2_dir, stage3_dir)
@@ -74,8 +79,10 @@ def _seeds(text:str) -> list[int]: # type of an option
     opt('--max-steps', dest='steps', type=at_least(0), default=60, metavar='N', help='optimizer steps of every arm'),
     opt('--lr', type=float, default=2e-3, metavar='RATE', help='peak learning rate'),
     opt('--lora-rank', type=at_least(0), default=8, metavar='R', help='rank of the adapters; 0: the encoder is frozen'),
-    opt('--precision', choices=('32-true', 'bf16-mixed', '16-mixed'), default='32-true', help='arithmetic; 16-mixed needs a GPU'),
-    opt('--max-tiles', dest='train_tiles', type=at_least(0), default=0, metavar='N', help='labelled training tiles; 0: all'),
+    opt('--precision', choices=('32-true', 'bf16-mixed', '16-mixed'), default='32-true',
+        help='arithmetic; 16-mixed needs a GPU'),
+    opt('--max-tiles', dest='train_tiles', type=at_least(0), default=0, metavar='N',
+        help='labelled training tiles; 0: all'),
     opt('--configs-only', action='store_true', help='write the files for terratorch fit, train nothing'), WEIGHTS)
 def downstream(configs_only, **options):
     """Compare land cover from the radar alone with land cover from true, TiM and generated images.
@@ -86,19 +93,27 @@ Writes downstream.csv and downstream_gains.csv, and one file per training that `
     print(*found, sep='\n') if configs_only else print(found[columns].round(3).to_string(index=False))
 
 # %% ../../nbs/lib/cli/products.ipynb #283dc3f5
-@command(opt('--landcover', default='', metavar='FILE', help='land-cover raster of the city, on any grid; empty: the one that the YAML file names'),
+@command(opt('--landcover', default='', metavar='FILE', help='land-cover raster of the city, on any grid; empty: '
+                                                             'the one that the YAML file names'),
     opt('--sources', default='', metavar='YAML', help='files: landcover, dem, dates: [{date, s2, scl, s1_date, s1}]'),
     opt('--catalog', default='', metavar='URL', help='STAC catalogue, a file or an address, instead of --sources'),
-    opt('--dates', type=words, default=[], metavar='A,B,C,D', help='with --catalog: days or spans, e.g. 2021-01-01/2021-02-15'),
+    opt('--dates', type=words, default=[], metavar='A,B,C,D',
+        help='with --catalog: days or spans, e.g. 2021-01-01/2021-02-15'),
     opt('--collections', type=words, default=['sentinel-2-l2a', 'sentinel-1-rtc', 'cop-dem-glo-30'], metavar='A,B,C',
         help='optical, radar, terrain'),
-    opt('--s1-days', type=at_least(0), default=6, metavar='N', help='days between a radar pass and the optical image at most'),
-    opt('--output-dir', required=True, metavar='DIR', help='folder of the new data set; a stopped command continues from there'),
-    opt('--tile-size', dest='size', type=at_least(1), default=224, metavar='PX', help='side of a chip in pixels of 10 m'),
-    opt('--guard', type=at_least(0), default=32, metavar='PX', help='width of the strip without chips between parent blocks'),
-    opt('--timestamps', type=at_least(1), default=4, metavar='N', help='dates of the data set; another number of dates is refused'),
+    opt('--s1-days', type=at_least(0), default=6, metavar='N',
+        help='days between a radar pass and the optical image at most'),
+    opt('--output-dir', required=True, metavar='DIR',
+        help='folder of the new data set; a stopped command continues from there'),
+    opt('--tile-size', dest='size', type=at_least(1), default=224, metavar='PX',
+        help='side of a chip in pixels of 10 m'),
+    opt('--guard', type=at_least(0), default=32, metavar='PX',
+        help='width of the strip without chips between parent blocks'),
+    opt('--timestamps', type=at_least(1), default=4, metavar='N',
+        help='dates of the data set; another number of dates is refused'),
     opt('--test', type=at_least(1), default=64, metavar='N', help='test chips, where the area allows'),
-    opt('--s2-offset', type=int, metavar='DN', help='digital numbers to subtract; left out: by the pixels and the baseline'),
+    opt('--s2-offset', type=int, metavar='DN', help='digital numbers to subtract; left out: '
+                                                    'by the pixels and the baseline'),
     opt('--s1-units', choices=('auto', 'dB', 'linear', 'amplitude'), default='auto', help='unit of Sentinel-1'),
     SEED)
 def nyc_build(landcover, sources, catalog, dates, collections, s1_days, output_dir, **options):

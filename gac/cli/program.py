@@ -25,7 +25,8 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
 def parser() -> argparse.ArgumentParser:
     "Return the parser of the whole command line."
     new = dict(formatter_class=_Help, allow_abbrev=False)
-    top = argparse.ArgumentParser('gac', description='Sentinel-2 optical imagery from Sentinel-1 radar, in three stages.', **new)
+    top = argparse.ArgumentParser('gac', description='Sentinel-2 optical imagery from Sentinel-1 radar, in three '
+                                                     'stages.', **new)
     places = {'': top.add_subparsers(metavar='command', required=True)}
     for name, (f, options) in COMMANDS.items():
         group, _, leaf = name.rpartition(' ')
@@ -39,7 +40,8 @@ def parser() -> argparse.ArgumentParser:
 
 # %% ../../nbs/lib/cli/program.ipynb #7ee2b7df
 # options that name something that exists
-PLACES = ('data_dir', 'source', 'path', 's1', 'opt_v2', 'landcover', 'sources', 'stage1_dir', 'stage2_dir', 'stage3_dir', 'ecoregions')
+PLACES = ('data_dir', 'source', 'path', 's1', 'opt_v2', 'landcover', 'sources', 'stage1_dir', 'stage2_dir',
+          'stage3_dir', 'ecoregions')
 
 def refuse(
     options:tuple, # of the command
@@ -93,7 +95,8 @@ def _call(argv:list|None) -> int:
     "Call the command that the words name."
     args = vars(parser().parse_args(argv))
     for word in sys.argv[1:] if argv is None else argv:
-        if not _is_text(str(word)): return _message(f'{word}: its name holds bytes that are no UTF-8. Rename the file, or its folder.')
+        if not _is_text(str(word)):
+            return _message(f'{word}: its name holds bytes that are no UTF-8. Rename the file, or its folder.')
     # before torch is loaded: threads that spin while they wait slow other threads down
     os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
     from gac.core.files import GacError, writing

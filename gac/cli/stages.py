@@ -52,12 +52,13 @@ STAGE1_DIR = ('--stage1-dir', '--stage1-outputs-dir')  # both names are in use
 @command(opt('--data-dir', required=True, metavar='DIR',
              help='tile store, or real tiles in a known layout (converted into the output folder first)'),
     opt('--output-dir', default='', metavar='DIR', help='folder of the new arrays; empty: the store at --data-dir'),
-    *options_of(PrecomputeConfig, direct=dict(metavar='DIR'), input=dict(metavar='MODALITY'), output=dict(metavar='ARRAY')),
+    *options_of(PrecomputeConfig, direct=dict(metavar='DIR'), input=dict(metavar='MODALITY'),
+                output=dict(metavar='ARRAY')),
     WEIGHTS, LAYOUT, STRICT)
 def precompute(data_dir, output_dir, weights, layout, strict, **options):
     """Stage 1: generate the optical image of every radar tile.
-A stopped command can be repeated: it continues and leaves the same bytes. Tiles that cannot be used are listed and left out; the exit
-code is then 1."""
+A stopped command can be repeated: it continues and leaves the same bytes. Tiles that cannot be used are listed and left
+out; the exit code is then 1."""
     config = config_from(PrecomputeConfig, options)
     from gac.core.files import check_place
     from gac.stages.stage1 import build_terramind_generator, precompute_stage1
@@ -76,7 +77,8 @@ code is then 1."""
 
 # %% ../../nbs/lib/cli/stages.ipynb #0bb09175
 @command(opt('--data-dir', required=True, metavar='DIR', help='tile store with radar'),
-    opt('--output-dir', required=True, metavar='DIR', help='folder of the training, which gac precompute --direct reads'),
+    opt('--output-dir', required=True, metavar='DIR',
+        help='folder of the training, which gac precompute --direct reads'),
     opt('--max-tiles', type=at_least(0), default=0, metavar='N', help='training tiles; 0: all'),
     opt('--max-steps', type=at_least(0), default=1200, metavar='N', help='optimizer steps'),
     opt('--batch-size', type=at_least(1), default=8, metavar='N', help='tiles at a time'),
@@ -85,7 +87,7 @@ code is then 1."""
     opt('--name', default='terramind_mini_generate', help='generator, as `gac info` lists them'))
 def distill(data_dir, output_dir, max_tiles, max_steps, batch_size, lr, seed, weights, name):
     """Train a decoder without diffusion on the images that the generator decodes in one step.
-It is faster than the diffusion decoder and less accurate: reports/mini/tables/efficiency_decoders.csv has the numbers."""
+It is faster than the diffusion decoder and less accurate; see reports/mini/tables/efficiency_decoders.csv."""
     from gac.core.files import GacError
     from gac.stages.one_step_decoder import DIRECT_FILE, distill_decoder
     from gac.stages.stage1 import build_terramind_generator
@@ -94,18 +96,20 @@ It is faster than the diffusion decoder and less accurate: reports/mini/tables/e
     rows = {s: store.rows(s) for s in ('train', 'val')}
     if not len(rows['train']): raise GacError(f'{data_dir} has no training tiles. Make some: gac data split {data_dir}')
     model = build_terramind_generator((store.attrs.get('s1_product', 'S1GRD'),), name=name, weights=weights)
-    distill_decoder(model, store, rows['train'][:max_tiles or None], rows['val'], output_dir, max_steps, batch_size, lr, seed=seed)
+    distill_decoder(model, store, rows['train'][:max_tiles or None], rows['val'], output_dir, max_steps, batch_size, lr,
+                    seed=seed)
     print(f'{output_dir}/{DIRECT_FILE}: give the folder to gac precompute --direct')
 
 # %% ../../nbs/lib/cli/stages.ipynb #7b5b1ffc
 @command(checkpoint_option(2, required=True),
-    opt(*STAGE1_DIR, default='', metavar='DIR', help='store with opt_v1, beside which opt_v2 is written; empty: the one at --data-dir'),
-    opt('--data-dir', required=True, metavar='DIR', help='tile store with radar'), *options_of(Precompute2Config), WEIGHTS,
-    name='precompute-stage2')
+    opt(*STAGE1_DIR, default='', metavar='DIR', help='store with opt_v1, beside which opt_v2 is written; empty: '
+                                                     'the one at --data-dir'),
+    opt('--data-dir', required=True, metavar='DIR', help='tile store with radar'),
+    *options_of(Precompute2Config), WEIGHTS, name='precompute-stage2')
 def precompute_stage2(data_dir, stage1_dir, stage2_checkpoint, weights, **options):
     """Stage 2: refine opt_v1 of every tile.
-A stopped command can be repeated: it continues and leaves the same bytes. Several workers compute the same array as one. Tiles without
-opt_v1 are listed and left out; the exit code is then 1."""
+A stopped command can be repeated: it continues and leaves the same bytes. Workers compute the same array as one process.
+Tiles without opt_v1 are listed and left out; the exit code is then 1."""
     config = config_from(Precompute2Config, options)
     from gac.core.files import check_place
     from gac.stages.commands import check_drawn, drawn_for
@@ -116,19 +120,22 @@ opt_v1 are listed and left out; the exit code is then 1."""
     check_drawn(stage2_checkpoint, drawn_for(into, 'opt_v1'))
     model = load_stage2(stage2_checkpoint, weights=weights)
     if config.device: model.to(config.device)
-    return _report_array(precompute_stage2(store, model, into=into, **_settings_of(config)), into.path, 'opt_v2', config)
+    report = precompute_stage2(store, model, into=into, **_settings_of(config))
+    return _report_array(report, into.path, 'opt_v2', config)
 
 # %% ../../nbs/lib/cli/stages.ipynb #31a27cfd
 @command(checkpoint_option(3, required=True),
-    opt('--stage2-dir', default='', metavar='DIR', help='store with opt_v2, beside which opt_v3 is written; empty: the one at --data-dir'),
+    opt('--stage2-dir', default='', metavar='DIR', help='store with opt_v2, beside which opt_v3 is written; empty: '
+                                                        'the one at --data-dir'),
     opt('--stage2-checkpoint', default='', metavar='DIR',
-        help='output of gac train-stage2 that computed opt_v2; refused if it is of another kind than the one Stage 3 was trained on'),
-    opt('--data-dir', required=True, metavar='DIR', help='tile store with radar'), *options_of(Precompute3Config), WEIGHTS,
-    name='precompute-stage3')
+        help='output of gac train-stage2 that computed opt_v2; refused if it is of another kind than the one Stage 3 '
+             'was trained on'),
+    opt('--data-dir', required=True, metavar='DIR', help='tile store with radar'),
+    *options_of(Precompute3Config), WEIGHTS, name='precompute-stage3')
 def precompute_stage3(data_dir, stage2_dir, stage2_checkpoint, stage3_checkpoint, weights, **options):
     """Stage 3: ground opt_v2 of every tile in its radar.
-A stopped command can be repeated: it continues and leaves the same bytes. Several workers compute the same array as one. Tiles without
-opt_v2 or usable radar are listed and left out; the exit code is then 1."""
+A stopped command can be repeated: it continues and leaves the same bytes. Workers compute the same array as one process.
+Tiles without opt_v2 or usable radar are listed and left out; the exit code is then 1."""
     config = config_from(Precompute3Config, options)
     from gac.core.files import check_place
     from gac.evaluation.methods import grounder
@@ -141,7 +148,8 @@ opt_v2 or usable radar are listed and left out; the exit code is then 1."""
     check_drawn(stage3_checkpoint, drawn_for(into, 'opt_v2'), GROUNDING_FILE)
     model = grounder(stage3_checkpoint, store.attrs.get('s1_product', 'S1GRD'), stage2_checkpoint, weights)
     if config.device: model.to(config.device)
-    return _report_array(precompute_stage3(store, model, into=into, **_settings_of(config)), into.path, 'opt_v3', config)
+    report = precompute_stage3(store, model, into=into, **_settings_of(config))
+    return _report_array(report, into.path, 'opt_v3', config)
 
 # %% ../../nbs/lib/cli/stages.ipynb #ecd0cde8
 # second names of settings: those of the documents of the study
@@ -154,7 +162,8 @@ def training_options(
     "Return the options of a training."
     # --no-… lets a command switch off what a profile switches on
     names = {name: dict(names=('--' + name.replace('_', '-'), second)) for name, second in SECOND_NAMES.items()}
-    return (opt('--profile', default='', metavar='NAME', help=f'train what {notebook} trains in this profile; further options replace its settings'),
+    return (opt('--profile', default='', metavar='NAME', help=f'train what {notebook} trains in this profile; '
+                                                              'further options replace its settings'),
         *options_of(cls, True, **names),
         opt('--output-dir', required=True, metavar='DIR',
             help='folder of adapters, head, card and curve; a stopped training continues from there'),
@@ -189,7 +198,8 @@ def _report_training(report:dict) -> None:
     print(f"{report['steps']} steps (begun at {report['resumed_at']}), {how}, output {report['output']}")
 
 @command(opt('--data-dir', required=True, metavar='DIR', help='tile store with radar and truth'),
-    opt(*STAGE1_DIR, default='', metavar='DIR', help='store with opt_v1 (gac precompute --output-dir); empty: the one at --data-dir'),
+    opt(*STAGE1_DIR, default='', metavar='DIR', help='store with opt_v1 (gac precompute --output-dir); empty: '
+                                                     'the one at --data-dir'),
     *training_options(Stage2Config, '08_stage2'), name='train-stage2')
 def train_stage2(profile, freeze_backbone, data_dir, output_dir, **options):
     """Stage 2: train Prithvi's adapters and the ConvNeXt head to refine opt_v1.
@@ -209,30 +219,37 @@ def _make_opt_v2(data_dir:str, stage1_dir:str, checkpoint:str, weights:str) -> N
     store, into = open_tiles(data_dir, stage1_dir)
     check_drawn(checkpoint, drawn_for(into, 'opt_v1'))
     if launched() == 1: return precompute_stage2(store, load_stage2(checkpoint, weights=weights), into=into)
-    if 'opt_v2' not in into.arrays or 'opt_v1' in into.arrays and (into.written('opt_v1') & ~into.written('opt_v2')).any():
-        raise GacError(f'{into.path} lacks tiles of opt_v2, which several processes cannot compute together. Run gac precompute-stage2 first.')
+    lacks = lambda: 'opt_v1' in into.arrays and (into.written('opt_v1') & ~into.written('opt_v2')).any()
+    if 'opt_v2' not in into.arrays or lacks():
+        raise GacError(f'{into.path} lacks tiles of opt_v2, which several processes cannot compute together. '
+                       'Run gac precompute-stage2 first.')
 
 # %% ../../nbs/lib/cli/stages.ipynb #1da6650e
 @command(opt('--data-dir', required=True, metavar='DIR', help='tile store with radar and truth'),
     opt('--stage2-dir', default='', metavar='DIR', help='store with opt_v2; empty: the store with opt_v1'),
     checkpoint_option(2, '; computes opt_v2 where there is none', default=''),
     opt(*STAGE1_DIR, default='', metavar='DIR', help='store with opt_v1; empty: the one at --data-dir'),
-    opt('--lora-cross-attention-only', action=argparse.BooleanOptionalAction, default=None, help='--reach cross; --no-…: --reach linear'),
+    opt('--lora-cross-attention-only', action=argparse.BooleanOptionalAction, default=None,
+        help='--reach cross; --no-…: --reach linear'),
     *training_options(Stage3Config, '09_stage3'), name='train-stage3')
-def train_stage3(profile, freeze_backbone, data_dir, output_dir, stage1_dir, stage2_dir, lora_cross_attention_only, **options):
+def train_stage3(profile, freeze_backbone, data_dir, output_dir, stage1_dir, stage2_dir, lora_cross_attention_only,
+                 **options):
     """Stage 3: train adapters on TerraMind's cross-attention and the head to ground opt_v2 in the radar.
 Needs opt_v2, or opt_v1 and a Stage 2 checkpoint that computes opt_v2 beside it."""
     from gac.core.files import check_place
-    if lora_cross_attention_only is not None: options['reach'] = options['reach'] or ('cross' if lora_cross_attention_only else 'linear')
+    if lora_cross_attention_only is not None:
+        options['reach'] = options['reach'] or ('cross' if lora_cross_attention_only else 'linear')
     config = training_config(Stage3Config, '09_stage3', profile, options, freeze_backbone)
     from gac.stages.commands import run_stage3
     check_place(output_dir)
     place = stage2_dir or stage1_dir
-    if options['stage2_checkpoint'] and not stage2_dir: _make_opt_v2(data_dir, place, options['stage2_checkpoint'], options['weights'])
+    if options['stage2_checkpoint'] and not stage2_dir:
+        _make_opt_v2(data_dir, place, options['stage2_checkpoint'], options['weights'])
     _report_training(run_stage3(data_dir, output_dir, config, stage2_dir=place, **options))
 
 # %% ../../nbs/lib/cli/stages.ipynb #293b2ff3
-@command(opt('file', metavar='FILE', help='training.json, which a notebook writes for a training on several devices'), name='train-as')
+@command(opt('file', metavar='FILE', help='training.json, which a notebook writes for a training on several devices'),
+         name='train-as')
 def train_from_file(file):
     """Train Stage 2 or 3 on several devices from the file that a notebook has written.
 Start it with torchrun or srun, one process for each device. The notebook then reads what was trained."""
@@ -258,12 +275,15 @@ def stage3_info(**options):
     opt('--output', required=True, metavar='FILE', help='.pt or .npz that is written: opt_v3, s1_vv, s1_vh'),
     checkpoint_option(3, required=True),
     opt('--stage2-checkpoint', default='', metavar='DIR',
-        help='output of gac train-stage2 that computed opt_v2; refused if it is of another kind than the one Stage 3 was trained on'),
+        help='output of gac train-stage2 that computed opt_v2; refused if it is of another kind than the one Stage 3 '
+             'was trained on'),
     opt('--timesteps', type=at_least(1), default=8, metavar='N', help='diffusion steps of the token routes'),
-    opt('--s1-units', choices=('auto', 'dB', 'linear', 'amplitude'), default='auto', help='unit of the radar; auto: by documented rules'),
+    opt('--s1-units', choices=('auto', 'dB', 'linear', 'amplitude'), default='auto',
+        help='unit of the radar; auto: by documented rules'),
     opt('--s1-scale', type=float, default=0, metavar='F', help='factor of the stored radar, e.g. 0.01; 0: none'),
     opt('--batch-size', type=at_least(1), default=8, metavar='N', help='tiles at a time'), WEIGHTS)
 def stage3_infer(**options):
     "Ground the images of a file in their radar; print the gain where the truth is given."
     from gac.stages.inference import infer_files
-    print(*(f'{k}: {v:.6g}' if isinstance(v, float) else f'{k}: {v}' for k, v in infer_files(**options).items()), sep='\n')
+    print(*(f'{k}: {v:.6g}' if isinstance(v, float) else f'{k}: {v}' for k, v in infer_files(**options).items()),
+          sep='\n')

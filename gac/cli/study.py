@@ -29,7 +29,7 @@ def yaml_pairs(
     opt('--from', dest='start', default='', metavar='NN', help='first notebook to run, e.g. 07'),
     opt('--only', default='', metavar='NN', help='the one notebook to run, e.g. 07 or stage1'),
     opt('--set', dest='sets', action='append', default=[], metavar='KEY=VALUE',
-        help='value of a parameter that replaces the one of the profile, e.g. 07_stage1.batch_size=16; may be repeated'),
+        help='value of a parameter instead of the one of the profile, e.g. 07_stage1.batch_size=16; may be repeated'),
     opt('--force', action='store_true', help='run notebooks that have not changed, too'),
     opt('--jobs', type=at_least(0), default=0, metavar='N',
         help='notebooks that run at the same time; 0: 2, or 1 where there is a GPU or a single core'),
@@ -37,10 +37,12 @@ def yaml_pairs(
         help='run nothing; print what would run, what it needs, costs and lacks (exit code 1 if it lacks anything)'))
 def run(profile, data, reports, start, only, sets, force, jobs, dry_run):
     """Run the notebooks of the study, independent ones at the same time, and write the report.
-Notebooks whose code, parameters and inputs are unchanged are skipped. A run that failed or was stopped continues where it was."""
+Notebooks whose code, parameters and inputs are unchanged are skipped. A run that failed or was stopped continues where
+it was."""
     from gac.runner.chain import run_chain
     sets = yaml_pairs(sets)
-    run_chain(profile, data=data, reports=reports, start=start, only=only, sets=sets, force=force, dry_run=dry_run, jobs=jobs)
+    run_chain(profile, data=data, reports=reports, start=start, only=only, sets=sets, force=force, dry_run=dry_run,
+              jobs=jobs)
     if not dry_run: return
     from gac.cost.preflight import preflight
     return int(bool(preflight(profile, data, reports, sets)))
@@ -49,7 +51,6 @@ Notebooks whose code, parameters and inputs are unchanged are skipped. A run tha
 @command(opt('notebook', nargs='?', default='', metavar='NN', help='one notebook, e.g. 07; empty: all'))
 def parameters(notebook):
     "List the parameters of every notebook that `gac run --set` can change, with type, default and meaning."
-    from gac.core.files import root
     from gac.core.parameters import notebook_parameters
     from gac.runner.plan import chain_notebooks, pick_notebook
     from gac.runner.profiles import RUNNER_SETS
@@ -63,7 +64,8 @@ def parameters(notebook):
 @command(PROFILE)
 def verify(profile):
     """Run the study again and compare its tables with the committed report.
-Tolerances are those of nbs/params/tolerances.yaml. Rows on real chips are compared where GAC_REAL_DATA names their folder."""
+Tolerances are those of nbs/params/tolerances.yaml. Rows on real chips are compared where GAC_REAL_DATA names their
+folder."""
     from gac.runner.verify import verify
     verify(profile)
 
@@ -87,16 +89,19 @@ Rows of 14_ablations answer further questions: gac run --only 14 --set 14_ablati
     WEIGHTS,
     opt('--batch-size', dest='batch', type=at_least(1), default=64, metavar='N', help='tiles at a time'),
     opt('--tile-size', dest='side', type=at_least(1), default=120, metavar='PX', help='side of a tile'),
-    opt('--timesteps', dest='steps', type=at_least(1), nargs='+', default=[1, 10], metavar='N', help='diffusion steps compared'),
+    opt('--timesteps', dest='steps', type=at_least(1), nargs='+', default=[1, 10], metavar='N',
+        help='diffusion steps compared'),
     opt('--repeats', type=at_least(1), default=3, metavar='N', help='rounds timed'),
-    opt('--tiles', dest='drawn', type=at_least(1), default=1024, metavar='N', help='tiles of the chain from store to store'),
+    opt('--tiles', dest='drawn', type=at_least(1), default=1024, metavar='N',
+        help='tiles of the chain from store to store'),
     opt('--no-compile', dest='compiled', action='store_false', help='leave torch.compile out'),
     opt('--only', nargs='+', default=[], metavar='PART',
         help='parts: generation, modes, chain, compiled, levers, quality, training; empty: all'),
     SEED)
 def bench(**options):
-    """Measure speed and memory of the real architectures on this machine; without --weights with random weights, at the same cost.
-It takes minutes on a data-centre GPU. Every table is written as soon as it is measured."""
+    """Measure speed and memory of the real architectures on this machine.
+Weights are random without --weights, at the same cost. It takes minutes on a data-centre GPU.
+Every table is written as soon as it is measured."""
     from gac.cost.bench import run_bench
     return int(run_bench(**options) > 0)
 

@@ -112,7 +112,7 @@ def _field_lines() -> dict[str, list[str]]: # class -> its fields, as the export
     "Return the lines that declare the fields of every class of settings; a notebook keeps no source."
     text = Path(importlib.import_module('gac.core.config').__file__).read_text(encoding='utf-8')
     found = re.findall(r'(?m)^class (\w+).*\n((?: .*\n)+)', text)
-    return {name: [l.strip() for l in body.splitlines() if re.match(r' +\w+:\S', l)] for name, body in found}
+    return {name: [l.strip() for l in body.splitlines() if re.match(r' +(\w+:\S|#)', l)] for name, body in found}
 
 def config_parameters(
     cls:type, # class of settings
@@ -165,7 +165,7 @@ class Precompute2Config(TilesetConfig):
 @dataclass(frozen=True)
 class Precompute3Config(Precompute2Config):
     "Settings of `gac precompute-stage3`."
-    timesteps:int|None = None # diffusion steps of the token routes; None: as trained [1, 1000]
+    timesteps:int|None = None # diffusion steps of the token routes; left out: as trained [1, 1000]
 
 # %% ../../nbs/lib/core/config.ipynb #b7b727a9
 @dataclass(frozen=True)
@@ -187,8 +187,10 @@ class InferConfig:
     batch_size:int = 8 # tiles at a time [1, 4096]
     timesteps:int = 0 # diffusion steps; 0: those of the checkpoints' training images, else 1 [0, 1000]
     tokens:str = '' # how a code is chosen; empty: as for the training images, else expected {sample, argmax, expected}
-    clamp:str = '' # range of each step's estimate; empty: as for the training images, else pretraining {pretraining, off}
-    name:str = '' # generator, as `gac info` lists them; empty: the one of the training images, else terramind_mini_generate
+    # range of each step's estimate; empty: as for the training images, else pretraining {pretraining, off}
+    clamp:str = ''
+    # generator, as `gac info` lists them; empty: the one of the training images, else terramind_mini_generate
+    name:str = ''
     device:str = '' # cpu or cuda; empty: a GPU if there is one
     overwrite:bool = False # replace an output that was computed with other settings
     seed:int = 0 # seed of everything random [0, inf]
@@ -202,7 +204,8 @@ class UncertaintyConfig:
     split:str = '' # tiles of this split; empty: all {train, val, test}
     max_tiles:int = 0 # tiles at most, spread evenly over the store; 0: all [0, inf]
     batch_size:int = 4 # tiles at a time [1, 4096]
-    name:str = '' # generator, as `gac info` lists them; empty: the one of the training images, else terramind_mini_generate
+    # generator, as `gac info` lists them; empty: the one of the training images, else terramind_mini_generate
+    name:str = ''
     seed:int = 0 # seed of everything random [0, inf]
 
 @dataclass(frozen=True)
@@ -219,7 +222,8 @@ class ExportConfig:
 class ConvertConfig:
     "Settings of `gac data convert`."
     size:int|str = 120 # px, side of a tile, larger sources are cut; auto: the smallest side of any source, at most 120
-    split:str = 'test' # split of tiles whose layout has none and that lie in no folder named train, val or test {train, val, test}
+    # split of tiles whose layout has none and that lie in no folder named train, val or test {train, val, test}
+    split:str = 'test'
     s1_units:str = 'auto' # unit of Sentinel-1; auto: by documented rules {auto, dB, linear, amplitude}
     s2_units:str = 'auto' # unit of Sentinel-2 {auto, dn, reflectance}
     s1_scale:float = 0 # factor of stored Sentinel-1 values where a file has no scale tag, e.g. 0.01; 0: as tagged
@@ -234,9 +238,11 @@ class ConvertConfig:
 @dataclass(frozen=True)
 class SplitConfig:
     "Settings of `gac data split`."
-    by:str = 'block' # tiles that stay together: of a block of land, of a scene, near one another, or none {block, scene, place, random}
+    # tiles that stay together: of a block of land, of a scene, near one another, or none {block, scene, place, random}
+    by:str = 'block'
     val:float = .15 # share of the tiles to validate on [0, 1]
     test:float = .15 # share of the tiles to test on [0, 1]
-    guard:float|None = None # km between splits, closer training tiles are left out; None: 3, at most a quarter of a block; 0 by scene and at random
-    block:float|None = None # km, side of a block; None: 20, or less where the tiles cover little land
+    # km between splits; left out: 3, at most a quarter of a block, and 0 by scene and at random
+    guard:float|None = None
+    block:float|None = None # km, side of a block; left out: 20, or less where the tiles cover little land
     seed:int = 0 # seed of the order of groups [0, inf]

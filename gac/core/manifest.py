@@ -19,7 +19,8 @@ def changed_settings(
 ) -> list[str]: # one phrase per difference
     "List the wanted settings that differ from the saved ones; long values are shortened."
     text = lambda v: shorten(repr(v), 120, placeholder=' …')
-    return [f'{k} was {text(saved.get(k))}, now {text(v)}' for k, v in wanted.items() if k not in free and saved.get(k) != v]
+    return [f'{k} was {text(saved.get(k))}, now {text(v)}' for k, v in wanted.items() if k not in free
+            and saved.get(k) != v]
 
 # %% ../../nbs/lib/core/manifest.ipynb #872eac95
 def agree_or_refuse(

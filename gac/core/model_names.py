@@ -26,18 +26,21 @@ class Entry:
     def registry(self): # TerraTorch's registry of full models, or of backbones
         from terratorch.models.backbones import prithvi_vit, terramind  # noqa: F401  they enter their models
         from terratorch.registry import TERRATORCH_BACKBONE_REGISTRY, TERRATORCH_FULL_MODEL_REGISTRY
-        return TERRATORCH_FULL_MODEL_REGISTRY if self.role in ('generate', 'tokenizer') else TERRATORCH_BACKBONE_REGISTRY
+        full = self.role in ('generate', 'tokenizer')
+        return TERRATORCH_FULL_MODEL_REGISTRY if full else TERRATORCH_BACKBONE_REGISTRY
 
 # %% ../../nbs/lib/core/model_names.ipynb #65128b6e
 ROLES = dict(generate='_generate', encoder='', tim='_tim')  # role -> end of the name
-_TERRAMIND, _PRITHVI = 'ibm-esa-geospatial/TerraMind-1.0-', 'ibm-nasa-geospatial/Prithvi-EO-2.0-'  # repositories on the Hub
+# repositories on the Hub
+_TERRAMIND, _PRITHVI = 'ibm-esa-geospatial/TerraMind-1.0-', 'ibm-nasa-geospatial/Prithvi-EO-2.0-'
 
 def _entries() -> Iterator[Entry]:
     for size in ('tiny', 'small', 'base', 'large'):
         for role, end in ROLES.items():
             yield Entry(f'terramind_v1_{size}{end}', role, _TERRAMIND + size, f'TerraMind_v1_{size}.pt')
     for m in ('S1GRD', 'S1RTC', 'S2L2A', 'DEM', 'LULC', 'NDVI'):
-        yield Entry(f'terramind_v1_tokenizer_{m.lower()}', 'tokenizer', f'{_TERRAMIND}Tokenizer-{m}', f'TerraMind_Tokenizer_{m}.pt')
+        yield Entry(f'terramind_v1_tokenizer_{m.lower()}', 'tokenizer', f'{_TERRAMIND}Tokenizer-{m}',
+                    f'TerraMind_Tokenizer_{m}.pt')
     for size in ('tiny_TL', '100M_TL', '300M', '300M_TL', '600M', '600M_TL'):
         name = f'prithvi_eo_v2_{size.replace("M", "").lower()}'
         yield Entry(name, 'prithvi', _PRITHVI + size.replace('_', '-'), f'Prithvi_EO_V2_{size}.pt')

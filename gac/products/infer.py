@@ -55,7 +55,8 @@ def _block_folder(output:Path, settings:dict, overwrite:bool) -> Path: # folder 
     folder = _parts(output)
     file = folder/'made.json'
     remedy = 'Use the same settings to continue, give another output, or start again (--overwrite).'
-    if file.exists() and not agree_or_refuse(str(folder), read_json(file), settings, remedy, overwrite): shutil.rmtree(folder)
+    if file.exists() and not agree_or_refuse(str(folder), read_json(file), settings, remedy, overwrite):
+        shutil.rmtree(folder)
     writable(folder)
     write_file(file, json.dumps(settings, indent=1, sort_keys=True) + '\n')
     return folder
@@ -103,7 +104,7 @@ def infer_scene(
     output:str|Path, # COG that is written
     chain, # chain, as of SceneChain
     tiling:Tiling=Tiling(), # cut of the scene
-    config:InferConfig=InferConfig(), # radar, season, spread and batches; keep the batch size when an interrupted run continues
+    config:InferConfig=InferConfig(), # settings of the command; keep the batch size when a run continues
 ) -> dict: # blocks, drawn, skipped, month, biome, unit, output
     "Write the optical image of a whole scene; memory does not grow with the scene."
     output = Path(output)
@@ -116,7 +117,8 @@ def infer_scene(
         print(f'{scene.path.name}: without a coordinate system, so its pixels are taken as 10 m{unknown}', flush=True)
     if not month: print(f'{scene.path.name}: without a date, so the season is unknown to Stage 2 (--month)', flush=True)
     # keys of made.json; `spread` is the number of generations
-    settings = dict(scene=scene.mark, unit=scene.unit, bands=list(scene.bands), **(dict(scale=config.s1_scale) if config.s1_scale else {}),
+    settings = dict(scene=scene.mark, unit=scene.unit, bands=list(scene.bands),
+                    **(dict(scale=config.s1_scale) if config.s1_scale else {}),
                     steps=chain.steps, tiling=asdict(tiling), month=month, biome=biome, spread=config.uncertainty)
     tags = _scene_tags(scene, chain, settings)
     writable(output.parent)
@@ -124,7 +126,8 @@ def infer_scene(
     blocks = tiling.blocks(scene.height, scene.width)
     if output.exists() and not config.overwrite:
         if not _is_of(output, tags):
-            raise GacError(f'{output} exists and was computed with other settings (see its tags GAC_…). Give another output, or replace it '
+            raise GacError(f'{output} exists and was computed with other settings (see its tags GAC_…). '
+                           'Give another output, or replace it '
                            '(--overwrite).')
         print(f'{output.name}: exists already, computed from the same scene by the same models', flush=True)
         shutil.rmtree(_parts(output), ignore_errors=True)  # of a run that was killed at its end
@@ -195,7 +198,6 @@ def scene_figure(
     side:int=700, # px, longest side of an image at most
 ): # matplotlib Figure
     "Return the figure that `quicklook` writes."
-    import matplotlib.pyplot as plt
     step = max(1, -(-max(scene.height, scene.width)//side))
     shape = -(-scene.height//step), -(-scene.width//step)
     radar = to_db(scene.raster.read(scene.bands, shape=shape, empty='any'), scene.unit)

@@ -38,7 +38,8 @@ from ..stages.tileset import open_tiles, read_radar
 
 # %% ../../nbs/lib/products/infer_tiles.ipynb #fa5aaeb0
 # note that is printed for tiles with Stage 3
-AS_DRAWN = ('opt_v3 of tiles is written as it was generated, as in gac export: it contains the pattern of 2 px that Stage 3 leaves. '
+AS_DRAWN = ('opt_v3 of tiles is written as it was generated, as in gac export: '
+            'it contains the pattern of 2 px that Stage 3 leaves. '
             'The pattern is removed from scenes alone.')
 
 def infer_tiles(
@@ -54,12 +55,13 @@ def infer_tiles(
     check_output(data_dir, output_dir, folder=True)
     out = writable(output_dir)
     store, _ = open_tiles(data_dir, out if not (Path(data_dir)/'table.parquet').exists() else '', **options)
-    chain, rows = chain_of(store.attrs.get('s1_product', 'S1GRD')), chosen_tiles(store, (), config.split, config.max_tiles)
+    chain = chain_of(store.attrs.get('s1_product', 'S1GRD'))
+    rows = chosen_tiles(store, (), config.split, config.max_tiles)
     stages = ['opt_v1', 'opt_v2', 'opt_v3'][:len(chain.steps)] if len(chain.steps) > 1 else [chain.output]
     if chain.output not in stages: stages[-1] = chain.output
     for s in stages: swept_folder(writable(out/s))
-    tags = {s: provenance_tags(s, chain.steps[:i + 1]) | (dict(GAC_SPREAD=str(config.uncertainty)) if s == chain.output else {})
-            for i, s in enumerate(stages)}
+    spread = lambda s: dict(GAC_SPREAD=str(config.uncertainty)) if s == chain.output else {}
+    tags = {s: provenance_tags(s, chain.steps[:i + 1]) | spread(s) for i, s in enumerate(stages)}
     path = lambda r, s: out/s/tile_file_name(store.table.id.iloc[r])
     todo = [r for r in rows if any(must_write(path(r, s), tags[s] | tile_tags(store.table.iloc[r]), config.overwrite)
                                    for s in stages)]
@@ -116,10 +118,12 @@ def decoding_for(
                        f'({trained}). Give the stages of one chain.')
     decoding = replace(trained or Decoding(1, 'expected'), **asked)
     if places and not trained:
-        print(f'The sampling settings of the training images are unknown: {DECODING_FILE} is missing beside the checkpoints. '
+        print('The sampling settings of the training images are unknown: '
+              f'{DECODING_FILE} is missing beside the checkpoints. '
               f'Stage 1 uses: {decoding}.', flush=True)
     if trained and decoding != trained:
-        raise GacError(f'The checkpoints were trained on images of other sampling settings ({trained}) than given here ({decoding}): leave '
+        raise GacError(f'The checkpoints were trained on images of other sampling settings ({trained}) than given here '
+                       f'({decoding}): leave '
                        f'{", ".join(f"--{k}" for k in asked)} out.')
     return decoding
 
@@ -142,9 +146,11 @@ def generator_for(
             raise GacError(f'{place} was trained on images of a decoder without diffusion (gac precompute --direct), '
                            'which gac infer does not support.')
         if g['model'] != found[0][1]['model']:
-            raise GacError(f'{found[0][0]} was trained on images of {found[0][1]["model"]}, {place} on images of {g["model"]}.')
+            raise GacError(f'{found[0][0]} was trained on images of {found[0][1]["model"]}, {place} on images of '
+                           f'{g["model"]}.')
         if differ := drawn_otherwise(found[0][1], g):
-            raise GacError(f'{found[0][0]} and {place} were trained on images of other settings: {differ}. Give the stages of one chain.')
+            raise GacError(f'{found[0][0]} and {place} were trained on images of other settings: {differ}. '
+                           'Give the stages of one chain.')
     return (found[0][1]['model'], found[0][1]) if found else (name or 'terramind_mini_generate', {})
 
 # %% ../../nbs/lib/products/infer_tiles.ipynb #40bc5d6d
@@ -159,7 +165,8 @@ def run_infer(
     "Run `gac infer` on a scene, a tile store, or tiles in a known layout."
     source = Path(source)
     if not source.exists():
-        raise GacError(f'{source} does not exist. Expected: a Sentinel-1 GeoTIFF, a tile store, or tiles in a known layout.')
+        raise GacError(f'{source} does not exist. Expected: a Sentinel-1 GeoTIFF, a tile store, or tiles in a known '
+                       'layout.')
     scene = source.is_file() and source.suffix.lower() in ('.tif', '.tiff')
     check_output(source, output, folder=not scene)
     for folder, file, maker in ((stage2_checkpoint, REFINER_FILE, 'gac train-stage2'),
@@ -169,8 +176,9 @@ def run_infer(
     decoding = decoding_for(stage2_checkpoint, config.timesteps, config.tokens, config.clamp, stage3_checkpoint)
     name, drawn = generator_for(stage2_checkpoint, stage3_checkpoint, config.name)
     real = not (source/'table.parquet').exists() or Store(source).attrs.get('source') != 'world'
-    chain = lambda product: introduced(SceneChain(stage2_checkpoint, stage3_checkpoint, product, name, weights, decoding, config.seed,
-                                                  config.device, drawn), stage2_checkpoint, stage3_checkpoint, real=real)
+    trained = stage2_checkpoint, stage3_checkpoint
+    chain = lambda product: introduced(
+        SceneChain(*trained, product, name, weights, decoding, config.seed, config.device, drawn), *trained, real=real)
     if scene:
         tiling = Tiling(config.tile_size, config.overlap, max(config.block, config.tile_size), config.overlap, True)
         # before the models are loaded

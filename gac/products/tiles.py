@@ -61,7 +61,8 @@ def must_write(
     "Return whether a file has to be written; refuse a file made with other settings."
     state = state_of(path, tags)
     if state == 'other' and not overwrite:
-        raise GacError(f'{path} was computed by another model or with other settings (see its tags GAC_…). Give another output folder, '
+        raise GacError(f'{path} was computed by another model or with other settings (see its tags GAC_…). '
+                       'Give another output folder, '
                        'or replace it (--overwrite).')
     return state != 'there'
 
@@ -170,13 +171,16 @@ def chosen_tiles(
             raise GacError(f'{store.path} has no tile {lacks[0]}{f" and {len(lacks) - 1} more" if lacks[1:] else ""} '
                            f'(--ids).')
         rows = rows[known.iloc[rows].isin(set(ids)).to_numpy()]
-    if not len(rows):
-        raise GacError(f'{store.path} has no '
-                       f'tile{f" in split {split} ({count_splits(store.table.split)}): leave --split out, or make one: gac data split {store.path}" if split else ". Fill it: gac data convert"}')
+    if not len(rows) and split:
+        raise GacError(f'{store.path} has no tile in split {split} ({count_splits(store.table.split)}): '
+                       'leave --split out, '
+                       f'or make one: gac data split {store.path}')
+    if not len(rows): raise GacError(f'{store.path} has no tile. Fill it: gac data convert')
     folded = known.iloc[rows].str.lower()
     if folded.duplicated().any():
         pair = ' and '.join(known.iloc[rows][folded.duplicated(keep=False)].tolist()[:2])
-        raise GacError(f'{store.path}: {pair} differ in capitals alone, which some file systems do not distinguish. Export them one at a time '
+        raise GacError(f'{store.path}: {pair} differ in capitals alone, which some file systems do not distinguish. '
+                       'Export them one at a time '
                        '(--ids).')
     return evenly_spaced(rows, max_tiles)
 

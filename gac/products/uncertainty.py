@@ -35,9 +35,11 @@ def run_uncertainty(
     """Run `gac uncertainty`: store generations of a tile set, their mean and their spread.
 
     An interrupted call can be repeated: it continues."""
-    if config.samples < 2: raise GacError(f'samples {config.samples}: a spread needs at least 2 generations (--samples).')
+    if config.samples < 2:
+        raise GacError(f'samples {config.samples}: a spread needs at least 2 generations (--samples).')
     store, _ = open_tiles(data_dir, Path(output_dir)/'store' if not (Path(data_dir)/'table.parquet').exists() else '')
-    product, rows = store.attrs.get('s1_product', 'S1GRD'), evenly_spaced(store.rows(config.split or None), config.max_tiles)
+    product, rows = store.attrs.get('s1_product', 'S1GRD'), evenly_spaced(store.rows(config.split or None),
+        config.max_tiles)
     if not len(rows): raise GacError(f'{store.path} has no tile of split {config.split!r}: leave --split out.')
     name, _ = generator_for(stage2_checkpoint, stage3_checkpoint, config.name)
     chain = ChainOf(build_terramind_generator((product,), name=name, weights=weights),
