@@ -108,7 +108,7 @@ It is faster than the diffusion decoder and less accurate; see reports/mini/tabl
     *options_of(Precompute2Config), WEIGHTS, name='precompute-stage2')
 def precompute_stage2(data_dir, stage1_dir, stage2_checkpoint, weights, **options):
     """Stage 2: refine opt_v1 of every tile.
-A stopped command can be repeated: it continues and leaves the same bytes. Workers compute the same array as one process.
+A stopped command can be repeated: it continues and leaves the same bytes. Workers compute one array together.
 Tiles without opt_v1 are listed and left out; the exit code is then 1."""
     config = config_from(Precompute2Config, options)
     from gac.core.files import check_place
@@ -134,7 +134,7 @@ Tiles without opt_v1 are listed and left out; the exit code is then 1."""
     *options_of(Precompute3Config), WEIGHTS, name='precompute-stage3')
 def precompute_stage3(data_dir, stage2_dir, stage2_checkpoint, stage3_checkpoint, weights, **options):
     """Stage 3: ground opt_v2 of every tile in its radar.
-A stopped command can be repeated: it continues and leaves the same bytes. Workers compute the same array as one process.
+A stopped command can be repeated: it continues and leaves the same bytes. Workers compute one array together.
 Tiles without opt_v2 or usable radar are listed and left out; the exit code is then 1."""
     config = config_from(Precompute3Config, options)
     from gac.core.files import check_place
