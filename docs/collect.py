@@ -170,7 +170,8 @@ def html_table(df, caption:str='') -> str:
     "Return a table as the page of a report shows it, by the same template."
     from gac.runner.page import report_template, table_cells
     # one line: a blank line would end the HTML block in Markdown
-    return ' '.join(str(report_template().module.wide(table_cells(df), caption)).split('\n'))
+    wide = report_template('parts.html.j2').module.wide
+    return ' '.join(str(wide(table_cells(df), caption)).split('\n'))
 
 def report_pages(folder:Path, dest:Path) -> None:
     "Write the page of a committed report: tables and figures by notebook, and the notebooks as they ran."

@@ -174,7 +174,7 @@ def test_another_model_does_not_overwrite(store, tmp_path):
     reader = ProductReader
     with pytest.MonkeyPatch.context() as m:
         swap(m, 'gac.products.tiles', 'ProductReader', lambda store, stages: reader(other if stages else store))
-        with pytest.raises(GacError, match='opt_v1.t.0.tif was made by another model.*--overwrite'):
+        with pytest.raises(GacError, match='opt_v1.t.0.tif was computed by another model.*--overwrite'):
             export_tiles(store, tmp_path/'out', ('opt_v1',), [other])
     with rasterio.open(tmp_path/'out'/'opt_v1'/'t.0.tif') as f: assert f.tags()['GAC_MODEL'] == 'terramind_mini_generate'
 
@@ -299,7 +299,7 @@ def test_stage1_draws_as_stage2_was_trained(tmp_path, capsys):
     "The decoding a training wrote down; another one is refused."
     for none, said in (('', False), (tmp_path, True)):
         assert decoding_for(none) == Decoding(1, 'expected')
-        assert ('stage1.json is not beside them' in capsys.readouterr().out) == said
+        assert ('stage1.json is missing beside the checkpoints' in capsys.readouterr().out) == said
     assert str(decoding_for('', 3, 'argmax', 'off')) == 'argmax, 3 steps, no clamp'
     drawn = Decoding(4, 'sample', 'off', 2)
     file = keep_decoding(tmp_path, dict(asdict(drawn), model='another fact of the array'))

@@ -17,12 +17,14 @@ from .execute import scrub_paths
 from .plan import Stage, short_digest
 
 # %% ../../nbs/lib/runner/page.ipynb #7ecbd918
-@lru_cache(1)
-def report_template(): # jinja2 Template
-    "Return the template of the page; its macros `table` and `wide` render a single table."
+@lru_cache(2)
+def report_template(
+    name:str='report.html.j2', # file in gac/runner/templates; parts.html.j2: the macros alone
+): # jinja2 Template
+    "Return a template of the page of a report."
     from jinja2 import Environment, PackageLoader, StrictUndefined
     options = dict(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    return Environment(loader=PackageLoader('gac.runner'), **options).get_template('report.html.j2')
+    return Environment(loader=PackageLoader('gac.runner'), **options).get_template(name)
 
 def table_cells(
     df, # DataFrame of text
