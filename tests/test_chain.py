@@ -243,8 +243,8 @@ def test_nothing_brief_stands_in_for_what_a_chain_should_have_made(forked, tmp_p
     Run.open('02_right', 'toy', 0, str(tmp_path/'own'), str(tmp_path/'own_report'), '').stand_in('opt_v1')
     assert capsys.readouterr().out.startswith('opt_v1 of this run is not there')
 
-@pytest.mark.parametrize('line, message', [('#| reads: 00_frist', "reads '00_frist'.*Did you mean 00_first"), ('#| reads: 04_last', "reads '04_last': expected notebooks that come before"),
-                                           ('#| reads: nothing\\n#| reads: 00_first', '2 lines say what it reads'), ('#|reads: 00_first', 'written so')])
+@pytest.mark.parametrize('line, message', [('#| reads: 00_frist', "reads '00_frist'.*Did you mean 00_first"), ('#| reads: 04_last', "reads '04_last': expected the full names of notebooks before it"),
+                                           ('#| reads: nothing\\n#| reads: 00_first', 'has 2 lines'), ('#|reads: 00_first', 'expected .#. reads: NOTEBOOK')])
 def test_a_wrong_place_in_the_chain_is_refused(forked, line, message):
     path = forked/'02_right.ipynb'
     path.write_text(path.read_text().replace('#| reads: 00_first', line))
@@ -258,7 +258,7 @@ def test_a_number_that_several_notebooks_have_is_refused_for_one(chain, make_not
 
 def test_a_notebook_without_what_it_builds_on_is_announced(chain, capsys):
     assert go(chain, only='02_third', dry_run=True) == ['never ran', 'never ran', 'to run']
-    assert 'Never ran, though others build on it: 00_first, 01_second' in capsys.readouterr().out
+    assert 'Not run yet, though others depend on it: 00_first, 01_second' in capsys.readouterr().out
     assert go(chain)[0] == 'ran' and go(chain, only='02_third', dry_run=True)[:2] == ['left alone', 'left alone']
     assert 'Never ran, though' not in capsys.readouterr().out
 

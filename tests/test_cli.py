@@ -12,7 +12,14 @@ import tiles_layouts
 from swapping import swap
 
 from gac.cli import COMMANDS, GROUPS, main
-from gac.core.config import Stage2Config, Stage3Config, config_parameters
+from gac.core.config import (
+    InferConfig,
+    PrecomputeConfig,
+    Stage2Config,
+    Stage3Config,
+    UncertaintyConfig,
+    config_parameters,
+)
 from gac.core.files import GacError, root
 from gac.core.parameters import notebook_parameters
 from gac.data.layouts import LAYOUTS
@@ -248,6 +255,23 @@ def test_a_setting_is_declared_once(cls, notebook):
     mini = profile_values(notebook, 'mini')
     odd = {n for n, p in known.items() if n not in ('pairs', 'val_tiles') and mini[n] != p.default}
     assert not odd, f'profile mini trains {notebook} with another {odd} than {cls.__name__} says'
+
+# command, notebook, names that differ
+COMMAND_SETTINGS = [(PrecomputeConfig, '07_stage1', dict(compile='compiled')), (UncertaintyConfig, '13_trust', {}),
+                    (InferConfig, '17_export', {})]
+
+@pytest.mark.parametrize('cls, notebook, names', COMMAND_SETTINGS, ids=[c.__name__ for c, *_ in COMMAND_SETTINGS])
+def test_a_setting_of_a_command_is_declared_as_in_its_notebook(cls, notebook, names):
+    "Compare types, ranges and comments of the settings that both declare, and Stage 1's defaults with profile mini."
+    declared, known = notebook_parameters(root()/'nbs'/f'{notebook}.ipynb'), config_parameters(cls)
+    shared = {n: names.get(n, n) for n in known if n != 'seed' and names.get(n, n) in declared}
+    assert shared
+    for name, other in shared.items():
+        of, p = declared[other], known[name]
+        assert (of.kind, of.help, of.low, of.high, of.choices) == (p.kind, p.help, p.low, p.high, p.choices), name
+    if cls is not PrecomputeConfig: return
+    mini = profile_values(notebook, 'mini')
+    assert {n: mini[other] for n, other in shared.items()} == {n: known[n].default for n in shared}
 
 @pytest.mark.parametrize('stage', [2, 3])
 def test_a_profile_gives_its_values_and_options_go_before_it(stage, tmp_path, capsys, monkeypatch):
