@@ -58,7 +58,8 @@ def test_stage1_options_are_those_of_the_documents(capsys):
 
 def test_help_loads_no_model_library():
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    code = "import sys; from gac.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint([m for m in ('numpy', 'torch', 'terratorch', 'pandas') if m in sys.modules])"
+    code = ("import sys; from gac.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+            "print([m for m in ('numpy', 'torch', 'terratorch', 'pandas') if m in sys.modules])")
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert out.splitlines()[-1] == '[]'
@@ -82,7 +83,8 @@ def test_a_mistake_is_one_line_without_traceback():
     (('world', '--output-dir', 'x', '--train', '-3'), '--train: -3: expected 0 or more'),
     (('precompute', '--data-dir', 'x', '--timesteps', '0'), '--timesteps: 0: expected 1 to 1000'),
     (('bench', '--output-dir', 'x', '--timesteps', '1', '0'), '--timesteps: 0: expected 1 or more'),
-    (('uncertainty', '--samples', '1'), 'expected 2 to 1000'), (('run', '--set', '07.x'), '--set 07.x: expected KEY=VALUE'),
+    (('uncertainty', '--samples', '1'), 'expected 2 to 1000'),
+    (('run', '--set', '07.x'), '--set 07.x: expected KEY=VALUE'),
     (('run', '--set', '07.x=3', '--dry-run'), "07_stage1 has no parameter 'x'"),
     (('data',), 'required: command'), ((), 'required: command'),
     (('precompute', '--data-dir', 'no/such'), 'does not exist'), (('run', '--profile', 'huge'), 'huge'),
@@ -136,7 +138,8 @@ def test_run_hands_everything_over(capsys, monkeypatch):
     seen, looked = {}, []
     swap(monkeypatch, 'gac.runner.chain', 'run_chain', lambda profile, **kw: seen.update(kw, profile=profile))
     swap(monkeypatch, 'gac.cost.preflight', 'preflight', lambda *given: looked.append(given))
-    code, *_ = call(capsys, 'run', '--profile', 'paper', '--data', 'd', '--reports', 'r', '--from', '07', '--only', '10', '--set',
+    code, *_ = call(capsys, 'run', '--profile', 'paper', '--data', 'd', '--reports', 'r', '--from', '07', '--only',
+                    '10', '--set',
                     'seed=3',
                     '--set', '07_stage1.steps=[1, 4]', '--force', '--jobs', '3', '--dry-run')
     assert code == 0
@@ -155,7 +158,8 @@ def test_info(capsys):
     assert code == 0 and 'terramind_mini_tokenizer_s2l2a.safetensors' in out and 'int8' in out
 
 def test_world_and_data_info(tmp_path, capsys):
-    words = ('world', '--output-dir', tmp_path/'tiles', '--train', 2, '--val', 1, '--test', 1, '--tile-size', 48, '--seed', 3)
+    words = ('world', '--output-dir', tmp_path/'tiles', '--train', 2, '--val', 1, '--test', 1, '--tile-size', 48,
+             '--seed', 3)
     assert call(capsys, *words)[0] == 0
     store = Store(tmp_path/'tiles')
     assert list(store.table.split) == ['train', 'train', 'val', 'test'] and store.table.id[0] == 'world-3000000'
@@ -165,19 +169,22 @@ def test_world_and_data_info(tmp_path, capsys):
 
 def test_convert_reports_and_options_reach_the_reader(tmp_path, capsys):
     tiles_layouts.npz(tmp_path/'real', n=3)
-    code, out, _ = call(capsys, 'data', 'convert', tmp_path/'real', tmp_path/'store', '--split', 'val', '--s1-units', 'dB',
+    code, out, _ = call(capsys, 'data', 'convert', tmp_path/'real', tmp_path/'store', '--split', 'val', '--s1-units',
+                        'dB',
                         '--s2-offset', '0')
     store = Store(tmp_path/'store')
     assert code == 0 and set(store.table.split) == {'val'} and store.attrs['options']['s2_offset'] == 0
-    tiles_layouts.npz(tmp_path/'bad', n=3, change=lambda i: dict(s1=tiles_layouts.radar(i)*float('nan')) if i == 1 else {})
+    tiles_layouts.npz(tmp_path/'bad', n=3, change=lambda i: dict(s1=tiles_layouts.radar(i)*float('nan')) if i == 1
+                      else {})
     assert call(capsys, 'data', 'convert', tmp_path/'bad', tmp_path/'some')[0] == 1  # one tile left out: done in part
     assert call(capsys, 'data', 'convert', tmp_path/'bad', tmp_path/'none', '--strict')[0] == 2
 
 def test_a_direct_decoder_is_taught_and_used(tmp_path, capsys):
-    "gac distill, then gac precompute --direct: other images than the painter's, named in the array's settings; a wrong folder is refused."
+    "gac precompute --direct gives other images, which the attributes of the array name; a wrong folder is refused."
     from gac.data.stores import from_world
     store = from_world(tmp_path/'tiles', 3, 1, 1, size=48)
-    assert main(['distill', '--data-dir', str(store.path), '--output-dir', str(tmp_path/'direct'), '--max-steps', '2', '--batch-size', '2']) == 0
+    assert main(['distill', '--data-dir', str(store.path), '--output-dir', str(tmp_path/'direct'), '--max-steps', '2',
+                 '--batch-size', '2']) == 0
     draw = ['precompute', '--data-dir', str(store.path), '--timesteps', '1', '--tokens', 'expected']
     assert main([*draw, '--output', 'painted']) == 0
     assert main([*draw, '--output', 'unfolded', '--direct', str(tmp_path/'direct')]) == 0
@@ -188,7 +195,7 @@ def test_a_direct_decoder_is_taught_and_used(tmp_path, capsys):
     assert 'nothing' in capsys.readouterr().err
 
 def test_later_stages_are_drawn_by_any_number_of_workers(tmp_path, capsys, monkeypatch):
-    "opt_v2 beside opt_v1 and opt_v3 beside opt_v2, by two workers as by one; a tile without opt_v1 is listed by the worker whose it is."
+    "Two workers compute what one computes; a tile without opt_v1 is listed by its worker."
     import torch
 
     from gac.stages.grounding import build_stage3_model
@@ -209,22 +216,27 @@ def test_later_stages_are_drawn_by_any_number_of_workers(tmp_path, capsys, monke
     for name in ('one', 'two'):
         beside = derived_store(store, tmp_path/name)
         beside.ensure_array('opt_v1', (4, 48, 48), 'int16')
-        with beside: beside.write('opt_v1', list(range(7)), store.read('s2', slice(0, 7))[:, [1, 2, 3, 7]].astype('int16'))
+        with beside:
+            beside.write('opt_v1', list(range(7)), store.read('s2', slice(0, 7))[:, [1, 2, 3, 7]].astype('int16'))
     third = ('precompute-stage3', *at, '--stage3-checkpoint', tmp_path/'stage3')
-    assert call(capsys, *second, '--stage1-dir', tmp_path/'one')[0] == 1 == call(capsys, *third, '--stage2-dir', tmp_path/'one')[0]
+    assert call(capsys, *second, '--stage1-dir', tmp_path/'one')[0] == 1 == call(capsys, *third, '--stage2-dir',
+        tmp_path/'one')[0]
     for rank, code in ((1, 1), (0, 0)):
         share = ('--rank', rank, '--world-size', 2)
         assert call(capsys, *second, '--stage1-dir', tmp_path/'two', *share)[0] == code
-    for rank, code in ((0, 0), (1, 1)): assert call(capsys, *third, '--stage2-dir', tmp_path/'two', '--rank', rank, '--world-size', 2)[0] == code
+    for rank, code in ((0, 0), (1, 1)):
+        assert call(capsys, *third, '--stage2-dir', tmp_path/'two', '--rank', rank, '--world-size', 2)[0] == code
     one, two = (Store(tmp_path/n) for n in ('one', 'two'))
     for array in ('opt_v2', 'opt_v3'):
         assert one.written(array).tolist() == [True]*7 + [False]
         assert (one.read(array, range(7)) == two.read(array, range(7))).all()
     assert (one.read('opt_v3', [0]) != one.read('opt_v2', [0])).any()
-    assert store.table.id[7] in (tmp_path/'two'/'opt_v2_errors_1of2.csv').read_text() and not list((tmp_path/'two').glob('*0of2.csv'))
+    assert store.table.id[7] in (tmp_path/'two'/'opt_v2_errors_1of2.csv').read_text()
+    assert not list((tmp_path/'two').glob('*0of2.csv'))
     monkeypatch.setenv('WORLD_SIZE', '2')  # as torchrun does: two processes must not draw the same
     two.drop('opt_v2')
-    code, _, said = call(capsys, 'train-stage3', '--data-dir', store.path, '--stage1-dir', beside.path, '--stage2-checkpoint', tmp_path/'stage2',
+    code, _, said = call(capsys, 'train-stage3', '--data-dir', store.path, '--stage1-dir', beside.path,
+                         '--stage2-checkpoint', tmp_path/'stage2',
                          '--output-dir', tmp_path/'x')
     assert code == 2 and 'gac precompute-stage2 first' in said
 
@@ -235,7 +247,8 @@ def test_options_of_a_training_reach_its_settings(stage, tmp_path, capsys, monke
         given.update(options, config=config)
         return dict(steps=1, resumed_at=0, metrics={}, output='')
     monkeypatch.setattr('gac.stages.commands.run_stage%d' % stage, noted)
-    assert call(capsys, f'train-stage{stage}', '--data-dir', tmp_path, '--output-dir', tmp_path/'x', '--checkpointing', '--devices', 2,
+    assert call(capsys, f'train-stage{stage}', '--data-dir', tmp_path, '--output-dir', tmp_path/'x', '--checkpointing',
+                '--devices', 2,
                 '--num-nodes', 3, '--strategy', 'ddp')[0] == 0
     config = given['config']
     assert (config.checkpointing, config.devices, config.num_nodes, config.strategy) == (True, 2, 3, 'ddp')
@@ -247,7 +260,7 @@ def test_what_a_notebook_wrote_down_is_asked_for(capsys, tmp_path):
 
 @pytest.mark.parametrize('cls, notebook', [(Stage2Config, '08_stage2'), (Stage3Config, '09_stage3')])
 def test_a_setting_is_declared_once(cls, notebook):
-    "The notebook's parameter cell has the same types, ranges and comments; profile mini trains the defaults, on tiles of its own number."
+    "Compare types, ranges and comments with the parameter cell, and the defaults with profile mini."
     declared, known = notebook_parameters(root()/'nbs'/f'{notebook}.ipynb'), config_parameters(cls)
     for name, p in known.items():
         of = declared[name]
@@ -276,9 +289,11 @@ def test_a_setting_of_a_command_is_declared_as_in_its_notebook(cls, notebook, na
 @pytest.mark.parametrize('stage', [2, 3])
 def test_a_profile_gives_its_values_and_options_go_before_it(stage, tmp_path, capsys, monkeypatch):
     given = []
-    monkeypatch.setattr(f'gac.stages.commands.run_stage{stage}', lambda data_dir, output_dir, config, **more: given.append(config) or dict(steps=1, resumed_at=0, metrics={}, output=''))
+    monkeypatch.setattr(f'gac.stages.commands.run_stage{stage}', lambda data_dir, output_dir, config,
+                        **more: given.append(config) or dict(steps=1, resumed_at=0, metrics={}, output=''))
     words = (f'train-stage{stage}', '--data-dir', tmp_path, '--output-dir', tmp_path/'x')
-    assert call(capsys, *words, '--profile', 'full')[0] == 0 == call(capsys, *words, '--profile', 'full', '--max-steps', 7, '--no-early-stopping')[0]
+    assert call(capsys, *words, '--profile', 'full')[0] == 0 == call(capsys, *words, '--profile', 'full', '--max-steps',
+                                                                     7, '--no-early-stopping')[0]
     full = profile_values({2: '08_stage2', 3: '09_stage3'}[stage], 'full')
     assert asdict(given[0]) == {k: full[k] for k in asdict(given[0])}
     assert given[1] == replace(given[0], steps=7, early_stopping=False)
@@ -300,13 +315,17 @@ def same_but_for_the_time(*files) -> None:
     assert tensors[0] == tensors[1] and cards[0] == cards[1]
 
 def test_a_command_trains_what_the_chain_trains(tmp_path, capsys):
-    "Equal bytes of the checkpoint: the notebook run by papermill, and the command with the same profile, on the same tiles."
+    "Compare the checkpoint of the notebook run by papermill with that of the command, by bytes."
     import papermill
     run = tmp_path/'run'
     for name in ('07_stage1', '08_stage2', '09_stage3'):
-        papermill.execute_notebook(root()/'nbs'/f'{name}.ipynb', tmp_path/f'{name}.ipynb', dict(run_dir=str(run), reports_dir=str(tmp_path/'report')), cwd=root(), progress_bar=False)
+        papermill.execute_notebook(root()/'nbs'/f'{name}.ipynb', tmp_path/f'{name}.ipynb',
+                                   dict(run_dir=str(run), reports_dir=str(tmp_path/'report')), cwd=root(),
+                                   progress_bar=False)
     store = next(p.parent for p in run.rglob('table.parquet'))
-    assert call(capsys, 'train-stage2', '--profile', 'smoke', '--data-dir', store, '--output-dir', tmp_path/'two')[0] == 0
+    assert call(capsys, 'train-stage2', '--profile', 'smoke', '--data-dir', store, '--output-dir',
+                tmp_path/'two')[0] == 0
     same_but_for_the_time(tmp_path/'two'/'refiner.safetensors', run/'stage2'/'refiner.safetensors')
-    assert call(capsys, 'train-stage3', '--profile', 'smoke', '--data-dir', store, '--stage2-dir', store, '--stage2-checkpoint', run/'stage2', '--output-dir', tmp_path/'three')[0] == 0
+    assert call(capsys, 'train-stage3', '--profile', 'smoke', '--data-dir', store, '--stage2-dir', store,
+                '--stage2-checkpoint', run/'stage2', '--output-dir', tmp_path/'three')[0] == 0
     same_but_for_the_time(tmp_path/'three'/'grounding.safetensors', run/'stage3'/'grounding.safetensors')

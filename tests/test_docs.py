@@ -1,4 +1,4 @@
-"The documentation: every command it names exists, nothing is left out, and the site is built without a warning and without a broken link."
+"The documentation names commands that exist, lists every page, and is built without warnings and broken links."
 import argparse
 import importlib.util
 import re
@@ -32,12 +32,12 @@ def collect():
     return module
 
 def commands(text:str) -> list[str]:
-    "The `gac …` commands of fenced blocks, whole."
+    "Return the whole `gac …` commands of fenced blocks."
     blocks = '\n'.join(re.findall(r'(?ms)^```sh\n(.*?)^```', text)).replace('\\\n', ' ')
     return re.findall(r"(?m)(?<![\w=./-])(?:\.venv/bin/)?gac ([^#&|;'\n]+)", blocks)
 
 def leaf(words:list[str]) -> tuple[argparse.ArgumentParser, list[str]]:
-    "The parser of the command the words begin with, and what follows."
+    "Return the parser of the command that the words begin with, and the words after it."
     p = parser()
     while words and (sub := next((a for a in p._actions if isinstance(a, argparse._SubParsersAction)), None)):
         if words[0] not in sub.choices: break
@@ -75,7 +75,8 @@ def test_options_exist(page):
              if w.startswith('--')}
     assert named <= known, named - known
 
-@pytest.mark.parametrize('page', [*PAGES, ROOT/'.github'/'workflows'/'test.yml'], ids=lambda p: p.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize('page', [*PAGES, ROOT/'.github'/'workflows'/'test.yml'],
+                         ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_make_targets_exist(page):
     targets = set(re.findall(r'(?m)^([a-z-]+):', (ROOT/'Makefile').read_text(encoding='utf-8')))
     text = page.read_text(encoding='utf-8')
@@ -119,7 +120,8 @@ def test_api_pages_say_what_comments_say():
 
 def test_hidden_cells_and_directives_are_left_out():
     cell = lambda source, *tags: dict(cell_type='code', source=source, metadata=dict(tags=list(tags)))
-    kept = collect().clean(dict(metadata={}, cells=[cell('#| default_exp x'), cell('#| export\nx = 1'), cell('y', 'hide'),
+    kept = collect().clean(dict(metadata={}, cells=[cell('#| default_exp x'), cell('#| export\nx = 1'),
+                                                    cell('y', 'hide'),
                                                     cell('z', 'hide_input')]))['cells']
     assert [c['source'] for c in kept] == ['x = 1', 'z'] and 'remove-input' in kept[1]['metadata']['tags']
 
@@ -136,10 +138,11 @@ class Links(HTMLParser):
 
 @pytest.mark.slow
 def test_site_is_whole(tmp_path):
-    "Built as `make docs` builds it: no warning, and every link inside the site ends at a file and an anchor that are there."
+    "Build as `make docs` does: without a warning, and every internal link ends at a file and an anchor."
     source, html = tmp_path/'source', tmp_path/'html'
     collect().collect(source)
-    subprocess.run([sys.executable, '-m', 'sphinx', '-W', '--keep-going', '-q', '-E', '-b', 'html', '-c', ROOT/'docs', source, html], check=True)
+    subprocess.run([sys.executable, '-m', 'sphinx', '-W', '--keep-going', '-q', '-E', '-b', 'html', '-c', ROOT/'docs',
+                    source, html], check=True)
     pages = {p: Links(p.read_text(encoding='utf-8')) for p in html.rglob('*.html')}
     broken = []
     for page, found in pages.items():
@@ -152,4 +155,5 @@ def test_site_is_whole(tmp_path):
     assert not broken, broken
     assert {p.relative_to(html).as_posix() for p in pages} >= {'index.html', 'claims.html',
                                                                *(f'api/{n}.html' for n in all_modules())}
-    assert not [link for found in pages.values() for link in found.links if re.match(r'https?://[^/]*cdn', link)], 'the pages need no other server'
+    assert not [link for found in pages.values() for link in found.links
+                if re.match(r'https?://[^/]*cdn', link)], 'the pages need no other server'

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -63,20 +63,25 @@ def store(tmp_path_factory):
     s.close()
     first = dict(model='terramind_mini_generate', weights={'TerraMind.safetensors': '0123456789abcdef'}, timesteps=1,
                  tokens='expected', clamp='off', n_samples=1, seed=5)
-    for name, n, attrs in (('opt_v1', 3, first), ('opt_v2', 2, dict(refiner=dict(backbone='prithvi_mini'), weights={'Prithvi.safetensors': 'feed'}, trained='beef', source=first))):
+    for name, n, attrs in (('opt_v1', 3, first), ('opt_v2', 2,
+                                                  dict(refiner=dict(backbone='prithvi_mini'),
+                                                       weights={'Prithvi.safetensors': 'feed'}, trained='beef',
+                                                       source=first))):
         s.ensure_array(name, (4, 48, 48), 'int16', dict(bands=list(OPT_BANDS), **attrs))
         s.write(name, np.arange(n), np.stack([layouts.optical(10 + i, 48, 4).astype('int16') for i in range(n)]))
         s.close()
     return s
 
-def scene(path:Path, h=130, w=170, change=lambda x: x, names=('VV', 'VH'), crs='EPSG:32633', pixel=10., dated='2021-07-14T05:12:00', **more) -> Path:
-    "A Sentinel-1 GeoTIFF in small blocks."
+def scene(path:Path, h=130, w=170, change=lambda x: x, names=('VV', 'VH'), crs='EPSG:32633', pixel=10.,
+          dated='2021-07-14T05:12:00', **more) -> Path:
+    "Write a Sentinel-1 GeoTIFF in small blocks."
     r = np.random.default_rng(3)
     x = change(np.stack([r.normal(-11, 2, (h, w)), r.normal(-17.5, 2, (h, w))]).astype('float32'))
-    return layouts.write_tif(path, x, crs, pixel, names=[n or '' for n in names], tags=dict(datetime=dated) if dated else {},
+    return layouts.write_tif(path, x, crs, pixel, names=[n or '' for n in names], tags=dict(datetime=dated) if dated
+                             else {},
                              tiled=True, blockxsize=64, blockysize=64, **more)
 
-# ---- gac export -------------------------------------------------------------------------------------------------------
+# ---- gac export -----------------------------------------------------------------------------------
 
 def test_every_product_comes_back_from_its_file(store, tmp_path):
     report = export_tiles(store, tmp_path)
@@ -92,40 +97,49 @@ def test_every_product_comes_back_from_its_file(store, tmp_path):
             np.testing.assert_array_equal(f.read(), values)
             assert f.crs.to_string() == 'EPSG:32629' and tuple(f.transform)[:6] == (10, 0, 6e5 + 480, 0, -10, 5.8e6)
             if product == 's1':
-                assert f.descriptions == ('VV', 'VH') and set(f.units) == {'dB'} and np.isnan(f.nodata) and f.dtypes == ('float32',)*2
+                assert f.descriptions == ('VV',
+                                          'VH') and set(f.units) == {'dB'} and np.isnan(f.nodata) and f.dtypes == ('float32',)*2
             else: assert f.scales == (1e-4,)*4 and set(f.units) == {'reflectance'} and f.nodata == NODATA
             if product == 'opt_v2':
-                assert [(d, c.name) for d, c in zip(f.descriptions, f.colorinterp)] == [('B02', 'blue'), ('B03', 'green'), ('B04', 'red'), ('B08', 'nir')]
+                assert [(d, c.name) for d, c in zip(f.descriptions, f.colorinterp)] == [('B02', 'blue'),
+                    ('B03', 'green'), ('B04', 'red'), ('B08', 'nir')]
                 tags, stats = f.tags(), f.tags(3)
-                assert (tags['GAC_ID'], tags['GAC_SPLIT'], tags['GAC_SEED'], tags['GAC_TRAINED']) == ('t.1', 'test', '5', 'beef')
+                assert (tags['GAC_ID'], tags['GAC_SPLIT'], tags['GAC_SEED'], tags['GAC_TRAINED']) == ('t.1', 'test',
+                    '5', 'beef')
                 assert (tags['GAC_MODEL'] == 'terramind_mini_generate > prithvi_mini'
                         and tags['GAC_DECODING'] == 'expected code, 1 step, no clamp')
                 assert json.loads(tags['GAC_WEIGHTS']) == {'TerraMind.safetensors': '0123456789abcdef',
                                                            'Prithvi.safetensors': 'feed'}
-                assert [s['weights'] for s in json.loads(tags['GAC_PROVENANCE'])] == [{'TerraMind.safetensors': '0123456789abcdef'}, {'Prithvi.safetensors': 'feed'}]
-                assert tags['TIFFTAG_DATETIME'] == '2017:06:17 11:33:21' and float(stats['STATISTICS_MAXIMUM']) == values[2].max()
+                assert [s['weights']
+                        for s in json.loads(tags['GAC_PROVENANCE'])] == [{'TerraMind.safetensors': '0123456789abcdef'},
+                            {'Prithvi.safetensors': 'feed'}]
+                assert tags['TIFFTAG_DATETIME'] == '2017:06:17 11:33:21'
+                assert float(stats['STATISTICS_MAXIMUM']) == values[2].max()
 
 def shown(path:Path) -> tuple: # kind, bands, (low, high) of each
-    "What the style beside a file tells QGIS."
+    "Read the style beside a file."
     from xml.etree import ElementTree
     r = ElementTree.parse(path.with_suffix('.qml')).find('pipe/rasterrenderer')
     stretches = [(float(e.find('minValue').text), float(e.find('maxValue').text))
                  for e in r if e.tag.lower().endswith('contrastenhancement')]
-    assert all(e.find('algorithm').text == 'StretchToMinimumMaximum' for e in r if e.tag.lower().endswith('contrastenhancement'))
+    assert all(e.find('algorithm').text == 'StretchToMinimumMaximum' for e in r
+               if e.tag.lower().endswith('contrastenhancement'))
     return r.get('type'), {k.removesuffix('Band'): int(v) for k, v in r.attrib.items() if k.endswith('Band')
                            and k != 'alphaBand'}, stretches
 
 def test_every_file_has_a_style_of_true_colours(store, tmp_path):
-    "QGIS takes bands 1, 2, 3 for red, green, blue, whatever their colour interpretation, unless a style of the same name says otherwise."
+    "QGIS shows bands 1, 2, 3 as red, green, blue, unless a style file of the same name says otherwise."
     export_tiles(store, tmp_path, ids=['t.1'])
-    assert {p.with_suffix('.qml').name for p in tmp_path.rglob('*.tif')} == {p.name for p in tmp_path.rglob('*.qml')} == {'t.1.qml'}
+    assert {p.with_suffix('.qml').name for p in tmp_path.rglob('*.tif')} == {p.name
+        for p in tmp_path.rglob('*.qml')} == {'t.1.qml'}
     for product in ('truth', 'opt_v1', 'opt_v2', 'error'):
         kind, bands, stretches = shown(tmp_path/product/'t.1.tif')
         with rasterio.open(tmp_path/product/'t.1.tif') as f:
             assert (kind, {k: f.descriptions[i - 1].split()[0]
                            for k, i in bands.items()}) == ('multibandcolor', dict(red='B04', green='B03', blue='B02'))
             x = f.read([3, 2, 1])*1e-4
-        low, high = np.percentile(x, (2, 98)) if product == 'error' else (0, white_of(x[None]))  # as the picture beside it
+        # as the picture beside it
+        low, high = np.percentile(x, (2, 98)) if product == 'error' else (0, white_of(x[None]))
         if product == 'error': low, high = -max(-low, high), max(-low, high)  # no error is mid-grey
         np.testing.assert_allclose(stretches, [(low, high)]*3, rtol=1e-3)
     kind, bands, stretches = shown(tmp_path/'s1'/'t.1.tif')
@@ -135,7 +149,8 @@ def test_every_file_has_a_style_of_true_colours(store, tmp_path):
 def test_a_style_survives_files_without_data_and_goes_with_a_file_that_cannot_be_written(tmp_path, monkeypatch):
     layer = dataclasses.replace(OPTICAL, bands=(*OPT_BANDS, SPREAD))
     x = np.full((5, 48, 48), NODATA, 'int16')
-    assert shown(write_cog(tmp_path/'empty.tif', x, layer)) == ('multibandcolor', dict(red=3, green=2, blue=1), [(0, 1)]*3)
+    assert shown(write_cog(tmp_path/'empty.tif', x, layer)) == ('multibandcolor', dict(red=3, green=2, blue=1),
+                                                                [(0, 1)]*3)
     x[:, 9:] = 700
     low, high = shown(write_cog(tmp_path/'flat.tif', x, layer))[2][0]
     assert (low, high) == (0, .1)  # a dull scene stays dull
@@ -159,8 +174,10 @@ def test_export_goes_on_where_it_was(store, tmp_path, monkeypatch):
     damaged = tmp_path/'a'/'s1'/'t.0.tif'
     damaged.write_bytes(damaged.read_bytes()[:-3000])
     for end in ('tif', 'qml'):
-        (tmp_path/'a'/'s1'/f'.t.1.tif.{socket.gethostname()}-{2**22 + 1}.{end}').write_bytes(b'of a process that was killed')
-    assert export_tiles(store, tmp_path/'a', ('s1', 'opt_v1'))['written'] == 4  # three that were left, one that was damaged
+        (tmp_path/'a'/'s1'/f'.t.1.tif.{socket.gethostname()}-{2**22 + 1}.{end}').write_bytes(b'of a process that was '
+                                                                                             b'killed')
+    # three that were left, one that was damaged
+    assert export_tiles(store, tmp_path/'a', ('s1', 'opt_v1'))['written'] == 4
     export_tiles(store, tmp_path/'b', ('s1', 'opt_v1'))
     tree = lambda d: {p.relative_to(d).as_posix(): p.read_bytes() for p in d.rglob('*') if p.is_file()}
     assert tree(tmp_path/'a') == tree(tmp_path/'b')  # and nothing half-written lies about
@@ -176,23 +193,28 @@ def test_another_model_does_not_overwrite(store, tmp_path):
         swap(m, 'gac.products.tiles', 'ProductReader', lambda store, stages: reader(other if stages else store))
         with pytest.raises(GacError, match='opt_v1.t.0.tif was computed by another model.*--overwrite'):
             export_tiles(store, tmp_path/'out', ('opt_v1',), [other])
-    with rasterio.open(tmp_path/'out'/'opt_v1'/'t.0.tif') as f: assert f.tags()['GAC_MODEL'] == 'terramind_mini_generate'
+    with rasterio.open(tmp_path/'out'/'opt_v1'/'t.0.tif') as f:
+        assert f.tags()['GAC_MODEL'] == 'terramind_mini_generate'
 
 def test_the_command_exports_stages_from_their_folder(store, tmp_path, capsys):
     other = derived_store(store, tmp_path/'other')
-    other.ensure_array('opt_v3', (4, 48, 48), 'int16', dict(bands=list(OPT_BANDS), model=dict(name='terramind_mini_generate'),
-                                                            weights={}, trained='cafe', source=dict(store.arrays['opt_v2'].attrs)))
+    other.ensure_array('opt_v3', (4, 48, 48), 'int16', dict(bands=list(OPT_BANDS),
+                                                            model=dict(name='terramind_mini_generate'),
+                                                            weights={}, trained='cafe',
+                                                            source=dict(store.arrays['opt_v2'].attrs)))
     other.write('opt_v3', [0, 1], np.zeros((2, 4, 48, 48), 'int16'))
     other.close()
     assert main(['export', '--data-dir', str(store.path), '--stage3-dir', str(tmp_path/'other'), '--output-dir',
                      str(tmp_path/'out'), '--products', 'opt_v3,error', '--ids', 't.1']) == 0
-    assert 'written 2' in capsys.readouterr().out and sorted(p.name for p in (tmp_path/'out').rglob('*.tif')) == ['t.1.tif']*2
+    assert 'written 2' in capsys.readouterr().out and sorted(p.name
+                                                             for p in (tmp_path/'out').rglob('*.tif')) == ['t.1.tif']*2
     with rasterio.open(tmp_path/'out'/'error'/'t.1.tif') as f:
         assert f.tags()['GAC_PRODUCT'] == 'opt_v3 less the truth' and f.tags()['GAC_TRAINED'] == 'beef > cafe'
         np.testing.assert_array_equal(f.read(), -store.read('s2', [1], OPT_BANDS)[0].astype(int))
 
 @pytest.mark.parametrize('options, said', [(dict(products=('opt_v3',)), 'has no opt_v3 .*--stage3-dir'),
-                                           (dict(products=('rgb',)), "product 'rgb'"), (dict(ids=['t.9']), 'no tile t.9'),
+                                           (dict(products=('rgb',)), "product 'rgb'"),
+                                           (dict(ids=['t.9']), 'no tile t.9'),
                                            (dict(split='val'), 'no tile in split val')])
 def test_what_cannot_be_exported(store, tmp_path, options, said):
     with pytest.raises(GacError, match=said): export_tiles(store, tmp_path/'out', **options)
@@ -216,7 +238,7 @@ def test_output_that_cannot_be_written(store, tmp_path):
         (tmp_path/'locked').mkdir(mode=0o500)
         with pytest.raises(GacError, match='locked.*cannot be written to'): export_tiles(store, tmp_path/'locked')
 
-# ---- gac infer: scenes --------------------------------------------------------------------------------------------------------
+# ---- gac infer: scenes ----------------------------------------------------------------------------
 
 def test_a_scene_keeps_its_place_and_its_holes(tmp_path):
     def holes(x):
@@ -289,10 +311,13 @@ def test_what_a_scene_does_not_tell_is_said(tmp_path, capsys):
     infer_scene(tmp_path/'none.tif', tmp_path/'said.o.tif', chains.Grey(), SMALL, InferConfig(month=7))
     assert '--month' not in capsys.readouterr().out
 
-@pytest.mark.parametrize('option, said', [('stage2', 'refiner.safetensors is missing: expected the output of gac train-stage2'),
-                                          ('stage3', 'grounding.safetensors is missing: expected the output of gac train-stage3')])
+@pytest.mark.parametrize('option, said', [('stage2', 'refiner.safetensors is missing: expected the output of gac '
+                                                     'train-stage2'),
+                                          ('stage3', 'grounding.safetensors is missing: '
+                                                     'expected the output of gac train-stage3')])
 def test_a_folder_without_a_checkpoint_says_what_makes_one(tmp_path, capsys, option, said):
-    assert main(['infer', str(scene(tmp_path/'s1.tif')), str(tmp_path/'o.tif'), f'--{option}-checkpoint', str(tmp_path)]) == 2
+    assert main(['infer', str(scene(tmp_path/'s1.tif')), str(tmp_path/'o.tif'), f'--{option}-checkpoint',
+                 str(tmp_path)]) == 2
     assert said in capsys.readouterr().err
 
 def test_stage1_draws_as_stage2_was_trained(tmp_path, capsys):
@@ -307,13 +332,15 @@ def test_stage1_draws_as_stage2_was_trained(tmp_path, capsys):
     assert decoding_for(tmp_path) == decoding_for(tmp_path/'refiner.safetensors') == drawn
     assert decoding_for(tmp_path, 4, 'sample') == drawn and capsys.readouterr().out == ''
     for asked in (dict(timesteps=1), dict(tokens='argmax'), dict(clamp='pretraining')):
-        with pytest.raises(GacError, match='trained on images of other sampling settings .*leave --' + next(iter(asked))): decoding_for(tmp_path, **asked)
+        with pytest.raises(GacError, match='trained on images of other sampling settings .*leave --'
+                           + next(iter(asked))): decoding_for(tmp_path, **asked)
     for bad in ('{', '[]', '{"timesteps": 1}', json.dumps(asdict(drawn) | dict(timesteps='4'))):
         file.write_text(bad)
         with pytest.raises(GacError, match='stage1.json does not say how Stage 1 drew'): decoding_for(tmp_path)
     file.write_text(json.dumps(asdict(drawn) | dict(tokens='best')))
     with pytest.raises(GacError, match="stage1.json: tokens is 'best'"): decoding_for(tmp_path)
-    assert keep_decoding(tmp_path, dict(model='another program')) is None and decoding_for(tmp_path) == Decoding(1, 'expected')
+    assert keep_decoding(tmp_path, dict(model='another program')) is None and decoding_for(tmp_path) == Decoding(1,
+        'expected')
 
 def test_stage1_draws_with_the_generator_of_the_checkpoints(tmp_path, chain):
     "The generator, weights and precision that are written beside a checkpoint; another one is refused."
@@ -322,23 +349,27 @@ def test_stage1_draws_with_the_generator_of_the_checkpoints(tmp_path, chain):
     name, drawn = generator_for(tmp_path)
     assert (name, drawn) == ('terramind_mini_generate', {k: made[k] for k in ('model', 'weights', 'precision')})
     assert generator_for('', '', '') == ('terramind_mini_generate', {}) and generator_for('', '', 'x') == ('x', {})
-    with pytest.raises(GacError, match='--name terramind_v1_large_generate: .* trained on images of terramind_mini_generate. Leave --name out'):
+    with pytest.raises(GacError, match='--name terramind_v1_large_generate: .* trained on images of '
+                                       'terramind_mini_generate. Leave --name out'):
         generator_for(tmp_path, '', 'terramind_v1_large_generate')
     keep_decoding(tmp_path, made | dict(model='terramind_v1_large_generate'))
     assert generator_for(tmp_path)[0] == 'terramind_v1_large_generate'  # never the miniature in its place
     keep_decoding(tmp_path, made | dict(decoder='direct'))
     with pytest.raises(GacError, match='--direct'): generator_for(tmp_path)
     SceneChain(drawn=drawn)
-    with pytest.raises(GacError, match='trained on images drawn with x.pt .0123.*--weights'): SceneChain(drawn=drawn | dict(weights={'x.pt': '0123'}))
+    with pytest.raises(GacError, match='trained on images drawn with x.pt .0123.*--weights'):
+        SceneChain(drawn=drawn | dict(weights={'x.pt': '0123'}))
     assert SceneChain(drawn=drawn | dict(precision='bf16-true, compiled')).generator.precision == 'bf16-true'
 
 WRONG = {'one band': (dict(change=lambda x: x[:1], names=()), 'gdal_merge.py -separate'),
          'three bands': (dict(change=lambda x: np.concatenate([x, x[:1]]), names=()), '3 bands without names'),
-    'three with other names': (dict(change=lambda x: np.concatenate([x, x[:1]]), names=('red', 'green', 'blue')), '3 bands with the names red, green, blue'),
+    'three with other names': (dict(change=lambda x: np.concatenate([x, x[:1]]), names=('red', 'green', 'blue')),
+                               '3 bands with the names red, green, blue'),
     'HH and HV': (dict(names=('HH', 'HV')), 'bands HH, HV: expected VV and VH once each'),
     'swapped': (dict(change=lambda x: x[::-1], names=()), '--s1-bands VH,VV'),
     'degrees': (dict(crs='EPSG:4326', pixel=1e-4), 'counts in degrees.*gdalwarp'),
-    '20 m': (dict(pixel=20.), '20 × 20 m.*gdalwarp'), 'counts': (dict(change=lambda x: (x + 500).astype('u2')), '--s1-units'),
+    '20 m': (dict(pixel=20.), '20 × 20 m.*gdalwarp'), 'counts': (dict(change=lambda x: (x + 500).astype('u2')),
+                                                                 '--s1-units'),
     'nothing': (dict(change=lambda x: x*0), 'no pixel with data'),
     'unmarked': (dict(change=lambda x: np.where(np.arange(170) < 9, -9999, x).astype('f4')), 'gdal_edit.py -a_nodata'),
     'complex': (dict(change=lambda x: x.astype('complex64')), 'complex')}
@@ -359,7 +390,8 @@ def test_a_truncated_scene_says_so_and_keeps_what_is_drawn(tmp_path):
     assert not (tmp_path/'o.tif').exists()
 
 def test_a_virtual_raster_cannot_read_other_files(tmp_path):
-    (tmp_path/'s1.tif').write_text(f'<VRTDataset rasterXSize="9" rasterYSize="9"><VRTRasterBand><SimpleSource><SourceFilename>{scene(tmp_path/"a.tif")}</SourceFilename></SimpleSource></VRTRasterBand></VRTDataset>')
+    (tmp_path/'s1.tif').write_text('<VRTDataset rasterXSize="9" '
+                                   f'rasterYSize="9"><VRTRasterBand><SimpleSource><SourceFilename>{scene(tmp_path/"a.tif")}</SourceFilename></SimpleSource></VRTRasterBand></VRTDataset>')
     with pytest.raises(GacError, match='Is it a GeoTIFF'): open_scene(tmp_path/'s1.tif')
 
 def test_blocks_of_another_scene_or_model_are_refused(tmp_path):
@@ -368,15 +400,18 @@ def test_blocks_of_another_scene_or_model_are_refused(tmp_path):
     assert list((tmp_path/'o.tif.parts').glob('*.block'))
     with pytest.raises(GacError, match='other settings .tiling was .*--overwrite'):
         infer_scene(source, tmp_path/'o.tif', chains.Grey(), Tiling(48, 8, 96))
-    with pytest.raises(GacError, match='other settings .steps was '): infer_scene(source, tmp_path/'o.tif', chains.Mirror(), SMALL)
+    with pytest.raises(GacError, match='other settings .steps was '):
+        infer_scene(source, tmp_path/'o.tif', chains.Mirror(), SMALL)
     with _alone(tmp_path/'o.tif.parts'):
-        with pytest.raises(GacError, match='another process'): infer_scene(source, tmp_path/'o.tif', chains.Grey(), SMALL)
+        with pytest.raises(GacError, match='another process'):
+            infer_scene(source, tmp_path/'o.tif', chains.Grey(), SMALL)
     infer_scene(source, tmp_path/'o.tif', chains.Mirror(), SMALL, InferConfig(overwrite=True))
     assert not (tmp_path/'o.tif.parts').exists()
     with pytest.raises(GacError, match='o.tif exists and was computed with other settings'):
         infer_scene(source, tmp_path/'o.tif', chains.Grey(), SMALL)
     scene(tmp_path/'s1.tif', change=lambda x: x + 1)  # the scene itself has changed
-    with pytest.raises(GacError, match='computed with other settings'): infer_scene(source, tmp_path/'o.tif', chains.Mirror(), SMALL)
+    with pytest.raises(GacError, match='computed with other settings'):
+        infer_scene(source, tmp_path/'o.tif', chains.Mirror(), SMALL)
 
 def test_a_block_that_was_cut_short_is_drawn_again(tmp_path):
     source = scene(tmp_path/'s1.tif')
@@ -414,11 +449,12 @@ def test_seams_are_measured_and_blending_takes_them_away(tmp_path):
     texture = r.normal(0, .01, (4, 240, 240))
     measured = {o: seam_excess(texture + 1e-4*draw_block(opened, (0, 0, 240, 240), chains.Grey(), Tiling(48, o)),
                                       Tiling(48, o)) for o in (0, 24)}
-    assert measured[0]['excess'] > 1 > 10*abs(measured[0]['hi']) and abs(measured[24]['excess']) < .05*measured[0]['excess']
+    assert measured[0]['excess'] > 1 > 10*abs(measured[0]['hi'])
+    assert abs(measured[24]['excess']) < .05*measured[0]['excess']
     none = seam_excess(texture, Tiling(48, 24))
     assert none['lo'] - .02 < none['excess'] < none['hi'] + .02
 
-# ---- gac infer: the trained chain ------------------------------------------------------------------------------------------------
+# ---- gac infer: the trained chain -----------------------------------------------------------------
 
 def test_a_tile_of_a_scene_does_not_depend_on_its_neighbours(chain, tmp_path):
     opened = open_scene(scene(tmp_path/'s1.tif', 150, 150))
@@ -436,16 +472,19 @@ def test_the_command_on_a_scene_and_on_tiles(store, tmp_path, capsys):
     assert main(['infer', str(source), str(tmp_path/'o.tif'), *args]) == 0
     with rasterio.open(tmp_path/'o.tif') as f:
         x, tags = f.read(), f.tags()
-        assert f.count == 5 and (x[4] > 0).all() and tags['GAC_MODEL'] == 'terramind_mini_generate' and json.loads(tags['GAC_WEIGHTS'])
+        assert f.count == 5 and (x[4] > 0).all() and tags['GAC_MODEL'] == 'terramind_mini_generate'
+        assert json.loads(tags['GAC_WEIGHTS'])
     assert (tmp_path/'o.png').exists()
     capsys.readouterr()
     for said in ('drawn 2', 'drawn 0'):
         assert main(['infer', str(store.path), str(tmp_path/'tiles'), '--split', 'test', '--visualise']) == 0
         assert said in capsys.readouterr().out
-    assert sorted(p.name for p in (tmp_path/'tiles').rglob('*.*')) == ['panels.png', 't.1.qml', 't.1.tif', 't.2.qml', 't.2.tif']
+    assert sorted(p.name for p in (tmp_path/'tiles').rglob('*.*')) == ['panels.png', 't.1.qml', 't.1.tif', 't.2.qml',
+                                                                       't.2.tif']
     with rasterio.open(tmp_path/'tiles'/'opt_v1'/'t.2.tif') as f:
         assert f.tags()['GAC_ID'] == 't.2' and tuple(f.transform)[:6] == (10, 0, 6e5 + 960, 0, -10, 5.8e6)
-    assert main(['infer', str(tmp_path/'nowhere.tif'), str(tmp_path/'p.tif')]) == 2 or 'nothing here' in capsys.readouterr().err
+    assert main(['infer', str(tmp_path/'nowhere.tif'),
+                 str(tmp_path/'p.tif')]) == 2 or 'nothing here' in capsys.readouterr().err
 
 PEAK = """
 import sys; sys.path.insert(0, sys.argv[1])
@@ -465,13 +504,15 @@ def test_memory_does_not_grow_with_the_scene(tmp_path):
     peak = {}
     for side in (1024, 4096):
         path, r = tmp_path/f'{side}.tif', np.random.default_rng(0)
-        with rasterio.open(path, 'w', driver='GTiff', height=side, width=side, count=2, dtype='float32', crs='EPSG:32633',
+        with rasterio.open(path, 'w', driver='GTiff', height=side, width=side, count=2, dtype='float32',
+                           crs='EPSG:32633',
                            tiled=True,
                            transform=rasterio.Affine(10, 0, 4e5, 0, -10, 5.3e6)) as f:
             for i in range(0, side, 256):
                 f.write(np.stack([r.normal(m, 2, (256, side)) for m in (-11, -17.5)]).astype('float32'),
                         window=rasterio.windows.Window(0, i, side, 256))
-        done = subprocess.run([sys.executable, '-c', PEAK, str(Path(__file__).parent), str(path), str(tmp_path/f'{side}.o.tif')],
+        done = subprocess.run([sys.executable, '-c', PEAK, str(Path(__file__).parent), str(path),
+                               str(tmp_path/f'{side}.o.tif')],
                               capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         peak[side] = [float(v) for v in done.stdout.splitlines()[-1].split()]
@@ -479,9 +520,10 @@ def test_memory_does_not_grow_with_the_scene(tmp_path):
     # MB: GDAL's cache of 64, and noise; the scene itself has 134, the output another 134
     assert peak[4096][1] - peak[1024][1] < 100
 
-# ---- stages of one chain ----------------------------------------------------------------------------------------------
+# ---- stages of one chain --------------------------------------------------------------------------
 
-DRAWN = dict(asdict(Decoding(1, 'expected')), model='terramind_mini_generate', weights={'a.pt': '01'}, precision='32-true')
+DRAWN = dict(asdict(Decoding(1, 'expected')), model='terramind_mini_generate', weights={'a.pt': '01'},
+             precision='32-true')
 
 @pytest.mark.parametrize('differs, said', [(dict(timesteps=10), '10 steps'), (dict(tokens='sample'), 'sampled'),
                                            (dict(model='terramind_v1_large_generate'), 'terramind_v1_large_generate'),
@@ -503,15 +545,19 @@ def test_a_stage_is_not_given_images_of_another_generator(store, tmp_path, capsy
     made = store.arrays['opt_v1'].attrs
     said = {k: made[k] for k in ('model', 'weights', 'timesteps', 'tokens', 'clamp', 'n_samples')}
     folder = tmp_path/'checkpoint'
-    run = lambda: (main([f'precompute-stage{stage}', '--data-dir', str(store.path), f'--stage{stage}-checkpoint', str(folder)]), capsys.readouterr().err)
+    run = lambda: (main([f'precompute-stage{stage}', '--data-dir', str(store.path), f'--stage{stage}-checkpoint',
+                         str(folder)]), capsys.readouterr().err)
     keep_decoding(folder, said | dict(timesteps=10, model='terramind_v1_large_generate'))
     code, err = run()
-    assert code == 2 and 'model terramind_v1_large_generate, here terramind_mini_generate; timesteps 10, here 1' in err and 'gac precompute' in err
+    assert code == 2
+    assert 'model terramind_v1_large_generate, here terramind_mini_generate; timesteps 10, here 1' in err
+    assert 'gac precompute' in err
     keep_decoding(folder, said)
     assert 'is missing' in run()[1], 'there is no model here, and that is all that is wrong'
 
 def test_both_trainings_of_the_chain_write_down_how_their_images_were_drawn():
-    for name, call in (('08_stage2', "keep_decoding(run.dir/'stage2'"), ('09_stage3', "keep_decoding(run.dir/'stage3'")):
+    for name, call in (('08_stage2', "keep_decoding(run.dir/'stage2'"),
+                       ('09_stage3', "keep_decoding(run.dir/'stage3'")):
         assert call in (Path(__file__).parents[1]/'nbs'/f'{name}.ipynb').read_text(encoding='utf-8')
 
 def test_stage3_reads_the_product_of_the_tiles_and_the_weights_that_are_named(tmp_path, monkeypatch, capsys):
@@ -523,35 +569,43 @@ def test_stage3_reads_the_product_of_the_tiles_and_the_weights_that_are_named(tm
     with place: place.write('opt_v2', [0], layouts.optical(5, 32, 4).astype('int16')[None])
     model = build_stage3_model()
     save_stage3(model, tmp_path/'three', {})
-    assert main(['precompute-stage3', '--data-dir', str(tmp_path/'s'), '--stage3-checkpoint', str(tmp_path/'three')]) == 0
+    assert main(['precompute-stage3', '--data-dir', str(tmp_path/'s'), '--stage3-checkpoint',
+                 str(tmp_path/'three')]) == 0
     place.refresh()
     assert place.arrays['opt_v3'].attrs['model']['radar'] == 'S1RTC'
     asked, build = [], build_stage3_model
-    swap(monkeypatch, 'gac.stages.grounding', 'build_stage3_model', lambda *a, weights='', **k: asked.append(weights) or build(*a, **k))
+    swap(monkeypatch, 'gac.stages.grounding', 'build_stage3_model', lambda *a, weights='', **k: asked.append(weights)
+         or build(*a, **k))
     grounder(tmp_path/'three', 'S1RTC', weights='somewhere')
     assert asked == ['somewhere']*2
 
 def test_stage3_without_stage2_says_what_it_was_trained_on(tmp_path, chain):
     save_stage3(build_stage3_model(), tmp_path/'three', {})
     alone = SceneChain('', tmp_path/'three')
-    assert any('trained on images of Stage 2 and is given those of Stage 1' in line for line in introduce(alone, '', tmp_path/'three'))
+    assert any('trained on images of Stage 2 and is given those of Stage 1' in line
+               for line in introduce(alone, '', tmp_path/'three'))
 
 def test_a_training_is_refused_its_folder_before_a_model_is_built(store, tmp_path, monkeypatch, capsys):
     (tmp_path/'file').touch()
-    for room, name in (('gac.stages.stage2', 'load_stage2'), ('gac.stages.refiner', 'build_prithvi_refiner'), ('gac.stages.grounding', 'build_stage3_model')):
+    for room, name in (('gac.stages.stage2', 'load_stage2'), ('gac.stages.refiner', 'build_prithvi_refiner'),
+                       ('gac.stages.grounding', 'build_stage3_model')):
         swap(monkeypatch, room, name, lambda *a, **k: pytest.fail('a model was built'))
     for stage, more in ((2, []), (3, ['--stage2-checkpoint', str(tmp_path)])):
-        assert main([f'train-stage{stage}', '--data-dir', str(store.path), '--output-dir', str(tmp_path/'file'/'out'), *more]) == 2
+        assert main([f'train-stage{stage}', '--data-dir', str(store.path), '--output-dir', str(tmp_path/'file'/'out'),
+                     *more]) == 2
         assert f'{tmp_path/"file"}: cannot be written to' in capsys.readouterr().err
 
 def test_tiles_are_written_as_they_were_drawn_and_that_is_said(store, tmp_path, capsys):
     "The files of tiles hold what the tables measure; a scene has Stage 3's pattern of 2 px taken off."
     class Third(chains.Grey):
         output = 'opt_v3'
-        def __call__(self, batch, sampled=False): return dict(opt_v3=.2 + .004*(np.indices((len(batch['s1']), 4, *batch['s1'].shape[2:])).sum(0) % 2).astype('float32'))
+        def __call__(self, batch, sampled=False): return dict(opt_v3=.2
+                                                              + .004*(np.indices((len(batch['s1']), 4,
+                                                                  *batch['s1'].shape[2:])).sum(0) % 2).astype('float32'))
     infer_tiles(store.path, tmp_path/'tiles', lambda product: Third(), InferConfig(max_tiles=1))
     assert AS_DRAWN in capsys.readouterr().out
-    with rasterio.open(next((tmp_path/'tiles'/'opt_v3').glob('*.tif'))) as f: assert set(np.unique(f.read())) == {2000, 2040}
+    with rasterio.open(next((tmp_path/'tiles'/'opt_v3').glob('*.tif'))) as f:
+        assert set(np.unique(f.read())) == {2000, 2040}
     infer_scene(scene(tmp_path/'s1.tif', 60, 60), tmp_path/'o.tif', Third(), Tiling(48, 16, 96, notch=True))
     with rasterio.open(tmp_path/'o.tif') as f: assert np.ptp(f.read()) <= 1
     assert AS_DRAWN not in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"The options of every command and their defaults, as tests/options.json lists them. `python tests/test_options.py` writes the file again."
+"Compare options and defaults with tests/options.json; `python tests/test_options.py` writes the file again."
 import argparse
 import json
 import re
@@ -18,7 +18,8 @@ def described(p:argparse.ArgumentParser, a:argparse.Action) -> str:
     "Return what --help says of an option: required or not, default, choices."
     shown = re.search(r'\(default: (.*)\)$', p._get_formatter()._expand_help(a))
     default = shown[1] if shown else '' if a.default in (None, False, [], ()) else str(a.default)
-    words = ['required'*bool(a.required and a.option_strings), default, '{' + ', '.join(map(str, a.choices)) + '}' if a.choices else '']
+    words = ['required'*bool(a.required and a.option_strings), default, '{' + ', '.join(map(str, a.choices)) + '}'
+             if a.choices else '']
     return ' '.join(filter(None, words))
 
 def current() -> dict: # command -> names of an option -> description
