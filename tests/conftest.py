@@ -1,7 +1,8 @@
 "Fixtures and marks that every test file shares."
 import os
 
-os.environ['OMP_NUM_THREADS'] = '1'  # before torch: several tests fork, and a pool of OpenMP threads does not survive that
+# before torch: several tests fork, and a pool of OpenMP threads does not survive that
+os.environ['OMP_NUM_THREADS'] = '1'
 
 import json
 from pathlib import Path
@@ -40,9 +41,10 @@ def make_notebook():
     "Writes a small stage notebook: parameters, start of the run, then the given cells."
     def make(path:Path, parameters:str, *cells:str, tag:str='parameters') -> Path:
         def code(source, tags=()):
-            return dict(cell_type='code', id=f'c{abs(hash(source)) % 10**8}', source=source, outputs=[], execution_count=None,
-                        metadata=dict(tags=list(tags)) if tags else {})
-        begin = f"from gac.core.run import Run\nrun = Run.open('{path.stem}', profile, seed, run_dir, reports_dir, data)"
+            return dict(cell_type='code', id=f'c{abs(hash(source)) % 10**8}', source=source, outputs=[],
+                        execution_count=None, metadata=dict(tags=list(tags)) if tags else {})
+        begin = (f"from gac.core.run import Run\nrun = Run.open('{path.stem}', profile, seed, run_dir, reports_dir, "
+                 f"data)")
         cells = [code(HEAD + parameters, [tag]), code(begin), *map(code, cells)]
         spec = dict(name='python3', display_name='python3', language='python')
         path.parent.mkdir(parents=True, exist_ok=True)

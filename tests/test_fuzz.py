@@ -48,8 +48,8 @@ def no_waiting_for_the_disk(monkeypatch): monkeypatch.setattr(os, 'fsync', lambd
 
 def anything(cases:int, strategy, check) -> None:
     "Call check with so many examples of a strategy, the same ones every time."
-    @settings(max_examples=cases, deadline=None, database=None, derandomize=cases < 100, suppress_health_check=list(HealthCheck),
-              phases=(Phase.generate, Phase.shrink))
+    @settings(max_examples=cases, deadline=None, database=None, derandomize=cases < 100,
+              suppress_health_check=list(HealthCheck), phases=(Phase.generate, Phase.shrink))
     @given(strategy)
     def check_all(example): check(example)
     check_all()
@@ -78,7 +78,8 @@ def spoilt(good:bytes):
         return x
     return st.one_of(st.lists(one, min_size=1, max_size=4).map(change), st.binary(max_size=64))
 
-# ---- bytes -------------------------------------------------------------------------------------------------------------------------------
+# ---- bytes -----------------------------------------------------------------------------------------------------------
+# --------------------
 
 def load(layout, src, opt=Options(size=40)):
     "Every tile of a data set, as conversion reads it."
@@ -119,7 +120,8 @@ def notebook(path:Path) -> Path:
 def city(folder:Path) -> Path:
     "The tables of a data set of chips."
     from affine import Affine
-    chips = pd.DataFrame([dict(id=f'c{i}', top=0, left=90*i, split=s, files={}) for i, s in enumerate(('train', 'val', 'test'))])
+    chips = pd.DataFrame([dict(id=f'c{i}', top=0, left=90*i, split=s, files={})
+                          for i, s in enumerate(('train', 'val', 'test'))])
     finish(folder, chips, dict(size=48, crs='EPSG:32618', days=['2021-07-18']))
     return folder
 
@@ -176,11 +178,14 @@ def test_bytes(name, cases, tmp_path):
         assert sorted(p.name for p in tmp_path.iterdir()) == ['there']
     anything(cases, spoilt(good), check)
 
-# ---- structures ----------------------------------------------------------------------------------------------------------------------------
+# ---- structures ------------------------------------------------------------------------------------------------------
+# ----------------------
 
 plain = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.integers(-10**400, 10**400), st.floats(),
                                st.text(max_size=9), st.dates(), st.binary(max_size=4)),
-                     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)), max_leaves=5)
+                     lambda inner: st.one_of(st.lists(inner, max_size=3),
+                                             st.dictionaries(st.text(max_size=5), inner, max_size=3)),
+                     max_leaves=5)
 KINDS = ('int', 'float', 'str', 'bool', 'list', 'list[int]', 'list[float]', 'tuple[str, ...]', 'dict', 'int | None',
          'float | None')
 
@@ -199,9 +204,11 @@ def test_profiles_of_any_structure(cases, tmp_path):
     def check(sections):
         (tmp_path/'toy.yaml').write_text(json.dumps(dict(description='a toy') | sections, default=str))
         tried(lambda: check_parameters(stages, load_profile('toy', tmp_path)))
-    anything(cases, st.dictionaries(st.sampled_from(('common', '00_x', '00_y', '')),
-                                    st.one_of(plain, st.dictionaries(st.sampled_from(('k', 'profile', 'z')), plain)), max_size=3),
-                                    check)
+    anything(cases,
+             st.dictionaries(st.sampled_from(('common', '00_x', '00_y', '')),
+                             st.one_of(plain, st.dictionaries(st.sampled_from(('k', 'profile', 'z')), plain)),
+                             max_size=3),
+             check)
 
 @CASES
 def test_settings_of_a_training(cases):
@@ -220,15 +227,20 @@ def test_dates_and_ids(cases, tmp_path):
 
 @CASES
 def test_arrays_of_any_type_and_shape(cases, tmp_path):
-    kinds = st.one_of(*(st.just(np.dtype(k)) for k in ('u1', 'i2', 'u2', 'i8', 'f4', 'f8', 'f2', 'c8', '?', 'U3', 'S3', 'M8[s]')))
-    array = kinds.flatmap(lambda k: sn.arrays(k, st.one_of(sn.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4),
-                                                           st.sampled_from([(2, 40, 40), (4, 40, 40), (1, 12, 40, 40)]))))
+    kinds = st.one_of(*(st.just(np.dtype(k))
+                        for k in ('u1', 'i2', 'u2', 'i8', 'f4', 'f8', 'f2', 'c8', '?', 'U3', 'S3', 'M8[s]')))
+    array = kinds.flatmap(lambda k: sn.arrays(k,
+                                              st.one_of(sn.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4),
+                                                        st.sampled_from([(2, 40, 40), (4, 40, 40), (1, 12, 40, 40)]))))
     def check(arrays):
         np.savez(tmp_path/'n.npz', **arrays)
         load('npz', tmp_path/'n.npz')
         if 's1' in arrays or 's1_vv' in arrays: tried(lambda: radar_in(read_images(tmp_path/'n.npz'), 'n.npz'))
-    anything(cases*2, st.dictionaries(st.sampled_from(('s1', 's1_vv', 's1_vh', 's2', 'id', 'month', 'transform', 'crs', 'lulc',
-                                                       'lon', 'date', 'split')), array, max_size=5), check)
+    anything(cases*2,
+             st.dictionaries(st.sampled_from(('s1', 's1_vv', 's1_vh', 's2', 'id', 'month', 'transform', 'crs', 'lulc',
+                                              'lon', 'date', 'split')),
+                             array, max_size=5),
+             check)
 
 @CASES
 def test_facts_about_a_tile(cases, tmp_path):

@@ -27,7 +27,8 @@ class MeanBy:
     def fit(self, batch:dict):
         spectra = batch['truth'].mean((2, 3), dtype=np.float64)  # (n, 4)
         groups = pd.Series(self._groups(batch))
-        self.mean, self.means = spectra.mean(0), {g: spectra[i].mean(0) for g, i in groups.groupby(groups).indices.items()}
+        self.mean, self.means = spectra.mean(0), {g: spectra[i].mean(0)
+                                                  for g, i in groups.groupby(groups).indices.items()}
         return self
     def predict(self, batch:dict) -> np.ndarray: # (n, 4, H, W)
         spectra = np.stack([self.means.get(g, self.mean) for g in self._groups(batch)]).astype(np.float32)
@@ -54,7 +55,8 @@ class PixelRegression:
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
         if self.kind == 'ridge': return make_pipeline(StandardScaler(), Ridge(1.))
-        return MultiOutputRegressor(HistGradientBoostingRegressor(max_iter=60, random_state=self.seed, early_stopping=False))
+        return MultiOutputRegressor(HistGradientBoostingRegressor(max_iter=60, random_state=self.seed,
+                                                                  early_stopping=False))
     def _rows(self, s1) -> np.ndarray: return np.moveaxis(pixel_features(s1, self.window), 1, -1).reshape(-1, 4)
     def fit(self, batch:dict):
         x, y = self._rows(batch['s1']), np.moveaxis(batch['truth'], 1, -1).reshape(-1, 4)
@@ -90,7 +92,9 @@ def descriptors(
     three = np.concatenate([s1, s1[:, :1] - s1[:, 1:]], 1)  # (n, 3, H, W)
     rough = np.abs(np.diff(three, axis=-1)).mean((2, 3))
     coarse = F.adaptive_avg_pool2d(torch.from_numpy(s1), COARSE).flatten(1).numpy()
-    return np.concatenate([np.quantile(three, RETRIEVAL_SHARES, (2, 3)).transpose(1, 2, 0).reshape(len(s1), -1), rough, coarse], 1)
+    return np.concatenate([np.quantile(three, RETRIEVAL_SHARES, (2, 3)).transpose(1, 2, 0).reshape(len(s1), -1), rough,
+                           coarse],
+                          1)
 
 def fitted_to(
     x, # (…, h, w)
@@ -125,7 +129,8 @@ def simple_baselines(
 ) -> dict: # name -> method: tiles -> (n, 4, H, W) reflectance
     "Everything that needs no generator and no network, fitted on the same tiles."
     fitted = {'band mean': MeanBy(), 'mean by month': MeanBy('month'), NEAREST: Retrieval()}
-    fitted |= {name: PixelRegression(kind, pixels=pixels, seed=seed) for name, kind in zip(REGRESSIONS, ('ridge', 'boosted'))}
+    fitted |= {name: PixelRegression(kind, pixels=pixels, seed=seed)
+               for name, kind in zip(REGRESSIONS, ('ridge', 'boosted'))}
     return {name: model.fit(train).predict for name, model in fitted.items()}
 
 # %% ../../nbs/10_baselines.ipynb #08af2bbc

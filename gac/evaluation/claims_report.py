@@ -41,7 +41,8 @@ def tables_of(
     report = next((r for r in reports if (r/'tables'/'results.csv').exists()), reports[0])
     own = report == run.reports
     records = run.dir/'records' if own else None
-    made_by = {t: p.stem for p in sorted(records.glob('*.json')) for t in read_json(p).get('tables', {})} if records else {}
+    made_by = ({t: p.stem for p in sorted(records.glob('*.json')) for t in read_json(p).get('tables', {})} if records
+               else {})
     return Tables(report/'tables', made_by or _known_makers(report))
 
 def _known_makers(report:Path) -> dict: # table -> notebook
@@ -126,8 +127,8 @@ def found_knowledge(tables:Tables, data:str) -> str:
     return 'Pretraining of the foundation models is worth ' + ', '.join(said) + '.'
 
 # rows of the grid that take away what a foundation model knows, or learns
-KNOWN_BY = (('Prithvi', 'random weights'), ('adapters of Stage 2', 'rank 0'), ('route of Stage 3', 'TerraMind with random weights'),
-            ('adapters of Stage 3', 'rank 0'))
+KNOWN_BY = (('Prithvi', 'random weights'), ('adapters of Stage 2', 'rank 0'),
+            ('route of Stage 3', 'TerraMind with random weights'), ('adapters of Stage 3', 'rank 0'))
 
 def found_ablations(tables:Tables, data:str) -> str:
     rows = tables['ablations'].query("metric == 'psnr' and question != 'chance'").sort_values('gain')
@@ -139,18 +140,21 @@ def found_ablations(tables:Tables, data:str) -> str:
     if len(worst): said.append('What costs most: ' + '; '.join(name(r) for r in worst.itertuples()) + '.')
     if len(best): said.append('What helps: ' + '; '.join(name(r) for r in best.itertuples()) + '.')
     taken = rows[[(q, r) in KNOWN_BY for q, r in zip(rows.question, rows.row)]]
-    if len(taken): said.append('What the foundation models of Stages 2 and 3 and their adapters bring, each taken away: '
-                               + '; '.join(name(r) for r in taken.itertuples()) + '.')
+    if len(taken):
+        said.append('What the foundation models of Stages 2 and 3 and their adapters bring, each taken away: '
+                    + '; '.join(name(r) for r in taken.itertuples()) + '.')
     return ' '.join(said)
 
 def found_tim(tables:Tables, data:str) -> str:
     rows = tables['nyc_gate']
-    said = (f'{r.run} against {r.against} {_sign(r.gain_pp, r.gain_pp_lo, r.gain_pp_hi)}, {r.verdict}' for r in rows.itertuples())
+    said = (f'{r.run} against {r.against} {_sign(r.gain_pp, r.gain_pp_lo, r.gain_pp_hi)}, {r.verdict}'
+            for r in rows.itertuples())
     return 'Thinking in modalities on the chips of this run, mIoU in percentage points: ' + '; '.join(said) + '.'
 
 def found_downstream(tables:Tables, data:str) -> str:
     rows = tables['downstream_gains'].query("metric == 'miou'")
-    return 'For land cover, mIoU: ' + '; '.join(f'{r.step} {_sign(r.gain, r.lo, r.hi, 3)}' for r in rows.itertuples()) + '.'
+    return ('For land cover, mIoU: ' + '; '.join(f'{r.step} {_sign(r.gain, r.lo, r.hi, 3)}' for r in rows.itertuples())
+            + '.')
 
 def study_findings(
     table:pd.DataFrame, # from claims_table
@@ -163,13 +167,15 @@ def study_findings(
         rows = table[table.verdict.map(class_of) == kind]
         text = [f'{r.claim} {r.claimed} {r.unit}'.strip() + f' (here {told(r.measured, r.lo, r.hi, r.unit)})'
                 + (f', {r.verdict.removeprefix("holds ")}' if kind != 'fails' else '') for r in rows.itertuples()]
-        if text: said.append({'fails': 'Not so: ', 'holds only if': 'So in one reading: '}[kind] + '; '.join(text) + '.')
+        if text:
+            said.append({'fails': 'Not so: ', 'holds only if': 'So in one reading: '}[kind] + '; '.join(text) + '.')
     mini = table[table.verdict.str.contains('; the miniature ')]
     short = mini.verdict.str.contains('the miniature fails')
     counts = [f'{n} of {len(rows)} in {about}' for about, rows in mini.groupby('about', sort=False)
               if (n := int(short[rows.index].sum()))]
     if len(mini):
-        said.append(f'{len(mini)} claims need inputs this run has not got, and have a value of the miniatures, which falls short '
+        said.append(f'{len(mini)} claims need inputs this run has not got, and have a value of the miniatures, '
+                    f'which falls short '
                     f'of {int(short.sum())}: {", ".join(counts)}.')
     for make in (found_ladder, found_gains, found_knowledge, found_ablations, found_downstream, found_tim):
         try: said.append(make(tables, home(tables)))
@@ -195,7 +201,8 @@ def claims_figure(
     for place, mine in zip(fig.subfigures(1, columns, squeeze=False)[0], shared):
         room = max(map(_tall, shared)) - _tall(mine)
         if not mine: continue
-        grid = place.add_gridspec(len(mine) + (room > 2), 1, height_ratios=[_lines(p) + 1.2 for _, p in mine] + [room]*(room > 2))
+        grid = place.add_gridspec(len(mine) + (room > 2), 1,
+                                  height_ratios=[_lines(p) + 1.2 for _, p in mine] + [room]*(room > 2))
         for k, (name, part) in enumerate(mine): _panel(place.add_subplot(grid[k]), name, part)
     marks = [plt.Line2D([], [], marker='o', ls='', color=c, label=k) for k, c in LOOK.items()]
     marks += [plt.Line2D([], [], marker='o', ls='', color='.3', mfc='white', label='hollow: the miniature, no test'),
@@ -203,7 +210,8 @@ def claims_figure(
     fig.legend(handles=marks, loc='outside lower center', ncols=len(marks), fontsize=8)
     return fig
 
-def _lines(part:pd.DataFrame) -> float: return sum(max(1., .75*_wrapped(c).count('\n') + .75) for c in part.claim)  # of a panel
+# of a panel
+def _lines(part:pd.DataFrame) -> float: return sum(max(1., .75*_wrapped(c).count('\n') + .75) for c in part.claim)
 
 def _tall(panels:list) -> float: return sum(_lines(part) + 3 for _, part in panels)  # lines
 
@@ -211,10 +219,11 @@ def _panel(ax, name:tuple, part:pd.DataFrame) -> None:
     "The claims of one chapter in one unit."
     ends = np.abs(part[['measured', 'lo', 'hi', 'low', 'high']].to_numpy(float))
     ends = ends[np.isfinite(ends)]
-    wide = bool(np.nanmin(part[['measured', 'lo']].to_numpy(float)) > 0 and ends[ends > 0].max() > 50*ends[ends > 1e-6].min())
+    wide = bool(np.nanmin(part[['measured', 'lo']].to_numpy(float)) > 0
+                and ends[ends > 0].max() > 50*ends[ends > 1e-6].min())
     if wide: ax.set_xscale('log')
-    left, right = (ends[ends > 1e-6].min()/2, ends.max()*2) if wide else (1.2*min(0, np.nanmin(part[['measured', 'lo']].to_numpy(float))),
-        1.1*ends.max())
+    left, right = ((ends[ends > 1e-6].min()/2, ends.max()*2) if wide else (
+                       1.2*min(0, np.nanmin(part[['measured', 'lo']].to_numpy(float))), 1.1*ends.max()))
     for y, r in zip(range(len(part))[::-1], part.itertuples()):
         a, b = (left if np.isnan(r.low) else r.low), (right if np.isnan(r.high) else r.high)
         ax.plot([a, b] if b > a else [a*.99, a*1.01 + 1e-9], [y]*2, lw=7, color='.85', solid_capstyle='butt', zorder=0)

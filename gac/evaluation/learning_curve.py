@@ -56,7 +56,8 @@ def random_stage1(
         model = build_terramind_generator((store.attrs.get('s1_product', 'S1GRD'),), pretrained=False, name=name)
     return cached_method(stage1_method(model, searched(model, store, rows, seed), seed))
 
-def unet_variant(run, store, variant, recipe, out_dir, seed:int=0) -> Callable: # as for variant_methods; method: tiles -> (n, 4, H, W) reflectance
+# as for variant_methods; method: tiles -> (n, 4, H, W) reflectance
+def unet_variant(run, store, variant, recipe, out_dir, seed:int=0) -> Callable:
     "A U-Net of the comparison: that of the run where it is the same one, else trained."
     if recipe.unet is None: raise GacError('This run has no recipe for a U-Net: run 10_baselines first.')
     v1 = opt_v1_of(run, store, store.rows('train')[:1])[0]
@@ -73,23 +74,28 @@ def variant_methods(
     seed:int=0,
 ) -> dict: # opt_v1, opt_v2, opt_v3, as far as the variant has them -> method
     "One chain of the comparison, trained."
-    if variant not in CHAIN_VARIANTS: raise GacError(f'variant {variant!r}: expected one of {", ".join(CHAIN_VARIANTS)}.')
+    if variant not in CHAIN_VARIANTS:
+        raise GacError(f'variant {variant!r}: expected one of {", ".join(CHAIN_VARIANTS)}.')
     out_dir, known = Path(out_dir), variant != 'random'
     if variant in UNETS: return dict(opt_v3=unet_variant(run, store, variant, recipe, out_dir, seed))
     # the chain of the run itself
-    if variant == 'pretrained' and seed == run.seed and (run.dir/'stage3'/GROUNDING_FILE).exists() and recipe == recipe_of(run):
+    if variant == 'pretrained' and seed == run.seed and (
+        run.dir/'stage3'/GROUNDING_FILE).exists() and recipe == recipe_of(run):
         stages = stage_methods(run, store, store.rows('test'))[0]
-        if set(METHOD_ARRAYS) - {'Stage 1+3'} <= set(stages): return {METHOD_ARRAYS[k]: f for k, f in stages.items() if k != 'Stage 1+3'}
+        if set(METHOD_ARRAYS) - {'Stage 1+3'} <= set(stages):
+            return {METHOD_ARRAYS[k]: f for k, f in stages.items() if k != 'Stage 1+3'}
     if variant == 'pixel head on S1 alone':
         mean = MeanBy().fit(load_tiles(store, store.rows('train')[:recipe.pairs])).predict
-        return dict(opt_v3=fit_stage3(store, mean, replace(recipe, lies=0.), out_dir/'stage3_s1', seed, see=False, lora_r=0))
+        return dict(opt_v3=fit_stage3(store, mean, replace(recipe, lies=0.), out_dir/'stage3_s1', seed, see=False,
+                                      lora_r=0))
     v1 = (opt_v1_of(run, store, store.rows('train')[:1])[0] if known
           else random_stage1(run, store, store.rows('val')[:recipe.val_tiles], seed))
     v2 = fit_stage2(store, v1, recipe, out_dir/('stage2' if known else 'stage2_random'), seed, pretrained=known)
     if variant == 'head without TerraMind features':
         return dict(opt_v3=fit_stage3(store, v2, recipe, out_dir/'stage3_blind', seed, see=False, lora_r=0))
-    return dict(opt_v1=v1, opt_v2=v2, opt_v3=fit_stage3(store, v2, recipe, out_dir/('stage3' if known else 'stage3_random'), seed,
-                                                        pretrained=known))
+    return dict(opt_v1=v1, opt_v2=v2,
+                opt_v3=fit_stage3(store, v2, recipe, out_dir/('stage3' if known else 'stage3_random'), seed,
+                                  pretrained=known))
 
 # %% ../../nbs/12_learning_curve.ipynb #lpbfa9c7
 def fit_at(
@@ -112,21 +118,25 @@ def learning_curve(
 ) -> pd.DataFrame: # pairs, variant, seed, output, id, scene, measures: one row per tile
     "Every chain of the comparison on the same test tiles. Each is kept in the run's folder, so that a stopped comparison goes on where it was."
     if max(pairs) > (there := len(store.rows('train'))):
-        raise GacError(f'{max(pairs)} pairs: {store.path.name} has {there} training tiles. Make more (02_tiles.n_train), or ask for fewer.')
+        raise GacError(f'{max(pairs)} pairs: {store.path.name} has {there} training tiles. '
+                       f'Make more (02_tiles.n_train), or ask for fewer.')
     parts = []
     for n in pairs:
         for seed in seeds:
             for variant in variants:
-                made = dict(recipe=asdict(recipe.only(n)), seed=seed, variant=variant, tiles=store.table.id.iloc[rows].tolist(),
-                            weights=known_weights(run))
+                made = dict(recipe=asdict(recipe.only(n)), seed=seed, variant=variant,
+                            tiles=store.table.id.iloc[rows].tolist(), weights=known_weights(run))
                 mark = hashlib.sha256(json.dumps(made, sort_keys=True, default=str).encode()).hexdigest()[:12]
                 file = run.dir/'knowledge'/f'{n}-{seed}-{variant.replace(" ", "_")}-{mark}.csv'
                 if not file.exists():
                     methods = variant_methods(run, store, variant, recipe.only(n), seed_folder(run, n, seed), seed)
-                    write_file(file, measure_methods(store, rows, methods, batch_size, lpips).to_csv(lineterminator='\n'))
-                one = pd.read_csv(file).rename(columns=dict(method='output')).assign(pairs=n, variant=variant, seed=seed)
+                    write_file(file,
+                               measure_methods(store, rows, methods, batch_size, lpips).to_csv(lineterminator='\n'))
+                one = pd.read_csv(file).rename(columns=dict(method='output')).assign(pairs=n, variant=variant,
+                                                                                     seed=seed)
                 parts.append(one)
-                print(f'{n} pairs, seed {seed}, {variant}: {one[one.output == "opt_v3"].psnr.mean():.2f} dB', flush=True)
+                print(f'{n} pairs, seed {seed}, {variant}: {one[one.output == "opt_v3"].psnr.mean():.2f} dB',
+                      flush=True)
     return pd.concat(parts, ignore_index=True)
 
 def learning_curve_table(
@@ -135,7 +145,8 @@ def learning_curve_table(
 ) -> pd.DataFrame: # pairs, variant, seed, output, n_tiles, measures
     "Means over tiles: rows of knowledge.csv."
     by = measured.groupby(['pairs', 'variant', 'seed', 'output'], sort=False)
-    return by[list(columns)].mean().assign(n_tiles=by.size()).reset_index()[['pairs', 'variant', 'seed', 'output', 'n_tiles', *columns]]
+    return by[list(columns)].mean().assign(
+        n_tiles=by.size()).reset_index()[['pairs', 'variant', 'seed', 'output', 'n_tiles', *columns]]
 
 def learning_curve_gains(
     measured:pd.DataFrame, # from knowledge

@@ -35,16 +35,19 @@ def conclusion(
     gains:pd.DataFrame, # from gains_of
 ) -> str: # two sentences
     "Does a user without a cloud-free image gain?"
-    asked = {'the whole chain': 'the whole chain adds', 'S2 drawn by Stage 1': 'Stage 1 brings', 'Stage 2': 'Stage 2 then',
-             'Stage 3': 'Stage 3 then',
-             'S2 thought of': 'an image only thought of (TiM)'}
+    asked = {'the whole chain': 'the whole chain adds', 'S2 drawn by Stage 1': 'Stage 1 brings',
+             'Stage 2': 'Stage 2 then', 'Stage 3': 'Stage 3 then', 'S2 thought of': 'an image only thought of (TiM)'}
     bound = {'true S2 of 4 bands on top of S1': 'on top of the radar alone',
-             'true S2 in place of opt_v3': 'in the place of opt_v3', 'pretraining': 'pretraining of the encoder that reads it'}
+             'true S2 in place of opt_v3': 'in the place of opt_v3',
+             'pretraining': 'pretraining of the encoder that reads it'}
     words = lambda steps: '; '.join(f'{text} {v}' for step, text in steps.items()
                                     if (v := verdict_of(gains, step)) != 'n/a') or 'these arms were not run'
-    whole = next((v for step in ('the whole chain', 'S2 drawn by Stage 1') if (v := verdict_of(gains, step)) != 'n/a'), 'n/a')
-    answer = ANSWERS.get(whole.split('], ')[-1], 'Whether a drawn image helps a user who has no cloud-free one was not asked')
-    return f'{answer}; mIoU of land cover, against the radar alone: {words(asked)}. The true image of the same four bands is the bound: {words(bound)}.'
+    whole = next((v for step in ('the whole chain', 'S2 drawn by Stage 1') if (v := verdict_of(gains, step)) != 'n/a'),
+                 'n/a')
+    answer = ANSWERS.get(whole.split('], ')[-1],
+                         'Whether a drawn image helps a user who has no cloud-free one was not asked')
+    return (f'{answer}; mIoU of land cover, against the radar alone: {words(asked)}. '
+            f'The true image of the same four bands is the bound: {words(bound)}.')
 
 # %% ../../nbs/15_downstream.ipynb #bfd9cf04
 def land_cover_seen(

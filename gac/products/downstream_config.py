@@ -25,7 +25,7 @@ from lightning.pytorch import Callback
 
 from ..core.files import GacError, root, shown_path, write_file
 from ..core.vocabulary import LULC_CLASSES, S2_BANDS
-from ..evaluation.classes import IGNORED
+from ..measure.classes import IGNORED
 from ..models.mini import MINI_STATS, TERRAMIND_KEY_STATS
 from ..models.modalities import band_names, modality_key
 from .labels import LABEL_CODES, Arm
@@ -134,17 +134,17 @@ def data_config(
     arm:Arm, # input
     recipe:DownstreamRecipe, # what all arms share
     store:str, # folder of the tile store, relative to the repository
-    shelf:str='', # folder of the generated images; empty: the same
+    derived:str='', # folder of the generated images; empty: the same
 ) -> dict: # class_path, init_args
     "Return the data module of an arm."
     images = input_of(arm, recipe)
     stats = {m: statistics(recipe.name, m, arm.bands) for m in images}
+    loading = dict(batch_size=recipe.batch_size, train_tiles=recipe.train_tiles, val_tiles=recipe.val_tiles,
+                   test_tiles=recipe.test_tiles, num_workers=recipe.num_workers, seed=recipe.seed)
     return dict(class_path='gac.products.labels.StoreData', init_args=dict(
-        store=store, shelf=shelf, images=images, bands=list(arm.bands), means={m: v[0] for m, v in stats.items()},
-        stds={m: v[1] for m, v in stats.items()},
-        classes=list(recipe.classes), require=list(recipe.require), size=recipe.size, batch_size=recipe.batch_size,
-        train_tiles=recipe.train_tiles,
-        val_tiles=recipe.val_tiles, test_tiles=recipe.test_tiles, num_workers=recipe.num_workers, seed=recipe.seed))
+        store=store, derived=derived, images=images, bands=list(arm.bands), means={m: v[0] for m, v in stats.items()},
+        stds={m: v[1] for m, v in stats.items()}, classes=list(recipe.classes), require=list(recipe.require),
+        size=recipe.size, loading=loading))
 
 # %% ../../nbs/lib/products/downstream_config.ipynb #080f45c3
 def trainer_config(
@@ -172,12 +172,12 @@ def config_of(
     arm:Arm, # input
     recipe:DownstreamRecipe, # what all arms share
     store:str, # folder of the tile store, relative to the repository
-    shelf:str='', # folder of the generated images; empty: the same
+    derived:str='', # folder of the generated images; empty: the same
     out_dir:str='runs/downstream', # folder of this training, relative to the repository
 ) -> dict: # seed_everything, trainer, model, data
     "Return the whole configuration with which `terratorch fit` trains an arm."
     return dict(seed_everything=recipe.seed, trainer=trainer_config(recipe, out_dir), model=model_config(arm, recipe),
-                data=data_config(arm, recipe, store, shelf))
+                data=data_config(arm, recipe, store, derived))
 
 # %% ../../nbs/lib/products/downstream_config.ipynb #240ebaa9
 def write_config(

@@ -29,25 +29,26 @@ def diagram():
         ax.add_patch(plt.Rectangle((a, -.48), b - a, .96, fc='#dddddd', ec='.6', lw=.8, zorder=0))
         ax.text(a, .53, name.replace(' no_grad', ': torch.no_grad'), va='bottom', fontsize=8, color='.25')
     for k, (label, _) in enumerate(STATIONS):
-        ax.text(k, 0, label, ha='center', va='center', fontsize=8, bbox=dict(boxstyle='round,pad=.3', fc='white', ec='.2'),
-                zorder=3)
+        ax.text(k, 0, label, ha='center', va='center', fontsize=8,
+                bbox=dict(boxstyle='round,pad=.3', fc='white', ec='.2'), zorder=3)
         if k: ax.annotate('', (k - .36, 0), (k - .64, 0), arrowprops=dict(arrowstyle='->', color='.2'), zorder=2)
     for name, x in BREAKS.items():
-        ax.text(x, 0, '✕' if name != 'clamp' else '≀', color=c[1], ha='center', va='center', fontsize=15, weight='bold', zorder=4)
-        ax.text(x, .3, dict(choice='choice', clamp='±1')[name] if name != 'code lookup' else 'integer', color=c[1], ha='center',
-                fontsize=8, zorder=4)
+        ax.text(x, 0, '✕' if name != 'clamp' else '≀', color=c[1], ha='center', va='center', fontsize=15, weight='bold',
+                zorder=4)
+        ax.text(x, .3, dict(choice='choice', clamp='±1')[name] if name != 'code lookup' else 'integer', color=c[1],
+                ha='center', fontsize=8, zorder=4)
     ways = (('encoder + head', 2, 2, .95, c[2]), ('decoder features + head', 3, 3, 1.35, c[0]),
             ('token cross-entropy', 4, 4, 1.75, c[4]))
     for label, a, b, y, colour in ways:
         ax.annotate('', (a, .24), (a, y), arrowprops=dict(arrowstyle='->', color=colour, lw=1.6), zorder=5)
         ax.plot([a, 8], [y, y], color=colour, lw=1.6)
         ax.text(8.05, y, label, color=colour, va='center', fontsize=8)
-    ax.annotate('', (4, -.2), (6, -.2), arrowprops=dict(arrowstyle='->', color=c[3], lw=1.8, connectionstyle='arc3,rad=-.6'),
-                zorder=5)
-    ax.annotate('', (6.1, -.2), (8, -.2), arrowprops=dict(arrowstyle='->', color=c[3], lw=1.8, connectionstyle='arc3,rad=-.6'),
-                zorder=5)
-    ax.text(6, -1.0, 'soft codes: straight-through or expected,\nUNet and scheduler called without the pipeline', color=c[3],
-            ha='center', va='top', fontsize=8)
+    ax.annotate('', (4, -.2), (6, -.2),
+                arrowprops=dict(arrowstyle='->', color=c[3], lw=1.8, connectionstyle='arc3,rad=-.6'), zorder=5)
+    ax.annotate('', (6.1, -.2), (8, -.2),
+                arrowprops=dict(arrowstyle='->', color=c[3], lw=1.8, connectionstyle='arc3,rad=-.6'), zorder=5)
+    ax.text(6, -1.0, 'soft codes: straight-through or expected,\nUNet and scheduler called without the pipeline',
+            color=c[3], ha='center', va='top', fontsize=8)
     ax.text(0, 1.75, 'coloured arrows: gradients that arrive', fontsize=8, color='.25')
     ax.set(xlim=(-.6, 9.7), ylim=(-1.6, 2),
            title='The generator\'s path from radar to image, where gradients end and where they enter')
@@ -74,14 +75,16 @@ def heat_map(
                           aspect='auto')
         for i, route in enumerate(order):
             for j, g in enumerate(MODULE_GROUPS):
-                mark = {'backward raises': '✕', 'no gradient': '0', 'not on this route': '·'}.get(words.loc[route, g], '')
+                mark = {'backward raises': '✕', 'no gradient': '0',
+                        'not on this route': '·'}.get(words.loc[route, g], '')
                 ax.text(j, i, mark, ha='center', va='center', fontsize=8, color=COLOURS[1] if mark != '·' else '.6')
         ax.set_xticks(range(len(MODULE_GROUPS)), MODULE_GROUPS, rotation=40, ha='right', fontsize=8)
         ax.set_yticks(range(len(order)), order, fontsize=8)
         for y in (.5, len(BARRIERS) + .5, len(BARRIERS) + len(STOPS) + .5): ax.axhline(y, color='.3', lw=.8)
         ax.set_title(model, fontsize=9)
     fig.colorbar(image, ax=axes[0].tolist(), label='log10 of the gradient\'s norm', shrink=.7)
-    fig.suptitle(title or 'Where the gradient arrives\n✕ backward raises   0 nothing arrives   · not on this route', fontsize=9)
+    fig.suptitle(title or 'Where the gradient arrives\n✕ backward raises   0 nothing arrives   · not on this route',
+                 fontsize=9)
     return fig
 
 # %% ../../../nbs/06_gradient_flow.ipynb #gf040
@@ -99,15 +102,16 @@ def statements(
     lowered = trained[trained.route.isin(working) & (trained.control == 'LoRA')]
     share = trained[trained.route == 'tokens'].iloc[0]
     one = [none(reached(f'only {b} left')) for b in STOPS]
-    rows = [('The generator cannot be trained by back-propagation from the image it draws', yes(none(reached('as shipped'))),
+    rows = [('The generator cannot be trained by back-propagation from the image it draws',
+             yes(none(reached('as shipped'))),
              f'{sum(reached("as shipped"))} cross-attention parameters reached as shipped; backward raises'),
             ('The reason is discrete sampling', 'in part' if all(one) else yes(one[STOPS.index('choice')]),
              f'{sum(one)} barriers stop the gradient each by itself: {", ".join(b for b, o in zip(STOPS, one) if o)}'),
             ('Stage 1 therefore cannot be trained at all', yes(not every(reached('tokens'))),
-             f'token cross-entropy reaches {min(reached("tokens"))} or more cross-attention parameters: a choice, not a necessity'),
+             f'token cross-entropy reaches {min(reached("tokens"))} or more cross-attention parameters: '
+             f'a choice, not a necessity'),
             ('Stage 3 can be trained through the same generator: by its generated image, as shipped',
-             yes(every(reached('as shipped'))),
-             'the same call as in Stage 1, and the same result'),
+             yes(every(reached('as shipped'))), 'the same call as in Stage 1, and the same result'),
             ('Stage 3 can be trained through the same generator: by a route that leaves the path before the barrier',
              yes(bool(working) and bool((lowered.loss_last < lowered.loss_first).all())),
              '; '.join(f'{r.route}: loss {r.change:+.0%}' for r in lowered.itertuples())),
