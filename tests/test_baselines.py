@@ -43,7 +43,7 @@ def V1(batch) -> np.ndarray: return batch['truth']*.8  # a Stage 1 that is too d
 
 @pytest.fixture(scope='module')
 def store(tmp_path_factory):
-    "A small world."
+    "Return a small procedural world."
     return from_world(tmp_path_factory.mktemp('store')/'tiles', 6, 2, 4, size=48)
 
 def tile_batch(store, split='train') -> dict: return load_tiles(store, store.rows(split))
@@ -75,7 +75,7 @@ def test_floors_hold_the_retrieval(store):
     np.testing.assert_array_equal(made[NEAREST](train), train['truth'])
 
 def small(pairs=6, **settings) -> UNetRecipe:
-    "A recipe that fits a few tiles in a second or two."
+    "Return a recipe that fits a few tiles in a second or two."
     steps = settings.pop('max_steps', 24)
     brief = brief_unet(pairs,
                        **dict(max_steps=steps, val_every=steps, save_every=steps, batch_size=3, lr=4e-3) | settings)
@@ -101,7 +101,7 @@ def test_unet_sees_the_radar_and_opt_v1_only_where_it_is_told_to(store, tmp_path
     for f in made.values(): assert np.abs(f(batch) - f(batch | dict(s1=batch['s1'][:, ::-1].copy()))).max() > 1e-4
 
 def opened(**kw):
-    "A U-Net whose last layers are not zero, as after some training."
+    "Return a U-Net whose last layers are not zero, as after some training."
     model = build_unet(width=8, **kw)
     with seeded(3), torch.no_grad():
         for layer in (*model.films, model.out):
@@ -228,7 +228,7 @@ def test_equal_computing_is_counted_from_the_line_of_costs():
 
 @pytest.fixture(scope='module')
 def chain(tmp_path_factory, brief_chain):
-    "A run whose stages and U-Nets were briefly trained."
+    "Return a run whose stages and U-Nets were briefly trained."
     run, own = brief_chain(tmp_path_factory.mktemp('chain'), '11_evaluate')
     recipe = brief_recipe(4)
     fit_unet(own, stored_method(own), 'U-Net from scratch', recipe.unet, run.dir/'unets'/'unet_from_scratch')

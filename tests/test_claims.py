@@ -20,12 +20,12 @@ from gac.evaluation.claims_report import (
 
 
 def named(start:str) -> Claim:
-    "The claim that begins so."
+    "Return the claim that begins with these words."
     return next(c for c in CLAIMS if c.claim.startswith(start))
 
 @pytest.fixture
 def report(tmp_path):
-    "Writes tables of a report: name -> columns."
+    "Write the tables of a report: name -> columns."
     def write(**tables) -> Tables:
         for name, columns in tables.items(): pd.DataFrame(columns).to_csv(tmp_path/f'{name}.csv', index=False)
         return Tables(tmp_path)
@@ -142,7 +142,7 @@ def test_committed_report_answers_what_needs_no_inputs():
         assert verdict.startswith('not measured') != (folder/f'{name}.csv').exists(), f'{c.claim}: {verdict}'
 
 def test_a_cost_measured_on_a_card_asks_for_no_weights(tmp_path, monkeypatch):
-    "Costs come from gac bench where it has run, and say so; without it the miniature speaks and the claim stays untested."
+    "Costs come from gac bench if it has run; else the miniature is measured and the claim stays untested."
     claim = next(c for c in CLAIMS if c.claim == 'Stage 1 of 199,762 tiles takes')
     mini = pd.DataFrame([dict(method='this project', steps=10, ms_per_tile=100.)])
     swap(monkeypatch, 'gac.evaluation.claims', 'GPU_REPORT', tmp_path/'none')

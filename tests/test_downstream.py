@@ -1,4 +1,4 @@
-"Arms that differ in their inputs alone, images that come from where they should, and configurations that TerraTorch's own command runs."
+"Input configurations that differ in nothing else, the source of their images, and TerraTorch's command on them."
 import json
 from dataclasses import replace
 
@@ -242,7 +242,7 @@ def test_terratorch_runs_the_same_file(store, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('arm', ['c_v1', 'b'])
 def test_full_scale_models_are_built_from_the_file(arm):
-    "The published encoder takes the adapters and the head of the configuration; parameters without memory, so no weights are needed."
+    "The published encoder, without memory and weights, takes the adapters and the head of the configuration."
     from terratorch.models import EncoderDecoderFactory
     full = DownstreamRecipe('terramind_v1_base', channels=(512, 256, 128, 64))
     args = model_config(replace(ARMS[arm], pretrained=False), full)['init_args']['model_args']

@@ -1,4 +1,4 @@
-"What a long run needs: a dry run that finds what is missing, several processes that agree, a catalogue of half a million rows, the real architectures for a few steps."
+"A dry run that finds what is missing, several processes that agree, a large catalogue, the real architectures."
 import os
 import shutil
 import signal
@@ -94,7 +94,7 @@ def test_a_place_in_two_splits_and_a_missing_folder_are_found(tmp_path):
                          [(2, {}), (2, dict(load_in_8bit=True, unfreeze_last_n_blocks=1)), (3, {}),
                           (3, dict(reach='linear'))])
 def test_blocks_computed_twice_learn_the_same_with_less_memory(stage, options):
-    "Equal loss and gradients, which reach the adapters behind frozen inputs; less kept, and a lower peak as PyTorch's profiler sees it."
+    "Checkpointing keeps loss and gradients, also behind frozen inputs, and lowers the peak that the profiler measures."
     model = (build_prithvi_refiner(width=8, depth=0, **options) if stage == 2
              else build_stage3_model(width=8, depth=0, **options))
     own = torch.Generator().manual_seed(0)
@@ -134,7 +134,7 @@ def run(*words, **kw):
 
 @pytest.mark.slow
 def test_two_devices_train_what_one_trains_with_the_same_global_batch(tmp_path):
-    "Weights after three steps of 2 devices x batch 1 and of 1 device x batch 2; a rank that dies takes the run down, and the run goes on from its last step."
+    "Two devices and one give equal weights; a rank that dies stops the run, which continues from its last step."
     assert run('train', tmp_path/'one', 1, 2, 3).returncode == 0
     two = run('train', tmp_path/'two', 2, 1, 3)
     assert two.returncode == 0, two.stderr[-2000:]
@@ -154,7 +154,7 @@ def test_two_devices_train_what_one_trains_with_the_same_global_batch(tmp_path):
 @pytest.mark.parametrize('stage', [2, 3])
 def test_a_notebook_trains_on_two_devices_what_one_trains_with_the_same_global_batch(stage, tmp_path, monkeypatch,
                                                                                      capfd):
-    "As in a kernel, which cannot start itself anew: processes of their own train, and the notebook takes up what they leave, also after another stop."
+    "A kernel launches processes that train, and the notebook reads their result, also after a second stop."
     store = from_world(tmp_path/'tiles', 6, 2, 1, size=48)
     for k in ('opt_v1', 'opt_v2'):
         store.ensure_array(k, (4, 48, 48), 'int16')
@@ -244,7 +244,8 @@ REAL = """
 import sys, time, psutil, torch
 from gac.stages import grounding, refiner
 base = psutil.Process().memory_info().rss
-if sys.argv[1] == '2': model = refiner.build_prithvi_refiner('prithvi_eo_v2_600_tl', load_in_8bit=True, pretrained=False)
+if sys.argv[1] == '2':
+    model = refiner.build_prithvi_refiner('prithvi_eo_v2_600_tl', load_in_8bit=True, pretrained=False)
 else: model = grounding.build_stage3_model(pretrained=False, name='terramind_v1_large_generate')
 import gc; gc.collect()
 held = psutil.Process().memory_info().rss - base
@@ -267,7 +268,7 @@ print('RESULT', held/1e6, (peak - base)/1e6, *losses)
 @pytest.mark.slow
 @pytest.mark.parametrize('stage', [2, 3])
 def test_the_real_architectures_train_within_6_gb(stage):
-    "Prithvi 600M in 8 bits and TerraMind large with random weights: two steps, resident memory above the imports (a proxy for a card's)."
+    "Prithvi 600M in 8 bits and TerraMind large, random weights: two steps, resident memory above the imports."
     if psutil.virtual_memory().available < 9e9: pytest.skip('less than 9 GB of memory free')
     done = subprocess.run([sys.executable, '-c', REAL, str(stage)], capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-2000:]

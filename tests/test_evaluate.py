@@ -85,7 +85,7 @@ def test_recalibration_undoes_gain_and_offset_and_nothing_else():
     np.testing.assert_allclose(Recalibration().fit(flat, train).apply(flat)[:, 1], train[:, 1].mean(), rtol=1e-4)
 
 def measured(**psnr) -> pd.DataFrame:
-    "A measured table with given PSNRs; two tiles to a scene."
+    "Return a measured table with given PSNRs; two tiles to a scene."
     rows = [dict(method=m, id=f't{i}', scene=f's{i//2}', psnr=v, ssim=v/40, sam_deg=40 - v, rmse=1/v, mae=1/v,
                  lpips=np.nan, mse=1/v**2, sar_edge=.4 + 1/v, sar_edge_gap=1/v, edge_recall=v/100, hallucination=1/v)
             for m, values in psnr.items() for i, v in enumerate(values)]
@@ -163,7 +163,7 @@ def test_mean_of_seeds_is_taken_tile_by_tile():
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory, brief_chain):
-    "A run with a store, Stage 1 and briefly trained Stages 2 and 3."
+    "Return a run with a store, Stage 1 and briefly trained Stages 2 and 3."
     return brief_chain(tmp_path_factory.mktemp('trained'), '11_evaluate')
 
 def test_recipe_is_read_back_and_repeats_the_training(trained, tmp_path):

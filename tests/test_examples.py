@@ -4,7 +4,6 @@ import http.server
 import io
 import tarfile
 import threading
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -32,7 +31,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    "A web server on this machine, gone after the test."
+    "Start a web server on this machine and stop it after the test."
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
     server.files, server.cuts, server.asked = {}, {}, []
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -1,7 +1,6 @@
-"Controls change pictures: in a kernel without a browser, and in JupyterLab in a real one; and papermill tells what a notebook can be given."
+"Controls change pictures, in a kernel and in a browser's JupyterLab; papermill lists a notebook's parameters."
 import base64
 import io
-import json
 import os
 import re
 import shlex
@@ -16,7 +15,6 @@ from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import pytest
 
 from gac.core.files import GacError, root
@@ -183,7 +181,7 @@ def lab(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def page(lab):
-    "A page of Chromium."
+    "Open a page of Chromium."
     sync = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
     chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
     if not chromium: pytest.skip('no Chromium: apt-get install chromium')
@@ -195,7 +193,8 @@ def page(lab):
         browser.close()
 
 PICTURE = '''async image => { const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer());
-                                return Array.from(new Uint8Array(await crypto.subtle.digest('SHA-256', bytes))).join() }'''
+                                const sum = await crypto.subtle.digest('SHA-256', bytes);
+                                 return Array.from(new Uint8Array(sum)).join() }'''
 
 @pytest.mark.slow
 def test_slider_changes_the_picture_in_jupyterlab(lab, page):

@@ -1,4 +1,4 @@
-"Everything that can go wrong, inflicted on the real code: nothing is lost, and the message names the file and says what to do."
+"Faults of disks, files and processes: nothing is lost, and the message names the file and the remedy."
 import json
 import os
 import shutil
@@ -57,7 +57,7 @@ def no_waiting_for_the_disk(monkeypatch): monkeypatch.setattr(os, 'fsync', lambd
 
 @pytest.fixture(scope='module')
 def given(tmp_path_factory) -> types.SimpleNamespace:
-    "What the writers are given: tiles with the images of the first stages, models, files of every layout."
+    "Make the inputs of the writers: tiles with the images of the first stages, models, files of every layout."
     home = tmp_path_factory.mktemp('given')
     store = from_world(home/'tiles', 4, 2, 2, size=48, shard=4)
     dim = to_dn(to_reflectance(store.read('s2', slice(None), OPT_BANDS))*.8 + .02)
@@ -69,7 +69,7 @@ def given(tmp_path_factory) -> types.SimpleNamespace:
                                  generator=build_terramind_generator(), toys=toys(home/'toys'))
 
 def toys(folder:Path) -> Path:
-    "A chain of two notebooks without prose."
+    "Make a chain of two notebooks without prose."
     head = ("profile: str = 'toy'  # name\nseed: int = 0  # seed\nrun_dir: str = ''  # artefacts\nreports_dir: "
             "str = ''  # report\ndata: str = ''  # tiles")
     cell = lambda source, *tags: dict(cell_type='code', metadata=dict(tags=list(tags)), source=source, outputs=[],
@@ -86,7 +86,7 @@ def toys(folder:Path) -> Path:
     return folder
 
 def in_this_process(source, to, values, **_) -> None:
-    "What papermill does, without a kernel."
+    "Execute a notebook as papermill does, without a kernel."
     space, cells = dict(values), read_notebook(source)['cells'][1:]
     for cell in cells: exec(cell['source'], space)
     Path(to).write_text(Path(source).read_text())
@@ -154,7 +154,7 @@ TIMED = ('provenance.json', 'index.html', 'chain.json', 'chain.lock', 'guard', '
          'model.json')
 
 def content(folder:Path) -> dict:
-    "What lies in a folder: bytes of files, tensors of checkpoints, of what holds a date only that it is there; nothing that is hidden."
+    "Return the contents of a folder: bytes, tensors of checkpoints, and the names of files that hold a date."
     def of(path):
         if path.name in TIMED: return b''
         if path.suffix == '.safetensors': return {k: v.numpy().tobytes() for k, v in read_safetensors(path)[0].items()}
@@ -169,7 +169,7 @@ def half_written(folder:Path) -> list:
 
 @pytest.fixture(scope='module')
 def unbroken(given) -> dict:
-    "What each writer leaves that nobody stops, its size and how many files it moves to their place; made when asked for."
+    "Return what an undisturbed writer leaves, its size and the number of files that it renames."
     made = {}
     def of(name):
         if name not in made:
@@ -319,7 +319,7 @@ def test_a_training_on_values_that_are_not_finite_stops_at_once(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork and SIGKILL')
 def test_soak_of_kills_at_random_moments(given, unbroken, tmp_path):
-    "Precompute and train, killed at any moment, over and over: the arrays and weights are those of an unbroken run. GAC_SOAK_MINUTES, else 30."
+    "Repeated kills at random moments change neither arrays nor weights; GAC_SOAK_MINUTES, or 30 minutes."
     import random
     import threading
     import time

@@ -1,4 +1,4 @@
-"Weights in the Hub's own format: full-size files of random numbers are made once, loaded to the last tensor, and refused when anything is wrong."
+"Weights in the Hub's format: full-size random files are loaded to the last tensor, and refused if one is wrong."
 import os
 import pickle
 import random
@@ -40,7 +40,7 @@ def numbers(model, seed:int) -> dict:
     return out
 
 def hub_state(size:str) -> dict:
-    "What a TerraMind file on the Hub holds: the token model over all modalities, unprefixed."
+    "Return the content of a TerraMind file on the Hub: the token model over all modalities, unprefixed."
     model = build_blank(f'terramind_v1_{size}_generate', memory=False, modalities=list(MODALITIES),
                     output_modalities=list(MODALITIES))
     return numbers(model.sampler.model, 1)
@@ -56,7 +56,7 @@ def put(cache:Path, name:str, state:dict) -> Path:
 
 @pytest.fixture(scope='session')
 def cache(tmp_path_factory):
-    "A cache with TerraMind tiny and the S2L2A tokenizer, 1.3 GB, removed at the end."
+    "Make a cache with TerraMind tiny and the S2L2A tokenizer, 1.3 GB; remove it at the end."
     folder = tmp_path_factory.mktemp('hub')
     put(folder, TINY, hub_state('tiny'))
     put(folder, TOKENIZER, numbers(build_blank(TOKENIZER, memory=False), 2))
@@ -65,13 +65,13 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def hub(cache, monkeypatch, tmp_path):
-    "The cache as this machine's only source of weights."
+    "Make the cache the only source of weights."
     monkeypatch.setenv('HF_HUB_CACHE', str(cache)); monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     return cache
 
 @pytest.fixture(scope='session')
 def states(cache) -> dict:
-    "The two files' tensors, by name of the model."
+    "Return the tensors of both files, by the model's names."
     with pytest.MonkeyPatch.context() as m:
         m.setenv('HF_HUB_CACHE', str(cache)); m.setenv('HF_HUB_OFFLINE', '1')
         return {w.file: read_weights(p) for w, p in locate(TINY).items()}

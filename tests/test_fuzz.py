@@ -1,4 +1,4 @@
-"Readers are given anything: bytes that were changed, structures that make no sense. Only the project's own error may come out."
+"Readers of changed bytes and odd structures raise no error but the project's own."
 import io
 import json
 import os
@@ -55,7 +55,7 @@ def anything(cases:int, strategy, check) -> None:
     check_all()
 
 def tried(f, *args):
-    "What a reader makes of it, None where it refuses; any other error is a failure."
+    "Return the result of a reader, or None if it refuses; any other error is a failure."
     try: return f(*args)
     except GacError as e:
         assert len(str(e)) > 10
@@ -100,13 +100,13 @@ def read_chain(folder):
 def whole_store(path): return Store(path).read('s1', slice(None))
 
 def journalled(path:Path) -> Path:
-    "A store with a batch in its journal."
+    "Make a store with a batch in its journal."
     store = Store.create(path, writer.ARRAYS, shard=8)
     store.append([writer.record(i) for i in range(3)])
     return path
 
 def locked(path:Path) -> None:
-    "A store that another machine writes to."
+    "Make a store that another machine writes to."
     Store.create(path, writer.ARRAYS)
     (path/'journal').mkdir()
     (path/'journal'/'tiles.0of1.lock').write_text('{"pid": 1, "host": "elsewhere", "started": 0.5}')
@@ -118,17 +118,19 @@ def notebook(path:Path) -> Path:
     return path
 
 def city(folder:Path) -> Path:
-    "The tables of a data set of chips."
-    from affine import Affine
+    "Make the tables of a data set of chips."
     chips = pd.DataFrame([dict(id=f'c{i}', top=0, left=90*i, split=s, files={})
                           for i, s in enumerate(('train', 'val', 'test'))])
     finish(folder, chips, dict(size=48, crs='EPSG:32618', days=['2021-07-18']))
     return folder
 
+PROFILE = 'description: a toy\nneeds: {gpu: 1}\n00_x: {k: 4}\ncommon:\n  name: b\n'
+ECOREGIONS = dict(type='FeatureCollection', features=[
+    dict(type='Feature', properties=dict(BIOME=4), geometry=dict(type='Point', coordinates=[5, 50]))])
 FILES = {  # name -> (what makes it in a folder, the file that is changed, the reader of the folder)
     'GeoTIFF': (lambda d: layouts.geotiff(d, 1, 40, dem=False), 'S2L2A/a0.tif', partial(load, 'geotiff')),
-    'NPZ': (lambda d: np.savez(d/'n.npz', s1=layouts.radar(0, 40), s2=layouts.optical(0, 40, 4), month=3, id='t'), 'n.npz',
-            partial(load, 'npz')),
+    'NPZ': (lambda d: np.savez(d/'n.npz', s1=layouts.radar(0, 40), s2=layouts.optical(0, 40, 4), month=3, id='t'),
+            'n.npz', partial(load, 'npz')),
     'tortilla': (lambda d: layouts.benv2(d/'b.tortilla', 1), 'b.tortilla', partial(load, 'benv2')),
     'table of BigEarthNet': (lambda d: layouts.bigearthnet(d, 1), 'metadata.parquet',
                              lambda d: read_bigearthnet(d, Options())),
@@ -144,7 +146,7 @@ FILES = {  # name -> (what makes it in a folder, the file that is changed, the r
                     lambda d: load_checkpoint(d/'x.safetensors', 'toy')),
     'weights': (lambda d: (d/'x.pt').write_bytes(torch_bytes(dict(a=torch.zeros(3)))), 'x.pt',
                 lambda d: read_weights(d/'x.pt')),
-    'profile': (lambda d: (notebook(d/'00_x.ipynb'), (d/'toy.yaml').write_text('description: a toy\nneeds: {gpu: 1}\n00_x: {k: 4}\ncommon:\n  name: b\n')), 'toy.yaml', read_chain),
+    'profile': (lambda d: (notebook(d/'00_x.ipynb'), (d/'toy.yaml').write_text(PROFILE)), 'toy.yaml', read_chain),
     'notebook': (lambda d: (notebook(d/'00_x.ipynb'), (d/'toy.yaml').write_text('description: a toy\n00_x: {k: 4}\n')),
                  '00_x.ipynb', read_chain),
     'state of the chain': (lambda d: (d/'chain.json').write_text('{"00_x": {"key": "a", "seconds": 3}}'), 'chain.json',
@@ -157,8 +159,8 @@ FILES = {  # name -> (what makes it in a folder, the file that is changed, the r
                                lambda d: radar_in(read_images(d/'x.pt'), 'x.pt')),
     'manifest of chips': (city, 'manifest.json', Chips),
     'table of chips': (city, 'chips.csv', Chips),
-    'map of ecoregions': (lambda d: (d/'e.geojson').write_text(json.dumps(dict(type='FeatureCollection', features=[dict(type='Feature', properties=dict(BIOME=4), geometry=dict(type='Point', coordinates=[5, 50]))]))),
-                          'e.geojson', lambda d: read_ecoregions(d/'e.geojson')),
+    'map of ecoregions': (lambda d: (d/'e.geojson').write_text(json.dumps(ECOREGIONS)), 'e.geojson',
+                          lambda d: read_ecoregions(d/'e.geojson')),
 }
 
 @CASES
@@ -178,8 +180,7 @@ def test_bytes(name, cases, tmp_path):
         assert sorted(p.name for p in tmp_path.iterdir()) == ['there']
     anything(cases, spoilt(good), check)
 
-# ---- structures ------------------------------------------------------------------------------------------------------
-# ----------------------
+# ---- structures ----
 
 plain = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.integers(-10**400, 10**400), st.floats(),
                                st.text(max_size=9), st.dates(), st.binary(max_size=4)),
@@ -249,7 +250,7 @@ def test_facts_about_a_tile(cases, tmp_path):
     with Store.create(path, writer.ARRAYS, shard=4) as store:
         def check(facts):
             before = len(store)
-            kept = tried(store.append, [writer.record(n[0] % 90) | dict(id=f'i{n[0]}') | facts])
+            tried(store.append, [writer.record(n[0] % 90) | dict(id=f'i{n[0]}') | facts])
             n[0] += 1
             assert len(store.table) == len(store) in (before, before + 1)
         anything(cases, st.dictionaries(st.sampled_from((*COLUMNS, 'more', 's1', 's2')), plain, max_size=2), check)

@@ -1,4 +1,4 @@
-"The generation path's barriers as TerraTorch ships them, their removal one by one, and how far adapters and routes reach."
+"The barriers of the generation path, their removal one by one, and the reach of adapters and routes."
 import numpy as np
 import pytest
 import torch
@@ -35,7 +35,7 @@ EXPECTED = {'as shipped': set(), '− pipeline no_grad': {'UNet'}, '− code loo
 
 @pytest.fixture(scope='module')
 def generator():
-    "The miniature with random numbers in it: no property below depends on its training."
+    "Return the miniature with random weights: no property below depends on its training."
     with seeded(0): model = build_generator(pretrained=False)
     reinit_zero_layers(model)
     return model

@@ -1,4 +1,4 @@
-"Files from outside, properties that hold for any image, and many tiles: what the metrics notebook cannot show in a cell."
+"Metrics: weight files from outside, properties that hold for any image, and many tiles."
 import os
 import warnings
 
@@ -31,7 +31,7 @@ def tiles(n=2, size=64, seed=0): return torch.rand(n, 4, size, size, generator=t
 
 @pytest.fixture(scope='module')
 def alexnet(tmp_path_factory):
-    "A backbone file in torchvision's format, with random tensors."
+    "Make a backbone file in torchvision's format, with random tensors."
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp('lpips')/'backbone.pth'
     torch.save(torchvision.models.alexnet(weights=None).state_dict(), path)

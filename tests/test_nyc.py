@@ -1,4 +1,4 @@
-"The New York data set: built from rasters of odd grids and from a STAC catalogue; what is refused; the experiment's configurations."
+"The New York data set from rasters of odd grids and a STAC catalogue, its refusals, and the configurations."
 import datetime
 import json
 import shutil
@@ -59,7 +59,7 @@ OPT = BuildOptions(size=32, per_block=2, guard=8, test=8, val=.15)
 EAST, NORTH, N = 584_000, 4_510_000, 200  # the area: 2 km in UTM zone 18
 
 def codes(x, y) -> np.ndarray: # metres in UTM
-    "The city's raster as a function of the place: squares of 80 m of its eight codes, water in the west."
+    "Return the code of the survey at a place: squares of 80 m of eight codes, water in the west."
     k = (np.floor((x - EAST)/80) + 3*np.floor((y - NORTH)/80)).astype(int) % 8 + 1
     return np.where(x < EAST + 500, 4, k).astype(np.uint8)
 
@@ -113,7 +113,7 @@ def area(tmp_path_factory) -> Path: return write_area(tmp_path_factory.mktemp('a
 
 @pytest.fixture
 def changed(area, tmp_path):
-    "A copy of the area whose YAML a function has changed."
+    "Copy the area and change its YAML by a function."
     def change(edit) -> Path:
         for f in area.parent.iterdir(): shutil.copy(f, tmp_path/f.name)
         spec = yaml.safe_load(area.read_text())
@@ -161,7 +161,7 @@ def test_rotated_edges_have_no_label(built, area):
                                              ('EPSG:32618', 90, 4.), ('EPSG:4326', 0, 3e-5),
                                              ('EPSG:3857', 0, 30.)])
 def test_a_survey_on_any_grid(tmp_path, crs, turn, step):
-    "State plane in feet, degrees, rasters that are turned, pixels finer and coarser than 10 m: labels lie where the codes do."
+    "Labels match the codes in feet, in degrees, on rotated rasters, and on finer and coarser pixels than 10 m."
     x, y = Transformer.from_crs('EPSG:32618', crs, always_xy=True).transform(EAST + 800, NORTH + 1000)
     n = 40 if step == 30 else 200
     t = rasterio.Affine.translation(
@@ -309,7 +309,7 @@ def test_the_offset_of_baseline_4_is_taken_off(tmp_path):
     assert np.median(chips.read(name, 'S2L2A')[0, 0][chips.read(name, 'LABEL') == 2]) < 200
 
 def write_catalogue(area:Path, to:Path, days=DAYS, relative:bool=False) -> Path:
-    "A static STAC catalogue of the area's files, bands by the names of a public catalogue."
+    "Write a static STAC catalogue of the area's files, bands by the names of a public catalogue."
     import pystac
     from shapely.geometry import box, mapping
     bbox = [-74.03, 40.71, -73.95, 40.78]
@@ -371,7 +371,7 @@ def test_missing_dates_are_named_all_at_once(area, tmp_path):
 
 @contextmanager
 def served(catalogue:Path): # -> address, searches it was asked
-    "The items of a static catalogue behind a STAC API."
+    "Serve the items of a static catalogue by a STAC API."
     import pystac
     items, asked = list(pystac.Catalog.from_file(str(catalogue)).get_items(recursive=True)), []
     class Handler(BaseHTTPRequestHandler):
@@ -442,7 +442,7 @@ def test_from_the_command_line(area, tmp_path, capsys):
 BOX = GeoBox((20, 20), rasterio.Affine(10, 0, EAST, 0, -10, NORTH), 'EPSG:32618')
 
 def tagged(path:Path, x:np.ndarray, scales=(), offsets=(), names=(), mask=None, **kw) -> Path: # x: (C, 20, 20)
-    "A file on BOX with tags."
+    "Write a file on BOX with tags."
     save(path, x, 'EPSG:32618', BOX.affine, **kw)
     with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(path, 'r+') as f:
         if scales: f.scales, f.offsets = scales, offsets or (0.,)*len(scales)
@@ -616,7 +616,7 @@ def test_a_thought_that_does_not_load_is_said_and_given_instead(tmp_path):
     assert c['model']['init_args']['model_args']['backbone'] == 'terramind_mini'
 
 def test_the_fallback_gives_every_thought_that_was_asked_for(town, tmp_path, monkeypatch):
-    "Land cover and NDVI, made ahead by the generator, read as the thinking backbone would have thought them, and trained on."
+    "Land cover and NDVI generated in advance equal those of the backbone that generates them, and are trained on."
     real = build_model
     def broken(name, *args, **kw):
         if name.endswith('_tim'): raise RuntimeError('size mismatch')
@@ -657,7 +657,7 @@ def test_the_gate_draws_seeds_and_blocks():
     assert gate(np.stack([[good]*12]*3), b, blocks)['verdict'] == 'strong'
 
 def test_a_class_of_one_block_does_not_move_the_gate_by_its_absence():
-    "Bare ground lies in one block and neither run finds it; one pixel predicted elsewhere must not count as a class lost."
+    "Bare ground is in one block and neither run finds it; one pixel predicted elsewhere is no lost class."
     chip = np.diag([50, 0, 50, 50, 50])
     a = np.stack([[chip]*12]).astype(int)
     a[0, :2, 1, 0] = 9  # bare, called vegetation
@@ -760,7 +760,7 @@ def test_terratorch_runs_the_same_file(town, tmp_path):
 
 @pytest.mark.parametrize('what', ['mask', 'place'])
 def test_what_lies_beside_a_raster_is_seen_though_gdal_was_told_not_to_look(tmp_path, what):
-    "TerraTorch's command line and others switch the listing of folders off for the whole process; masks (.msk) and places (.aux.xml) were lost."
+    "A process without GDAL's listing of folders still reads masks (.msk) and georeferencing (.aux.xml)."
     x, there = np.arange(1, 3601, dtype='float32').reshape(1, 60, 60), np.arange(60)[:, None] + np.zeros(60, int) >= 20
     path, driver = (tmp_path/'a.tif', 'GTiff') if what == 'mask' else (tmp_path/'a.png', 'PNG')
     with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False):

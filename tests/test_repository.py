@@ -31,7 +31,7 @@ SKIP = {'.git', '.venv', '.pytest_cache', '.hypothesis', '__pycache__', '.ipynb_
         'build', 'dist'}
 
 def committed() -> list[Path]:
-    "The files of the repository: as git lists them, else all but what is ignored by name."
+    "Return the files of the repository as git lists them, or all that are not ignored by name."
     done = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard', '-z'], cwd=ROOT, capture_output=True,
                           text=True)
     if done.returncode == 0 and done.stdout:
@@ -48,7 +48,7 @@ def canonical(name:str) -> str: return re.sub(r'[-_.]+', '-', re.split(r'[<>=!~;
 
 @pytest.fixture(scope='module')
 def copy(tmp_path_factory) -> Path:
-    "The notebooks and settings alone, with their modules exported anew."
+    "Export the modules from a copy of the notebooks and settings."
     new = tmp_path_factory.mktemp('copy')
     for name in ('settings.ini', 'setup.py', 'pyproject.toml'): shutil.copy(ROOT/name, new/name)
     shutil.copytree(ROOT/'nbs', new/'nbs', ignore=shutil.ignore_patterns('.ipynb_checkpoints', '_*'))
@@ -161,7 +161,7 @@ def test_environment_and_package_follow_settings():
     assert 'Apache License' in (ROOT/'LICENSE').read_text()
 
 def test_imported_packages_are_required():
-    "Whatever gac imports from outside is named in settings.ini; planetary-computer is optional, and its absence is explained."
+    "All imports of gac are named in settings.ini; planetary-computer is optional, and its absence is explained."
     required = {canonical(r) for r in requirements()}
     alias = {'yaml': 'pyyaml', 'sklearn': 'scikit-learn', 'odc': 'odc-stac'}
     for path in MODULES:

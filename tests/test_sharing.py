@@ -1,4 +1,4 @@
-"What is trained is a folder that peft and the Hugging Face Hub know: its card is true, its code runs, and its name is enough to load it."
+"A trained folder is one that peft and the Hugging Face Hub read: its card is true and its code runs."
 import json
 import re
 import shutil
@@ -31,7 +31,7 @@ MEASURED = dict(val_psnr=27.25, val_psnr_calibrated=28.125, val_ssim=.75, val_sa
 HEADS = dict(stage2='refiner', stage3='grounding')
 
 def drawn(model):
-    "A model whose head and adapters do something."
+    "Return a model whose head and adapters change the output."
     r = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for k, p in model.named_parameters():
@@ -49,7 +49,7 @@ def folders(tmp_path_factory) -> dict:
 
 @pytest.fixture
 def hub(folders, tmp_path, monkeypatch):
-    "A Hugging Face cache that holds both folders, and no network."
+    "Make a Hugging Face cache with both folders, and no network."
     def put(name, folder, revision='main', commit='0'*40):
         at = tmp_path/'hub'/f'models--{name.replace("/", "--")}'
         shutil.copytree(folder, at/'snapshots'/commit)

@@ -1,4 +1,4 @@
-"The study itself, at profile smoke. In a process of its own, whose kernels are forked from one that has imported what they need."
+"The study at profile smoke, in a process of its own with forked kernels."
 import json
 import re
 import subprocess
@@ -23,7 +23,7 @@ def run(home, data='') -> tuple: # status of each notebook, seconds
     return re.findall(r'(?m)^\| \d\d_\w+ +\| (\w+)', done.stdout), time.perf_counter() - began
 
 def overwritten(run) -> list: # files
-    "What a notebook said it made and a later one wrote over."
+    "Return the files that a notebook listed and a later one overwrote."
     return [a for r in (run/'records').glob('*.json') for a in json.loads(r.read_text())['artefacts']
             if (run/a).is_file() and (run/a).stat().st_mtime > r.stat().st_mtime]
 

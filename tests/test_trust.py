@@ -1,4 +1,4 @@
-"Doubt whose answer is known, places that must stay apart, attention that must add up, and generations that survive a stop."
+"Uncertainty of known answer, separate places, attention that adds up, and generations that survive a stop."
 import shutil
 from dataclasses import replace
 
@@ -63,7 +63,7 @@ RNG = lambda seed=0: np.random.default_rng(seed)
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory, brief_chain):
-    "A run with a store, Stage 1 and briefly trained Stages 2 and 3, the correction of Stage 3 large enough to be seen."
+    "Return a run with briefly trained Stages 2 and 3, the correction of Stage 3 large enough to be measured."
     recipe = brief_recipe(4)
     recipe = replace(recipe, how3=recipe.how3 | dict(strength=False))
     run, store = brief_chain(tmp_path_factory.mktemp('trust'), '13_trust', (12, 4, 4), recipe)

@@ -1,7 +1,6 @@
 "The study on somebody's tiles: what it takes of them, what it says of them, and where it keeps it."
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +36,7 @@ def open_run(folder, data='') -> Run:
     return Run.open('07_stage1', 'smoke', 0, str(folder/'run'), str(folder/'report'), str(data))
 
 def npz_tile(path:Path, number:int, size:int=120, **more) -> Path:
-    "A procedural scene as somebody would save it."
+    "Save a procedural scene as a user would."
     s = draw_scene(number, size)
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, s1=s['s1grd'].astype('float32'), s2=s['s2'].astype('uint16'), month=int(s['month']), **more)
@@ -56,7 +55,7 @@ def test_a_name_without_a_letter_that_is_left_gets_digits():
 
 @pytest.fixture
 def house(tmp_path, monkeypatch):
-    "A root of its own, so that nothing is written into the repository's folders."
+    "Use another root, so that nothing is written into the repository."
     (tmp_path/'house').mkdir()
     swap(monkeypatch, 'gac.core.files', 'root', lambda: tmp_path/'house')
     return tmp_path/'house'
@@ -89,7 +88,7 @@ def test_another_folder_of_the_same_name_is_told_apart(house, tmp_path):
 
 @pytest.fixture
 def toy(tmp_path, make_notebook):
-    "A chain of one notebook and two profiles, and a store that stands for somebody's tiles."
+    "Make a chain of one notebook and two profiles, and a store of a user's tiles."
     (tmp_path/'params').mkdir()
     for name, n in (('small', 2), ('large', 3)):
         (tmp_path/'params'/f'{name}.yaml').write_text(f'description: {name}\n00_first: {{n: {n}}}\n')
@@ -255,7 +254,7 @@ def test_the_clamp_is_measured_on_given_tiles(tmp_path):
 # ---- all of it
 
 def smoke(home:Path, data:Path, **sets) -> dict: # provenance
-    "The chain at profile smoke on somebody's tiles, in a process of its own."
+    "Run the chain at profile smoke on a user's tiles, in a process of its own."
     options = dict(data=str(data), reports=str(home/'report'), runs=str(home/'run'), sets=sets)
     done = subprocess.run([sys.executable, '-c',
                            f"from gac.runner.chain import run_chain\nrun_chain('smoke', **{options})"],
