@@ -147,7 +147,7 @@ def agreement(
     seed:int=0, # of tokens and noise
 ) -> dict: # share of equal most likely tokens; share of sampled tokens in the set; largest difference, reflectance
     "Compare the outputs of TerraTorch's own call and of this project."
-    key, tok, (radar,) = model._output(''), model.tokenizer(), model.inputs
+    key, (radar,) = model._output(''), model.inputs
     logits = model.token_logits(s1)
     with record_calls(model.core) as heard: image = library_call(model.core, s1, timesteps, 0., seed, radar)
     likeliest = float((heard['tokens'].flatten(1) == logits.argmax(-1)).float().mean())
@@ -240,7 +240,7 @@ def speedups(
     compiled:bool=False, # True: time torch.compile of the diffusion decoder too, which compiles for a minute
 ) -> pd.DataFrame: # lever, before_ms and after_ms per tile, ratio, lowest, highest, largest difference in reflectance
     "Time each speed-up alone and return its gain and its change of the output."
-    device, n, tok, (radar,) = model.device.type, len(s1), model.tokenizer(), model.inputs
+    device, n, tok = model.device.type, len(s1), model.tokenizer()
     logits, own = model.token_logits(s1), lambda use: [tile_generator(0, i, 0, use) for i in range(n)]
     codes, size = model.codes(logits, 'argmax'), padded_call(model, s1).shape[-2:]
     noise = per_tile_random(torch.randn, (tok.n_channels, *size), own('noise'), device)

@@ -39,7 +39,7 @@ def searched(
     seed:int=0, # of the tokens and the noise
     steps=(1, 2), # diffusion steps that are tried
 ) -> Decoding:
-    "The decoding with the highest PSNR on the validation tiles."
+    "Return the decoding with the highest PSNR on the validation tiles."
     grid = [d for d in decoding_grid(steps, 1) if d.clamp == 'pretraining']
     batch = load_tiles(store, rows)
     return max(grid, key=lambda d: float(psnr(stage1_method(model, d, seed)(batch), batch['truth']).mean()))
@@ -58,7 +58,7 @@ def random_stage1(
 
 # as for variant_methods; method: tiles -> (n, 4, H, W) reflectance
 def unet_variant(run, store, variant, recipe, out_dir, seed:int=0) -> Callable:
-    "A U-Net of the comparison: that of the run where it is the same one, else trained."
+    "Return a U-Net of the comparison: that of the run if the settings agree, else a trained one."
     if recipe.unet is None: raise GacError('This run has no recipe for a U-Net: run 10_baselines first.')
     v1 = opt_v1_of(run, store, store.rows('train')[:1])[0]
     own = seed == run.seed and recipe.unet == unet_recipe(run) and variant in unet_methods(run, v1)
@@ -73,7 +73,7 @@ def variant_methods(
     out_dir, # of the trainings
     seed:int=0,
 ) -> dict: # opt_v1, opt_v2, opt_v3, as far as the variant has them -> method
-    "One chain of the comparison, trained."
+    "Train one chain of the comparison and return its methods."
     if variant not in CHAIN_VARIANTS:
         raise GacError(f'variant {variant!r}: expected one of {", ".join(CHAIN_VARIANTS)}.')
     out_dir, known = Path(out_dir), variant != 'random'
@@ -100,10 +100,10 @@ def variant_methods(
 # %% ../../nbs/12_learning_curve.ipynb #lpbfa9c7
 def fit_at(
     pairs, # numbers of training pairs asked for
-    there:int, # training tiles there are
+    available:int, # training tiles
 ) -> list[int]:
-    "The numbers of pairs that can be had: those above what is there become all there is."
-    return list(dict.fromkeys(min(n, there) for n in pairs))
+    "Limit the numbers of pairs to the training tiles; return them without repetitions."
+    return list(dict.fromkeys(min(n, available) for n in pairs))
 
 def learning_curve(
     run, # run.Run
@@ -111,12 +111,14 @@ def learning_curve(
     rows, # test tiles
     recipe:ChainRecipe,
     pairs, # numbers of training pairs
-    seeds=(0,),
-    variants=CHAIN_VARIANTS,
+    seeds=(0,), # of the trainings
+    variants=CHAIN_VARIANTS, # names of the chains
     batch_size:int=8, # tiles at a time
-    lpips=None, # perception.LPIPS; None: looked for
+    lpips=None, # perception.LPIPS; None: a new one
 ) -> pd.DataFrame: # pairs, variant, seed, output, id, scene, measures: one row per tile
-    "Every chain of the comparison on the same test tiles. Each is kept in the run's folder, so that a stopped comparison goes on where it was."
+    """Measure every chain of the comparison on the same test tiles.
+
+    Each result is kept in the folder of the run, so a stopped comparison continues where it stopped."""
     if max(pairs) > (there := len(store.rows('train'))):
         raise GacError(f'{max(pairs)} pairs: {store.path.name} has {there} training tiles. '
                        f'Make more (02_tiles.n_train), or ask for fewer.')
@@ -124,9 +126,9 @@ def learning_curve(
     for n in pairs:
         for seed in seeds:
             for variant in variants:
-                made = dict(recipe=asdict(recipe.only(n)), seed=seed, variant=variant,
-                            tiles=store.table.id.iloc[rows].tolist(), weights=known_weights(run))
-                mark = hashlib.sha256(json.dumps(made, sort_keys=True, default=str).encode()).hexdigest()[:12]
+                settings = dict(recipe=asdict(recipe.only(n)), seed=seed, variant=variant,
+                                tiles=store.table.id.iloc[rows].tolist(), weights=known_weights(run))
+                mark = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
                 file = run.dir/'knowledge'/f'{n}-{seed}-{variant.replace(" ", "_")}-{mark}.csv'
                 if not file.exists():
                     methods = variant_methods(run, store, variant, recipe.only(n), seed_folder(run, n, seed), seed)
@@ -140,20 +142,22 @@ def learning_curve(
     return pd.concat(parts, ignore_index=True)
 
 def learning_curve_table(
-    measured:pd.DataFrame, # from knowledge
+    measured:pd.DataFrame, # from learning_curve
     columns=RESULT_COLUMNS, # measures
 ) -> pd.DataFrame: # pairs, variant, seed, output, n_tiles, measures
-    "Means over tiles: rows of knowledge.csv."
+    "Return the means over tiles: the rows of knowledge.csv."
     by = measured.groupby(['pairs', 'variant', 'seed', 'output'], sort=False)
     return by[list(columns)].mean().assign(
         n_tiles=by.size()).reset_index()[['pairs', 'variant', 'seed', 'output', 'n_tiles', *columns]]
 
 def learning_curve_gains(
-    measured:pd.DataFrame, # from knowledge
+    measured:pd.DataFrame, # from learning_curve
     columns=RESULT_COLUMNS, # measures
     seed:int=0, # of the bootstrap
 ) -> pd.DataFrame: # pairs, output, step, metric, gain, lo, hi, n_scenes, seeds
-    "What the pretrained chain has over each control on the same tiles, averaged over the seeds both were trained with; positive: it is better."
+    """Return the paired gains of the pretrained chain over each control, positive if the chain is better.
+
+    Values are averaged over the seeds that both were trained with."""
     rows = []
     scene = measured.drop_duplicates('id').set_index('id').scene
     for (n, variant, output), old in measured.groupby(['pairs', 'variant', 'output'], sort=False):

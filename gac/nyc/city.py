@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from odc.geo.geobox import GeoBox
 
-from ..core.files import writable
+from ..core.files import GacError, writable
 from ..core.manifest import agree_or_refuse
 from ..data.dates import month_of
 from ..data.world.ground import BARE, BUILT, RANGE, TREES, WATER, Ground, growth

@@ -67,17 +67,17 @@ def publish(
     run_dir, # artefacts of the run, with nyc/gate.json
     out, # folder to publish
 ) -> Path:
-    "A folder of the winning model: weights, configuration, card. A gain that is not certain is not published."
+    "Write a folder with weights, configuration and card of the best run; refuse if no gain is certain."
     run_dir, out = root()/run_dir, root()/out
     try: kept = json.loads((run_dir/'nyc'/'gate.json').read_text(encoding='utf-8'))
     except (OSError, json.JSONDecodeError):
         raise GacError(f'{run_dir}: no finished comparison (nyc/gate.json). Run 16_new_york first.') from None
     wins = sorted(filter(publishable, kept['gate']), key=lambda r: -r['gain'])
     if not wins:
-        told = '; '.join(f'{r["run"]} {r["gain"]:+.1f} [{r["lo"]:+.1f}, {r["hi"]:+.1f}] ({r["verdict"]})'
+        gains = '; '.join(f'{r["run"]} {r["gain"]:+.1f} [{r["lo"]:+.1f}, {r["hi"]:+.1f}] ({r["verdict"]})'
                          for r in kept['gate']
                          if r['run'] in TIM_VARIANTS and r['against'] == TIM_VARIANTS[r['run']].against)
-        raise GacError(f'Nothing to publish: no thinking run gains more than 1 pp of mIoU for certain. {told}.')
+        raise GacError(f'Nothing to publish: no run with a generated modality gains more than 1 point of mIoU for certain. {gains}.')
     best = wins[0]
     folder = (run_dir/'nyc'/kept['folders'][best['run']]).resolve()
     if not folder.is_relative_to(run_dir.resolve()):
@@ -99,7 +99,7 @@ task.model.load_state_dict(load_file('FOLDER/model.safetensors'))
 ```"""
 
 def card(best:dict, kept:dict) -> str: # rows of the gate; gate.json
-    "The card of a published model, as the Hugging Face Hub shows it."
+    "Return the card of a published model, as the Hugging Face Hub shows it."
     from huggingface_hub import ModelCardData
     v = TIM_VARIANTS[best['run']]
     about = ModelCardData(library_name='terratorch', license='apache-2.0', pipeline_tag='image-segmentation',

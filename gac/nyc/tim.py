@@ -116,7 +116,7 @@ def _trainer_settings(out:str, steps:int, seed:int, family:str) -> dict: # as of
                 deterministic='warn', callbacks=[recorder, last])
 
 # %% ../../nbs/lib/nyc/tim.ipynb #f6d67b99
-def _model_settings(v:Variant, steps:int, lr:float, family:str, timestamps:int, weights:str) -> dict: # as of run_settings
+def _model_settings(v:Variant, steps:int, lr:float, family:str, timestamps:int, weights:str) -> dict:
     "Return the segmentation task of a run: backbone, necks, decoder, loss and optimizer."
     f = FAMILIES[family]
     model = dict(backbone=f.tim if v.tim else f.encoder, backbone_pretrained=True,

@@ -17,10 +17,10 @@ from ..stages.pretrain_objectives import RECIPES, N
 # %% ../../nbs/15_downstream.ipynb #6e946eba
 def verdict_of(
     gains:pd.DataFrame, # from gains_of
-    step:str,
-    metric:str='miou',
+    step:str, # name of the step
+    metric:str='miou', # score
 ) -> str: # e.g. +1.2 pp [0.3, 2.0]; n/a where the arms were not run
-    "A step in words."
+    "Describe the gain of a step."
     row = gains[(gains.step == step) & (gains.metric == metric)]
     if row.empty: return 'n/a'
     gain, lo, hi = (100*float(row[c].iloc[0]) for c in ('gain', 'lo', 'hi'))
@@ -34,7 +34,7 @@ ANSWERS = {'a gain': 'A user who has no cloud-free image gains from the drawn on
 def conclusion(
     gains:pd.DataFrame, # from gains_of
 ) -> str: # two sentences
-    "Does a user without a cloud-free image gain?"
+    "Return two sentences: the gain of a user without a cloud-free image, and its upper bound."
     asked = {'the whole chain': 'the whole chain adds', 'S2 drawn by Stage 1': 'Stage 1 brings',
              'Stage 2': 'Stage 2 then', 'Stage 3': 'Stage 3 then', 'S2 thought of': 'an image only thought of (TiM)'}
     bound = {'true S2 of 4 bands on top of S1': 'on top of the radar alone',
@@ -54,7 +54,7 @@ def land_cover_seen(
     name:str='terramind_mini', # encoder
     weights:str='', # folder of its weights; empty: the committed ones
 ) -> dict|None: # scenes, earlier (text), tokens_asked, tokenizer_scenes; None for a model without a card here
-    "What the pretraining of a miniature saw of land cover, from its cards."
+    "Return how much land cover the pretraining of a miniature used, from its cards."
     folder = Path(weights) if weights else root()/'data'/'weights'/'mini'
     core, tokenizer = (read_json(folder/f'{n}.json') for n in (name, f'{name}_tokenizer_lulc'))
     if not core: return None

@@ -177,13 +177,13 @@ def table_of(
         seeds = [s for a, s in found if a == name]
         sets = [(s, every[i:i + 1]) for i, s in enumerate(seeds)] + ([('mean', every)] if len(seeds) > 1 else [])
         for s, m in sets:
-            value, (lo, hi) = segmentation_scores(m.sum(1)).mean(0), percentile_interval(resample_scores(m, scenes, n, seed))
+            value = segmentation_scores(m.sum(1)).mean(0)
+            lo, hi = percentile_interval(resample_scores(m, scenes, n, seed))
             scores = {f'{c}{end}': v[i] for i, c in enumerate(names)
                       for end, v in (('', value), ('_lo', lo), ('_hi', hi))}
             a = arm(name)
             rows.append(dict(arm=name, what=a.what, image=a.s2 or 'none', bands=len(a.bands) if a.s2 else 0,
-                             seed=str(s),
-                             n_tiles=m.shape[1]) | scores)
+                             seed=str(s), n_tiles=m.shape[1]) | scores)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/lib/products/downstream_runs.ipynb #85eb5a38
@@ -205,7 +205,6 @@ def gains_of(
         gain = (segmentation_scores(every[b].sum(1)) - segmentation_scores(every[a].sum(1))).mean(0)
         lo, hi = percentile_interval(draws[b] - draws[a])
         rows += [dict(step=step, **{'from': a, 'to': b}, metric=c, gain=gain[i], lo=lo[i], hi=hi[i],
-                      n_scenes=len(set(scenes)),
-                      seeds=len(every[a]))
+                      n_scenes=len(set(scenes)), seeds=len(every[a]))
                  for i, c in enumerate(score_columns(classes))]
     return pd.DataFrame(rows, columns=['step', 'from', 'to', 'metric', 'gain', 'lo', 'hi', 'n_scenes', 'seeds'])

@@ -20,8 +20,8 @@ STATIONS = (('radar', ''), ('encoder\nembeddings', 'encoder embeddings'), ('enco
 BREAKS = {'choice': 4.5, 'code lookup': 5.5, 'clamp': 7.5} # barrier -> between which stations
 SHADES = {'sampler no_grad': (.55, 5.45), 'pipeline no_grad': (6.55, 8.45)} # barrier -> the stations it covers
 
-def diagram():
-    "The generation path, its barriers and the routes around them."
+def diagram(): # matplotlib Figure
+    "Draw the generation path, its barriers and the routes around them."
     import matplotlib.pyplot as plt
     c = COLOURS
     fig, ax = plt.subplots(figsize=(9.5, 3.9))
@@ -56,10 +56,10 @@ def diagram():
     return fig
 
 def heat_map(
-    flow:pd.DataFrame, # gradient_flow
+    flow:pd.DataFrame, # table gradient_flow
     title:str='', # of the figure
-):
-    "Route × module group: size of the gradient, per model a panel."
+): # matplotlib Figure
+    "Draw the norm of the gradient by route and module group, a panel per model."
     import matplotlib.pyplot as plt
     models = list(dict.fromkeys(flow.model))
     fig, axes = plt.subplots(1, len(models), figsize=(1.6 + 4.3*len(models), 5.2), sharey=True, squeeze=False)
@@ -89,10 +89,10 @@ def heat_map(
 
 # %% ../../../nbs/06_gradient_flow.ipynb #gf040
 def statements(
-    flow:pd.DataFrame, # gradient_flow
-    trained:pd.DataFrame, # gradient_training
+    flow:pd.DataFrame, # table gradient_flow
+    trained:pd.DataFrame, # table gradient_training
 ) -> pd.DataFrame: # statement, holds, evidence
-    "What the starting documents say, held against the measurements."
+    "Judge statements of the starting documents by the measurements."
     by = flow.set_index(['model', 'route', 'module'])
     reached = lambda route, g='cross-attention': [int(by.loc[(m, route, g), 'params_with_grad'])
                                                   for m in dict.fromkeys(flow.model)]
