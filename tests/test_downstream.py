@@ -104,7 +104,7 @@ def test_every_arm_sees_the_same_ground(store, tmp_path):
     names = {arm: [n for batch in data_of(store, arm, tmp_path).train_dataloader() for n in batch['filename']]
              for arm in ('s1', 'a', 'c_v3')}
     assert names['s1'] == names['a'] == names['c_v3']
-    assert [n for batch in data_of(store, 's1', tmp_path, seed=1).train_dataloader()
+    assert [n for batch in data_of(store, 's1', tmp_path, replace(SHORT, seed=1)).train_dataloader()
             for n in batch['filename']] != names['s1']
     assert [len(data_of(store, a, tmp_path).sets['test'].rows) for a in ('s1', 'c_v3')] == [3, 3]
     assert len(data_of(store, 's1', tmp_path, require=[]).sets['test'].rows) == 4

@@ -155,7 +155,7 @@ def test_bootstrap_of_many_columns_and_uneven_scenes():
     for _ in range(300):
         draws.append(np.concatenate([groups[i] for i in rng.integers(0, len(groups), len(groups))]).mean())
     assert np.allclose((lo[0], hi[0]), np.quantile(draws, [.025, .975]))  # the same, drawn one by one
-    with pytest.raises(GacError, match='No tiles'): bootstrap_ci([])
+    with pytest.raises(GacError, match='There are no tiles'): bootstrap_ci([])
     with pytest.raises(GacError, match='2 scenes for 3 tiles'): bootstrap_ci([1., 2., 3.], scenes=['a', 'b'])
 
 

@@ -77,7 +77,8 @@ def publish(
         gains = '; '.join(f'{r["run"]} {r["gain"]:+.1f} [{r["lo"]:+.1f}, {r["hi"]:+.1f}] ({r["verdict"]})'
                          for r in kept['gate']
                          if r['run'] in TIM_VARIANTS and r['against'] == TIM_VARIANTS[r['run']].against)
-        raise GacError(f'Nothing to publish: no run with a generated modality gains more than 1 point of mIoU for certain. {gains}.')
+        raise GacError(f'Nothing to publish: no run with a generated modality gains more than 1 point of mIoU for '
+                       f'certain. {gains}.')
     best = wins[0]
     folder = (run_dir/'nyc'/kept['folders'][best['run']]).resolve()
     if not folder.is_relative_to(run_dir.resolve()):
