@@ -56,6 +56,7 @@ def home(tables:Tables) -> str:
     try: return next((d for d in tables['results'].data.astype(str) if not d.endswith('(trained on world)')), 'world')
     except Absent: return 'world'
 
+# %% ../../nbs/19_claims.ipynb #6020cc43
 def claims_table(
     tables:Tables,
     claims=CLAIMS, # claims to judge
@@ -75,6 +76,7 @@ def format_value(
     form = lambda v: f'{v:,.0f}' if abs(v) >= 1000 else f'{v:.3g}' if abs(v) < 10 else f'{v:.1f}'
     return form(value) + (f' [{form(lo)}, {form(hi)}]' if np.isfinite(lo) else '') + (f' {unit}' if unit else '')
 
+# %% ../../nbs/19_claims.ipynb #fdbb79b4
 def claims_page(
     table:pd.DataFrame, # from claims_table
 ) -> str: # Markdown
@@ -101,17 +103,21 @@ def report_of(
 
 # %% ../../nbs/19_claims.ipynb #cl5foundc
 def _sign(value:float, lo:float, hi:float, digits:int=2) -> str:
+    "Format a gain with its interval."
     return f'{value:+.{digits}f} [{lo:+.{digits}f}, {hi:+.{digits}f}]'
 
 def _sure(lo:float, hi:float) -> str:
+    "Describe an interval."
     return 'for certain' if lo > 0 else 'negative for certain' if hi < 0 else 'not told apart from nothing'
 
-def found_ladder(tables:Tables, data:str) -> str:
+def found_ladder(tables:Tables, data:str) -> str: # data: label of the data set
+    "Return the order of the methods by PSNR."
     rows = tables['results'].query('data == @data').set_index('method').psnr
     order = rows.sort_values()
     return f'On {data} tiles the order by PSNR is: ' + ', '.join(f'{m} {v:.2f}' for m, v in order.items()) + ' dB.'
 
-def found_gains(tables:Tables, data:str) -> str:
+def found_gains(tables:Tables, data:str) -> str: # data: label of the data set
+    "Return what each stage adds to PSNR and to the agreement with the radar."
     rows = tables['stage_gains'].query("data == @data and metric in ('psnr', 'sar_edge_gap')")
     said = [f'{step}: PSNR {_sign(p.gain, p.lo, p.hi)} dB ({_sure(p.lo, p.hi)}), '
             f'distance to the truth\'s agreement with the radar {_sign(e.gain, e.lo, e.hi, 3)} ({_sure(e.lo, e.hi)})'
@@ -119,17 +125,20 @@ def found_gains(tables:Tables, data:str) -> str:
             for p, e in [[part[part.metric == m].iloc[0] for m in ('psnr', 'sar_edge_gap')]]]
     return 'What each stage adds, positive is better: ' + '; '.join(said) + '.'
 
-def found_knowledge(tables:Tables, data:str) -> str:
+def found_knowledge(tables:Tables, data:str) -> str: # data: label of the data set
+    "Return what pretraining of the foundation models is worth, by number of pairs."
     rows = tables['knowledge_gains'].query("metric == 'psnr' and output == 'opt_v3' and step == 'random → pretrained'")
     if not len(rows): raise Absent('random → pretrained in knowledge_gains.csv')
     said = (f'{_sign(r.gain, r.lo, r.hi)} dB at {r.pairs} pairs' for r in rows.itertuples())
     return 'Pretraining of the foundation models is worth ' + ', '.join(said) + '.'
 
+# %% ../../nbs/19_claims.ipynb #188d266e
 # rows of the grid that take away what a foundation model knows, or learns
 KNOWN_BY = (('Prithvi', 'random weights'), ('adapters of Stage 2', 'rank 0'),
             ('route of Stage 3', 'TerraMind with random weights'), ('adapters of Stage 3', 'rank 0'))
 
-def found_ablations(tables:Tables, data:str) -> str:
+def found_ablations(tables:Tables, data:str) -> str: # data: label of the data set
+    "Return the ablations that cost or help most."
     rows = tables['ablations'].query("metric == 'psnr' and question != 'chance'").sort_values('gain')
     sure = rows[(rows.lo > 0) | (rows.hi < 0)]
     if not len(sure): return f'Of {len(rows)} ablations none is told apart from the default in PSNR.'
@@ -144,17 +153,21 @@ def found_ablations(tables:Tables, data:str) -> str:
                     + '; '.join(name(r) for r in taken.itertuples()) + '.')
     return ' '.join(said)
 
-def found_tim(tables:Tables, data:str) -> str:
+# %% ../../nbs/19_claims.ipynb #2dad712b
+def found_tim(tables:Tables, data:str) -> str: # data: label of the data set
+    "Return the verdicts on the generated modalities of New York."
     rows = tables['nyc_gate']
     said = (f'{r.run} against {r.against} {_sign(r.gain_pp, r.gain_pp_lo, r.gain_pp_hi)}, {r.verdict}'
             for r in rows.itertuples())
     return 'Thinking in modalities on the chips of this run, mIoU in percentage points: ' + '; '.join(said) + '.'
 
-def found_downstream(tables:Tables, data:str) -> str:
+def found_downstream(tables:Tables, data:str) -> str: # data: label of the data set
+    "Return what each step adds to land cover."
     rows = tables['downstream_gains'].query("metric == 'miou'")
     return ('For land cover, mIoU: ' + '; '.join(f'{r.step} {_sign(r.gain, r.lo, r.hi, 3)}' for r in rows.itertuples())
             + '.')
 
+# %% ../../nbs/19_claims.ipynb #649528c1
 def study_findings(
     table:pd.DataFrame, # from claims_table
     tables:Tables,

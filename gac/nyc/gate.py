@@ -92,6 +92,7 @@ def publish(
     write_file(out/'README.md', card(best, kept))
     return out
 
+# %% ../../nbs/16_new_york.ipynb #e6356277
 _USE = """```python
 from safetensors.torch import load_file
 from gac.products.downstream_config import open_config

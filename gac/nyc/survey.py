@@ -92,11 +92,11 @@ def utm_grid(
 def _factors(src, bands) -> tuple: # scale and offset, (n, 1, 1) each; src: open raster
     "Return scale and offset of the bands from the tags of a raster."
     check_opened(src.name, src.scales, src.offsets)
-    told = [(src.scales[b - 1], src.offsets[b - 1]) for b in bands]
-    if 0 < told.count((1., 0.)) < len(told):
-        raise GacError(f'{src.name}: band {bands[told.index((1., 0.))]} has no scale or offset tag, and others have. '
+    tags = [(src.scales[b - 1], src.offsets[b - 1]) for b in bands]
+    if 0 < tags.count((1., 0.)) < len(tags):
+        raise GacError(f'{src.name}: band {bands[tags.index((1., 0.))]} has no scale or offset tag, and others have. '
                        'Give every band its own (gdal_edit.py -scale, -offset).')
-    return tuple(np.array(told)[:, i, None, None] for i in (0, 1))
+    return tuple(np.array(tags)[:, i, None, None] for i in (0, 1))
 
 def warped(
     path, # raster

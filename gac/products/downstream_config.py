@@ -248,16 +248,16 @@ def open_config(
 ): # command line of TerraTorch: trainer, model, datamodule, config
     "Return what `terratorch fit --config` would build, by the same parser; refuse what it refuses."
     from terratorch import cli_tools
-    told, path = io.StringIO(), Path(path).resolve()
+    stderr, path = io.StringIO(), Path(path).resolve()
     if not path.is_file(): raise GacError(f'{path} is missing: expected a configuration as YAML.')
     with contextlib.ExitStack() as stack:
-        for c in (at_root(), contextlib.redirect_stderr(told)): stack.enter_context(c)
+        for c in (at_root(), contextlib.redirect_stderr(stderr)): stack.enter_context(c)
         if not build: # the parser sets the seed; nothing is built
             for c in (seeded(0), unittest.mock.patch.object(cli_tools.MyLightningCLI, 'instantiate_classes',
                                                             lambda self: None)):
                 stack.enter_context(c)
         try: return cli_tools.build_lightning_cli(['--config', str(path)], run=False)
-        except SystemExit as e: why, cause = ' '.join(told.getvalue().split('error:')[-1].split()), e
+        except SystemExit as e: why, cause = ' '.join(stderr.getvalue().split('error:')[-1].split()), e
     raise GacError(f'{shown_path(path)}: TerraTorch refuses this configuration: {why[:600]}') from cause
 
 # %% ../../nbs/lib/products/downstream_config.ipynb #0d0ce109

@@ -26,7 +26,7 @@ class Scene:
     bands:tuple # positions of VV and VH in the file, counted from 1
     unit:str # dB, linear, amplitude
     date:str # ISO date, empty where unknown
-    told:bool=False # True: the user named the unit
+    unit_given:bool=False # True: the user named the unit
 
     @property
     def path(self) -> Path: return Path(self.raster.path)
@@ -51,7 +51,7 @@ class Scene:
     def in_db(self, x:np.ndarray, where:str='') -> np.ndarray:
         "Return values of the file in dB; refuse values that cannot be radar."
         db = to_db(x, self.unit)
-        try: check_db(db, self.told)
+        try: check_db(db, self.unit_given)
         except GacError as e: raise GacError(f'{self.path}, {where}: {e}') from None
         return db
 
@@ -96,7 +96,7 @@ def open_scene(
                        f'right (gdalinfo shows it)?')
     try:
         if not certain: check_order(samples)
-        check_radar(samples, scene.unit, scene.told)
+        check_radar(samples, scene.unit, scene.unit_given)
     except GacError as e: raise GacError(f'{path}: {e}') from None
     if say and not certain: print(BY_ORDER.format(path), flush=True)
     if say and note: print(f'{path}: {note}', flush=True)

@@ -20,6 +20,7 @@ STATIONS = (('radar', ''), ('encoder\nembeddings', 'encoder embeddings'), ('enco
 BREAKS = {'choice': 4.5, 'code lookup': 5.5, 'clamp': 7.5} # barrier -> between which stations
 SHADES = {'sampler no_grad': (.55, 5.45), 'pipeline no_grad': (6.55, 8.45)} # barrier -> the stations it covers
 
+# %% ../../../nbs/06_gradient_flow.ipynb #bae848dc
 def diagram(): # matplotlib Figure
     "Draw the generation path, its barriers and the routes around them."
     import matplotlib.pyplot as plt
@@ -55,6 +56,7 @@ def diagram(): # matplotlib Figure
     ax.axis('off')
     return fig
 
+# %% ../../../nbs/06_gradient_flow.ipynb #53ac67e5
 def heat_map(
     flow:pd.DataFrame, # table gradient_flow
     title:str='', # of the figure
