@@ -269,8 +269,7 @@ def speedups(
         # approximate factor from standardised units to reflectance
         scale = .2 if name in ('clamp, no quantile', 'channels last', 'compiled painter') else 1.
         rows.append(dict(lever=name, before_ms=1e3*turns.before.median()/n, after_ms=1e3*turns.after.median()/n,
-                         **speed,
-                         difference=scale*float((a - b).abs().max()) if alike else np.nan))
+                         **speed, difference=scale*float((a - b).abs().max()) if alike else np.nan))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/lib/cost/speed.ipynb #d1a7fcff
@@ -314,9 +313,8 @@ def sample_with_solver(
     from diffusers import DPMSolverMultistepScheduler
     c = tokenizer.noise_scheduler.config
     plan = DPMSolverMultistepScheduler(c.num_train_timesteps, c.beta_start, c.beta_end, c.beta_schedule,
-                                       rescale_betas_zero_snr=c.zero_terminal_snr,
-                                       prediction_type=c.prediction_type, timestep_spacing='trailing',
-                                       final_sigmas_type='zero')
+                                       rescale_betas_zero_snr=c.zero_terminal_snr, prediction_type=c.prediction_type,
+                                       timestep_spacing='trailing', final_sigmas_type='zero')
     plan.set_timesteps(timesteps, device=noise.device)
     image = noise
     for t in plan.timesteps: image = plan.step(tokenizer.decoder(image, t, codes).clamp(-1, 1), t, image).prev_sample

@@ -9,11 +9,11 @@ __all__ = ['calibration_panel', 'sparsification_panel', 'uncertainty_figure', 'g
 # %% ../../nbs/lib/evaluation/trust_figures.ipynb #16e20cf2
 import numpy as np
 import pandas as pd
-from .figures import bare, interval_ends, plot_intervals
 
 from ..core.figures import COLOURS
 from ..core.vocabulary import OPT_BANDS
 from .errors import edge_distance
+from .figures import bare, interval_ends, plot_intervals
 from .transfer import FEW_TILES
 from .uncertainty import METHODS, REMOVED, ause, over_bands, spread_and_error
 from ..measure.panels import picture, s1_composite, white_of

@@ -115,8 +115,7 @@ def _buildings(seed:int, q:dict) -> dict:
     high = tall*(.5 + 1.1*_hash(seed + 2, *cell)**2)*np.where(q['kind'] == 0,
                                                               1 + 3.2*q['hub']*_hash(seed + 3, *block), 1)
     return dict(street=street, house=house, height=np.where(house, high, 0),
-                number=(_hash(seed + 4, *cell)*9797).astype(int),
-                block=(_hash(seed + 5, *block)*4096).astype(int),
+                number=(_hash(seed + 4, *cell)*9797).astype(int), block=(_hash(seed + 5, *block)*4096).astype(int),
                 draw=_hash(seed + 6, *block))
 
 # %% ../../nbs/lib/nyc/city.ipynb #c5529629
@@ -171,9 +170,7 @@ def plan_city(
     hills = np.clip(14 + 11*noise(rng, size, size/6, 2.4, 1)[0], 0, None)
     dem = hills*np.clip(inland/(.1*size), 0, 1)
     return CityPlan(code.astype(np.uint8), np.where(stands, b['height'], 0).astype(np.float32),
-                    np.where(stands, b['number'], -1),
-                b['block'], q['angle'],
-                dem.astype(np.float32), shore)
+                    np.where(stands, b['number'], -1), b['block'], q['angle'], dem.astype(np.float32), shore)
 
 # %% ../../nbs/lib/nyc/city.ipynb #1a228cb0
 COVER = {1: TREES, 2: RANGE, 3: BARE, 4: WATER, 5: BUILT, 6: BUILT, 7: BUILT,
@@ -190,11 +187,8 @@ def city_ground(
     ids = np.unique(p.block, return_inverse=True)[1].reshape(size, size)
     none, hard = np.zeros((size, size), bool), np.isin(p.code, (6, 7, 8))
     g = Ground('town', CLIMATES[4], low, mid, fine, ids, 0., use=np.where(p.code == 3, 3, 1), wild=p.code == 2,
-                     trees=p.code == 1,
-                     built=p.code >= 5, house=p.house,
-                     road=hard, lake=p.code == 4, river=none, shore=p.shore, swamp=none,
-                     cover=np.array([0, *COVER.values()], np.uint8)[p.code],
-                     dem=p.dem)
+               trees=p.code == 1, built=p.code >= 5, house=p.house, road=hard, lake=p.code == 4, river=none,
+               shore=p.shore, swamp=none, cover=np.array([0, *COVER.values()], np.uint8)[p.code], dem=p.dem)
     growth(r, g, .4, .5)
     return g
 

@@ -51,8 +51,7 @@ def _batch(scene:Scene, at:list, s1:list, tile:int, month:int, biome:int) -> dic
     lon, lat = zip(*(scene.place_of(r, c, tile) for r, c in at))
     position = dict(lon=np.array(lon), lat=np.array(lat)) if scene.crs else {}
     return dict(id=[f'{r},{c}' for r, c in at], s1=np.stack(s1), month=np.full(len(at), month),
-                biome=np.full(len(at), biome),
-                **position)
+                biome=np.full(len(at), biome), **position)
 
 # %% ../../nbs/lib/products/blocks.ipynb #54a68d0d
 def draw_block(

@@ -156,16 +156,14 @@ def trainer_config(
     checking = (dict(limit_val_batches=0) if not recipe.val_every
                 else dict(val_check_interval=recipe.val_every, check_val_every_n_epoch=None))
     return dict(accelerator=recipe.accelerator, devices=recipe.devices, precision=recipe.precision,
-                max_steps=recipe.steps,
-                max_epochs=-1, gradient_clip_val=1., deterministic='warn',
+                max_steps=recipe.steps, max_epochs=-1, gradient_clip_val=1., deterministic='warn',
                 num_sanity_val_steps=0, log_every_n_steps=10, enable_progress_bar=not recipe.mini,
-                enable_model_summary=False,
-                use_distributed_sampler=False, default_root_dir=out_dir, **checking,
+                enable_model_summary=False, use_distributed_sampler=False, default_root_dir=out_dir, **checking,
                 logger=call('lightning.pytorch.loggers.CSVLogger', save_dir=out_dir, name='', version='curve'),
                 callbacks=[call('gac.products.downstream_config.SameStart', seed=recipe.seed),
                            call('lightning.pytorch.callbacks.ModelCheckpoint', dirpath=out_dir, filename='trained',
-                                every_n_train_steps=recipe.val_every or recipe.steps,
-                                save_on_train_epoch_end=False, enable_version_counter=False)])
+                                every_n_train_steps=recipe.val_every or recipe.steps, save_on_train_epoch_end=False,
+                                enable_version_counter=False)])
 
 # %% ../../nbs/lib/products/downstream_config.ipynb #4537c4e7
 def config_of(

@@ -99,9 +99,8 @@ def image_table(
 # %% ../../nbs/lib/products/downstream_images.ipynb #2480271c
 # land cover -> colour
 PALETTE = {'no data': '#000000', 'water': '#0072B2', 'trees': '#009E73', 'flooded vegetation': '#56B4E9',
-           'crops': '#F0E442',
-           'built area': '#D55E00', 'bare ground': '#999999',
-           'snow/ice': '#FFFFFF', 'clouds': '#DDDDDD', 'rangeland': '#CC79A7'}
+           'crops': '#F0E442', 'built area': '#D55E00', 'bare ground': '#999999', 'snow/ice': '#FFFFFF',
+           'clouds': '#DDDDDD', 'rangeland': '#CC79A7'}
 
 def coloured(
     classes, # (H, W) class numbers, IGNORED where unknown

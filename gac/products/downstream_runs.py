@@ -144,8 +144,7 @@ def run_arms(
     for name, seed in progress(todo, desc='arms', unit='trainings'):
         folder = out_dir/f'{name}-{seed}'
         config = config_of(arm(name), replace(recipe, seed=seed), relative_to_root(store.path),
-                           relative_to_root(derived.path),
-                           relative_to_root(folder))
+                           relative_to_root(derived.path), relative_to_root(folder))
         file = write_config(folder/'config.yaml', config, f'{arm(name).what}; seed {seed}')
         found[name, seed] = run_arm(file, folder/f'result-{mark_of(config, store, derived)}.npz', seed)
         miou, _, right = segmentation_scores(found[name, seed].matrices.sum(0))[:3]
