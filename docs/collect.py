@@ -175,7 +175,8 @@ def html_table(df, caption:str='') -> str:
 
 def report_pages(folder:Path, dest:Path) -> None:
     "Write the page of a committed report: tables and figures by notebook, and the notebooks as they ran."
-    about, name = json.loads((folder/'provenance.json').read_text(encoding='utf-8')), folder.relative_to(ROOT).as_posix()
+    about = json.loads((folder/'provenance.json').read_text(encoding='utf-8'))
+    name = folder.relative_to(ROOT).as_posix()
     if (folder/'figures').exists(): shutil.copytree(folder/'figures', dest/name/'figures')
     notebooks = sorted(p for p in (folder/'notebooks').glob('*.ipynb') if not p.name.endswith('.failed.ipynb'))
     for p in notebooks: copy_notebook(p, dest/name/'notebooks'/p.name)

@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from swapping import swap
 
@@ -21,7 +20,8 @@ from gac.runner.plan import folders_of
 from gac.runner.verify import compare_reports, verify
 
 ROWS = "import pandas as pd\nrun.save_table(pd.DataFrame({'x': range(n)}), 'rows', 'Some rows & more.')"
-FIGURE = ("import matplotlib.pyplot as plt\nfig, ax = plt.subplots(figsize=(2, 1))\nax.plot([0, 1, 4])\nax.set_title('a line')\n"
+FIGURE = ("import matplotlib.pyplot as plt\nfig, ax = plt.subplots(figsize=(2, 1))\nax.plot([0, 1, "
+          "4])\nax.set_title('a line')\n"
           "run.save_figure(fig, 'line', 'A line.')")
 
 @pytest.fixture
@@ -29,10 +29,13 @@ def chain(tmp_path, make_notebook):
     "Three toy notebooks; the second fails as long as a file says so."
     (tmp_path/'params').mkdir()
     (tmp_path/'params'/'toy.yaml').write_text('description: three toys\ncommon: {seed: 1}\n00_first: {n: 4}\n')
-    make_notebook(tmp_path/'00_first.ipynb', 'n: int = 2  # rows [1, 9]', ROWS, "run.artefact('rows.bin').write_bytes(bytes(n))")
+    make_notebook(tmp_path/'00_first.ipynb', 'n: int = 2  # rows [1, 9]', ROWS,
+                  "run.artefact('rows.bin').write_bytes(bytes(n))")
     make_notebook(tmp_path/'01_second.ipynb', 'k: float = 1.  # a factor', "print('before')",
-                  f"from pathlib import Path\nassert not Path({str(tmp_path/'break')!r}).exists(), 'told to fail'", FIGURE)
-    make_notebook(tmp_path/'02_third.ipynb', '', "run.missing('lpips', 'no backbone <weights>')\nrun.note('seed', seed)")
+                  f"from pathlib import Path\nassert not Path({str(tmp_path/'break')!r}).exists(), 'told to fail'",
+                  FIGURE)
+    make_notebook(tmp_path/'02_third.ipynb', '',
+                  "run.missing('lpips', 'no backbone <weights>')\nrun.note('seed', seed)")
     return tmp_path
 
 def go(chain, profile='toy', **kw):
@@ -53,7 +56,8 @@ def test_chain_skips_resumes_and_reports(chain, capsys):
     assert '[1/3] 00_first: unchanged' in printed and 'Done in' in printed and '| 02_third' in printed
 
     page = (chain/'report/index.html').read_text()
-    for there in ('Some rows &amp; more.', 'figures/line.png', 'no backbone &lt;weights&gt;', 'notebooks/00_first.ipynb',
+    for there in ('Some rows &amp; more.', 'figures/line.png', 'no backbone &lt;weights&gt;',
+                  'notebooks/00_first.ipynb',
                   'provenance.json'):
         assert there in page
     about = json.loads((chain/'report/provenance.json').read_text())
@@ -67,7 +71,8 @@ def test_a_first_run_expects_what_the_report_took(chain, capsys):
     go(chain)
     shutil.rmtree(chain/'run')
     capsys.readouterr()
-    assert go(chain, dry_run=True) == ['to run']*3 and 'for 3 of them by the last run or the report' in capsys.readouterr().out
+    assert go(chain,
+              dry_run=True) == ['to run']*3 and 'for 3 of them by the last run or the report' in capsys.readouterr().out
 
 def test_a_report_stays_as_it_was_until_a_run_has_ended(chain):
     "A run that fails after its first notebook has made another table: not a byte of the report changes, and nobody's own file is touched."
@@ -84,26 +89,33 @@ def test_a_report_stays_as_it_was_until_a_run_has_ended(chain):
     assert go(chain, sets={'n': 9}) == ['unchanged', 'ran', 'ran']
     assert kept().keys() == before.keys() and len((chain/'report/tables/rows.csv').read_text().split()) == 10
     assert json.loads((chain/'report/provenance.json').read_text())['notebooks']['00_first']['parameters']['n'] == 9
-    assert sorted(p.name for p in (chain/'run').iterdir()) == ['chain.json', 'guard', 'notebooks', 'records', 'rows.bin']
+    assert sorted(p.name for p in (chain/'run').iterdir()) == ['chain.json', 'guard', 'notebooks', 'records',
+                                                               'rows.bin']
 
 def test_the_page_begins_with_results_and_ends_with_times(tmp_path):
     "The main table in short and the main figure first; titles are sentences, raw names only links; when and how long comes last."
     entry = lambda tables, figures: dict(tables=tables, figures=figures, missing={}, seconds=62., commit='abc')
     about = dict(profile='toy', data='world', layout='', **provenance(), notebooks={
         '00_first': entry({'rows': 'Some rows. And more of them.'}, {}),
-        '11_evaluate': entry({'results': 'Methods & floors on 3 tiles. Trained on: world.'}, {'stage_gains': 'What each stage adds. In dB.'})})
+        '11_evaluate': entry({'results': 'Methods & floors on 3 tiles. Trained on: world.'},
+                             {'stage_gains': 'What each stage adds. In dB.'})})
     write_file(tmp_path/'provenance.json', json.dumps(about))
     write_file(tmp_path/'tables/rows.csv', 'x\n1\n')
-    write_file(tmp_path/'tables/results.csv', 'data,method,n_tiles,psnr,psnr_lo,psnr_hi,mse\nworld,Stage 1,3,27.91,27.08,28.75,0.007\n')
+    write_file(tmp_path/'tables/results.csv', 'data,method,n_tiles,psnr,psnr_lo,psnr_hi,mse\nworld,Stage '
+                                              '1,3,27.91,27.08,28.75,0.007\n')
     cells = [dict(cell_type='markdown', source=['# Evaluation\n', '\n', '> What it is worth'], metadata={})]
     write_file(tmp_path/'notebooks/11_evaluate.ipynb', json.dumps(dict(cells=cells)))
     page = write_page(tmp_path).read_text()
-    order = ['<h2>Results</h2>', '<h3>Methods &amp; floors on 3 tiles.</h3>', '<td>27.91 [27.08, 28.75]</td>', 'src="figures/stage_gains.png"',
-             '<a href="#11_evaluate">Evaluation</a>: What it is worth', '<h3 id="rows">Some rows.</h3>', '<caption>And more of them.</caption>',
-             '<h2 id="11_evaluate">Evaluation</h2>', '<td>0.007</td>', '<h2 id="run">This run</h2>', '<td>1 min 02 s</td>']
+    order = ['<h2>Results</h2>', '<h3>Methods &amp; floors on 3 tiles.</h3>', '<td>27.91 [27.08, 28.75]</td>',
+             'src="figures/stage_gains.png"',
+             '<a href="#11_evaluate">Evaluation</a>: What it is worth', '<h3 id="rows">Some rows.</h3>',
+             '<caption>And more of them.</caption>',
+             '<h2 id="11_evaluate">Evaluation</h2>', '<td>0.007</td>', '<h2 id="run">This run</h2>',
+             '<td>1 min 02 s</td>']
     places = [page.find(text) for text in order]
     assert -1 not in places and places == sorted(places), dict(zip(order, places))
-    assert '<td class=w>Stage 1</td>' in page and '<th class=w>method</th>' in page and '<th>n_tiles</th>' in page  # words to the left, numbers to the right
+    # words to the left, numbers to the right
+    assert '<td class=w>Stage 1</td>' in page and '<th class=w>method</th>' in page and '<th>n_tiles</th>' in page
     assert page.count('id="stage_gains"') == 1 and '>rows<' not in page
 
 def test_chain_runs_again_what_it_must(chain):
@@ -140,11 +152,13 @@ def test_dead_kernel_is_told(chain, make_notebook):
     assert (chain/'run/report/notebooks/00_first.failed.ipynb').exists()
 
 @pytest.mark.parametrize('profile, kw, message', [
-    ('mini!', {}, 'No profile'), ('bad_name', {}, 'Did you mean k?'), ('bad_type', {}, 'bad_type.yaml, 00_first: n is .many.'),
+    ('mini!', {}, 'No profile'), ('bad_name', {}, 'Did you mean k?'),
+    ('bad_type', {}, 'bad_type.yaml, 00_first: n is .many.'),
     ('bad_range', {}, 'expected 1 to 9'), ('bad_stage', {}, 'Did you mean 02_third?'),
     ('toy', dict(sets={'n': 12}), 'expected 1 to 9'),
-    ('toy', dict(start='1', only='2'), '--from and --only'), ('toy', dict(start='7'), '--from 7'), ('toy', dict(only='one'), '--only one'),
-    ('toy', dict(data='/nowhere/at/all'), 'no such file'),
+    ('toy', dict(start='1', only='2'), '--from and --only'), ('toy', dict(start='7'), '--from 7'),
+    ('toy', dict(only='one'), '--only one'),
+    ('toy', dict(data='/nowhere/at/all'), 'does not exist'),
     ('bad_runner', {}, "'data'")])
 def test_refused_before_anything_runs(chain, profile, kw, message):
     bad = {'bad_name': 'common: {kk: 2}', 'bad_type': '00_first: {n: many}', 'bad_range': '00_first: {n: 0}',
@@ -170,7 +184,8 @@ import json, pathlib, sys, time
 from filelock import FileLock
 run = pathlib.Path(sys.argv[1])
 run.mkdir(parents=True)
-FileLock(run/'guard').acquire()
+lock = FileLock(run/'guard')
+lock.acquire()
 (run/'chain.lock').write_text(json.dumps(dict(pid=int(sys.argv[2]))))
 print('holds', flush=True)
 time.sleep(60)
@@ -196,13 +211,16 @@ def forked(tmp_path, make_notebook):
     "A chain that forks: two that build on the first, one that wants to be alone, one that builds on all."
     (tmp_path/'params').mkdir()
     (tmp_path/'params'/'toy.yaml').write_text('description: five toys\n')
-    says = {'00_first': '', '01_left': '#| reads: 00_first\n', '02_right': '#| reads: 00_first\n', '03_timed': '#| reads: nothing\n#| alone\n', '04_last': ''}
+    says = {'00_first': '', '01_left': '#| reads: 00_first\n', '02_right': '#| reads: 00_first\n',
+            '03_timed': '#| reads: nothing\n#| alone\n', '04_last': ''}
     for name, line in says.items():
         make_notebook(tmp_path/f'{name}.ipynb', 'n: int = 1  # a number', f"{line}print('here')", span(tmp_path, name),
-                      f"from pathlib import Path\nassert not Path({str(tmp_path)!r}, 'break_{name}').exists(), 'told to fail'")
+                      f"from pathlib import Path\nassert not Path({str(tmp_path)!r}, 'break_{name}').exists(), 'told "
+                      "to fail'")
     return tmp_path
 
-def times(folder): return {p.name: tuple(map(float, p.read_text().split())) for p in folder.glob('0?_*') if not p.suffix}
+def times(folder): return {p.name: tuple(map(float, p.read_text().split())) for p in folder.glob('0?_*')
+                           if not p.suffix}
 
 def test_what_builds_on_nothing_open_runs_side_by_side(forked):
     at = lambda a, b: seen[a][0] < seen[b][1] and seen[b][0] < seen[a][1]  # whether two overlap
@@ -210,7 +228,8 @@ def test_what_builds_on_nothing_open_runs_side_by_side(forked):
     seen = times(forked)
     assert at('01_left', '02_right')
     assert not any(at('03_timed', n) for n in seen if n != '03_timed')
-    assert all(seen['00_first'][1] <= seen[n][0] for n in ('01_left', '02_right')) and all(v[1] <= seen['04_last'][0] for k, v in seen.items() if k != '04_last')
+    assert all(seen['00_first'][1] <= seen[n][0] for n in ('01_left', '02_right')) and all(v[1] <= seen['04_last'][0]
+        for k, v in seen.items() if k != '04_last')
     kept = json.loads((forked/'run/chain.json').read_text())
     assert 1.2*kept['01_left']['seconds'] < kept['03_timed']['seconds'], 'the clock is shared by those that run together'
     for p in times(forked): (forked/p).unlink()
@@ -230,21 +249,25 @@ def test_one_that_fails_lets_its_neighbour_end_and_starts_nothing_more(forked, c
     path = forked/'02_right.ipynb'
     path.write_text(path.read_text().replace('time.sleep(2)', 'time.sleep(4)'))
     with pytest.raises(GacError, match='01_left failed'): go(forked, jobs=2)
-    assert 'what runs beside it still ends: 02_right' in capsys.readouterr().out
+    assert 'these still run to their end: 02_right' in capsys.readouterr().out
     (forked/'break_01_left').unlink()
     assert go(forked, dry_run=True) == ['unchanged', 'to run', 'unchanged', 'to run', 'to run']
 
 def test_nothing_brief_stands_in_for_what_a_chain_should_have_made(forked, tmp_path, capsys):
     "A notebook that says it builds on nothing, and then misses what an earlier one makes: refused in a chain, a line where it runs alone."
     path = forked/'02_right.ipynb'
-    path.write_text(path.read_text().replace('#| reads: 00_first', '#| reads: nothing').replace("print('here')", "run.stand_in('opt_v1')"))
+    path.write_text(path.read_text().replace('#| reads: 00_first', '#| reads: nothing').replace("print('here')",
+        "run.stand_in('opt_v1')"))
     with pytest.raises(GacError, match='(?s)02_right failed.*opt_v1 of .* is not there.*#. reads:'): go(forked)
     capsys.readouterr()
     Run.open('02_right', 'toy', 0, str(tmp_path/'own'), str(tmp_path/'own_report'), '').stand_in('opt_v1')
     assert capsys.readouterr().out.startswith('opt_v1 of this run is not there')
 
-@pytest.mark.parametrize('line, message', [('#| reads: 00_frist', "reads '00_frist'.*Did you mean 00_first"), ('#| reads: 04_last', "reads '04_last': expected the full names of notebooks before it"),
-                                           ('#| reads: nothing\\n#| reads: 00_first', 'has 2 lines'), ('#|reads: 00_first', 'expected .#. reads: NOTEBOOK')])
+@pytest.mark.parametrize('line, message', [('#| reads: 00_frist', "reads '00_frist'.*Did you mean 00_first"),
+                                           ('#| reads: 04_last', "reads '04_last': expected the full names of "
+                                                                 "notebooks before it"),
+                                           ('#| reads: nothing\\n#| reads: 00_first', 'has 2 lines'),
+                                           ('#|reads: 00_first', 'expected .#. reads: NOTEBOOK')])
 def test_a_wrong_place_in_the_chain_is_refused(forked, line, message):
     path = forked/'02_right.ipynb'
     path.write_text(path.read_text().replace('#| reads: 00_first', line))
@@ -274,13 +297,17 @@ def test_the_page_tells_nothing_of_a_notebook_that_was_stopped(chain):
 def test_ctrl_c_at_any_moment_of_a_start_ends_at_once(forked, wait, slow):
     "While the server of the kernels imports, while two kernels start (slow: seconds that takes), while they run: one line, no traceback, no process left."
     import psutil
-    for p in forked.glob('0?_*.ipynb'): p.write_text(p.read_text().replace('#| alone', '').replace('time.sleep(2)', 'time.sleep(300)'))
-    code = ("import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler)\nfrom gac.runner.chain import run_chain\n"
+    for p in forked.glob('0?_*.ipynb'):
+        p.write_text(p.read_text().replace('#| alone', '').replace('time.sleep(2)', 'time.sleep(300)'))
+    code = ("import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler)\nfrom gac.runner.chain "
+            "import run_chain\n"
             "from multiprocessing.context import ForkServerProcess as P\nstart = P.start\n"
             f"P.start = lambda self: (time.sleep({slow}), start(self))\n"
-            f"try: run_chain('toy', nbs={str(forked)!r}, reports={str(forked/'report')!r}, runs={str(forked/'run')!r}, jobs=2)\n"
+            f"try: run_chain('toy', nbs={str(forked)!r}, reports={str(forked/'report')!r}, runs={str(forked/'run')!r}, "
+            "jobs=2)\n"
             "except KeyboardInterrupt: print('stopped')")
-    process = subprocess.Popen([sys.executable, '-u', '-c', code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    process = subprocess.Popen([sys.executable, '-u', '-c', code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, start_new_session=True)
     below = []
     try:
         while 'runs …' not in (line := process.stdout.readline()): assert line
@@ -303,12 +330,15 @@ def test_a_stopped_chain_leaves_no_process_and_resumes(chain, name):
     import psutil
     path = chain/'01_second.ipynb'
     text = path.read_text()
-    path.write_text(text.replace("print('before')", "#| reads: 00_first\\nimport time, pathlib; pathlib.Path('started').touch(); time.sleep(300)"))
+    path.write_text(text.replace("print('before')", "#| reads: 00_first\\nimport time, pathlib; "
+                                                    "pathlib.Path('started').touch(); time.sleep(300)"))
     third = chain/'02_third.ipynb'
     old = third.read_text()
-    third.write_text(old.replace("run.missing(", "#| reads: 00_first\\nimport time, pathlib; pathlib.Path('beside').touch(); time.sleep(300)\\nrun.missing("))
+    third.write_text(old.replace("run.missing(", "#| reads: 00_first\\nimport time, pathlib; "
+                                                 "pathlib.Path('beside').touch(); time.sleep(300)\\nrun.missing("))
     code = f"from gac.runner.chain import run_chain; run_chain('toy', nbs={str(chain)!r}, reports={str(chain/'report')!r}, runs={str(chain/'run')!r}, jobs=2)"
-    process, below = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), []
+    process, below = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.DEVNULL,
+                                      stderr=subprocess.DEVNULL), []
     try:
         for _ in range(600):
             if (chain/'started').exists() and (chain/'beside').exists(): break
@@ -360,8 +390,10 @@ def house(tmp_path, make_notebook, monkeypatch):
     (tmp_path/'settings.ini').write_text((root()/'settings.ini').read_text())
     (tmp_path/'gac').mkdir()
     make_notebook(tmp_path/'nbs/00_first.ipynb', 'n: int = 2  # rows [1, 9]',
-                  "import pandas as pd\ndf = pd.DataFrame({'data': ['world', 'real: x'], 'method': ['a', 'b'], 'psnr': [20., 30.]})\n"
-                  "run.save_table(df, 'results')\nrun.save_table(df, 'efficiency')\nrun.save_table(df, 'efficiency_routes')")
+                  "import pandas as pd\ndf = pd.DataFrame({'data': ['world', 'real: x'], 'method': ['a', 'b'], 'psnr': "
+                  "[20., 30.]})\n"
+                  "run.save_table(df, 'results')\nrun.save_table(df, 'efficiency')\nrun.save_table(df, "
+                  "'efficiency_routes')")
     (tmp_path/'nbs/params').mkdir()
     (tmp_path/'nbs/params/toy.yaml').write_text('description: a toy\n')
     (tmp_path/'nbs/params/tolerances.yaml').write_text((root()/'nbs/params/tolerances.yaml').read_text())
@@ -387,7 +419,7 @@ def test_verify(house, monkeypatch, capsys):
     table.write_text(table.read_text().replace('20.0400', '21.0000'))
     with pytest.raises(GacError, match='reports/toy/tables/results: row 1, psnr: 20.0000, expected 21.0000'):
         verify('toy')
-    with pytest.raises(GacError, match='holds no tables'): verify('mini')
+    with pytest.raises(GacError, match='has no tables'): verify('mini')
 
 def test_notebooks_that_run_alone_never_meet(tmp_path, monkeypatch):
     swap(monkeypatch, 'gac.core.files', 'root', lambda: tmp_path)

@@ -484,7 +484,7 @@ def test_the_command_on_a_scene_and_on_tiles(store, tmp_path, capsys):
     with rasterio.open(tmp_path/'tiles'/'opt_v1'/'t.2.tif') as f:
         assert f.tags()['GAC_ID'] == 't.2' and tuple(f.transform)[:6] == (10, 0, 6e5 + 960, 0, -10, 5.8e6)
     assert main(['infer', str(tmp_path/'nowhere.tif'),
-                 str(tmp_path/'p.tif')]) == 2 or 'nothing here' in capsys.readouterr().err
+                 str(tmp_path/'p.tif')]) == 2 and 'does not exist' in capsys.readouterr().err
 
 PEAK = """
 import sys; sys.path.insert(0, sys.argv[1])
