@@ -61,7 +61,8 @@ def test_chain_skips_resumes_and_reports(chain, capsys):
                   'provenance.json'):
         assert there in page
     about = json.loads((chain/'report/provenance.json').read_text())
-    assert about['notebooks']['02_third']['notes'] == {'seed': 1} and about['notebooks']['00_first']['parameters']['n'] == 4
+    assert about['notebooks']['02_third']['notes'] == {'seed': 1}
+    assert about['notebooks']['00_first']['parameters']['n'] == 4
     for text in (page, json.dumps(about), *(p.read_text() for p in (chain/'report/notebooks').glob('*.ipynb'))):
         assert str(root()) not in text and str(Path.home()) not in text
 
@@ -75,7 +76,7 @@ def test_a_first_run_expects_what_the_report_took(chain, capsys):
               dry_run=True) == ['to run']*3 and 'for 3 of them by the last run or the report' in capsys.readouterr().out
 
 def test_a_report_stays_as_it_was_until_a_run_has_ended(chain):
-    "A run that fails after its first notebook has made another table: not a byte of the report changes, and nobody's own file is touched."
+    "A run that fails after its first notebook changes no byte of the report and no other file in its folder."
     go(chain)
     (chain/'report/tables/older.csv').write_text('x')  # of a notebook that is gone: stays
     (chain/'report/mine.txt').write_text('mine')
@@ -93,7 +94,7 @@ def test_a_report_stays_as_it_was_until_a_run_has_ended(chain):
                                                                'rows.bin']
 
 def test_the_page_begins_with_results_and_ends_with_times(tmp_path):
-    "The main table in short and the main figure first; titles are sentences, raw names only links; when and how long comes last."
+    "The main table and figure come first, titles are sentences, and time and duration come last."
     entry = lambda tables, figures: dict(tables=tables, figures=figures, missing={}, seconds=62., commit='abc')
     about = dict(profile='toy', data='world', layout='', **provenance(), notebooks={
         '00_first': entry({'rows': 'Some rows. And more of them.'}, {}),
@@ -204,11 +205,12 @@ def test_one_chain_at_a_time(chain):
     assert not (chain/'run/chain.lock').exists()
 
 def span(tmp_path, name): return "import time, pathlib\n" \
-    f"began = time.time(); time.sleep(2); pathlib.Path({str(tmp_path)!r}, {name!r}).write_text(f'{{began}} {{time.time()}}')"
+    f"began = time.time(); time.sleep(2); " \
+    f"pathlib.Path({str(tmp_path)!r}, {name!r}).write_text(f'{{began}} {{time.time()}}')"
 
 @pytest.fixture
 def forked(tmp_path, make_notebook):
-    "A chain that forks: two that build on the first, one that wants to be alone, one that builds on all."
+    "Make a chain that forks: two notebooks depend on the first, one runs alone, one depends on all."
     (tmp_path/'params').mkdir()
     (tmp_path/'params'/'toy.yaml').write_text('description: five toys\n')
     says = {'00_first': '', '01_left': '#| reads: 00_first\n', '02_right': '#| reads: 00_first\n',
@@ -231,7 +233,8 @@ def test_what_builds_on_nothing_open_runs_side_by_side(forked):
     assert all(seen['00_first'][1] <= seen[n][0] for n in ('01_left', '02_right')) and all(v[1] <= seen['04_last'][0]
         for k, v in seen.items() if k != '04_last')
     kept = json.loads((forked/'run/chain.json').read_text())
-    assert 1.2*kept['01_left']['seconds'] < kept['03_timed']['seconds'], 'the clock is shared by those that run together'
+    # notebooks that run at the same time share the clock
+    assert 1.2*kept['01_left']['seconds'] < kept['03_timed']['seconds']
     for p in times(forked): (forked/p).unlink()
     assert go(forked, jobs=1, force=True) == ['ran']*5
     seen = times(forked)
@@ -254,7 +257,7 @@ def test_one_that_fails_lets_its_neighbour_end_and_starts_nothing_more(forked, c
     assert go(forked, dry_run=True) == ['unchanged', 'to run', 'unchanged', 'to run', 'to run']
 
 def test_nothing_brief_stands_in_for_what_a_chain_should_have_made(forked, tmp_path, capsys):
-    "A notebook that says it builds on nothing, and then misses what an earlier one makes: refused in a chain, a line where it runs alone."
+    "A notebook that declares no dependency and lacks an earlier output is refused in a chain, and prints a line alone."
     path = forked/'02_right.ipynb'
     path.write_text(path.read_text().replace('#| reads: 00_first', '#| reads: nothing').replace("print('here')",
         "run.stand_in('opt_v1')"))
@@ -290,12 +293,13 @@ def test_the_page_tells_nothing_of_a_notebook_that_was_stopped(chain):
     with pytest.raises(GacError): go(chain)
     assert go(chain, only='02_third') == ['left alone', 'never ran', 'ran']
     assert list(json.loads((chain/'report/provenance.json').read_text())['notebooks']) == ['00_first', '02_third']
-    assert '01_second' not in (chain/'report/index.html').read_text() and not list((chain/'report').rglob('*.failed.ipynb'))
+    assert '01_second' not in (chain/'report/index.html').read_text()
+    assert not list((chain/'report').rglob('*.failed.ipynb'))
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='kernels are forked on Linux only')
 @pytest.mark.parametrize('wait, slow', [(.3, 0), (1., 0), (3., 0), (6., 0), (2., 4)], ids=str)
 def test_ctrl_c_at_any_moment_of_a_start_ends_at_once(forked, wait, slow):
-    "While the server of the kernels imports, while two kernels start (slow: seconds that takes), while they run: one line, no traceback, no process left."
+    "Ctrl-C while kernels are imported, started (slow: s that takes) or run gives one line and leaves no process."
     import psutil
     for p in forked.glob('0?_*.ipynb'):
         p.write_text(p.read_text().replace('#| alone', '').replace('time.sleep(2)', 'time.sleep(300)'))
@@ -326,7 +330,7 @@ def test_ctrl_c_at_any_moment_of_a_start_ends_at_once(forked, wait, slow):
 @pytest.mark.skipif(sys.platform != 'linux', reason='kernels are forked on Linux only')
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGHUP', 'SIGKILL'])
 def test_a_stopped_chain_leaves_no_process_and_resumes(chain, name):
-    "A chain stopped in its second and third notebook takes their kernels with it, keeps the first notebook and goes on from there."
+    "A chain stopped in its second and third notebook ends their kernels, keeps the first one and resumes."
     import psutil
     path = chain/'01_second.ipynb'
     text = path.read_text()
@@ -336,7 +340,8 @@ def test_a_stopped_chain_leaves_no_process_and_resumes(chain, name):
     old = third.read_text()
     third.write_text(old.replace("run.missing(", "#| reads: 00_first\\nimport time, pathlib; "
                                                  "pathlib.Path('beside').touch(); time.sleep(300)\\nrun.missing("))
-    code = f"from gac.runner.chain import run_chain; run_chain('toy', nbs={str(chain)!r}, reports={str(chain/'report')!r}, runs={str(chain/'run')!r}, jobs=2)"
+    code = (f"from gac.runner.chain import run_chain; run_chain('toy', nbs={str(chain)!r}, "
+            f"reports={str(chain/'report')!r}, runs={str(chain/'run')!r}, jobs=2)")
     process, below = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.DEVNULL,
                                       stderr=subprocess.DEVNULL), []
     try:
@@ -386,7 +391,7 @@ def test_tables_and_figures_are_the_same_bytes_in_two_processes(tmp_path):
 
 @pytest.fixture
 def house(tmp_path, make_notebook, monkeypatch):
-    "A repository of its own with one toy notebook and the report it made."
+    "Make a repository with one toy notebook and its report."
     (tmp_path/'settings.ini').write_text((root()/'settings.ini').read_text())
     (tmp_path/'gac').mkdir()
     make_notebook(tmp_path/'nbs/00_first.ipynb', 'n: int = 2  # rows [1, 9]',
