@@ -51,6 +51,7 @@ it was."""
 @command(opt('notebook', nargs='?', default='', metavar='NN', help='one notebook, e.g. 07; empty: all'))
 def parameters(notebook):
     "List the parameters of every notebook that `gac run --set` can change, with type, default and meaning."
+    from gac.core.files import root
     from gac.core.parameters import notebook_parameters
     from gac.runner.plan import chain_notebooks, pick_notebook
     from gac.runner.profiles import RUNNER_SETS
