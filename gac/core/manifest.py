@@ -8,6 +8,7 @@ __all__ = ['changed_settings', 'agree_or_refuse', 'flatten_settings', 'setting_d
 # %% ../../nbs/lib/core/manifest.ipynb #3ca4f545
 from collections.abc import Collection, Mapping
 from dataclasses import fields, is_dataclass
+from textwrap import shorten
 
 from .files import GacError
 
@@ -17,8 +18,10 @@ def changed_settings(
     wanted:Mapping, # name -> value, of the work that is asked for
     free:Collection[str]=(), # names that may differ
 ) -> list[str]: # one phrase per difference
-    "List the wanted settings that differ from the saved ones."
-    return [f'{k} was {saved.get(k)!r}, now {v!r}' for k, v in wanted.items() if k not in free and saved.get(k) != v]
+    "List the wanted settings that differ from the saved ones; long values are shortened."
+    text = lambda v: shorten(repr(v), 120, placeholder=' …')
+    return [f'{k} was {text(saved.get(k))}, now {text(v)}' for k, v in wanted.items() if k not in free
+            and saved.get(k) != v]
 
 # %% ../../nbs/lib/core/manifest.ipynb #872eac95
 def agree_or_refuse(

@@ -83,7 +83,7 @@ def open_scene(
 ) -> Scene:
     "Open a Sentinel-1 GeoTIFF: find bands, place and unit; refuse what the models cannot read."
     path = Path(path)
-    if not path.is_file(): raise GacError(f'{path}: there is no such file.')
+    if not path.is_file(): raise GacError(f'{path} does not exist.')
     raster = open_raster(path, count=len(s1_bands)).scaled(s1_scale, '--s1-scale')
     names, certain = raster.named(RADAR, tuple(s1_bands))
     date, note = date_of(path.stem, (raster.tags,))
