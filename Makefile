@@ -36,6 +36,7 @@ study: $(READY)
 
 # the notebooks are the tests; two at a time with one thread each use two cores best
 test: $(READY)
+	$(BIN)/ruff check nbs tests docs
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
 	$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow' tests
 

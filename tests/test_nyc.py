@@ -42,9 +42,9 @@ from gac.nyc.tim import (
     THOUGHT,
     TIM_INPUTS,
     TIM_VARIANTS,
-    as_it_loads,
     equal_compute_steps,
     gflop,
+    loadable_variant,
     nyc_scores,
     read_test,
     run_config,
@@ -608,9 +608,9 @@ def test_a_run_is_not_made_twice_and_its_score_is_terratorchs(town, tmp_path):
 
 def test_a_thought_that_does_not_load_is_said_and_given_instead(tmp_path):
     v = TIM_VARIANTS['TiM LULC']
-    instead, status = as_it_loads(v, weights=str(tmp_path))
+    instead, status = loadable_variant(v, weights=str(tmp_path))
     assert status.startswith('fallback, LULC given: ') and 'terramind_mini.safetensors' in status
-    assert as_it_loads(v) == (v, 'ran')
+    assert loadable_variant(v) == (v, 'ran')
     c = run_settings(instead, 'd', 'o', thoughts='t')
     assert c['data']['init_args']['data_root']['LULC'] == 't'
     assert c['model']['init_args']['model_args']['backbone'] == 'terramind_mini'
@@ -622,7 +622,7 @@ def test_the_fallback_gives_every_thought_that_was_asked_for(town, tmp_path, mon
         if name.endswith('_tim'): raise RuntimeError('size mismatch')
         return real(name, *args, **kw)
     swap(monkeypatch, 'gac.models.build', 'build_model', broken)
-    instead, status = as_it_loads(TIM_VARIANTS['TiM LULC+NDVI'])
+    instead, status = loadable_variant(TIM_VARIANTS['TiM LULC+NDVI'])
     assert ((instead.given, instead.tim, status) == (('LULC', 'NDVI'), (),
                                                      'fallback, LULC and NDVI given: size mismatch'))
     found = generate_thoughts(town, tmp_path/'thoughts', wanted=instead.given)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REMOVED', 'CENTRAL', 'METHODS', 'spread_and_error', 'over_bands', 'calibration_curve', 'calibration_error',
            'sparsification', 'ause', 'range_coverage', 'band_coverage', 'pixel_coverage', 'in_ensemble_range',
-           'seasons', 'scored', 'uncertainty_scores', 'reliability', 'coverage_table']
+           'seasons', 'scored', 'uncertainty_scores', 'reliability', 'coverage_table', 'season_coverage']
 
 # %% ../../nbs/lib/evaluation/uncertainty.ipynb #10da54bb
 from collections.abc import Callable
@@ -220,3 +220,16 @@ def coverage_table(
                  for what, values in (('all tiles', over_all), ('within a tile', within))
                  for b, v in zip(OPT_BANDS, values)]
     return pd.DataFrame(rows)
+
+# %% ../../nbs/lib/evaluation/uncertainty.ipynb #761a7ca3
+def season_coverage(
+    several:np.ndarray, # (n, N, 4, H, W) reflectance, N generations
+    months:np.ndarray, # (n, months, 4, H, W) reflectance, from seasons
+    data:str, # label of the data set
+    stage:str, # stage of the generations
+) -> pd.DataFrame: # rows as of coverage_table
+    "Return the share of the range of a pixel over the year that its generations span, by band."
+    share = pixel_coverage(several, months).mean(0)
+    row = dict(data=data, stage=stage, method=f'{several.shape[1]} generations together',
+               range='twelve months of a pixel')
+    return pd.DataFrame([row | dict(band=b, coverage=v) for b, v in zip(OPT_BANDS, share)])

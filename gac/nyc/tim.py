@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TIM_INPUTS', 'THOUGHTS', 'TIM_VARIANTS', 'FAMILIES', 'THOUGHT', 'TIM_VERSION', 'Variant', 'Family', 'standardisation',
            'settling', 'run_settings', 'Recorder', 'nyc_scores', 'relative_to_root_or_full', 'run_config', 'read_test',
-           'gflop', 'equal_compute_steps', 'usable', 'note_fallback', 'as_it_loads']
+           'gflop', 'equal_compute_steps', 'load_problem', 'fallback_variant', 'loadable_variant']
 
 # %% ../../nbs/lib/nyc/tim.ipynb #ddedd35b
 import hashlib
@@ -299,7 +299,7 @@ def equal_compute_steps(
     return max(1, round(steps*dear/plain))
 
 # %% ../../nbs/lib/nyc/tim.ipynb #0d6b9825
-def usable(
+def load_problem(
     v:Variant, # run with a generated modality
     family:str='mini', # key of FAMILIES
     weights:str='', # folder of the weights
@@ -310,18 +310,18 @@ def usable(
     return ''
 
 # %% ../../nbs/lib/nyc/tim.ipynb #c89422e7
-def note_fallback(
+def fallback_variant(
     v:Variant, # run with a generated modality
 ) -> Variant:
     "Return the fallback of a run: its modality generated in advance and given as an input."
     return replace(v, tim=(), given=v.tim)
 
 # %% ../../nbs/lib/nyc/tim.ipynb #067a27e9
-def as_it_loads(
+def loadable_variant(
     v:Variant, # run
     family:str='mini', # key of FAMILIES
     weights:str='', # folder of the weights
 ) -> tuple[Variant, str]: # run; `ran`, or the fallback and its reason
     "Return a run that can be loaded: itself or its fallback."
-    why = usable(v, family, weights) if v.tim else ''
-    return (note_fallback(v), f'fallback, {" and ".join(v.tim)} given: {why}') if why else (v, 'ran')
+    why = load_problem(v, family, weights) if v.tim else ''
+    return (fallback_variant(v), f'fallback, {" and ".join(v.tim)} given: {why}') if why else (v, 'ran')
