@@ -32,7 +32,7 @@ from .dates import parse_date
 from .geotiff import is_visible
 from .raster import OPTICAL, RADAR, Raster, is_generic
 from .readers import Job, Options, Source
-from .store import check_text
+from .table import check_text
 
 # %% ../../nbs/lib/data/benv2.ipynb #b2e7f0a2
 BENV2_S1 = ('VH', 'VV')  # order of the radar bands in benv2

@@ -23,7 +23,7 @@ from ..core.vocabulary import OPT_BANDS, S1_BANDS, S2_BANDS
 from .dates import far_apart, parse_date
 from .raster import OPTICAL, RADAR, Raster, open_raster, same_scale
 from .readers import Job, Options, Source
-from .store import check_id, read_table
+from .table import check_id, read_table
 from .units import is_screen, step_of
 
 # %% ../../nbs/lib/data/bigearthnet.ipynb #11b1ef0e

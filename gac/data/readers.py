@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.files import GacError
-from .store import SPLITS, is_id
+from .table import SPLITS, is_id
 
 # %% ../../nbs/lib/data/readers.ipynb #71825b9a
 def nested(
