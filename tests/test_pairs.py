@@ -14,7 +14,8 @@ from gac.core.files import GacError, root
 from gac.data.convert import convert, frequent_reasons
 from gac.data.readers import nested
 from gac.data.splits import SPLIT_BY, SplitRule, deal_split, split_room, split_store
-from gac.data.store import GUARD, Store, is_id
+from gac.data.store import Store
+from gac.data.table import GUARD, is_id
 from gac.products.blocks import draw_block
 from gac.products.cog import write_cog
 from gac.products.scene import open_scene

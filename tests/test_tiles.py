@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import rasterio
 import rasterio.warp
 import rasterio.windows
 import zarr
+from safetensors.numpy import save_file
 from swapping import swap
 
 from gac.core.files import GacError
@@ -32,6 +34,7 @@ from gac.data.shards import FORMAT
 from gac.data.splits import SplitRule, split_room, split_store
 from gac.data.store import Store
 from gac.data.stores import from_world, real_store, study_store, training_store
+from gac.data.table import COLUMNS
 from gac.data.units import s1_unit
 from gac.data.world.scenes import draw_scene
 
@@ -42,10 +45,9 @@ import tiles_writer as writer
 
 @pytest.fixture(scope='session')
 def unbroken(tmp_path_factory) -> dict:
-    "What a writer leaves that nobody stops."
+    "Return the bytes that an undisturbed writer leaves."
     path = tmp_path_factory.mktemp('unbroken')/'store'
     writer.work(path)
-    assert not list((path/'journal').glob('*.*'))  # nothing is left to fold
     return writer.tree(path)
 
 @pytest.fixture(autouse=True)
@@ -55,39 +57,52 @@ def no_waiting_for_the_disk(monkeypatch):
 
 # ---- a writer that is killed ----------------------------------------------------------------------------------------
 
-@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork and SIGKILL')
-def test_killed_writers_leave_the_bytes_of_an_unbroken_run(tmp_path, unbroken, capsys):
-    path, rng, kills, notices = tmp_path/'store', random.Random(0), 0, []
-    nursery = subprocess.Popen([sys.executable, writer.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    def start():
-        nursery.stdin.write(f'{path}\n'), nursery.stdin.flush()
-        return int(nursery.stdout.readline())
+def kill_at_random(path, delay:float, tries:int, seed:int=0, share:str='') -> int: # writers that were killed
+    "Start a writer again and again, and kill each after a random time."
+    rng, kills = random.Random(seed), 0
+    nursery = subprocess.Popen([sys.executable, writer.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               text=True)
     try:
         assert nursery.stdout.readline() == 'ready\n'
-        for _ in range(20):
-            pid = start()
-            until = time.time() + 10
-            while not list((path/'journal').glob('*.lock')) and time.time() < until: time.sleep(.002)  # it is writing
-            time.sleep(rng.uniform(0, .015))  # an unbroken run takes tenths of a second on a free machine
+        for _ in range(tries):
+            nursery.stdin.write(f'{path}{share}\n'), nursery.stdin.flush()
+            pid = int(nursery.stdout.readline())
+            time.sleep(rng.uniform(0, delay))
             try: os.kill(pid, signal.SIGKILL)
             except ProcessLookupError: pass
             if int(nursery.stdout.readline()) == 0: break  # it was done before the signal
             kills += 1
             if (path/'table.parquet').exists():
-                before = len(Store(path))
-                assert before % writer.BATCH == 0 or before == writer.N  # whole batches only
-        assert kills >= 3
-        stopped = [p.name for p in (path/'journal').glob('*.lock')]
-        writer.work(path)
-    finally:
-        nursery.stdin.close(), nursery.wait()
-    assert ('was stopped' in capsys.readouterr().out) == bool(stopped)
+                there = Store(path)
+                assert len(there) % writer.SHARD == 0 or len(there) == writer.N  # whole shards only
+                for name in there.arrays: there.read(name, there.written(name))  # every tile is whole
+    finally: nursery.stdin.close(), nursery.wait()
+    return kills
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork and SIGKILL')
+def test_killed_writers_leave_the_bytes_of_an_unbroken_run(tmp_path, unbroken):
+    assert kill_at_random(tmp_path/'store', .1, 20) >= 3  # an unbroken run takes tenths of a second
+    writer.work(tmp_path/'store')
+    assert writer.tree(tmp_path/'store') == unbroken
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork and SIGKILL')
+def test_ranks_that_are_killed_fill_one_array_together(tmp_path, unbroken):
+    "Three processes fill an array at the same time; each is killed and started again."
+    path = tmp_path/'store'
+    writer.add_tiles(path)
+    with ThreadPoolExecutor(3) as pool:
+        kills = list(pool.map(lambda r: kill_at_random(path, .03, 6, r, f' {r} 3'), range(3)))
+    assert sum(kills) >= 3
+    with ThreadPoolExecutor(3) as pool:
+        ends = list(pool.map(lambda r: subprocess.run([sys.executable, writer.__file__, str(path), str(r), '3']).returncode,
+                             range(3)))
+    assert ends == [0]*3 and Store(path).complete('opt_v1')
     assert writer.tree(path) == unbroken
 
 class Stopped(BaseException): "What a kill looks like from inside."
 
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
-def test_a_stop_before_any_step_on_the_disk_is_harmless(tmp_path, unbroken, monkeypatch, capsys):
+def test_a_stop_before_any_step_on_the_disk_is_harmless(tmp_path, unbroken, monkeypatch):
     real = {name: getattr(os, name) for name in ('replace', 'unlink', 'fsync')}
     left = [0]
     def counted(name):
@@ -109,64 +124,151 @@ def test_a_stop_before_any_step_on_the_disk_is_harmless(tmp_path, unbroken, monk
     assert run(10**6, tmp_path/'all')
     total = 10**6 - left[0]
     assert writer.tree(tmp_path/'all') == unbroken
-    for n, steps in enumerate([*range(1, total - 9, 13), *range(total - 9, total)]):
+    for n, steps in enumerate([*range(1, total - 9, 5), *range(total - 9, total)]):
         path = tmp_path/f's{n}'
         finished = run(steps, path)
         assert not finished
-        for lock in (path/'journal').glob('*.lock'):  # its process is gone
-            lock.write_text(json.dumps({**json.loads(lock.read_text()), 'started': 0.}))
         writer.work(path)
         assert writer.tree(path) == unbroken, f'stopped before step {steps} of {total}'
 
-def test_the_next_run_says_what_was_lost(tmp_path, capsys):
-    store = Store.create(tmp_path/'s', writer.ARRAYS, shard=8)
-    store.append([writer.record(i) for i in range(3)])
-    (tmp_path/'s'/'journal'/'tiles.0of1.000000001.3-5.part').write_bytes(b'half a batch')
-    lock, = (tmp_path/'s'/'journal').glob('*.lock')
-    lock.write_text(json.dumps({**json.loads(lock.read_text()), 'pid': 2**22 + 1}))
-    again = Store(tmp_path/'s')
-    again.append([writer.record(3)])
-    assert len(again) == 4
-    said = capsys.readouterr().out
-    assert f'process {2**22 + 1}' in said and '3 tiles are safe' in said and 'tiles 3-5 was cut short' in said and 'done again' in said
-    assert again.notices and not list((tmp_path/'s'/'journal').glob('*.part'))
+def test_tiles_of_a_stopped_writer_do_not_come_back(tmp_path):
+    "A writer that is stopped before the table leaves chunks and room for them; the next one begins with other tiles."
+    path = tmp_path/'s'
+    with Store.create(path, writer.ARRAYS, shard=8) as store: store.append([writer.record(0)])
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr('gac.data.store.write_table', lambda *args: os._exit(1))
+        if (pid := os.fork()) == 0:
+            store = Store(path)
+            store.append([writer.record(i) for i in range(1, 20)])
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+    assert len(Store(path)) == 1 and zarr.open_array(path/'arrays'/'s1', mode='r').shape[0] > 1
+    assert Store(path).xarray().sizes['tile'] == 1
+    with Store(path) as store: store.append([writer.record(50)])
+    with Store.create(tmp_path/'t', writer.ARRAYS, shard=8) as other: other.append([writer.record(0), writer.record(50)])
+    assert writer.tree(path) == writer.tree(tmp_path/'t')
 
 def test_ranks_write_the_bytes_of_one_writer(tmp_path, unbroken):
     writer.work(tmp_path/'s', ranks=3)
     assert writer.tree(tmp_path/'s') == unbroken
 
+def test_a_finished_tile_waits_a_minute_at_most(tmp_path, monkeypatch):
+    path, now = tmp_path/'s', [0.]
+    monkeypatch.setattr(time, 'monotonic', lambda: now[0])
+    store = Store.create(path, writer.ARRAYS, shard=8)
+    for i in range(2):
+        store.append([writer.record(i)])
+        now[0] += 61
+    assert len(Store(path)) == 2 and len(store) == 2
+    store.ensure_array('opt_v1', (4, 16, 16), 'int16')
+    for i in range(2):
+        store.write('opt_v1', [0], writer.drawn([0]))
+        assert Store(path).written('opt_v1').tolist() == [i == 1, False]
+        now[0] += 61
+
+# ---- stores of earlier versions -------------------------------------------------------------------------------------
+
+def with_journal(path:Path) -> None:
+    "Write a store as an earlier version left it: full shards, half a shard, and batches in the journal."
+    with Store.create(path, writer.ARRAYS, dict(source='test'), writer.SHARD) as store:
+        store.append([writer.record(i) for i in range(16)])
+    store.ensure_array('opt_v1', (4, 16, 16), 'int16', dict(timesteps=3))
+    with store: store.write('opt_v1', [1, 2, 3, 9], writer.drawn([1, 2, 3, 9]))
+    journal = path/'journal'
+    journal.mkdir()
+    for name in ('guard', 'begin'): (journal/name).touch()
+    (journal/'tiles.0of1.lock').write_text(json.dumps(dict(pid=2**22 + 1, host=socket.gethostname(), started=0.)))
+    (journal/'opt_v1.0of1.000000007.12-14.part').write_bytes(b'half a batch')
+    def entry(array, number, rows, values, table=()):
+        facts = dict(table=json.dumps(list(table)))
+        save_file(dict(rows=np.array(rows), **values),
+                  journal/f'{array}.0of1.{number:09d}.{min(rows)}-{max(rows)}.safetensors', facts)
+    for number, rows in ((4, [13, 14, 15]), (5, [16, 17, 18]), (6, [19, 20])):  # the first one was moved already
+        tiles = [writer.record(i) for i in rows]
+        table = [{**COLUMNS, **{k: v for k, v in t.items() if k not in writer.ARRAYS}, 'scene': t['id']} for t in tiles]
+        entry('tiles', number, rows, {n: np.stack([t[n] for t in tiles]) for n in writer.ARRAYS}, table)
+    entry('opt_v1', 2, [4, 0], dict(opt_v1=writer.drawn([4, 0])))
+    entry('opt_gone', 0, [4], dict(opt_gone=writer.drawn([4])))
+
+def test_a_journal_of_an_earlier_version_is_read_once(tmp_path, unbroken):
+    path = tmp_path/'s'
+    with_journal(path)
+    store = Store(path)
+    assert len(store) == 21 and not (path/'journal').exists()
+    for n in writer.ARRAYS:
+        np.testing.assert_array_equal(store.read(n, slice(13, 21)), np.stack([writer.record(i)[n] for i in range(13, 21)]))
+    np.testing.assert_array_equal(store.read('opt_v1', [0, 1, 4, 9]), writer.drawn([0, 1, 4, 9]))
+    assert np.flatnonzero(store.written('opt_v1')).tolist() == [0, 1, 2, 3, 4, 9]
+    writer.work(path)
+    assert writer.tree(path) == unbroken
+
+def test_a_journal_in_a_folder_that_is_read_only_is_read_where_it_is(tmp_path, monkeypatch):
+    path = tmp_path/'s'
+    with_journal(path)
+    before = writer.tree(path)
+    def refuse(folder): raise GacError(f'{folder}: cannot be written to (Read-only file system).')
+    swap(monkeypatch, 'gac.core.files', 'writable', refuse)
+    store = Store(path)
+    assert len(store) == 21 and store.table['id'].tolist() == [f't{i:03d}' for i in range(21)]
+    np.testing.assert_array_equal(store.read('s1', [20])[0], writer.record(20)['s1'])
+    np.testing.assert_array_equal(store.read('opt_v1', [4, 9]), writer.drawn([4, 9]))
+    del store
+    assert writer.tree(path) == before
+
+def test_a_damaged_batch_of_a_journal_is_named(tmp_path):
+    path = tmp_path/'s'
+    writer.work(path)
+    (path/'journal').mkdir()
+    (path/'journal'/'opt_v1.0of1.000000099.0-3.safetensors').write_bytes(b'junk')
+    with pytest.raises(GacError, match='damaged journal entry'): Store(path)
+
 # ---- locks --------------------------------------------------------------------------------------------------------------
 
-def test_a_second_writer_is_refused_and_told_who_writes(tmp_path):
+def test_a_second_writer_is_refused_until_the_first_has_ended(tmp_path):
     path = tmp_path/'s'
     Store.create(path, writer.ARRAYS, shard=8)
-    hold = ('import sys; from gac.data.store import Store; s = Store(sys.argv[1]); s.acquire(); print("held", flush=True); sys.stdin.read()')
+    hold = ('import sys; from gac.data.store import Store; s = Store(sys.argv[1]); s.acquire(); print("held", flush=True); '
+            'sys.stdin.read()')
     other = subprocess.Popen([sys.executable, '-c', hold, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == 'held\n'
-        with pytest.raises(GacError, match=f'process {other.pid} on {socket.gethostname()} writes tiles'):
+        with pytest.raises(GacError, match='is being written: another process.* writes tiles'):
             Store(path).append([writer.record(0)])
+        with pytest.raises(GacError, match='writes tiles'): Store(path).acquire('opt_v1')
         assert len(Store(path)) == 0  # readers are welcome
     finally: other.kill(), other.wait()
-    with Store(path) as store: store.append([writer.record(0)])  # its process is gone: taken over
+    with Store(path) as store: store.append([writer.record(0)])  # its process is gone
     assert len(Store(path)) == 1
 
-def test_a_lock_of_another_machine_stands_and_says_how_to_go_on(tmp_path):
-    store = Store.create(tmp_path/'s', writer.ARRAYS)
-    store.journal.mkdir()
-    lock = store.journal/'tiles.0of1.lock'
-    lock.write_text(json.dumps(dict(pid=1, host='elsewhere', started=0.)))
-    with pytest.raises(GacError, match='process 1 on elsewhere.*delete .*tiles.0of1.lock'): store.append([writer.record(0)])
-
-def test_a_lock_goes_with_its_store(tmp_path):
-    store = Store.create(tmp_path/'s', writer.ARRAYS)
+def test_what_was_collected_is_written_when_a_store_or_its_process_ends(tmp_path):
+    path = tmp_path/'s'
+    store = Store.create(path, writer.ARRAYS)
     store.append([writer.record(0)])
     del store  # a notebook cell run twice
-    Store(tmp_path/'s').append([writer.record(1)])
+    Store(path).append([writer.record(1)])
+    assert len(Store(path)) == 2
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import tiles_writer as w; from gac.data.store import Store; s = Store({str(path)!r}); s.append([w.record(2)])"
+    subprocess.run([sys.executable, '-c', code], check=True)
+    np.testing.assert_array_equal(Store(path).read('s1', [2])[0], writer.record(2)['s1'])
+
+def test_a_forked_process_writes_nothing_of_its_parent(tmp_path):
+    path = tmp_path/'s'
+    store = Store.create(path, writer.ARRAYS)
+    store.append([writer.record(0)])
+    if (pid := os.fork()) == 0:
+        store.close()
+        os._exit(len(Store(path)))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    with pytest.raises(GacError, match='is being written'): Store(path).append([writer.record(1)])
+    store.close()
+    assert len(Store(path)) == 1
+    if (pid := os.fork()) == 0:  # it may write itself, with the same object
+        try: store.append([writer.record(1)])
+        finally: store.close(), os._exit(len(store))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2 == len(Store(path))
 
 # ---- reading ------------------------------------------------------------------------------------------------------------
 
-def test_values_come_back_from_shards_and_journal_alike(tmp_path):
+def test_values_come_back_before_and_after_they_are_written(tmp_path):
     path = tmp_path/'s'
     writer.work(path)
     store = Store(path)
@@ -180,8 +282,8 @@ def test_values_come_back_from_shards_and_journal_alike(tmp_path):
     reader = Store(path)
     store.append([writer.record(i) for i in (90, 91)])
     np.testing.assert_array_equal(store.read('s1', [-1])[0], writer.record(91)['s1'])
-    reader.refresh()  # sees the journal of another writer,
-    store.close()  # which folds it away
+    store.close()
+    reader.refresh()
     np.testing.assert_array_equal(reader.read('s1', [-1])[0], writer.record(91)['s1'])
     assert store.pending('opt_v1').tolist() == [writer.N, writer.N + 1] and not store.complete('opt_v1')
     with pytest.raises(GacError, match='opt_v1 is not written for 2 of the 3 tiles'): store.read('opt_v1', [0, writer.N, -1])
@@ -199,10 +301,8 @@ def test_damage_is_named(tmp_path):
     for at in (20, 99):
         shard.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
         with pytest.raises(GacError, match='tile 0 of s1 is damaged .it fails the checksum'): Store(path).read('s1', [0])
-    (path/'journal'/'opt_v1.0of1.000000099.0-3.safetensors').write_bytes(b'junk')
-    with pytest.raises(GacError, match='damaged journal entry'): Store(path)
 
-def test_xarray_sees_what_is_in_the_journal(tmp_path):
+def test_xarray_writes_what_was_collected(tmp_path):
     store = Store.create(tmp_path/'s', writer.ARRAYS, shard=8)
     store.append([writer.record(i) for i in range(5)])
     data = store.xarray()
@@ -632,7 +732,7 @@ def chips_at(root:Path, kms, size:int=32, **more) -> Path:
         layouts.write_tif(root/'S2L2A'/f'c{x}.tif', layouts.optical(i, size), tags=dict(datetime='2021-08-23T13:22:41'), **place)
     return root
 
-@pytest.mark.parametrize('step', ['gac.data.splits.note_attributes', 'gac.data.store.write_table'])
+@pytest.mark.parametrize('step', ['gac.data.splits.note_attributes', 'gac.data.table.write_table'])
 def test_a_split_that_was_cut_short_is_made_by_the_next_call(tmp_path, monkeypatch, step):
     "It is not taken for a split that came with the tiles."
     convert(chips_at(tmp_path/'c', range(0, 60, 5)), tmp_path/'s', size=32)

@@ -1,4 +1,7 @@
-"""A writer of tiles that tests may kill: reads `path` lines, forks a writer for each, prints its pid, then how it ended."""
+"""A writer of tiles that tests may kill.
+
+It reads lines `path` or `path rank ranks`, forks a writer for each, prints its pid, then how it ended.
+"""
 import os
 import sys
 from pathlib import Path
@@ -23,29 +26,41 @@ def drawn(rows) -> np.ndarray:
     return np.stack([np.random.default_rng(1000 + int(i)).integers(-99, 9999, (4, 16, 16)).astype('i2')*(int(i) % 7 > 0)
                      for i in rows])
 
-def work(path, ranks:int=1) -> Store:
-    "Make the store and a later array, going on with whatever is there."
+def add_tiles(path) -> Store:
+    "Add the tiles that a store lacks, and declare a later array."
     store = Store(path) if (Path(path)/'table.parquet').exists() else Store.create(path, ARRAYS, dict(source='test'), SHARD)
     with store:
         for at in range(len(store), N, BATCH): store.append([record(i) for i in range(at, min(at + BATCH, N))])
     store.ensure_array('opt_v1', (4, 16, 16), 'int16', dict(timesteps=3))
-    for rank in range(ranks):
-        with store:
-            while len(rows := store.pending('opt_v1', rank, ranks)[:BATCH]): store.write('opt_v1', rows, drawn(rows), rank, ranks)
+    return store
+
+def fill(store:Store, rank:int=0, ranks:int=1) -> None:
+    "Write a rank's share of the later array."
+    with store:
+        while len(rows := store.pending('opt_v1', rank, ranks)[:BATCH]): store.write('opt_v1', rows, drawn(rows), rank, ranks)
+
+def work(path, ranks:int=1) -> Store:
+    "Fill the store and a later array, from whatever state they are in."
+    store = add_tiles(path)
+    for rank in range(ranks): fill(store, rank, ranks)
     return store
 
 def tree(path) -> dict:
-    "What a store holds, byte by byte."
+    "Return what a store holds, byte by byte; locks are empty files."
     path = Path(path)
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob('*')) if p.is_file() and p.name != 'guard'}
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob('*')) if p.is_file() and p.suffix != '.lock'}
 
 if __name__ == '__main__':
+    if len(sys.argv) > 1: sys.exit(fill(Store(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))
     print('ready', flush=True)
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
             sys.stdout = open(os.devnull, 'w')
-            try: work(line.strip())
+            path, *share = line.split()
+            try:
+                if share: fill(Store(path), *map(int, share))
+                else: work(path)
             except BaseException: os._exit(1)
             os._exit(0)
         print(pid, flush=True)

@@ -35,11 +35,12 @@ def save_picture(
     fig, # a matplotlib figure
     path:Path, # ends in .png or .svg
 ) -> Path: # `path`
-    "Write a figure, the same bytes for the same picture."
+    "Write a figure, the same bytes for the same picture; its layout is fixed from then on."
     import matplotlib as mpl
     buffer, kind = io.BytesIO(), path.suffix[1:]
     with mpl.rc_context({'svg.hashsalt': 'gac'}):
         fig.savefig(buffer, format=kind, metadata=dict(png={'Software': None}, svg={'Date': None})[kind])
+    fig.set_layout_engine('none')  # a second layout would move the axes by parts of a pixel
     return write_file(path, buffer.getvalue())
 
 # %% ../../nbs/lib/core/figures.ipynb #876cc946

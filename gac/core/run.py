@@ -72,7 +72,6 @@ class Run:
         "Write figures/`name`.png and .svg, the same bytes for the same picture."
         for kind in ('png', 'svg'):
             save_picture(fig, self.reports/'figures'/f'{check_file_name(name)}.{kind}')
-            fig.set_layout_engine('none')  # laid out once: the next picture of it takes half the time
         self.record['figures'][name] = self._titled(name, caption, about)
         self._save()
 

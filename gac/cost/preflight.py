@@ -201,8 +201,7 @@ def bytes_per_tile(
 ) -> float: # bytes on disk, compressed
     "Return the size of a tile of an array."
     files = [p for p in (store.path/'arrays'/name).rglob('*') if p.is_file()]
-    journal = [p for p in store.journal.glob(f'{name}.*.safetensors')]
-    return sum(p.stat().st_size for p in files + journal)/max(int(store.written(name).sum()), 1)
+    return sum(p.stat().st_size for p in files)/max(int(store.written(name).sum()), 1)
 
 # %% ../../nbs/lib/cost/preflight.ipynb #0c3ea331
 RAW = dict(s1=4*2, s2=2*12, opt_v1=2*4, opt_v2=2*4, opt_v3=2*4)  # array -> bytes per pixel without compression

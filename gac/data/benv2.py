@@ -15,7 +15,11 @@ import pandas as pd
 import pyarrow as pa
 
 from ..core.files import GacError
-from gac.data.bigearthnet import (
+from .dates import parse_date
+from .geotiff import is_visible
+from .raster import OPTICAL, RADAR, Raster, is_generic
+from .readers import Job, Options, Source
+from gac.data.sources import (
     check_same_place,
     eight_bit_file,
     failing_loader,
@@ -28,11 +32,7 @@ from gac.data.bigearthnet import (
     text_or_empty,
     value_step,
 )
-from .dates import parse_date
-from .geotiff import is_visible
-from .raster import OPTICAL, RADAR, Raster, is_generic
-from .readers import Job, Options, Source
-from .store import check_text
+from .table import check_text
 
 # %% ../../nbs/lib/data/benv2.ipynb #b2e7f0a2
 BENV2_S1 = ('VH', 'VV')  # order of the radar bands in benv2

@@ -18,6 +18,7 @@ import pandas as pd
 
 from ..core.environment import progress
 from ..core.files import GacError, check_place, fingerprint_files, writing
+from ..core.manifest import agree_or_refuse
 from ..core.vocabulary import OPT_BANDS, S2_BANDS
 from .arrays import tile_arrays
 from .geotiff import is_visible
@@ -28,7 +29,8 @@ from .readers import Job, Options, Source, joined_name, shown_name, split_of
 from .records import DatasetUnits, find_units, records_of
 from .shards import write_whole
 from .splits import SplitRule, count_splits, deal_split, note_attributes, tile_side
-from .store import SPLITS, Store, check_id
+from .store import Store
+from .table import SPLITS, check_id
 from .units import KNOWN_OFFSETS
 
 # %% ../../nbs/lib/data/convert.ipynb #5b11a0e1
@@ -102,10 +104,8 @@ def _part_of(store:Store, made:dict) -> dict|None: # source, layout, options, un
 
 def _check_part(store:Store, part:dict, made:dict) -> None:
     "Refuse to continue a conversion with other options."
-    differ = [f'{k} {part.get(k)!r} (now {v!r})' for k, v in made.items() if k != 'source' and part.get(k) != v]
-    if differ:
-        raise GacError(f'{store.path} holds tiles of {made["source"]} made otherwise: {"; ".join(differ)}. Give the '
-                       'same options, delete the folder, or choose another store.')
+    agree_or_refuse(f'{store.path}: the part of {made["source"]}', part, made,
+                    'Give the same options, delete the folder, or choose another store.', free=['source'])
 
 def _say_order(samples:list) -> None:
     "Print the first file whose radar bands are identified by their order."
@@ -155,7 +155,6 @@ def _open_part(
 ) -> Part:
     "Open an existing store with this data set begun or found in it."
     store = Store(dst)
-    store.settle()
     if part := _part_of(store, made):
         _check_part(store, part, made)
         return Part(store, DatasetUnits(**part['units']), part['prefix'])

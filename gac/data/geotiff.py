@@ -11,7 +11,10 @@ from functools import partial
 from pathlib import Path
 
 from ..core.files import GacError
-from gac.data.bigearthnet import (
+from .dates import date_of, far_apart, tag_date
+from .raster import OPTICAL, RADAR
+from .readers import Job, Options, Source, joined_name, nested, split_of
+from gac.data.sources import (
     check_same_place,
     eight_bit_file,
     failing_loader,
@@ -20,10 +23,7 @@ from gac.data.bigearthnet import (
     read_radar_bands,
     value_step,
 )
-from .dates import date_of, far_apart, tag_date
-from .raster import OPTICAL, RADAR
-from .readers import Job, Options, Source, joined_name, nested, split_of
-from .store import check_id, is_id
+from .table import check_id, is_id
 
 # %% ../../nbs/lib/data/geotiff.ipynb #962017d4
 EXTRA = dict(DEM='dem', LULC='lulc', NDVI='ndvi')  # folder -> array

@@ -14,11 +14,11 @@ import numpy as np
 
 from ..core.files import GacError
 from ..core.vocabulary import S1_BANDS, S2_BANDS
-from .bigearthnet import failing_loader, split_name, text_or_empty
 from .dates import far_apart
 from .geotiff import EXTRA
 from .raster import OPTICAL, RADAR, check_grid, name_bands, pick
 from .readers import Job, Options, Source, apply_factor, nested, shown_name, split_of
+from .sources import failing_loader, split_name, text_or_empty
 from .units import is_screen, step_of
 
 # %% ../../nbs/lib/data/npz.ipynb #414e6cd1

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..core.config import ConvertConfig
 from ..core.files import GacError
-from .store import SPLITS, is_id
+from .table import SPLITS, is_id
 
 # %% ../../nbs/lib/data/readers.ipynb #71825b9a
 def nested(

@@ -17,7 +17,7 @@ from .dates import month_of
 from .places import biome_of
 from .raster import check_order, lon_lat, pick
 from .readers import Options, Source, windows
-from .store import SPLITS
+from .table import SPLITS
 from gac.data.units import (
     KNOWN_OFFSETS,
     S2_OFFSET,

@@ -18,7 +18,8 @@ import zarr
 from ..core.config import SplitConfig
 from ..core.files import GacError, writing
 from .places import EARTH, on_sphere
-from .store import GUARD, SPLITS, Store, write_table
+from .store import Store
+from .table import GUARD, SPLITS, write_table
 
 # %% ../../nbs/lib/data/splits.ipynb #5b11a0d2
 SPLIT_BY = ('block', 'scene', 'place', 'random')  # kinds of group
@@ -212,7 +213,6 @@ def split_store(
 ) -> dict: # split -> tiles
     "Deal the tiles of a store into train, val and test, and write the split into its table."
     store = Store(path)
-    if not store.settle(): raise GacError(f'{path} is being written. Split it when that is done.')
     if not len(store): raise GacError(f'{path} has no tiles. Fill it first (gac data convert).')
     split, made = deal_split(store.table, rule, tile_side(store))
     if store.attrs.get('split') == asdict(made) and (split == store.table['split'].to_numpy()).all():
@@ -240,6 +240,8 @@ def _write_split(store:Store, split:np.ndarray, rule:dict, overwrite:bool) -> No
     for name in learnt: store.drop(name)
     with store:
         store.acquire()
+        if len(store) != len(split):
+            raise GacError(f'{store.path}: tiles were added while the split was computed. Run gac data split again.')
         note_attributes(store, split=rule)  # first, so that an interrupted split is recognised and repeated
         write_table(store.path, store.table.assign(split=split.astype(str)))
         store.refresh()

@@ -14,13 +14,15 @@ import numpy as np
 
 from ..core.environment import progress
 from ..core.files import GacError, fingerprint_files, read_json, root
+from ..core.manifest import agree_or_refuse
 from ..core.run import Run
 from .arrays import tile_arrays
 from .convert import convert, options_as_json, source_digest
 from .layouts import recognise
 from .readers import Options
 from .shards import FORMAT, SHARD
-from .store import SPLITS, Store
+from .store import Store
+from .table import SPLITS
 from .world.scenes import draw_scene
 
 # %% ../../nbs/lib/data/stores.ipynb #8422519a
@@ -76,11 +78,7 @@ def _resume(path, made:dict) -> Store|None:
     "Open an existing store, if it was begun with the same settings."
     if not (Path(path)/'table.parquet').exists(): return None
     store = Store(path)
-    differ = [f'{k} {store.attrs.get(k)!r} (now {v!r})' for k, v in made.items() if store.attrs.get(k) != v]
-    store.settle()
-    if differ:
-        raise GacError(f'{path} holds tiles made otherwise: {"; ".join(differ)}. Delete the folder or choose another '
-                       'run_dir.')
+    agree_or_refuse(str(path), store.attrs, made, 'Delete the folder or choose another run_dir.')
     return store
 
 # %% ../../nbs/lib/data/stores.ipynb #848a3b80

@@ -23,7 +23,7 @@ from terratorch.models.backbones.terramind.model.terramind_vit import TerraMindV
 from terratorch.registry import TERRATORCH_BACKBONE_REGISTRY
 from torch import Tensor, nn
 
-from ..core.files import replacing, write_file
+from ..core.files import GacError, replacing, write_file
 from ..core.vocabulary import OPT_BANDS, S2_BANDS
 from .blank import build_blank, select_bands
 from gac.models.mini import (
@@ -112,12 +112,16 @@ def build_model(
 # %% ../../nbs/lib/models/build.ipynb #c1a86a95
 def take_bands(
     state:dict, # tensors of a file, changed in place
-    bands:Sequence[str], # TerraTorch's names, e.g. BLUE
+    bands:Sequence[str], # names of Sentinel-2 (B02) or TerraTorch's (BLUE)
 ) -> None:
     "Keep the given bands of Prithvi's patch embedding, in their order."
     key = next((k for k in state if k.endswith('patch_embed.proj.weight')), None)
-    if key and state[key].ndim == 5 and state[key].shape[1] == len(PRITHVI_BANDS):
-        state[key] = state[key][:, [band_names(PRITHVI_BANDS, HLS_NAMES).index(b) for b in bands]]
+    if not key or state[key].ndim != 5 or state[key].shape[1] != len(PRITHVI_BANDS): return
+    known = band_names(PRITHVI_BANDS, HLS_NAMES)
+    wanted = [HLS_NAMES.get(b, b) for b in bands]
+    if lacks := [b for b in wanted if b not in known]:
+        raise GacError(f'Prithvi has no band {", ".join(lacks)}; it has {", ".join(known)}.')
+    state[key] = state[key][:, [known.index(b) for b in wanted]]
 
 # %% ../../nbs/lib/models/build.ipynb #d56971dc
 def checksum(path:Path) -> str:

@@ -17,7 +17,7 @@ from odc.geo.geobox import GeoBox
 from ..core.environment import sha256
 from ..core.files import GacError, replacing, write_file
 from ..core.vocabulary import S1_BANDS, S2_BANDS
-from ..data.bigearthnet import check_whole
+from ..data.sources import check_whole
 from .survey import NO_LABEL, NYC_CLASSES, open_raster_or_say
 
 # %% ../../nbs/lib/nyc/chips.ipynb #b20606c6

@@ -25,7 +25,7 @@ from rasterio.errors import NotGeoreferencedWarning
 
 from ..core.files import GacError, replacing
 from ..core.vocabulary import OPT_BANDS, REFLECTANCE, S1_BANDS
-from ..data.bigearthnet import check_whole
+from ..data.sources import check_whole
 from ..data.raster import GDAL
 from ..measure.panels import white_of
 

@@ -148,7 +148,7 @@ def run_tileset(
     todo = batches(n, batch_size, into.shard, rank, world_size)
     mine = np.array([r for b in todo for r in b], dtype=int)
     there = into.written(source) if source else np.ones(len(into), bool)
-    with FileLock(writable(into.journal)/'begin', timeout=600):  # workers may start at the same time
+    with FileLock(writable(into.locks.folder)/'begin.lock', timeout=600):  # workers may start at the same time
         into.refresh()
         if overwrite: drop_other(into, output, made)
         written = into.written(output) if output in into.arrays else np.zeros(len(into), bool)
@@ -211,7 +211,7 @@ def derived_store(
             raise GacError(f'{path} holds other tiles than {store.path}. Give another --output-dir.')
         return other
     if (path/'table.parquet').exists() and len(other := opened()) == len(store): return other
-    with FileLock(writable(path/'journal')/'begin', timeout=600):  # workers may start at the same time
+    with FileLock(writable(path/'locks')/'begin.lock', timeout=600):  # workers may start at the same time
         other = opened()
         if len(other) < len(store):
             with other: other.append(store.table.iloc[len(other):].to_dict('records'))
