@@ -430,10 +430,10 @@ def write(self:Store,
     tiles = self.collected.setdefault(name, {})
     tiles.update(zip(rows.tolist(), values))
     if time.monotonic() - self._since > MAX_WAIT: return self._flush()
-    ready = tiles if len(tiles) >= self.shard else [r for s in np.unique(rows//self.shard) if self._is_full(name, int(s))
-                                                    for r in tiles if r//self.shard == s]
+    full = {int(s) for s in np.unique(rows//self.shard) if self._is_full(name, int(s))}
+    ready = [r for r in tiles if len(tiles) >= self.shard or r//self.shard in full]
     self._write_shards(name, ready)
-    self._forget(name, list(ready))
+    self._forget(name, ready)
 
 @patch
 def _is_full(self:Store, name:str, s:int) -> bool:
