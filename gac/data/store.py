@@ -149,7 +149,8 @@ def _close_writers() -> None:
 @patch
 def _sweep(self:Store, array:str) -> None:
     "Remove what a stopped writer left: temporary files, and room for tiles that are not in the table."
-    for path in (self.path/'arrays'/('' if array == 'tiles' else array)).rglob('*.part*'): path.unlink(missing_ok=True)
+    folder = self.path/'arrays' if array == 'tiles' else self.path/'arrays'/array
+    for path in folder.rglob('*.part*'): path.unlink(missing_ok=True)
     if array == 'tiles': self._resize(len(self), shrink=True)
 
 @patch
@@ -259,7 +260,8 @@ def _end(self:Store) -> None:
         finally: self.locks.release()
 
 # %% ../../nbs/lib/data/store.ipynb #e1e0b053
-MAKERS = dict(opt_v1='gac precompute', opt_v2='gac precompute-stage2', opt_v3='gac precompute-stage3')  # array -> command
+MAKERS = {  # array -> command
+    'opt_v1': 'gac precompute', 'opt_v2': 'gac precompute-stage2', 'opt_v3': 'gac precompute-stage3'}
 
 def how_to_make(
     path:Path, # of the store
@@ -329,8 +331,8 @@ def _lacks(self:Store, name:str, missing:list, n:int) -> GacError:
     "Return the error for tiles that have no value."
     first = missing[0]
     if name in self.attrs['tiles']:
-        return GacError(f'{self._shard_file(name, first//self.shard)}: {name} lacks tile {first}. Restore the file from '
-                        'a copy, or delete the store and make it again.')
+        return GacError(f'{self._shard_file(name, first//self.shard)}: {name} lacks tile {first}. Restore the file '
+                        'from a copy, or delete the store and make it again.')
     command = f': {MAKERS[name]} --data-dir {self.path}' if name in MAKERS else ''
     return GacError(f'{self.path}: {name} is not written for {len(missing)} of the {n} tiles asked for (first: tile '
                     f'{first}, {self.table["id"].iloc[first]}). Run what makes {name} to its end{command}.')
@@ -428,10 +430,10 @@ def write(self:Store,
     tiles = self.collected.setdefault(name, {})
     tiles.update(zip(rows.tolist(), values))
     if time.monotonic() - self._since > MAX_WAIT: return self._flush()
-    ready = tiles if len(tiles) >= self.shard else [r for s in np.unique(rows//self.shard) if self._is_full(name, int(s))
-                                                    for r in tiles if r//self.shard == s]
+    full = {int(s) for s in np.unique(rows//self.shard) if self._is_full(name, int(s))}
+    ready = [r for r in tiles if len(tiles) >= self.shard or r//self.shard in full]
     self._write_shards(name, ready)
-    self._forget(name, list(ready))
+    self._forget(name, ready)
 
 @patch
 def _is_full(self:Store, name:str, s:int) -> bool:
