@@ -25,7 +25,7 @@ from gac.data.stores import from_world
 from gac.measure.tables import dataset_spec, stored_method
 from gac.models.gradient_flow.costs import peak_mb
 from gac.models.weights import read_weights
-from gac.runner.plan import plan_chain
+from gac.runner.plan import plan
 from gac.stages.datasets import Pairs, Triples
 from gac.stages.grounding import build_stage3_model
 from gac.stages.refiner import build_prithvi_refiner
@@ -43,7 +43,7 @@ def states(found) -> dict: return {(f.what, f.state) for f in found}
 def test_dry_run_passes_where_nothing_is_missing_and_lists_what_is(capsys, monkeypatch):
     assert main(['run', '--profile', 'smoke', '--dry-run']) == 0
     out = capsys.readouterr().out
-    given = {s.name: s.values for s in plan_chain('smoke', '', root()/'reports/smoke', root()/'runs/smoke')}['02_tiles']
+    given = {s.name: s.values for s in plan('smoke', '', root()/'reports/smoke', root()/'runs/smoke')}['02_tiles']
     n = sum(given[k] for k in ('n_train', 'n_val', 'n_test'))
     assert 'Nothing is missing.' in out and '07_stage1' in out and f'Forecast for {n} tiles' in out
     # it counts large models

@@ -33,7 +33,7 @@ from ..models.generator import build_generator
 from ..models.modalities import HLS_NAMES, band_names
 from ..models.registry import model_entry
 from ..models.weights import find_file, match_keys, needed_files, read_weights
-from ..runner.plan import folders_of, plan_chain
+from ..runner.plan import folders_of, plan
 from ..training.checkpointing import checkpointed
 
 # %% ../../nbs/lib/cost/preflight.ipynb #ef000043
@@ -328,7 +328,7 @@ def preflight(
     "Check everything a run will need, and print a forecast; return what is missing."
     if data and Path(data).exists(): data = relative_to_root(Path(data).resolve())
     report, run = folders_of(profile, data, reports, '')
-    stages, needs = plan_chain(profile, data, report, run, sets), needs_of(profile, folder)
+    stages, needs = plan(profile, data, report, run, sets), needs_of(profile, folder)
     found, n = check_data(data, needs)
     rate = matrix_rate('cuda' if torch.cuda.is_available() else 'cpu')
     share = share_reached(rate)

@@ -22,7 +22,7 @@ from ..core.files import GacError, read_json, relative_to_root, shown_path, writ
 from .execute import execute_notebook
 from .kernels import forked_kernels
 from .page import write_report
-from .plan import Stage, begin_draft, claim_name, folders_of, plan_chain, publish_draft
+from .plan import Stage, begin_draft, claim_name, folders_of, plan, publish_draft
 
 # %% ../../nbs/lib/runner/chain.ipynb #724cfcc6
 @contextmanager
@@ -91,7 +91,7 @@ def run_chain(
         data, layout = _recognise(data)
         print(f'{data}: {layout}')
     report, run = folders_of(profile, data, reports, runs, sets, bool(start or only))
-    stages = plan_chain(profile, data, report, run, sets, start, only, force, Path(nbs) if nbs else None)
+    stages = plan(profile, data, report, run, sets, start, only, force, Path(nbs) if nbs else None)
     todo = [s for s in stages if s.status == 'to run']
     if start and only: raise GacError('--from and --only exclude each other. Give one of them.')
     if jobs < 0: raise GacError(f'--jobs {jobs}: expected 1 or more, or 0 for the default.')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['imports_of', 'module_file', 'package_of', 'modules_used', 'dependencies_of', 'code_of', 'Stage', 'parameter_files',
            'outputs', 'begin_draft', 'publish_draft', 'chain_notebooks', 'pick_notebook', 'short_digest', 'claim_name',
-           'folders_of', 'plan_chain']
+           'folders_of', 'plan']
 
 # %% ../../nbs/lib/runner/plan.ipynb #4e5b9790
 import ast
@@ -266,7 +266,7 @@ def folders_of(
     return report, base if goes_on and not own.exists() else own
 
 # %% ../../nbs/lib/runner/plan.ipynb #fb2ae884
-def plan_chain(
+def plan(
     profile:str, # name of the profile
     data:str, # real tiles, relative to the root; empty: the procedural world
     report:Path, # folder of the report
