@@ -15,6 +15,7 @@ setup(
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research', 'Natural Language :: English',
                  'Programming Language :: Python :: 3'],
     python_requires=f">={cfg['min_python']}", packages=find_packages(include=['gac', 'gac.*']),
+    package_data={'': ['templates/*']},
     install_requires=cfg['requirements'].split(), extras_require={'dev': cfg['dev_requirements'].split()},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['gac=gac._modidx:d']},
 )

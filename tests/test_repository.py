@@ -58,9 +58,10 @@ def test_export_in_sync(copy):
     kept, made = ({p.relative_to(at/'gac').as_posix(): p.read_text() for p in (at/'gac').rglob('*.py')} for at in (ROOT, copy))
     assert sorted(kept) == sorted(made), 'run nbdev_export'
     for name in made.keys() - {n for n in made if n.endswith('__init__.py')}: assert kept[name] == made[name], f'gac/{name} is not what its notebook exports: run nbdev_export'
-    others = [p.name for p in (ROOT/'gac').rglob('*') if p.is_file() and p.suffix != '.py' and p.parent.name != '__pycache__']
+    others = [p.name for p in (ROOT/'gac').rglob('*') if p.is_file() and p.suffix != '.py'
+              and p.parent.name not in ('__pycache__', 'templates')]
     assert all((p.parent/'__init__.py').exists() for p in MODULES), 'setup finds packages by their __init__.py'
-    assert not others, f'gac/ holds exported modules and nothing else: {others}'
+    assert not others, f'gac/ holds exported modules and templates, nothing else: {others}'
     assert (copy/'pyproject.toml').read_text() == (ROOT/'pyproject.toml').read_text()
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
