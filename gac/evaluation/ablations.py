@@ -61,7 +61,7 @@ def seen_gains(
     there = set(mean.index.droplevel('id'))
     for r in (r for r in grid if r.row.endswith(BLIND)):
         name = r.row.removesuffix(BLIND)
-        at = ('default', 'default') if name == default.recipe.grounding['route'] else (r.question, name)
+        at = ('default', 'default') if name == default.recipe.stage3.route else (r.question, name)
         if at not in there: continue
         about = dict(head='the default' if at[0] == 'default' else name, steps=budget(changed(default, r.change), 'opt_v3'),
                      seeds=measured[(measured.question == r.question) & (measured.row == r.row)].seed.nunique())

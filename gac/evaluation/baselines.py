@@ -104,7 +104,6 @@ class Retrieval:
     "The image of the training tile with the most similar radar."
     def fit(self, batch:dict):
         from sklearn.neighbors import NearestNeighbors
-        from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
         self.truth, self.scale = np.asarray(batch['truth'], np.float32), StandardScaler()
         self.near = NearestNeighbors(n_neighbors=1).fit(self.scale.fit_transform(descriptors(batch['s1'])))

@@ -176,9 +176,13 @@ class PrithviRefiner(nn.Module):
         self.condition = Condition(fields, drop=hide) if fields else None
         self.head = ConvNeXtHead([encoder.embed_dim]*len(self.at), len(encoder.gac['bands']), width, depth,
                                  dropout=dropout)
-        self.register_buffer('strength', torch.ones(()))  # applied share of the correction, fitted on validation
+        # applied share of the correction, fitted on validation; checkpoints name it strength
+        self.register_buffer('strength', torch.ones(()))
         for name in ('temporal_embed_enc', 'location_embed_enc'):
             if hasattr(encoder, name): getattr(encoder, name).register_forward_hook(_silent)
+
+    @property
+    def residual_scale(self) -> Tensor: return self.strength  # applied share of the correction, a scalar
 
     @property
     def blocks(self) -> nn.ModuleList: return self.encoder.blocks  # see checkpointing.checkpointed
@@ -220,7 +224,7 @@ class PrithviRefiner(nn.Module):
                               device=month.device).expand(n) if 'lat' in given else None
         c = self.condition(season(month, lat), biome) if self.condition is not None else None
         correction = self.head(x, self.features(x, **self.coords(month, given)), c)
-        return opt_v1 + SCALE*self.strength*crop_back(correction, crop).float()
+        return opt_v1 + SCALE*self.residual_scale*crop_back(correction, crop).float()
 
 # %% ../../nbs/lib/stages/refiner.ipynb #fd4a6311
 def build_prithvi_refiner(

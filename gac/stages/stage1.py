@@ -18,7 +18,7 @@ from ..measure.tables import stage1_method, stored_method
 from ..models.decoding import Decoding, generate_tiles
 from ..models.diffusion import CLAMPS
 from ..models.generator import TOKENS, build_generator, to_device
-from .tileset import derived_store, read_radar, run_tileset, stage1_settings
+from .tileset import Workload, derived_store, read_radar, run_tileset, stage1_settings
 
 # %% ../../nbs/07_stage1.ipynb #e3526e34
 def build_terramind_generator(
@@ -43,22 +43,21 @@ def precompute_stage1(
     model, # from build_terramind_generator
     output:str='opt_v1', # name of the array
     batch_size:int=8, # tiles at a time
-    timesteps:int=10, # diffusion steps
-    tokens:str='sample', # sample, argmax or expected
-    clamp:str='pretraining', # pretraining or off
-    n_samples:int=1, # images drawn and averaged
     seed:int=0, # of the run
-    max_tiles:int=0, # only the first so many of the store; 0: all
-    rank:int=0, # this worker
-    world_size:int=1, # of so many
-    into=None, # store.Store the array goes to, see `derived_store`; None: `store`
-    overwrite:bool=False, # replace an array that was made with other settings
-) -> dict: # of `run_tileset`
-    "Run the generator over a tile set."
-    decoding, ids = Decoding(timesteps, tokens, clamp, n_samples), store.table.id
-    return run_tileset(into or store, output, (len(OPT_BANDS), *store.arrays['s1'].shape[-2:]), stage1_settings(model, decoding, seed),
-                lambda rows: read_radar(store, rows), lambda s1, rows: generate_tiles(model, s1, ids.iloc[rows], decoding, seed),
-                batch_size, max_tiles, rank, world_size, overwrite, said=str(decoding), ahead=2 if model.device.type == 'cuda' else 1)
+    max_tiles:int=0, # number of tiles from the start; 0: all
+    rank:int=0, # number of this worker
+    world_size:int=1, # workers
+    into=None, # store.Store that gets the array, see `derived_store`; None: `store`
+    overwrite:bool=False, # replace an array of other settings
+    **decoding, # fields of decoding.Decoding: timesteps, tokens, clamp, n_samples
+) -> dict: # result of `run_tileset`
+    "Generate the images of a tile set and store the array."
+    decoding, ids = Decoding(**decoding), store.table.id
+    work = Workload(batch_size, max_tiles, rank, world_size, ahead=2 if model.device.type == 'cuda' else 1)
+    predict = lambda s1, rows: generate_tiles(model, s1, ids.iloc[rows], decoding, seed)
+    return run_tileset(into or store, output, (len(OPT_BANDS), *store.arrays['s1'].shape[-2:]),
+                       stage1_settings(model, decoding, seed), lambda rows: read_radar(store, rows), predict, work,
+                       overwrite, description=str(decoding))
 
 # %% ../../nbs/07_stage1.ipynb #5e1ea2c4
 def decoding_grid(

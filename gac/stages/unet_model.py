@@ -47,7 +47,8 @@ class UNet(nn.Module):
     ):
         super().__init__()
         if wrong := set(seen) - set(SEEN) | set(metadata) - set(METADATA):
-            raise GacError(f'A U-Net knows nothing of {", ".join(sorted(wrong))}.')
+            raise GacError(f'Inputs or metadata {", ".join(sorted(wrong))} of the U-Net: expected inputs among '
+                           f'{", ".join(SEEN)} and metadata among {", ".join(METADATA)}.')
         self.seen, self.depth, self.metadata = tuple(seen), depth, tuple(metadata)
         given, out = sum(SEEN[k] for k in self.seen), ([2*width] + [width]*depth)[:depth]
         net = _library().Unet(encoder, depth, None, decoder_channels=out, in_channels=given,
@@ -67,7 +68,7 @@ class UNet(nn.Module):
             buffer.copy_(torch.as_tensor(np.asarray(value), dtype=torch.float32)[:, None, None])
         return self
 
-    def told(self, metadata:dict, n:int) -> Tensor: # (n, 32)
+    def condition_vector(self, metadata:dict, n:int) -> Tensor: # (n, 32)
         "Encode season and biome of n tiles as vectors."
         device = self.mean.device
         month, biome = (self.condition.hide(metadata_codes(metadata, k, n, device)) for k in METADATA)
@@ -79,7 +80,7 @@ class UNet(nn.Module):
         "Return the encoder's features, conditioned on season and biome."
         whole, *maps = self.encoder(x)
         if self.films:
-            c = self.told(metadata, len(x))
+            c = self.condition_vector(metadata, len(x))
             maps = [steered(f, film(c)[..., None, None]) for f, film in zip(maps, self.films)]
         return [whole, *maps[:-1], self.drop(maps[-1])]
 
