@@ -76,8 +76,8 @@ def _read_drawn(
     except ValueError: made = None
     fits = lambda k: type(made[k]) is kinds[k] if k in kinds else isinstance(made[k], _DRAWN.get(k, ()))
     if not isinstance(made, dict) or not made.keys() >= kinds.keys() or not all(map(fits, made)):
-        told = ', '.join(f'{k} ({t.__name__})' for k, t in kinds.items())
-        raise GacError(f'{file} does not say how Stage 1 drew: expected JSON with {told}. Delete it to draw in the '
+        fields_ = ', '.join(f'{k} ({t.__name__})' for k, t in kinds.items())
+        raise GacError(f'{file} does not say how Stage 1 drew: expected JSON with {fields_}. Delete it to draw in the '
                        'default way.')
     return made
 
@@ -105,10 +105,10 @@ def drawn_otherwise(
     drawn:dict, # the same of other images
 ) -> str: # empty: no difference, as far as known
     "Return the differences of decoding and generator, except for precision."
-    told = lambda k, d: d.get(k, '' if k == 'decoder' and d else None)
+    known = lambda k, d: d.get(k, '' if k == 'decoder' and d else None)
     names = [k for k in (*_DRAWN, *(f.name for f in fields(Decoding))) if k != 'precision']
-    return '; '.join(f'{k} {told(k, learnt)}, here {told(k, drawn)}' for k in names
-                     if None not in (told(k, learnt), told(k, drawn)) and told(k, learnt) != told(k, drawn))
+    return '; '.join(f'{k} {known(k, learnt)}, here {known(k, drawn)}' for k in names
+                     if None not in (known(k, learnt), known(k, drawn)) and known(k, learnt) != known(k, drawn))
 
 # %% ../../nbs/lib/stages/commands.ipynb #b1c66d61
 def check_drawn(
@@ -223,8 +223,8 @@ def run_stage3(
 ) -> dict: # steps, resumed_at, metrics, output
     "Train Stage 3 on the tiles of a store, as `gac train-stage3` does."
     store, place, rows = open_inputs(
-        data_dir, stage2_dir, 'opt_v2', f'Make it: gac precompute-stage2 --data-dir {data_dir} --stage2-checkpoint DIR, '
-        'where gac train-stage2 wrote DIR; or name the folder of such images (--stage2-dir).', output_dir)
+        data_dir, stage2_dir, 'opt_v2', f'Make it: gac precompute-stage2 --data-dir {data_dir} --stage2-checkpoint DIR '
+        '(DIR from gac train-stage2), or name the folder of such images (--stage2-dir).', output_dir)
     card = read_stage2(stage2_checkpoint)[1] if stage2_checkpoint else None
     settings = loop_settings(config, seed, **more)
     check_precision(config.precision, settings.device)

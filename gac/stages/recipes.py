@@ -181,4 +181,5 @@ def recorded_unet(
     names = {k: v for k, v in _LOOP.items() if v in asdict(UNetConfig())}  # earlier versions kept the loop by itself
     loop = {names[k]: v for k, v in kept['settings'].items() if k in names}
     own = {k: kept[k] for k in ('pairs', 'crop', 'augment', 'val_tiles')}
-    return UNetConfig(**dict(width=16, dropout=.1, hide=.1) | loop | recorded_loss2(kept) | kept['model'] | own)
+    model = dict(width=16, dropout=.1, hide=.1) | kept['model']
+    return UNetConfig(**loop | recorded_loss2(kept) | model | own)

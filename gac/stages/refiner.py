@@ -189,15 +189,15 @@ class PrithviRefiner(nn.Module):
 
     def coords(self, month:Tensor, metadata:dict) -> dict: # month (B,)
         "Return date and place for encoders with coordinates; unknown values are -1000."
-        told, n = {}, len(month)
+        coords, n = {}, len(month)
         if self.encoder.temporal_encoding and 'month' in self.metadata:
             day = torch.where(month > 0, (month - .5)*30.4, -1000.)
-            told['temporal_coords'] = torch.stack([torch.full_like(day, YEAR), day], -1)[:, None]  # (B, 1, 2)
+            coords['temporal_coords'] = torch.stack([torch.full_like(day, YEAR), day], -1)[:, None]  # (B, 1, 2)
         if self.encoder.location_encoding and 'place' in self.metadata and {'lat', 'lon'} <= metadata.keys():
             place = [torch.as_tensor(metadata[k], dtype=torch.float32, device=month.device).expand(n)
                      for k in ('lat', 'lon')]
-            told['location_coords'] = torch.stack(place, -1).nan_to_num(-1000.)  # (B, 2)
-        return told
+            coords['location_coords'] = torch.stack(place, -1).nan_to_num(-1000.)  # (B, 2)
+        return coords
 
     def features(self, x:Tensor, **coords) -> list: # (B, 4, H, W) standardised, padded -> (B, h, w, D) each
         "Return patch features of several depths."

@@ -28,11 +28,11 @@ def build_terramind_generator(
     pretrained:bool=True, # False: random weights, for tests and costs only
     name:str='terramind_mini_generate', # as TerraTorch names it; registry.available() lists them
     weights:str='', # folder of weight files, 'hub', or empty: the committed miniatures or the Hugging Face cache
-    tokenizer_encoder:bool=False, # keep the tokenizer's encoder, which drawing never uses: for the round trip of a true image
+    tokenizer_encoder:bool=False, # keep the tokenizer's encoder, for the codes of a true image
     precision:str='32-true', # what the weights are held in, see generator.Generator.hasten
-    compiled:bool=False, # the painter through torch.compile
+    compiled:bool=False, # diffusion decoder through torch.compile
 ): # generator.Generator, in evaluation mode
-    "The pretrained generator that Stage 1 runs and Stage 3 grounds."
+    "Return the pretrained generator of Stages 1 and 3."
     model = to_device(build_generator(name, input_modalities, output_modalities, timesteps, pretrained,
                                                           weights, tokenizer_encoder))
     return model.hasten(precision, compiled) if compiled or precision != '32-true' else model
@@ -64,7 +64,7 @@ def decoding_grid(
     steps=(1, 2, 10), # diffusion steps
     samples:int=4, # images of a mean
 ) -> list[Decoding]:
-    "The decodings that are compared."
+    "Return the decodings to compare."
     single = [Decoding(t, k, c) for c in CLAMPS for k in TOKENS for t in steps]
     return single + [Decoding(t, 'sample', 'pretraining', samples) for t in steps if samples > 1 and t*samples <= max(steps)]
 
@@ -74,7 +74,7 @@ def cheapest(
     psnr, # their mean PSNR, dB
     tolerance:float=.2, # dB
 ) -> Decoding:
-    "The decoding with the fewest diffusion steps in all, among those within `tolerance` of the best; the better one where they cost the same."
+    "Return the cheapest decoding within `tolerance` of the best; of equally cheap ones, the better."
     near = [(d.timesteps*d.n_samples, -p, i) for i, (d, p) in enumerate(zip(grid, psnr)) if p >= max(psnr) - tolerance]
     return grid[min(near)[-1]]
 

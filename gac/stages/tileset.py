@@ -235,15 +235,15 @@ def derived_store(
 ): # store.Store without radar and truth
     "Open or create a store for arrays of later stages, with the same tiles in the same order."
     path = Path(path)
-    def opened():
+    def open_derived():
         other = Store(path) if (path/'table.parquet').exists() else Store.create(path, {}, dict(companion=True),
             store.shard)
         if len(other) > len(store) or list(other.table.id) != list(store.table.id[:len(other)]):
             raise GacError(f'{path} holds other tiles than {store.path}. Give another --output-dir.')
         return other
-    if (path/'table.parquet').exists() and len(other := opened()) == len(store): return other
+    if (path/'table.parquet').exists() and len(other := open_derived()) == len(store): return other
     with FileLock(writable(path/'journal')/'begin', timeout=600):  # workers may start at the same time
-        other = opened()
+        other = open_derived()
         if len(other) < len(store):
             with other: other.append(store.table.iloc[len(other):].to_dict('records'))
     return other
