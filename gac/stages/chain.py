@@ -76,8 +76,8 @@ class ChainRecipe:
         return replace(self.with_both(pairs=pairs), unet=self.unet and replace(self.unet, pairs=pairs))
 
 # %% ../../nbs/lib/stages/chain.ipynb #bbb087e6
-BRIEF = dict(lr=1e-3, steps=2, batch_size=2, grad_accum_steps=1, val_every=2, save_every=2, weight_decay=.01, warmup=.05,
-             epochs=30., early_stopping=True, early_stopping_patience=10, crop=48, val_tiles=2)
+BRIEF = dict(lr=1e-3, steps=2, batch_size=2, grad_accum_steps=1, val_every=2, save_every=2, weight_decay=.01,
+             warmup=.05, epochs=30., early_stopping=True, early_stopping_patience=10, crop=48, val_tiles=2)
 
 def brief_recipe(
     pairs:int=8, # training tiles

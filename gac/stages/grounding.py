@@ -199,7 +199,8 @@ class Stage3GroundingModel(nn.Module):
     def features(self, s1:Tensor, opt_v2:Tensor) -> Tensor: # padded dB and reflectance -> (B, taps D, h, w)
         "Return the decoder's features of each patch at several depths."
         side = s1.shape[-1]//self.generator.tokenizer('S2L2A').patch_size
-        if not self.use_features: return s1.new_zeros(len(s1), self.head.reading.know[0].normalized_shape[0], side, side)
+        if not self.use_features:
+            return s1.new_zeros(len(s1), self.head.reading.know[0].normalized_shape[0], side, side)
         with collect_outputs(self.generator.net.decoder, self.taps) as seen:
             last = self.generator.decoder_features(self.inputs(s1, opt_v2), 'S2L2A')
         return torch.cat([*seen[:-1], last], -1).movedim(-1, 1).unflatten(-1, (side, side))
@@ -250,7 +251,8 @@ class Stage3GroundingModel(nn.Module):
             return opt_v2 + self.residual_scale*GAIN*(opt_v2.clamp_min(0) + DARK_REFLECTANCE)*out
         steps, noise = self.timesteps if timesteps is None else timesteps, self.noise(s1)
         new, old = self.codes(self.logits(s1, opt_v2)), self.own_codes(s1, opt_v2)
-        return opt_v2 + self.residual_scale*(self.decode_codes(new, noise, steps) - self.decode_codes(old, noise, steps))
+        change = self.decode_codes(new, noise, steps) - self.decode_codes(old, noise, steps)
+        return opt_v2 + self.residual_scale*change
 
     def forward(self,
         s1:Tensor, # (B, 2, H, W) dB; standardised without `standardize`

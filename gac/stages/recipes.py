@@ -37,7 +37,8 @@ def loop_settings(
         'strategy', 'warmup', 'weight_decay', 'early_stopping', 'early_stopping_patience')}
     shared |= dict(epochs=float(c.epochs), max_steps=c.steps, log_every=max(1, c.val_every//5), seed=seed)
     if isinstance(c, Stage2Config):
-        return Settings(**shared, val_every=c.val_every, save_every=c.save_every, monitor='val_psnr', mode='max', **more)
+        return Settings(**shared, val_every=c.val_every, save_every=c.save_every, monitor='val_psnr', mode='max',
+                        **more)
     every = min(c.val_every, c.steps or c.val_every)  # a short training is validated at its end
     kept = min(c.save_every or every, c.steps or c.save_every or every)
     return Settings(**shared, val_every=every, save_every=kept, **more)

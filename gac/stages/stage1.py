@@ -66,7 +66,8 @@ def decoding_grid(
 ) -> list[Decoding]:
     "Return the decodings to compare."
     single = [Decoding(t, k, c) for c in CLAMPS for k in TOKENS for t in steps]
-    return single + [Decoding(t, 'sample', 'pretraining', samples) for t in steps if samples > 1 and t*samples <= max(steps)]
+    means = [t for t in steps if samples > 1 and t*samples <= max(steps)]
+    return single + [Decoding(t, 'sample', 'pretraining', samples) for t in means]
 
 # %% ../../nbs/07_stage1.ipynb #d53a342c
 def cheapest(
@@ -82,7 +83,7 @@ def cheapest(
 def chosen_decoding(
     run, # run.Run
 ) -> tuple: # name of the generator, folder of its weights, Decoding
-    "How this run draws opt_v1."
+    "Return generator and decoding of the opt_v1 of a run."
     path = run.dir/'stage1.json'
     made = (json.loads(path.read_text(encoding='utf-8')) if path.exists()
             else dict(name='terramind_mini_generate', weights='', **asdict(Decoding(1, 'expected'))))
@@ -92,7 +93,7 @@ def grid_store(
     run, # run.Run
     store, # store.Store
 ): # store.Store
-    "Where arrays of later stages go: into a store that belongs to the run; beside one that belongs to the user."
+    "Return the store for arrays of later stages: the run's own store, else one beside the user's."
     if store.path.resolve().is_relative_to(run.dir): return store
     drop_older(run.dir/'real_stages')
     return derived_store(store, run.dir/'real_stages')
@@ -103,7 +104,7 @@ def opt_v1_of(
     rows, # positions in the store
     model=None, # generator for a store nothing is drawn for yet; None: built when needed
 ) -> tuple: # method: tiles -> (n, 4, H, W) reflectance; those of the rows it has an image for
-    "opt_v1 of a store: as it was precomputed, else drawn on the spot in the way of this run."
+    "Return opt_v1 of a store as a method: the precomputed array, else generated as in this run."
     place, rows = grid_store(run, store), np.asarray(rows)
     if 'opt_v1' in place.arrays: return stored_method(place), rows[place.written('opt_v1')[rows]]
     name, weights, decoding = chosen_decoding(run)
@@ -113,12 +114,12 @@ def opt_v1_of(
 def drawn_before(
     run, # run.Run
     store, # store.Store
-): # store.Store with opt_v1: the store, or what lies beside it
-    "Stage 1 for a notebook that runs alone: as 07_stage1 left it, else drawn now."
+): # store.Store with opt_v1
+    "Return a store with opt_v1: precomputed by 07_stage1, else computed now."
     place = grid_store(run, store)
     if 'opt_v1' not in place.arrays:
         run.stand_in('opt_v1')
         name, weights, decoding = chosen_decoding(run)
-        precompute_stage1(store, build_terramind_generator((store.attrs.get('s1_product', 'S1GRD'),), name=name, weights=weights),
-                   **asdict(decoding), seed=run.seed, into=place)
+        model = build_terramind_generator((store.attrs.get('s1_product', 'S1GRD'),), name=name, weights=weights)
+        precompute_stage1(store, model, **asdict(decoding), seed=run.seed, into=place)
     return place
