@@ -336,12 +336,12 @@ def test_exchanged_radar_changes_only_what_reads_it(trained):
     for where in RADAR_SWAPS:
         np.testing.assert_allclose(by(where, batch['s1']), own, atol=1e-5)
         assert np.abs(by(where) - own).max() > 1e-4, where
-    see, model.see = model.see, False  # without TerraMind's features only the head's pixels read the radar
+    features, model.use_features = model.use_features, False  # without TerraMind's features only the head's pixels read the radar
     try:
         blind = stage3_inference(model, batch['s1'], v2).numpy()
         np.testing.assert_allclose(by("in TerraMind's features"), blind, atol=1e-6)
         assert np.abs(by("in the head's pixels") - blind).max() > 1e-4
-    finally: model.see = see
+    finally: model.use_features = features
     measured, change = swap_rows(model, batch, v2)
     table = swap_table(measured, change, 'world').set_index(['step', 'metric'])
     assert change.loc['own radar'].eq(0).all() and change.loc['opt_v2'].to_numpy() == pytest.approx(1, abs=1e-4) and len(table) == 7*3
