@@ -26,7 +26,7 @@ html_css_files = ['site.css']
 html_copy_source = False
 
 def mathml(tex:str, block:bool) -> str:
-    "A formula as MathML, which browsers draw without a script."
+    "Write a formula as MathML, which browsers draw without a script."
     try: return latex2mathml.tex2mathml(tex, as_block=block)
     except Exception: return f'<code>{tex}</code>'  # a formula docutils cannot read stays readable
 

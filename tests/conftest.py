@@ -1,7 +1,8 @@
 "Fixtures and marks that every test file shares."
 import os
 
-os.environ['OMP_NUM_THREADS'] = '1'  # before torch: several tests fork, and a pool of OpenMP threads does not survive that
+# before torch: several tests fork, and a pool of OpenMP threads does not survive that
+os.environ['OMP_NUM_THREADS'] = '1'
 
 import json
 from pathlib import Path
@@ -25,24 +26,25 @@ def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: takes longer than a change should wait for (make test-slow)')
 
 def pytest_collection_modifyitems(items):
-    "The longest test first, so that the other worker has all the rest."
+    "Run the longest test first, so that the other worker has all the rest."
     items.sort(key=lambda item: item.path.name != 'test_study.py')
 
 @pytest.fixture(scope='session')
 def real_data() -> Path:
-    "The folder of real chips; tests that ask for it are skipped where there is none."
+    "Return the folder of real chips; skip the test if there is none."
     folder = files.real_data()
     if folder is None: pytest.skip('no real chips: set GAC_REAL_DATA or run `gac data examples`')
     return folder
 
 @pytest.fixture
 def make_notebook():
-    "Writes a small stage notebook: parameters, start of the run, then the given cells."
+    "Write a small stage notebook: parameters, start of the run, then the given cells."
     def make(path:Path, parameters:str, *cells:str, tag:str='parameters') -> Path:
         def code(source, tags=()):
-            return dict(cell_type='code', id=f'c{abs(hash(source)) % 10**8}', source=source, outputs=[], execution_count=None,
-                        metadata=dict(tags=list(tags)) if tags else {})
-        begin = f"from gac.core.run import Run\nrun = Run.open('{path.stem}', profile, seed, run_dir, reports_dir, data)"
+            return dict(cell_type='code', id=f'c{abs(hash(source)) % 10**8}', source=source, outputs=[],
+                        execution_count=None, metadata=dict(tags=list(tags)) if tags else {})
+        begin = (f"from gac.core.run import Run\nrun = Run.open('{path.stem}', profile, seed, run_dir, reports_dir, "
+                 f"data)")
         cells = [code(HEAD + parameters, [tag]), code(begin), *map(code, cells)]
         spec = dict(name='python3', display_name='python3', language='python')
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +54,7 @@ def make_notebook():
 
 @pytest.fixture(scope='session')
 def brief_chain():
-    "Makes a run with a store, Stage 1 and briefly trained Stages 2 and 3."
+    "Make a run with a store, Stage 1 and briefly trained Stages 2 and 3."
     def make(home:Path, notebook:str, tiles_of=(6, 2, 4), recipe=None) -> tuple: # run, store
         from gac.data.stores import study_store
         from gac.measure.tables import stored_method

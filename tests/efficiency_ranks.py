@@ -1,4 +1,6 @@
-"Programs that run in several processes: `train OUT DEVICES BATCH STEPS [KILL]` by Lightning's DDP, `draw STORE RANK RANKS [KILL] [STAGE]` with ranks of its own."
+"""Programs that run in several processes.
+
+`train OUT DEVICES BATCH STEPS [KILL]` uses Lightning's DDP, `draw STORE RANK RANKS [KILL] [STAGE]` ranks of its own."""
 import os
 import signal
 import sys

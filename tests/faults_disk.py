@@ -1,4 +1,4 @@
-"Disks that are full or read-only and processes that are killed, each inflicted on a fork of this process that leaves nothing behind."
+"Simulate full and read-only disks and killed processes, each in a fork of this process that leaves nothing behind."
 import ctypes
 import os
 import signal
@@ -28,7 +28,7 @@ def forked(work) -> int: # exit code; negative: the signal
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 def _call(name, *args) -> None:
-    "A function of the C library, or its error."
+    "Call a function of the C library; raise its error."
     libc = ctypes.CDLL(None, use_errno=True)
     if getattr(libc, name)(*args): raise OSError(ctypes.get_errno(), name)
 

@@ -43,7 +43,7 @@ def V1(batch) -> np.ndarray: return batch['truth']*.8  # a Stage 1 that is too d
 
 @pytest.fixture(scope='module')
 def store(tmp_path_factory):
-    "A small world."
+    "Return a small procedural world."
     return from_world(tmp_path_factory.mktemp('store')/'tiles', 6, 2, 4, size=48)
 
 def tile_batch(store, split='train') -> dict: return load_tiles(store, store.rows(split))
@@ -99,7 +99,7 @@ def test_unet_sees_the_radar_and_opt_v1_only_where_it_is_told_to(store, tmp_path
     for f in made.values(): assert np.abs(f(batch) - f(batch | dict(s1=batch['s1'][:, ::-1].copy()))).max() > 1e-4
 
 def opened(**kw):
-    "A U-Net whose last layers are not zero, as after some training."
+    "Return a U-Net whose last layers are not zero, as after some training."
     model = build_unet(width=8, **kw)
     with seeded(3), torch.no_grad():
         for layer in (*model.films, model.out):
@@ -130,7 +130,8 @@ def test_any_size_comes_back_as_it_went_in(size):
 def test_parameters_match_the_chain():
     chain = [build_prithvi_refiner(depth=0), build_stage3_model()]
     model = build_unet()
-    own, theirs = (sum(p.numel() for m in models for p in m.parameters() if p.requires_grad) for models in ([model], chain))
+    own, theirs = (sum(p.numel() for m in models for p in m.parameters() if p.requires_grad)
+                   for models in ([model], chain))
     assert matched(model, chain) == own/theirs and abs(own/theirs - 1) <= SIZE_TOLERANCE
     fed = build_unet(seen=('s1', 'opt_v1'))  # the same network but for the layers that read the image
     more = {k: v.numel() - dict(model.named_parameters())[k].numel() for k, v in fed.named_parameters()}
@@ -217,13 +218,14 @@ def test_trials_are_different_and_seeded():
     assert recipe == brief_unet(lr=.5, weight_decay=.2, width=12, dropout=.3, augment='none')
 
 def test_equal_computing_is_counted_from_the_line_of_costs():
-    assert equal_compute_unet_steps({'a': (10., 1.), 'b': (0., 2.), 'U-Net': (5., .5)}, {'a': 40, 'b': 20}) == (10 + 40 + 40 - 5)/.5
+    assert (equal_compute_unet_steps({'a': (10., 1.), 'b': (0., 2.), 'U-Net': (5., .5)}, {'a': 40, 'b': 20}) == (
+                10 + 40 + 40 - 5)/.5)
     ticks, run = iter([0., 12, 20, 52]), []  # 12 s for 5 steps, 32 s for 25
     assert training_cost(run.append, (5, 25), lambda: next(ticks)) == (7., 1.) and run == [5, 5, 25]  # once to warm up
 
 @pytest.fixture(scope='module')
 def chain(tmp_path_factory, brief_chain):
-    "A run whose stages and U-Nets were briefly trained."
+    "Return a run whose stages and U-Nets were briefly trained."
     run, own = brief_chain(tmp_path_factory.mktemp('chain'), '11_evaluate')
     recipe = brief_recipe(4)
     fit_unet(own, stored_method(own), 'U-Net from scratch', recipe.unet, run.dir/'unets'/'unet_from_scratch')
@@ -235,7 +237,8 @@ def test_learning_curve_holds_the_unets_and_takes_what_the_run_has(chain, monkey
     recipe, fitted = recipe_of(run), []
     assert recipe.unet == brief_recipe(4).unet
     real = fit_unet
-    swap(monkeypatch, 'gac.stages.unet', 'fit_unet', lambda *a, **kw: fitted.append((a[2], a[3].pairs, a[5])) or real(*a, **kw))
+    swap(monkeypatch, 'gac.stages.unet', 'fit_unet',
+         lambda *a, **kw: fitted.append((a[2], a[3].pairs, a[5])) or real(*a, **kw))
     ask = dict(pairs=[2, 4], seeds=[0, 1], variants=('pretrained', 'U-Net from scratch'), batch_size=4)
     told = learning_curve(run, own, own.rows('test'), recipe, **ask)
     # 4 pairs and seed 0 are those of the run
@@ -247,7 +250,8 @@ def test_learning_curve_holds_the_unets_and_takes_what_the_run_has(chain, monkey
     with pytest.raises(GacError, match='99 pairs: tiles has 6 training tiles'):
         learning_curve(run, own, own.rows('test'), recipe, pairs=[99])
     gain = learning_curve_gains(told)
-    assert set(gain.step) == {'U-Net from scratch → pretrained'} and set(gain.output) == {'opt_v3'} and set(gain.pairs) == {2, 4}
+    assert set(gain.step) == {'U-Net from scratch → pretrained'} and set(gain.output) == {'opt_v3'}
+    assert set(gain.pairs) == {2, 4}
 
 def test_first_table_says_who_wins(chain):
     run, own = chain
@@ -266,7 +270,9 @@ def test_unets_of_the_profiles_train_as_much_as_the_chain(profile):
     p = read_yaml(root()/'nbs'/'params'/f'{profile}.yaml')
     said = lambda room, keys: {k: p[room][k] for k in keys if k in p[room]}
     two = forecast_memory(p['08_stage2'].get('backbone', 'prithvi_mini'), p['08_stage2'].get('lora_rank', 8),
-                          p['08_stage2'].get('lora_reach', 'attention'), width=48, depth=p['08_stage2'].get('depth', 3))['trainable']
-    three = build_stage3_model(pretrained=False, **{'name': 'terramind_mini_generate'} | said('09_stage3', ['name', 'depth', 'lora_r']))
+                          p['08_stage2'].get('lora_reach', 'attention'), width=48,
+                          depth=p['08_stage2'].get('depth', 3))['trainable']
+    three = build_stage3_model(pretrained=False,
+                               **{'name': 'terramind_mini_generate'} | said('09_stage3', ['name', 'depth', 'lora_r']))
     own = weigh_memory(build_unet(**said('10_baselines', ['width'])))['trainable']
     assert own == pytest.approx(two + weigh_memory(three)['trainable'], rel=SIZE_TOLERANCE)

@@ -77,14 +77,14 @@ def test_a_report_stays_as_it_was_until_a_run_has_ended(chain):
     kept = lambda: {p.relative_to(chain).as_posix(): p.read_bytes() for p in (chain/'report').rglob('*') if p.is_file()}
     before = kept()
     (chain/'break').touch()
-    with pytest.raises(GacError, match='(?s)run/report/notebooks.*The report is as it was'): go(chain, sets={'n': 9})
+    with pytest.raises(GacError, match='(?s)run/report/notebooks.*The report is unchanged'): go(chain, sets={'n': 9})
     assert kept() == before and len((chain/'run/report/tables/rows.csv').read_text().split()) == 10
     assert go(chain, sets={'n': 9}, dry_run=True) == ['unchanged', 'to run', 'to run']  # goes on where it was
     (chain/'break').unlink()
     assert go(chain, sets={'n': 9}) == ['unchanged', 'ran', 'ran']
     assert kept().keys() == before.keys() and len((chain/'report/tables/rows.csv').read_text().split()) == 10
     assert json.loads((chain/'report/provenance.json').read_text())['notebooks']['00_first']['parameters']['n'] == 9
-    assert sorted(p.name for p in (chain/'run').iterdir()) == ['chain.json', 'notebooks', 'records', 'rows.bin']
+    assert sorted(p.name for p in (chain/'run').iterdir()) == ['chain.json', 'guard', 'notebooks', 'records', 'rows.bin']
 
 def test_the_page_begins_with_results_and_ends_with_times(tmp_path):
     "The main table in short and the main figure first; titles are sentences, raw names only links; when and how long comes last."
@@ -165,15 +165,28 @@ def test_real_data_gets_its_own_report(chain, monkeypatch, tmp_path):
     assert (report, run) == (root()/'reports/real/some_tiles', root()/'runs/real/some_tiles/mini')
     assert _recognise(str(folder))[1] == 'npz'
 
+HOLDER = """
+import json, pathlib, sys, time
+from filelock import FileLock
+run = pathlib.Path(sys.argv[1])
+run.mkdir(parents=True)
+FileLock(run/'guard').acquire()
+(run/'chain.lock').write_text(json.dumps(dict(pid=int(sys.argv[2]))))
+print('holds', flush=True)
+time.sleep(60)
+"""
+
 def test_one_chain_at_a_time(chain):
-    other = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])
+    other = subprocess.Popen([sys.executable, '-c', HOLDER, str(chain/'run'), '12345'], stdout=subprocess.PIPE)
     try:
-        write_file(chain/'run/chain.lock', json.dumps({'pid': other.pid}))
-        with pytest.raises(GacError, match=f'process {other.pid} is running this chain'): go(chain)
+        assert other.stdout.readline() == b'holds\n'
+        with pytest.raises(GacError, match='process 12345 is running this chain'): go(chain)
     finally:
         other.kill()
-        other.wait()
-    assert go(chain, only='2')[2] == 'ran'  # its owner is dead: taken over
+        other.communicate()
+    assert (chain/'run/chain.lock').exists()
+    assert go(chain, only='2')[2] == 'ran'  # the lock of a dead process is free
+    assert not (chain/'run/chain.lock').exists()
 
 def span(tmp_path, name): return "import time, pathlib\n" \
     f"began = time.time(); time.sleep(2); pathlib.Path({str(tmp_path)!r}, {name!r}).write_text(f'{{began}} {{time.time()}}')"
@@ -230,8 +243,8 @@ def test_nothing_brief_stands_in_for_what_a_chain_should_have_made(forked, tmp_p
     Run.open('02_right', 'toy', 0, str(tmp_path/'own'), str(tmp_path/'own_report'), '').stand_in('opt_v1')
     assert capsys.readouterr().out.startswith('opt_v1 of this run is not there')
 
-@pytest.mark.parametrize('line, message', [('#| reads: 00_frist', "reads '00_frist'.*Did you mean 00_first"), ('#| reads: 04_last', "reads '04_last': expected notebooks that come before"),
-                                           ('#| reads: nothing\\n#| reads: 00_first', '2 lines say what it reads'), ('#|reads: 00_first', 'written so')])
+@pytest.mark.parametrize('line, message', [('#| reads: 00_frist', "reads '00_frist'.*Did you mean 00_first"), ('#| reads: 04_last', "reads '04_last': expected the full names of notebooks before it"),
+                                           ('#| reads: nothing\\n#| reads: 00_first', 'has 2 lines'), ('#|reads: 00_first', 'expected .#. reads: NOTEBOOK')])
 def test_a_wrong_place_in_the_chain_is_refused(forked, line, message):
     path = forked/'02_right.ipynb'
     path.write_text(path.read_text().replace('#| reads: 00_first', line))
@@ -245,7 +258,7 @@ def test_a_number_that_several_notebooks_have_is_refused_for_one(chain, make_not
 
 def test_a_notebook_without_what_it_builds_on_is_announced(chain, capsys):
     assert go(chain, only='02_third', dry_run=True) == ['never ran', 'never ran', 'to run']
-    assert 'Never ran, though others build on it: 00_first, 01_second' in capsys.readouterr().out
+    assert 'Not run yet, though others depend on it: 00_first, 01_second' in capsys.readouterr().out
     assert go(chain)[0] == 'ran' and go(chain, only='02_third', dry_run=True)[:2] == ['left alone', 'left alone']
     assert 'Never ran, though' not in capsys.readouterr().out
 

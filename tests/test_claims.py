@@ -20,12 +20,12 @@ from gac.evaluation.claims_report import (
 
 
 def named(start:str) -> Claim:
-    "The claim that begins so."
+    "Return the claim that begins with these words."
     return next(c for c in CLAIMS if c.claim.startswith(start))
 
 @pytest.fixture
 def report(tmp_path):
-    "Writes tables of a report: name -> columns."
+    "Write the tables of a report: name -> columns."
     def write(**tables) -> Tables:
         for name, columns in tables.items(): pd.DataFrame(columns).to_csv(tmp_path/f'{name}.csv', index=False)
         return Tables(tmp_path)
@@ -34,8 +34,8 @@ def report(tmp_path):
 def stages(psnr:float, spread:float=1.) -> dict:
     "Rows of results.csv with one PSNR for all stages."
     methods = ['Stage 1', 'Stage 1+2', 'Stage 1+2+3']
-    return dict(data='world', method=methods, psnr=psnr, psnr_lo=psnr - spread, psnr_hi=psnr + spread, ssim=.8, sar_edge=.17,
-                sam_deg=4., mse=.002, mae=.03)
+    return dict(data='world', method=methods, psnr=psnr, psnr_lo=psnr - spread, psnr_hi=psnr + spread, ssim=.8,
+                sar_edge=.17, sam_deg=4., mse=.002, mae=.03)
 
 def test_another_table_gives_another_verdict(report):
     target = replace(named('Target: PSNR'), needs=())
@@ -52,26 +52,30 @@ def test_every_claim_has_one_row_even_where_there_is_no_table(tmp_path, monkeypa
     assert table.measured.isna().all() and set(table.verdict.map(class_of)) == {'cannot be tested here', 'not measured'}
     for c, verdict in zip(CLAIMS, table.verdict):
         if c.reads:
-            assert f'not measured: {c.reads[0][1][next(iter(c.reads[0][1]))][0]}.csv' in verdict, 'the missing table is named'
+            assert f'not measured: {c.reads[0][1][next(iter(c.reads[0][1]))][0]}.csv' in verdict, ('the missing table '
+                                                                                                   'is named')
     assert claims_page(table).count('\n| ') == len(table) + table.about.nunique()
     claims_figure(table)  # nothing to show is no error
 
 def test_numbers_of_the_documents_are_all_there():
     said = {c.said for c in CLAIMS}
     assert said >= {'25–28', '0.75–0.82', '0.15–0.20', '28–32', '0.82–0.88', '0.18–0.25', '+3–4', '30–34', '0.85–0.90',
-                    '0.12–0.16', '+5–6', '25', '5–15', '5–10', '≥ 30', '≥ 0.85', '≤ 0.15', '≤ 5',
-                    '< 5', '~0.5', '~1.0', '~2.0', '~28', '40–50', '200–250', '~1.4', '3', '~3.8', '6', '1–8', '< 2', '196',
-                    '768', '2–5', '~0.2', '~500', '~200', '2–3', '~4', '1.01', '75', '3–4',
-                    '25–30', '~6', '72.25', '68.00', '42.74', '41.87', '0.5253', '0.5380', '0.5866', '0.6023', '0.3553', '0.074',
-                    '0.116', '0.750', '26.21'}
+                    '0.12–0.16', '+5–6', '25', '5–15', '5–10', '≥ 30', '≥ 0.85', '≤ 0.15', '≤ 5', '< 5', '~0.5', '~1.0',
+                    '~2.0', '~28', '40–50', '200–250', '~1.4', '3', '~3.8', '6', '1–8', '< 2', '196', '768', '2–5',
+                    '~0.2', '~500', '~200', '2–3', '~4', '1.01', '75', '3–4', '25–30', '~6', '72.25', '68.00', '42.74',
+                    '41.87', '0.5253', '0.5380', '0.5866', '0.6023', '0.3553', '0.074', '0.116', '0.750', '26.21'}
 
 def test_a_hole_in_a_table_is_named_and_stops_nothing(report):
     target = replace(named('Target: PSNR'), needs=())
     without = {k: v for k, v in stages(31.).items() if k != 'psnr'}
     assert judge_claim(target, report(results=without))['verdict'].startswith('not measured: psnr where')
-    assert judge_claim(target, report(results=stages(31.) | dict(data='real: chips')))['verdict'].startswith('not measured: psnr where')
-    assert judge_claim(target, report(results=stages(31.) | dict(psnr='n/a')))['verdict'] == 'not measured: psnr in results.csv, which reads n/a'
-    assert judge_claim(target, report(results=dict(other=[1])))['verdict'].startswith('not measured: results.csv, which has other columns')
+    assert judge_claim(target, report(results=stages(31.) | dict(data='real: chips')))['verdict'].startswith(
+        'not measured: psnr where')
+    assert (judge_claim(target, report(results=stages(31.) | dict(psnr='n/a')))['verdict'] == 'not measured: psnr in '
+                                                                                              'results.csv, which '
+                                                                                              'reads n/a')
+    assert judge_claim(target, report(results=dict(other=[1])))['verdict'].startswith('not measured: results.csv, '
+                                                                                      'which has other columns')
 
 def test_the_miniature_is_no_test_until_the_inputs_are_there(report):
     target = named('Target: PSNR')
@@ -79,7 +83,8 @@ def test_the_miniature_is_no_test_until_the_inputs_are_there(report):
     verdict = judge_claim(target, tables)['verdict']
     assert (verdict.startswith('cannot be tested here: needs the pretrained weights and BigEarthNet v2')
             and verdict.endswith('the miniature holds'))
-    assert judge_claim(target, tables, have=('weights',))['verdict'].startswith('cannot be tested here: needs BigEarthNet v2')
+    assert judge_claim(target, tables,
+                       have=('weights',))['verdict'].startswith('cannot be tested here: needs BigEarthNet v2')
     real = report(results=stages(31.) | dict(data='real: bigearthnet'))
     table = claims_table(real, (target,), have=('weights', 'bigearthnet'))
     assert table.verdict[0] == 'holds' and 'real: bigearthnet' in table.how[0]
@@ -95,8 +100,9 @@ def test_a_claim_that_holds_in_one_reading_says_which(report):
 
 def test_interval_of_a_share_is_carried_along(report):
     less = named('Stage 3 lowers the SAR-edge')
-    tables = report(results=stages(30.), stage_gains=dict(data=['world'], step=['2→3'], metric=['sar_edge'], gain=[.034],
-                                                          lo=[.017], hi=[.051]))
+    tables = report(results=stages(30.),
+                    stage_gains=dict(data=['world'], step=['2→3'], metric=['sar_edge'], gain=[.034], lo=[.017],
+                                     hi=[.051]))
     judged = judge_claim(less, tables)
     assert [judged[k] for k in ('measured', 'lo', 'hi')] == pytest.approx([20, 10, 30])
 
@@ -108,7 +114,8 @@ def test_the_second_source_counts_where_the_first_is_missing(report):
     assert judge_claim(more, report(ablations=row))['measured'] == pytest.approx(-.1)
 
 def test_findings_read_their_numbers(report):
-    gains = dict(data='world', step='1→2', metric=['psnr', 'sar_edge_gap'], gain=[.5, -.01], lo=[.3, -.02], hi=[.7, .01])
+    gains = dict(data='world', step='1→2', metric=['psnr', 'sar_edge_gap'], gain=[.5, -.01], lo=[.3, -.02],
+                 hi=[.7, .01])
     tables = report(results=stages(27.25), stage_gains=gains)
     said = ' '.join(study_findings(claims_table(tables), tables))
     assert ('27.25' in said and '+0.50 [+0.30, +0.70] dB (for certain)' in said
@@ -135,7 +142,7 @@ def test_committed_report_answers_what_needs_no_inputs():
         assert verdict.startswith('not measured') != (folder/f'{name}.csv').exists(), f'{c.claim}: {verdict}'
 
 def test_a_cost_measured_on_a_card_asks_for_no_weights(tmp_path, monkeypatch):
-    "Costs come from gac bench where it has run, and say so; without it the miniature speaks and the claim stays untested."
+    "Costs come from gac bench if it has run; else the miniature is measured and the claim stays untested."
     claim = next(c for c in CLAIMS if c.claim == 'Stage 1 of 199,762 tiles takes')
     mini = pd.DataFrame([dict(method='this project', steps=10, ms_per_tile=100.)])
     swap(monkeypatch, 'gac.evaluation.claims', 'GPU_REPORT', tmp_path/'none')
@@ -143,10 +150,12 @@ def test_a_cost_measured_on_a_card_asks_for_no_weights(tmp_path, monkeypatch):
     assert row['verdict'].startswith('cannot be tested here') and row['measured'] == pytest.approx(.1*199762/3600)
     (tmp_path/'gpu/tables').mkdir(parents=True)
     rows = [('TerraTorch, one tile at a time', 700.)]
-    pd.DataFrame([dict(method=m, steps=10, precision='32-true', ms_per_tile=t) for m, t in rows]).to_csv(tmp_path/'gpu/tables/efficiency.csv')
+    pd.DataFrame([dict(method=m, steps=10, precision='32-true', ms_per_tile=t) for m, t in rows]).to_csv(
+        tmp_path/'gpu/tables/efficiency.csv')
     pd.DataFrame([dict(stage='Stage 1, 10 steps', tiles_per_s=100.)]).to_csv(tmp_path/'gpu/tables/efficiency_chain.csv')
     (tmp_path/'gpu/provenance.json').write_text('{"device": "a card"}')
     swap(monkeypatch, 'gac.evaluation.claims', 'GPU_REPORT', tmp_path/'gpu')
     row = judge_claim(claim, Tables(tmp_path, efficiency=mini))
-    assert row['verdict'] == 'holds only if tiles are drawn in batches' and row['measured'] == pytest.approx(.01*199762/3600)
+    assert row['verdict'] == 'holds only if tiles are drawn in batches'
+    assert row['measured'] == pytest.approx(.01*199762/3600)
     assert 'efficiency_chain.csv of gac bench on a card' in row['how']

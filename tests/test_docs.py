@@ -12,7 +12,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import yaml
 
-from gac.cli import COMMANDS, _pairs, parser
+from gac.cli import COMMANDS, parser
+from gac.cli.study import yaml_pairs
 from gac.core.files import root
 from gac.core.parameters import notebook_parameters
 from gac.runner.layers import all_modules
@@ -46,7 +47,7 @@ def leaf(words:list[str]) -> tuple[argparse.ArgumentParser, list[str]]:
 def check_sets(words:list[str], where:str) -> None:
     "Parameters given with --set are declared, and their values fit."
     sets = [words[i + 1] for i, w in enumerate(words) if w == '--set']
-    check_parameters(STAGES, {}, _pairs([s for s in sets if '=' in s]), where)
+    check_parameters(STAGES, {}, yaml_pairs([s for s in sets if '=' in s]), where)
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_commands_exist(page, capsys):

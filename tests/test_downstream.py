@@ -1,4 +1,4 @@
-"Arms that differ in their inputs alone, images that come from where they should, and configurations that TerraTorch's own command runs."
+"Input configurations that differ in nothing else, the source of their images, and TerraTorch's command on them."
 import json
 from dataclasses import replace
 
@@ -13,7 +13,8 @@ from gac.core.files import GacError, root
 from gac.core.vocabulary import OPT_BANDS
 from gac.data.store import Store
 from gac.data.stores import from_world
-from gac.evaluation.classes import columns_of, confusion, interval, measures, resampled
+from gac.measure.classes import confusion, resample_scores, score_columns, segmentation_scores
+from gac.measure.statistics import percentile_interval
 from gac.models.blank import without_memory
 from gac.models.mini import MINI_STATS
 from gac.products.downstream_config import (
@@ -31,7 +32,8 @@ from gac.products.downstream_config import (
 from gac.products.downstream_runs import gradient_check, mark_of, predicted, run_arms, truth_of
 from gac.products.labels import ARMS, LABEL_CODES, StoreData, as_classes
 
-SHORT = DownstreamRecipe(size=24, batch_size=2, steps=2, channels=(16, 12, 8, 8), require=('opt_v1', 'opt_v2', 'opt_v3'))
+SHORT = DownstreamRecipe(size=24, batch_size=2, steps=2, channels=(16, 12, 8, 8),
+                         require=('opt_v1', 'opt_v2', 'opt_v3'))
 DRAWN = ('opt_v1', 'opt_v2', 'opt_v3')
 
 @pytest.fixture(scope='module')
@@ -85,26 +87,30 @@ def test_drawn_arms_read_the_drawn_arrays(store, tmp_path):
         dn = test[3]['image']['S2L2A']*std + mean
         there = store.read(array, test.rows[0], OPT_BANDS)[0][:, 24:, 24:]  # window 3 is the lower right
         np.testing.assert_allclose(dn, there, atol=.1)
-        np.testing.assert_allclose(test[3]['image']['S1GRD'][0]*MINI_STATS['untok_sen1grd@224'][1][0] + MINI_STATS['untok_sen1grd@224'][0][0],
+        np.testing.assert_allclose(test[3]['image']['S1GRD'][0]*MINI_STATS['untok_sen1grd@224'][1][0]
+                                   + MINI_STATS['untok_sen1grd@224'][0][0],
                                    store.read('s1', test.rows[0])[0][0, 24:, 24:], atol=1e-3)
 
-def test_images_come_from_the_shelf_where_the_store_has_none(store, tmp_path):
+def test_images_come_from_the_derived_store_where_the_store_has_none(store, tmp_path):
     plain = from_world(tmp_path/'plain', 5, 2, 4, size=48, batch=11)
     args = config(plain, 'c_v2', tmp_path)['data']['init_args']
-    data = StoreData(**args | dict(shelf=str(store.path)))
+    data = StoreData(**args | dict(derived=str(store.path)))
     data.setup()
-    assert torch.equal(data.sets['test'][0]['image']['S2L2A'], data_of(store, 'c_v2', tmp_path).sets['test'][0]['image']['S2L2A'])
+    assert torch.equal(data.sets['test'][0]['image']['S2L2A'],
+                       data_of(store, 'c_v2', tmp_path).sets['test'][0]['image']['S2L2A'])
 
 def test_every_arm_sees_the_same_ground(store, tmp_path):
     "Tiles without one of the drawn images are left out of every arm, also of those that do not need it."
     names = {arm: [n for batch in data_of(store, arm, tmp_path).train_dataloader() for n in batch['filename']]
              for arm in ('s1', 'a', 'c_v3')}
     assert names['s1'] == names['a'] == names['c_v3']
-    assert [n for batch in data_of(store, 's1', tmp_path, seed=1).train_dataloader() for n in batch['filename']] != names['s1']
+    assert [n for batch in data_of(store, 's1', tmp_path, replace(SHORT, seed=1)).train_dataloader()
+            for n in batch['filename']] != names['s1']
     assert [len(data_of(store, a, tmp_path).sets['test'].rows) for a in ('s1', 'c_v3')] == [3, 3]
     assert len(data_of(store, 's1', tmp_path, require=[]).sets['test'].rows) == 4
 
-@pytest.mark.parametrize('images', [{'S2L2A': 'lulc'}, {'LULC': 'lulc'}, {'S1GRD': 's1', 'S2L2A': 'ndvi'}, {'NDVI': 'ndvi'}])
+@pytest.mark.parametrize('images',
+                         [{'S2L2A': 'lulc'}, {'LULC': 'lulc'}, {'S1GRD': 's1', 'S2L2A': 'ndvi'}, {'NDVI': 'ndvi'}])
 def test_labels_are_never_an_input(store, tmp_path, images):
     with pytest.raises(GacError, match='input'): data_of(store, 's1', tmp_path, images=images)
 
@@ -128,13 +134,14 @@ def test_what_is_wrong_is_said(store, tmp_path):
 
 @pytest.mark.parametrize('arm', list(ARMS))
 def test_full_scale_configurations_are_accepted(store, tmp_path, arm):
-    full = DownstreamRecipe('terramind_v1_base', size=0, steps=1000, lr=1e-4, channels=(512, 256, 128, 64), precision='16-mixed',
-                  val_every=100)
+    full = DownstreamRecipe('terramind_v1_base', size=0, steps=1000, lr=1e-4, channels=(512, 256, 128, 64),
+                            precision='16-mixed', val_every=100)
     path = write_config(tmp_path/'full.yaml', config_of(ARMS[arm], full, 'data/tiles'))
     parsed = open_config(path, build=False).config
     args = parsed.model.init_args.model_args
     assert args['backbone'] == ('terramind_v1_base_tim' if arm == 'b' else 'terramind_v1_base')
-    if ARMS[arm].s2 and arm not in ('a', 's2'): assert args['backbone_bands'] == {'S2L2A': ['BLUE', 'GREEN', 'RED', 'NIR_BROAD']}
+    if ARMS[arm].s2 and arm not in ('a', 's2'):
+        assert args['backbone_bands'] == {'S2L2A': ['BLUE', 'GREEN', 'RED', 'NIR_BROAD']}
     wrong = yaml.safe_load(path.read_text())
     wrong['model']['init_args']['learning_rate'] = 1.
     with pytest.raises(GacError, match='learning_rate'):
@@ -162,21 +169,23 @@ def test_scores_agree_with_terratorch(store, tmp_path):
     with hushed(): theirs = run.trainer.test(run.model, run.datamodule, verbose=False)[0]
     test = run.datamodule.sets['test']
     matrix = confusion(truth_of(test), predicted(run.model, test), len(LABEL_CODES)).sum(0)
-    ours = dict(zip(columns_of(LABEL_CODES), measures(matrix)))
+    ours = dict(zip(score_columns(LABEL_CODES), segmentation_scores(matrix)))
     assert ours['pixel_accuracy'] == pytest.approx(theirs['test/Pixel_Accuracy'], abs=1e-5)
     for name in ('water', 'trees', 'crops', 'rangeland'):
-        if not np.isnan(ours[f'iou_{name}']): assert ours[f'iou_{name}'] == pytest.approx(theirs[f'test/IoU_{name}'], abs=1e-5)
+        if not np.isnan(ours[f'iou_{name}']):
+            assert ours[f'iou_{name}'] == pytest.approx(theirs[f'test/IoU_{name}'], abs=1e-5)
 
 def test_bootstrap_draws_whole_scenes():
     "Tiles of one scene come and go together: with two opposite scenes a resample is one, the other, or the mean."
-    matrices = np.array([[[[9, 0], [0, 1]], [[9, 0], [0, 1]], [[0, 9], [1, 0]]]])  # scene a: right twice, scene b: wrong
-    score = resampled(matrices, ['a', 'a', 'b'], 400)[:, 2]
+    # scene a: right twice, scene b: wrong
+    matrices = np.array([[[[9, 0], [0, 1]], [[9, 0], [0, 1]], [[0, 9], [1, 0]]]])
+    score = resample_scores(matrices, ['a', 'a', 'b'], 400)[:, 2]
     assert set(np.round(score, 6)) == {1., round(2/3, 6), 0.}
-    assert set(np.round(resampled(matrices, ['a', 'c', 'b'], 400)[:, 2], 6)) > {1., 0.}
+    assert set(np.round(resample_scores(matrices, ['a', 'c', 'b'], 400)[:, 2], 6)) > {1., 0.}
 
 def test_seeds_are_resampled_too():
     right, wrong = np.array([[[4, 0], [0, 4]]]*6), np.array([[[0, 4], [4, 0]]]*6)
-    lo, hi = interval(resampled(np.stack([right, wrong]), np.arange(6)))
+    lo, hi = percentile_interval(resample_scores(np.stack([right, wrong]), np.arange(6)))
     assert (lo[2], hi[2]) == (0, 1)
 
 def test_a_stopped_comparison_goes_on_and_a_changed_one_does_not(store, tmp_path, monkeypatch):
@@ -192,7 +201,7 @@ def test_a_stopped_comparison_goes_on_and_a_changed_one_does_not(store, tmp_path
     with pytest.raises(GacError, match='damaged'): run_arms(tmp_path, store, store, SHORT, ('s1',))
 
 def test_result_depends_on_the_drawn_images(store, tmp_path):
-    mark = lambda arm, shelf=store: mark_of(config(store, arm, tmp_path), store, shelf)
+    mark = lambda arm, derived=store: mark_of(config(store, arm, tmp_path), store, derived)
     assert len({mark(a) for a in ARMS}) == len(ARMS)
     class Other: arrays = {a: type('array', (), dict(attrs=dict(trained='otherwise')))() for a in DRAWN}
     assert mark('c_v2', Other) != mark('c_v2') and mark('bound', Other) == mark('bound')
@@ -207,13 +216,15 @@ def test_caller_keeps_its_random_numbers(store, tmp_path):
 
 def test_command_writes_the_files(store, tmp_path, capsys):
     from gac.cli import main
-    words = ['downstream', '--data-dir', str(store.path), '--output-dir', str(tmp_path/'out'), '--arms', 's1,c_v2', '--seeds',
-             '0,1', '--tile-size', '24', '--max-steps', '7', '--configs-only']
+    words = ['downstream', '--data-dir', str(store.path), '--output-dir', str(tmp_path/'out'), '--arms', 's1,c_v2',
+             '--seeds', '0,1', '--tile-size', '24', '--max-steps', '7', '--configs-only']
     assert not main(words)
     names = ['s1-0', 's1-1', 'c_v2-0', 'c_v2-1']
-    assert sorted(p.stem for p in (tmp_path/'out').glob('*.yaml')) == sorted(names) and all(n in capsys.readouterr().out for n in names[:1])
+    assert sorted(p.stem for p in (tmp_path/'out').glob('*.yaml')) == sorted(names)
+    assert all(n in capsys.readouterr().out for n in names[:1])
     made = yaml.safe_load((tmp_path/'out'/'c_v2-1.yaml').read_text())
-    assert (made['seed_everything'], made['trainer']['max_steps'], made['data']['init_args']['images']['S2L2A']) == (1, 7, 'opt_v2')
+    assert ((made['seed_everything'], made['trainer']['max_steps'], made['data']['init_args']['images']['S2L2A']) == (
+                1, 7, 'opt_v2'))
 
 @pytest.mark.slow
 def test_terratorch_runs_the_same_file(store, tmp_path):
@@ -231,7 +242,7 @@ def test_terratorch_runs_the_same_file(store, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('arm', ['c_v1', 'b'])
 def test_full_scale_models_are_built_from_the_file(arm):
-    "The published encoder takes the adapters and the head of the configuration; parameters without memory, so no weights are needed."
+    "The published encoder, without memory and weights, takes the adapters and the head of the configuration."
     from terratorch.models import EncoderDecoderFactory
     full = DownstreamRecipe('terramind_v1_base', channels=(512, 256, 128, 64))
     args = model_config(replace(ARMS[arm], pretrained=False), full)['init_args']['model_args']
@@ -246,6 +257,7 @@ def test_the_report_names_the_classes_that_nobody_learnt(profile):
     folder = root()/'reports'/profile
     best = pd.read_csv(folder/'tables'/'downstream.csv').filter(regex='^iou_(?!.*_(lo|hi)$)').max()
     notebooks = json.loads((folder/'provenance.json').read_text())['notebooks']
-    caption = next(n for name, n in notebooks.items() if name.endswith('_downstream'))['tables']['downstream']  # whatever its number was
+    # whatever its number was
+    caption = next(n for name, n in notebooks.items() if name.endswith('_downstream'))['tables']['downstream']
     told = caption.split('0.05 for ')[1].split(': mIoU')[0].split(', ') if '0.05 for ' in caption else []
     assert told == [k.removeprefix('iou_').replace('_', ' ') for k in best.index if best[k] < .05]

@@ -1,4 +1,4 @@
-"What a long run needs: a dry run that finds what is missing, several processes that agree, a catalogue of half a million rows, the real architectures for a few steps."
+"A dry run that finds what is missing, several processes that agree, a large catalogue, the real architectures."
 import os
 import shutil
 import signal
@@ -59,7 +59,8 @@ def test_dry_run_passes_where_nothing_is_missing_and_lists_what_is(capsys, monke
                   'no --data: this profile is meant for bigearthnet_v2',
                   'terramind_v1_base (15_downstream.encoder_name, 16_new_york.family.encoder)',
                   'terramind_v1_base_tim (15_downstream.encoder_name, thinking, 16_new_york.family.tim)',
-                  'put it at data/weights/TerraMind_Tokenizer_LULC.pt', '16_new_york.chips: data/no_such: no manifest.json'):
+                  'put it at data/weights/TerraMind_Tokenizer_LULC.pt',
+                  '16_new_york.chips: data/no_such: no manifest.json'):
         assert words in out, words
     assert out.count('no --data: this profile') == 1  # told once
 
@@ -89,10 +90,13 @@ def test_a_place_in_two_splits_and_a_missing_folder_are_found(tmp_path):
     assert ('leakage', 'missing') in states(look()[0])  # another day, the same land, trained and validated on
     assert check_data('', dict(data='bigearthnet_v2', tiles=7))[1] == 7
 
-@pytest.mark.parametrize('stage, options', [(2, {}), (2, dict(load_in_8bit=True, unfreeze_last_n_blocks=1)), (3, {}), (3, dict(reach='linear'))])
+@pytest.mark.parametrize('stage, options',
+                         [(2, {}), (2, dict(load_in_8bit=True, unfreeze_last_n_blocks=1)), (3, {}),
+                          (3, dict(reach='linear'))])
 def test_blocks_computed_twice_learn_the_same_with_less_memory(stage, options):
-    "Equal loss and gradients, which reach the adapters behind frozen inputs; less kept, and a lower peak as PyTorch's profiler sees it."
-    model = build_prithvi_refiner(width=8, depth=0, **options) if stage == 2 else build_stage3_model(width=8, depth=0, **options)
+    "Checkpointing keeps loss and gradients, also behind frozen inputs, and lowers the peak that the profiler measures."
+    model = (build_prithvi_refiner(width=8, depth=0, **options) if stage == 2
+             else build_stage3_model(width=8, depth=0, **options))
     own = torch.Generator().manual_seed(0)
     for k, p in model.named_parameters():
         if 'lora_B' in k or k.endswith('net.out.weight'): torch.nn.init.normal_(p, std=.05, generator=own)
@@ -111,7 +115,8 @@ def test_blocks_computed_twice_learn_the_same_with_less_memory(stage, options):
             seen.append((loss, grads, kept/1e6, peak_mb(step, model)))
     (loss, plain, kept, peak), (again, saving, few, low) = seen
     assert loss == again and plain.keys() == saving.keys()
-    assert {k for k in plain if 'lora_' in k} == {k for k, p in model.named_parameters() if 'lora_' in k and p.requires_grad}
+    assert ({k for k in plain if 'lora_' in k} == {k for k, p in model.named_parameters()
+                                                   if 'lora_' in k and p.requires_grad})
     for k, g in plain.items():
         torch.testing.assert_close(saving[k], g, rtol=1e-5, atol=1e-8)
         assert 'lora_' not in k or g.abs().max() > 0, k
@@ -124,11 +129,12 @@ def test_stored_size_is_that_of_the_files(tmp_path, array):
     size = bytes_per_tile(store, array)*len(store)
     assert 0 < size < store.disk() and size < RAW[array]*32**2*len(store)*1.2
 
-def run(*words, **kw): return subprocess.run([*RANKS, *map(str, words)], capture_output=True, text=True, timeout=900, **kw)
+def run(*words, **kw):
+    return subprocess.run([*RANKS, *map(str, words)], capture_output=True, text=True, timeout=900, **kw)
 
 @pytest.mark.slow
 def test_two_devices_train_what_one_trains_with_the_same_global_batch(tmp_path):
-    "Weights after three steps of 2 devices x batch 1 and of 1 device x batch 2; a rank that dies takes the run down, and the run goes on from its last step."
+    "Two devices and one give equal weights; a rank that dies stops the run, which continues from its last step."
     assert run('train', tmp_path/'one', 1, 2, 3).returncode == 0
     two = run('train', tmp_path/'two', 2, 1, 3)
     assert two.returncode == 0, two.stderr[-2000:]
@@ -137,7 +143,8 @@ def test_two_devices_train_what_one_trains_with_the_same_global_batch(tmp_path):
     assert again.returncode == 0, again.stderr[-2000:]
     ends = {k: torch.load(tmp_path/k/'end.pt', weights_only=True) for k in ('one', 'two', 'cut')}
     assert [e['steps'] for e in ends.values()] == [3, 3, 3] and 0 < ends['cut']['resumed'] < 3
-    assert ends['two']['psnr'] == pytest.approx(ends['one']['psnr'], abs=1e-3)  # every tile was validated once, whoever had it
+    # every tile was validated once, whoever had it
+    assert ends['two']['psnr'] == pytest.approx(ends['one']['psnr'], abs=1e-3)
     for k, v in ends['one']['state'].items():
         for other in ('two', 'cut'): assert torch.allclose(v, ends[other]['state'][k], atol=2e-5), (other, k)
     # zero at the start: they agree after having learnt something
@@ -145,15 +152,16 @@ def test_two_devices_train_what_one_trains_with_the_same_global_batch(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('stage', [2, 3])
-def test_a_notebook_trains_on_two_devices_what_one_trains_with_the_same_global_batch(stage, tmp_path, monkeypatch, capfd):
-    "As in a kernel, which cannot start itself anew: processes of their own train, and the notebook takes up what they leave, also after another stop."
+def test_a_notebook_trains_on_two_devices_what_one_trains_with_the_same_global_batch(stage, tmp_path, monkeypatch,
+                                                                                     capfd):
+    "A kernel launches processes that train, and the notebook reads their result, also after a second stop."
     store = from_world(tmp_path/'tiles', 6, 2, 1, size=48)
     for k in ('opt_v1', 'opt_v2'):
         store.ensure_array(k, (4, 48, 48), 'int16')
         with store: store.write(k, list(range(9)), (store.read('s2', slice(None))[:, [1, 2, 3, 7]]*.9).astype('int16'))
     images = stored_method(store, f'opt_v{stage - 1}')
-    settings = Settings(lr=1e-3, max_steps=4, grad_accum_steps=2, val_every=2, save_every=2, early_stopping=False, accelerator='cpu',
-                                 monitor='val_psnr', mode='max')
+    settings = Settings(lr=1e-3, max_steps=4, grad_accum_steps=2, val_every=2, save_every=2, early_stopping=False,
+                        accelerator='cpu', monitor='val_psnr', mode='max')
     def trained(folder, **given):
         s = replace(settings, **given)
         if stage == 2:
@@ -176,7 +184,8 @@ def test_a_notebook_trains_on_two_devices_what_one_trains_with_the_same_global_b
     assert 'MEMBER' not in capfd.readouterr().out and again.steps == again.resumed_at == 4
     for k, v in trained_state(c).items(): torch.testing.assert_close(state[k], v, rtol=0, atol=0)
     with pytest.raises(GacError, match=r'srun gac train-as .*far/training.json'): trained('far', devices=2, num_nodes=2)
-    with pytest.raises(GacError, match='images that are stored'): dataset_spec(Pairs(store, [0], lambda batch: batch['truth']))
+    with pytest.raises(GacError, match='images that are stored'):
+        dataset_spec(Pairs(store, [0], lambda batch: batch['truth']))
 
 @pytest.mark.slow
 @pytest.mark.parametrize('stage', [1, 2, 3])
@@ -185,11 +194,13 @@ def test_two_ranks_draw_what_one_draws_though_one_is_killed(stage, tmp_path):
         store = from_world(tmp_path/name, 14, 1, 1, size=48, shard=4)
         for k in range(1, stage):
             store.ensure_array(f'opt_v{k}', (4, 48, 48), 'int16')
-            with store: store.write(f'opt_v{k}', list(range(16)), store.read('s2', slice(None))[:, [1, 2, 3, 7]].astype('int16'))
+            with store:
+                store.write(f'opt_v{k}', list(range(16)),
+                            store.read('s2', slice(None))[:, [1, 2, 3, 7]].astype('int16'))
     array = f'opt_v{stage}'
     assert run('draw', tmp_path/'one', 0, 1, 0, stage).returncode == 0
-    first = subprocess.Popen([*RANKS, 'draw', str(tmp_path/'two'), '0', '2', '0', str(stage)], stdout=subprocess.DEVNULL,
-                             stderr=subprocess.DEVNULL)
+    first = subprocess.Popen([*RANKS, 'draw', str(tmp_path/'two'), '0', '2', '0', str(stage)],
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     assert run('draw', tmp_path/'two', 1, 2, 2, stage).returncode == -signal.SIGKILL
     assert first.wait(600) == 0
     assert 0 < len(Store(tmp_path/'two').pending(array)) < 8
@@ -225,14 +236,16 @@ def test_a_tree_of_many_small_files_is_converted_and_resumed(tmp_path):
     began = time.perf_counter()
     report = convert(tmp_path/'tree', tmp_path/'store')
     seconds = time.perf_counter() - began
-    print(f'{there} patches were safe, the other {200 - there} took {seconds:.1f} s: {(200 - there)/seconds:.1f} patches/s, {14*(200 - there)/seconds:.0f} files/s')
+    print(f'{there} patches were safe, the other {200 - there} took {seconds:.1f} s: '
+          f'{(200 - there)/seconds:.1f} patches/s, {14*(200 - there)/seconds:.0f} files/s')
     assert 50 < there < 200 and (report.status == 'ok').sum() == 200 and len(Store(tmp_path/'store')) == 200
 
 REAL = """
 import sys, time, psutil, torch
 from gac.stages import grounding, refiner
 base = psutil.Process().memory_info().rss
-if sys.argv[1] == '2': model = refiner.build_prithvi_refiner('prithvi_eo_v2_600_tl', load_in_8bit=True, pretrained=False)
+if sys.argv[1] == '2':
+    model = refiner.build_prithvi_refiner('prithvi_eo_v2_600_tl', load_in_8bit=True, pretrained=False)
 else: model = grounding.build_stage3_model(pretrained=False, name='terramind_v1_large_generate')
 import gc; gc.collect()
 held = psutil.Process().memory_info().rss - base
@@ -255,7 +268,7 @@ print('RESULT', held/1e6, (peak - base)/1e6, *losses)
 @pytest.mark.slow
 @pytest.mark.parametrize('stage', [2, 3])
 def test_the_real_architectures_train_within_6_gb(stage):
-    "Prithvi 600M in 8 bits and TerraMind large with random weights: two steps, resident memory above the imports (a proxy for a card's)."
+    "Prithvi 600M in 8 bits and TerraMind large, random weights: two steps, resident memory above the imports."
     if psutil.virtual_memory().available < 9e9: pytest.skip('less than 9 GB of memory free')
     done = subprocess.run([sys.executable, '-c', REAL, str(stage)], capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-2000:]

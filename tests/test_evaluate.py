@@ -15,7 +15,7 @@ from gac.data.stores import from_world
 from gac.evaluation.baselines import NEAREST, MeanBy, PixelRegression, Recalibration, pixel_features, simple_baselines
 from gac.evaluation.learning_curve import learning_curve, learning_curve_gains, learning_curve_table, variant_methods
 from gac.evaluation.methods import grounder, stage_methods, training_tiles
-from gac.evaluation.results import by_rule, gains_of_stages, ranking, real_sets, results_table, run_evaluate
+from gac.evaluation.results import by_rule, gains_of_stages, ranking, real_sets, results_table
 from gac.measure.metrics import PSNR_MAX
 from gac.measure.tables import RESULT_COLUMNS, load_tiles, measure_methods, stored_method
 from gac.stages.chain import brief_recipe, fit_chain, fit_stage3, mean_of_seeds, recipe_of
@@ -54,7 +54,8 @@ def test_local_mean_is_a_mean():
 def test_trees_follow_a_step_that_a_line_cannot():
     step = lambda s1: (s1[:, :1] > -12).repeat(4, 1)*.3
     train, test = batch(3, seed=1, truth=step), batch(1, seed=2, truth=step)
-    error = {k: np.abs(PixelRegression(k).fit(train).predict(test) - test['truth']).mean() for k in ('ridge', 'boosted')}
+    error = {k: np.abs(PixelRegression(k).fit(train).predict(test) - test['truth']).mean()
+             for k in ('ridge', 'boosted')}
     assert error['boosted'] < .01 < error['ridge']
 
 def test_regressions_are_seeded_and_sample_their_pixels():
@@ -70,9 +71,11 @@ def test_means_know_what_they_are_told():
     np.testing.assert_allclose(plain.predict(train)[:, 2, 5, 5], [.3]*4, rtol=1e-6)
     np.testing.assert_allclose(monthly.predict(train)[:, 2, 5, 5], [.15, .15, .45, .45], rtol=1e-6)
     unseen = batch(2, months=[12, 7], truth=colour([0, 0]))
-    np.testing.assert_allclose(monthly.predict(unseen)[:, 0, 0, 0], [.3, .45], rtol=1e-6)  # an unknown month gets the mean of all
+    # an unknown month gets the mean of all
+    np.testing.assert_allclose(monthly.predict(unseen)[:, 0, 0, 0], [.3, .45], rtol=1e-6)
     both = MeanBy('month', 'biome').fit(train | dict(biome=np.array([1, 2, 1, 1])))
-    np.testing.assert_allclose(both.predict(train | dict(biome=np.array([1, 2, 1, 9])))[:, 0, 0, 0], [.1, .2, .45, .3], rtol=1e-6)
+    np.testing.assert_allclose(both.predict(train | dict(biome=np.array([1, 2, 1, 9])))[:, 0, 0, 0], [.1, .2, .45, .3],
+                               rtol=1e-6)
 
 def test_recalibration_undoes_gain_and_offset_and_nothing_else():
     train, test = batch(3, seed=1)['truth'], batch(2, seed=2)['truth']
@@ -82,10 +85,9 @@ def test_recalibration_undoes_gain_and_offset_and_nothing_else():
     np.testing.assert_allclose(Recalibration().fit(flat, train).apply(flat)[:, 1], train[:, 1].mean(), rtol=1e-4)
 
 def measured(**psnr) -> pd.DataFrame:
-    "A measured table with given PSNRs; two tiles to a scene."
-    rows = [dict(method=m, id=f't{i}', scene=f's{i//2}', psnr=v, ssim=v/40, sam_deg=40 - v, rmse=1/v, mae=1/v, lpips=np.nan,
-                 mse=1/v**2,
-                 sar_edge=.4 + 1/v, sar_edge_gap=1/v, edge_recall=v/100, hallucination=1/v)
+    "Return a measured table with given PSNRs; two tiles to a scene."
+    rows = [dict(method=m, id=f't{i}', scene=f's{i//2}', psnr=v, ssim=v/40, sam_deg=40 - v, rmse=1/v, mae=1/v,
+                 lpips=np.nan, mse=1/v**2, sar_edge=.4 + 1/v, sar_edge_gap=1/v, edge_recall=v/100, hallucination=1/v)
             for m, values in psnr.items() for i, v in enumerate(values)]
     return pd.DataFrame(rows).set_index(['method', 'id'])
 
@@ -97,14 +99,17 @@ def test_gains_are_paired_and_positive_when_better():
     assert (gain.gain.isna().tolist() == [m == 'lpips' for m in RESULT_COLUMNS] and (gain.gain.dropna() > 0).all()
             and gain.n_scenes.eq(2).all() and gain.loc['sam_deg', 'gain'] == pytest.approx(1))
     assert (gains_of_stages(table, 'world', [('b', 'a')]).gain.dropna() < 0).all()
-    assert gains_of_stages(table, 'world', {'1→2': ('a', 'b')}, seeds=3)[['step', 'seeds']].drop_duplicates().values.tolist() == [['1→2', 3]]
+    assert (gains_of_stages(table, 'world', {'1→2': ('a', 'b')},
+                            seeds=3)[['step', 'seeds']].drop_duplicates().values.tolist() == [['1→2', 3]])
 
 def test_results_have_the_columns_of_the_study():
     table = results_table(measured(a=[20., 24, 30, 28]), 'world', {'a': 7})
-    expected = ['data', 'method', 'pairs', 'n_tiles', *(f'{m}{e}' for m in RESULT_COLUMNS for e in ('', '_lo', '_hi')), 'seeds']
+    expected = ['data', 'method', 'pairs', 'n_tiles', *(f'{m}{e}' for m in RESULT_COLUMNS for e in ('', '_lo', '_hi')),
+                'seeds']
     assert list(table.columns) == expected
     row = table.iloc[0]
-    assert (row.pairs, row.n_tiles, row.psnr) == (7, 4, 25.5) and 20 <= row.psnr_lo < 25.5 < row.psnr_hi <= 30 and np.isnan(row.lpips)
+    assert (row.pairs, row.n_tiles, row.psnr) == (7, 4, 25.5) and 20 <= row.psnr_lo < 25.5 < row.psnr_hi <= 30
+    assert np.isnan(row.lpips)
 
 def test_panels_follow_the_rule():
     assert by_rule(pd.Series([5., 1, 9, 7, 3], list('abcde'))) == dict(best='c', median='a', worst='b')
@@ -147,16 +152,18 @@ def test_ranks_follow_the_gap_and_not_the_raw_value():
     assert {m: tuple(r) for m, r in ranks[['rank', 'rank_raw', 'rank_psnr']].iterrows()} == expected
     assert ranks.sar_edge_truth.eq(.5).all()
     kept = results_table(table, 'world', {}, seeds=3).set_index('method')
-    assert 'truth' not in kept.index and kept.seeds.to_dict() == {'Stage 1': 1, 'Stage 1+2': 3}  # nothing is trained in Stage 1
+    # nothing is trained in Stage 1
+    assert 'truth' not in kept.index and kept.seeds.to_dict() == {'Stage 1': 1, 'Stage 1+2': 3}
 
 def test_mean_of_seeds_is_taken_tile_by_tile():
     one, two = measured(a=[20., 24, 30, 28]), measured(a=[22., 24, 30, 20])
     mean = mean_of_seeds([one, two])
-    assert mean.psnr.tolist() == [21, 24, 30, 24] and list(mean.scene) == list(one.scene) and list(mean.index) == list(one.index)
+    assert mean.psnr.tolist() == [21, 24, 30, 24] and list(mean.scene) == list(one.scene)
+    assert list(mean.index) == list(one.index)
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory, brief_chain):
-    "A run with a store, Stage 1 and briefly trained Stages 2 and 3."
+    "Return a run with a store, Stage 1 and briefly trained Stages 2 and 3."
     return brief_chain(tmp_path_factory.mktemp('trained'), '11_evaluate')
 
 def test_recipe_is_read_back_and_repeats_the_training(trained, tmp_path):
@@ -170,7 +177,8 @@ def test_recipe_is_read_back_and_repeats_the_training(trained, tmp_path):
     for name in again: np.testing.assert_allclose(again[name](batch), stages[name](batch), atol=1e-5)
     fit_stage3(store, again['Stage 1+2'], recipe, tmp_path/'other', 5)
     made = read_json(tmp_path/'other'/'made.json')
-    assert (made['settings']['seed'], made['model']['seed'], made['train'][-1]) == (5, 5, 5)  # another seed reaches everything
+    # another seed reaches everything
+    assert (made['settings']['seed'], made['model']['seed'], made['train'][-1]) == (5, 5, 5)
 
 def test_stored_images_are_preferred_and_missing_ones_leave_the_tile_out(trained):
     run, store = trained
@@ -208,7 +216,8 @@ def test_floors_see_the_radar_product_of_the_tiles(trained):
 def test_random_chain_holds_no_pretrained_weight_and_controls_see_what_they_say(trained, tmp_path, monkeypatch):
     run, store = trained
     asked = []
-    for place, name in (('gac.stages.stage1', 'build_terramind_generator'), ('gac.stages.refiner', 'build_prithvi_refiner'),
+    for place, name in (('gac.stages.stage1', 'build_terramind_generator'),
+                        ('gac.stages.refiner', 'build_prithvi_refiner'),
                         ('gac.stages.grounding', 'build_stage3_model')):
         real = getattr(sys.modules[place], name)
         swap(monkeypatch, place, name, lambda *a, real=real, who=name, **kw: asked.append((who, kw)) or real(*a, **kw))
@@ -222,7 +231,8 @@ def test_random_chain_holds_no_pretrained_weight_and_controls_see_what_they_say(
     assert list(blind) == ['opt_v3'] and [kw['see'] for n, kw in asked if n == 'build_stage3_model'] == [False]
     batch = load_tiles(store, store.rows('test')[:2])
     # no image gets in
-    np.testing.assert_array_equal(blind['opt_v3'](batch), blind['opt_v3'](batch | dict(id=batch['id'].copy(), truth=batch['truth']*.1)))
+    np.testing.assert_array_equal(blind['opt_v3'](batch),
+                                  blind['opt_v3'](batch | dict(id=batch['id'].copy(), truth=batch['truth']*.1)))
     with pytest.raises(GacError, match='expected one of pretrained'):
         variant_methods(run, store, 'x', recipe, tmp_path)
 
@@ -242,7 +252,8 @@ def test_knowledge_goes_on_where_it_stopped_and_starts_anew_when_asked_for_somet
         if len(trained_) == 3: raise KeyboardInterrupt
         return dict(opt_v3=lambda b: b['truth']*(.9 if variant == 'pretrained' else .8))
     swap(monkeypatch, 'gac.evaluation.learning_curve', 'variant_methods', quick)
-    recipe, rows, ask = recipe_of(run), store.rows('test'), dict(pairs=[2, 4], seeds=[0, 1], variants=('pretrained', 'random'))
+    recipe, rows, ask = recipe_of(run), store.rows('test'), dict(pairs=[2, 4], seeds=[0, 1],
+                                                                 variants=('pretrained', 'random'))
     with pytest.raises(KeyboardInterrupt): learning_curve(run, store, rows, recipe, **ask)
     told = learning_curve(run, store, rows, recipe, **ask)
     assert len(trained_) == 9 and len(set(trained_)) == 8  # the interrupted one twice
@@ -251,14 +262,8 @@ def test_knowledge_goes_on_where_it_stopped_and_starts_anew_when_asked_for_somet
     learning_curve(run, store, rows, replace(recipe, stage3=replace(recipe.stage3, lies=.5)), **ask | dict(pairs=[2], seeds=[0]))
     assert len(trained_) == 11
     table, gain = learning_curve_table(told), learning_curve_gains(told)
-    assert len(table) == 8 and list(table)[:5] == ['pairs', 'variant', 'seed', 'output', 'n_tiles'] and table.n_tiles.eq(4).all()
+    assert len(table) == 8 and list(table)[:5] == ['pairs', 'variant', 'seed', 'output', 'n_tiles']
+    assert table.n_tiles.eq(4).all()
     gain = gain[gain.metric == 'psnr']
-    assert gain.seeds.eq(2).all() and gain.pairs.tolist() == [2, 4] and gain.gain.tolist() == pytest.approx([20*np.log10(2)]*2, abs=1e-4)
-
-def test_evaluation_of_a_folder(trained, tmp_path):
-    run, store = trained
-    with pytest.raises(GacError, match='does not exist'): run_evaluate(tmp_path/'nothing', tmp_path/'out')
-    table = run_evaluate(store.path, tmp_path/'out', stage3_checkpoint=run.dir/'stage3', max_tiles=2)
-    assert table.method.tolist() == ['Stage 1', 'Stage 1+3'] and table.data.eq('world').all() and table.n_tiles.eq(2).all()
-    assert {p.name for p in (tmp_path/'out').iterdir()} == {'tiles.csv', 'results.csv', 'stage_gains.csv'}
-    assert pd.read_csv(tmp_path/'out'/'stage_gains.csv').step.eq('1→3').all()
+    assert gain.seeds.eq(2).all() and gain.pairs.tolist() == [2, 4]
+    assert gain.gain.tolist() == pytest.approx([20*np.log10(2)]*2, abs=1e-4)

@@ -4,7 +4,6 @@ import http.server
 import io
 import tarfile
 import threading
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -32,7 +31,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    "A web server on this machine, gone after the test."
+    "Start a web server on this machine and stop it after the test."
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
     server.files, server.cuts, server.asked = {}, {}, []
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -60,8 +59,9 @@ def registry(server):
                     '/o/meta/3/m.parquet': tables[0], '/o/meta/3/snow.parquet': tables[1]}
     make = lambda name, commit, **kw: dict(repository=f'o/{name}', commit=commit, licence='test', **kw)
     return {'tiles': make('tiles', 1, files={'S1/a.tif': ['ex/a.tif', sha(a)], 'S2/b.tif': ['ex/b.tif', sha(b)]}),
-            'bigearthnet_v2_official_metadata': make('meta', 3, files={'m.parquet': ['m.parquet', sha(tables[0])],
-                                                                       'snow.parquet': ['snow.parquet', sha(tables[1])]}),
+            'bigearthnet_v2_official_metadata': make('meta', 3,
+                                                     files={'m.parquet': ['m.parquet', sha(tables[0])],
+                                                            'snow.parquet': ['snow.parquet', sha(tables[1])]}),
             'ben': make('ben', 2, archives=['x.tar.bz2'], members={'S2/p1/p1_B02.tif': ['v1_B02.tif', sha(chip)]},
                         rows=['p3', 'p1'])}
 

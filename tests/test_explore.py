@@ -1,7 +1,6 @@
-"Controls change pictures: in a kernel without a browser, and in JupyterLab in a real one; and papermill tells what a notebook can be given."
+"Controls change pictures, in a kernel and in a browser's JupyterLab; papermill lists a notebook's parameters."
 import base64
 import io
-import json
 import os
 import re
 import shlex
@@ -16,7 +15,6 @@ from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import pytest
 
 from gac.core.files import GacError, root
@@ -36,7 +34,8 @@ def browser():
     "Three tiles: black on the left, white on the right of the line, both wrong by 0.05 in near infrared."
     def tile(name):
         truth = np.full((4, 20, 20), .1*int(name))
-        return {'radar': np.zeros((20, 20, 3)), 'opt_v1': truth + np.array([0, 0, 0, .05])[:, None, None], 'truth': truth}
+        return {'radar': np.zeros((20, 20, 3)), 'opt_v1': truth + np.array([0, 0, 0, .05])[:, None, None],
+                'truth': truth}
     return tile_browser(['1', '2', '3'], tile, 'radar')
 
 def share_white(explorer) -> float:
@@ -78,7 +77,8 @@ def test_a_saved_notebook_keeps_the_picture_and_no_dead_widget(browser):
     out = browser._repr_mimebundle_(include=None, exclude=None)
     assert VIEW in out and 'JupyterLab' in out['text/plain']
     assert plt.imread(io.BytesIO(base64.b64decode(out['image/jpeg'])), format='jpeg').shape[2] == 3
-    nb = strip_widgets(dict(metadata=dict(widgets={}), cells=[dict(outputs=[dict(data=out), dict(text='printed')]), {}]))
+    nb = strip_widgets(dict(metadata=dict(widgets={}),
+                            cells=[dict(outputs=[dict(data=out), dict(text='printed')]), {}]))
     assert nb['metadata'] == {} and sorted(nb['cells'][0]['outputs'][0]['data']) == ['image/jpeg', 'text/plain']
 
 def test_training_is_watched_while_it_writes(tmp_path):
@@ -90,7 +90,8 @@ def test_training_is_watched_while_it_writes(tmp_path):
     (tmp_path/'stage4'/'curve').mkdir(parents=True)
     (tmp_path/'stage4'/'curve'/'metrics.csv').touch()  # it has only just begun
     monitor = training_monitor(tmp_path, 'stage3')
-    assert monitor.controls['training'].options == ('stage2', 'stage3/head') and monitor.values['training'] == 'stage3/head'
+    assert monitor.controls['training'].options == ('stage2', 'stage3/head')
+    assert monitor.values['training'] == 'stage3/head'
     points = lambda: [line.get_xydata().tolist() for line in monitor.figure.axes[0].lines]
     assert points() == [[[1, 3], [2, 2]], [[2, 2.5]]]
     with open(log, 'a') as f: f.write('.1,3,1.,\n.1,4,0.')  # the last line is half there
@@ -108,11 +109,13 @@ def test_attention_follows_query_and_layer():
     assert viewer.figure.axes[1].images[0].get_array().tolist() == [[0, 0], [8, 0]]
 
 def test_import_is_light():
-    code = "import sys; import gac.measure.widgets; print(sorted({'torch', 'pandas', 'matplotlib', 'ipywidgets'} & set(sys.modules)))"
+    code = ("import sys; import gac.measure.widgets; print(sorted({'torch', 'pandas', 'matplotlib', "
+            "'ipywidgets'} & set(sys.modules)))")
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT).stdout.strip() == '[]'
 
-@pytest.mark.parametrize('name', ['01_world', '02_tiles', '07_stage1', '08_stage2', '09_stage3', '11_evaluate', '13_trust',
-                                  'lib/measure/widgets'])
+@pytest.mark.parametrize('name',
+                         ['01_world', '02_tiles', '07_stage1', '08_stage2', '09_stage3', '11_evaluate', '13_trust',
+                          'lib/measure/widgets'])
 def test_notebook_ends_with_something_to_explore(name):
     cells = [c for c in read_notebook(ROOT/'nbs'/f'{name}.ipynb')['cells'] if c['cell_type'] == 'code']
     data = [o['data'] for c in cells[-3:] for o in c['outputs'] if 'image/jpeg' in o.get('data', {})]
@@ -123,7 +126,8 @@ WITH_PARAMETERS = [*STAGES, ROOT/'nbs'/'pretrain_mini.ipynb']
 def test_the_other_notebooks_have_no_parameters():
     others = set((ROOT/'nbs').glob('*.ipynb')) - set(WITH_PARAMETERS)
     assert {p.stem for p in others} == {'index'}
-    for p in others: assert not [c for c in read_notebook(p)['cells'] if 'parameters' in c['metadata'].get('tags', [])], p
+    for p in others:
+        assert not [c for c in read_notebook(p)['cells'] if 'parameters' in c['metadata'].get('tags', [])], p
 
 @pytest.mark.parametrize('path', WITH_PARAMETERS, ids=lambda p: p.stem)
 def test_papermill_tells_the_parameters(path):
@@ -136,7 +140,8 @@ def test_papermill_tells_the_parameters(path):
     for name, p in told.items():
         assert (p['inferred_type_name'], p['default'] != '') == (declared[name].kind, True) and len(p['help']) > 3, p
     said = CliRunner().invoke(papermill, ['--help-notebook', str(path)]).output
-    for name, p in told.items(): assert f"{name}: {p['inferred_type_name']}" in said and p['help'].split()[0] in said, name
+    for name, p in told.items():
+        assert f"{name}: {p['inferred_type_name']}" in said and p['help'].split()[0] in said, name
 
 # in JupyterLab
 
@@ -152,15 +157,17 @@ def lab(tmp_path_factory):
     shutil.copytree(ROOT/'nbs', home/'nbs', ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
     shutil.copy(ROOT/'settings.ini', home)
     (home/'settings'/'@jupyterlab'/'apputils-extension').mkdir(parents=True)
-    (home/'settings'/'@jupyterlab'/'apputils-extension'/'notification.jupyterlab-settings').write_text('{"fetchNews": "false"}')
-    recipe = subprocess.run(['make', '-n', 'lab', f'LAB=--no-browser --allow-root --port={port} --IdentityProvider.token=gac'],
+    (home/'settings'/'@jupyterlab'/'apputils-extension'/'notification.jupyterlab-settings').write_text('{"fetchNews": '
+                                                                                                       '"false"}')
+    recipe = subprocess.run(['make', '-n', 'lab',
+                             f'LAB=--no-browser --allow-root --port={port} --IdentityProvider.token=gac'],
                             cwd=ROOT, capture_output=True, text=True, check=True).stdout
     line = next(x for x in recipe.splitlines() if '/jupyter lab ' in x)
     env = dict(os.environ, JUPYTER_CONFIG_DIR=str(home/'config'), JUPYTER_RUNTIME_DIR=str(home/'runtime'),
                JUPYTERLAB_SETTINGS_DIR=str(home/'settings'), JUPYTER_PLATFORM_DIRS='1')
     with open(home/'log', 'w') as log:
-        server = subprocess.Popen([str(Path(sys.executable).with_name('jupyter')), *shlex.split(line)[1:]], cwd=home, env=env,
-                                  stdout=log, stderr=log)
+        server = subprocess.Popen([str(Path(sys.executable).with_name('jupyter')), *shlex.split(line)[1:]], cwd=home,
+                                  env=env, stdout=log, stderr=log)
     try:
         for _ in range(240):
             try: urllib.request.urlopen(f'http://127.0.0.1:{port}/api/status?token=gac', timeout=5)
@@ -174,7 +181,7 @@ def lab(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def page(lab):
-    "A page of Chromium."
+    "Open a page of Chromium."
     sync = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
     chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
     if not chromium: pytest.skip('no Chromium: apt-get install chromium')
@@ -186,7 +193,8 @@ def page(lab):
         browser.close()
 
 PICTURE = '''async image => { const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer());
-                                return Array.from(new Uint8Array(await crypto.subtle.digest('SHA-256', bytes))).join() }'''
+                                const sum = await crypto.subtle.digest('SHA-256', bytes);
+                                 return Array.from(new Uint8Array(sum)).join() }'''
 
 @pytest.mark.slow
 def test_slider_changes_the_picture_in_jupyterlab(lab, page):
@@ -205,7 +213,8 @@ def test_slider_changes_the_picture_in_jupyterlab(lab, page):
     for _ in range(180):
         if images.count() >= 4: break
         page.wait_for_timeout(1000)
-    assert images.count() == 4, page.locator('.jp-RenderedText[data-mime-type="application/vnd.jupyter.stderr"]').all_inner_texts()
+    assert images.count() == 4, (
+        page.locator('.jp-RenderedText[data-mime-type="application/vnd.jupyter.stderr"]').all_inner_texts())
     assert page.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0
     for k in range(4):
         images.nth(k).scroll_into_view_if_needed()

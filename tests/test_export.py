@@ -17,6 +17,7 @@ from PIL import Image
 from swapping import swap
 
 from gac.cli import main
+from gac.core.config import InferConfig
 from gac.core.files import GacError
 from gac.core.vocabulary import OPT_BANDS
 from gac.data.arrays import tile_arrays, to_dn
@@ -32,7 +33,7 @@ from gac.products.infer import SPREAD, _alone, infer_scene, scene_figure
 from gac.products.infer_tiles import AS_DRAWN, decoding_for, generator_for, infer_tiles
 from gac.products.scene import open_scene
 from gac.products.seams import seam_excess
-from gac.products.tiles import ExportShelf, export_tiles
+from gac.products.tiles import ProductReader, export_tiles
 from gac.products.tiling import Tiling
 from gac.stages.commands import keep_decoding
 from gac.stages.grounding import build_stage3_model
@@ -170,10 +171,10 @@ def test_another_model_does_not_overwrite(store, tmp_path):
     other.write('opt_v1', [0, 1, 2], np.zeros((3, 4, 48, 48), 'int16'))
     other.close()
     export_tiles(store, tmp_path/'out', ('opt_v1',))
-    shelf = ExportShelf
+    reader = ProductReader
     with pytest.MonkeyPatch.context() as m:
-        swap(m, 'gac.products.tiles', 'ExportShelf', lambda store, stages: shelf(other if stages else store))
-        with pytest.raises(GacError, match='opt_v1.t.0.tif was made by another model.*--overwrite'):
+        swap(m, 'gac.products.tiles', 'ProductReader', lambda store, stages: reader(other if stages else store))
+        with pytest.raises(GacError, match='opt_v1.t.0.tif was computed by another model.*--overwrite'):
             export_tiles(store, tmp_path/'out', ('opt_v1',), [other])
     with rasterio.open(tmp_path/'out'/'opt_v1'/'t.0.tif') as f: assert f.tags()['GAC_MODEL'] == 'terramind_mini_generate'
 
@@ -223,8 +224,8 @@ def test_a_scene_keeps_its_place_and_its_holes(tmp_path):
         x[0, 100:, 60] = np.nan  # one band alone
         x[:, 40:44, 100:104] = 0
         return x
-    report = infer_scene(scene(tmp_path/'s1.tif', change=holes, nodata=-9999), tmp_path/'o.tif', chains.Grey(), SMALL, spread=2,
-                         visualise=True)
+    report = infer_scene(scene(tmp_path/'s1.tif', change=holes, nodata=-9999), tmp_path/'o.tif', chains.Grey(), SMALL,
+                         InferConfig(uncertainty=2, visualise=True))
     assert (report['blocks'] == 4 and report['month'] == 7 and cog_faults(tmp_path/'o.tif') == []
             and (tmp_path/'o.png').stat().st_size > 5000)
     with Image.open(tmp_path/'o.png') as picture: assert picture.width >= 1200  # px
@@ -285,7 +286,7 @@ def test_what_a_scene_does_not_tell_is_said(tmp_path, capsys):
         infer_scene(scene(tmp_path/f'{name}.tif', **known), tmp_path/f'{name}.o.tif', chains.Grey(), SMALL)
         told[name] = capsys.readouterr().out
     assert [[s in told[k] for s in without] for k in ('all', 'none')] == [[False]*2, [True]*2]
-    infer_scene(tmp_path/'none.tif', tmp_path/'said.o.tif', chains.Grey(), SMALL, month=7)
+    infer_scene(tmp_path/'none.tif', tmp_path/'said.o.tif', chains.Grey(), SMALL, InferConfig(month=7))
     assert '--month' not in capsys.readouterr().out
 
 @pytest.mark.parametrize('option, said', [('stage2', 'refiner.safetensors is missing: expected the output of gac train-stage2'),
@@ -298,7 +299,7 @@ def test_stage1_draws_as_stage2_was_trained(tmp_path, capsys):
     "The decoding a training wrote down; another one is refused."
     for none, said in (('', False), (tmp_path, True)):
         assert decoding_for(none) == Decoding(1, 'expected')
-        assert ('stage1.json is not beside them' in capsys.readouterr().out) == said
+        assert ('stage1.json is missing beside the checkpoints' in capsys.readouterr().out) == said
     assert str(decoding_for('', 3, 'argmax', 'off')) == 'argmax, 3 steps, no clamp'
     drawn = Decoding(4, 'sample', 'off', 2)
     file = keep_decoding(tmp_path, dict(asdict(drawn), model='another fact of the array'))
@@ -306,7 +307,7 @@ def test_stage1_draws_as_stage2_was_trained(tmp_path, capsys):
     assert decoding_for(tmp_path) == decoding_for(tmp_path/'refiner.safetensors') == drawn
     assert decoding_for(tmp_path, 4, 'sample') == drawn and capsys.readouterr().out == ''
     for asked in (dict(timesteps=1), dict(tokens='argmax'), dict(clamp='pretraining')):
-        with pytest.raises(GacError, match='trained on images drawn otherwise .*leave --' + next(iter(asked))): decoding_for(tmp_path, **asked)
+        with pytest.raises(GacError, match='trained on images of other sampling settings .*leave --' + next(iter(asked))): decoding_for(tmp_path, **asked)
     for bad in ('{', '[]', '{"timesteps": 1}', json.dumps(asdict(drawn) | dict(timesteps='4'))):
         file.write_text(bad)
         with pytest.raises(GacError, match='stage1.json does not say how Stage 1 drew'): decoding_for(tmp_path)
@@ -321,7 +322,7 @@ def test_stage1_draws_with_the_generator_of_the_checkpoints(tmp_path, chain):
     name, drawn = generator_for(tmp_path)
     assert (name, drawn) == ('terramind_mini_generate', {k: made[k] for k in ('model', 'weights', 'precision')})
     assert generator_for('', '', '') == ('terramind_mini_generate', {}) and generator_for('', '', 'x') == ('x', {})
-    with pytest.raises(GacError, match='--name terramind_v1_large_generate: .* drawn by terramind_mini_generate. Leave --name out'):
+    with pytest.raises(GacError, match='--name terramind_v1_large_generate: .* trained on images of terramind_mini_generate. Leave --name out'):
         generator_for(tmp_path, '', 'terramind_v1_large_generate')
     keep_decoding(tmp_path, made | dict(model='terramind_v1_large_generate'))
     assert generator_for(tmp_path)[0] == 'terramind_v1_large_generate'  # never the miniature in its place
@@ -365,17 +366,17 @@ def test_blocks_of_another_scene_or_model_are_refused(tmp_path):
     source = scene(tmp_path/'s1.tif')
     with pytest.raises(KeyboardInterrupt): infer_scene(source, tmp_path/'o.tif', chains.Stops(12), SMALL)
     assert list((tmp_path/'o.tif.parts').glob('*.block'))
-    with pytest.raises(GacError, match='begun with other tiling.*--overwrite'):
+    with pytest.raises(GacError, match='other settings .tiling was .*--overwrite'):
         infer_scene(source, tmp_path/'o.tif', chains.Grey(), Tiling(48, 8, 96))
-    with pytest.raises(GacError, match='begun with other steps'): infer_scene(source, tmp_path/'o.tif', chains.Mirror(), SMALL)
+    with pytest.raises(GacError, match='other settings .steps was '): infer_scene(source, tmp_path/'o.tif', chains.Mirror(), SMALL)
     with _alone(tmp_path/'o.tif.parts'):
         with pytest.raises(GacError, match='another process'): infer_scene(source, tmp_path/'o.tif', chains.Grey(), SMALL)
-    infer_scene(source, tmp_path/'o.tif', chains.Mirror(), SMALL, overwrite=True)
+    infer_scene(source, tmp_path/'o.tif', chains.Mirror(), SMALL, InferConfig(overwrite=True))
     assert not (tmp_path/'o.tif.parts').exists()
-    with pytest.raises(GacError, match='o.tif is there and was made otherwise'):
+    with pytest.raises(GacError, match='o.tif exists and was computed with other settings'):
         infer_scene(source, tmp_path/'o.tif', chains.Grey(), SMALL)
     scene(tmp_path/'s1.tif', change=lambda x: x + 1)  # the scene itself has changed
-    with pytest.raises(GacError, match='made otherwise'): infer_scene(source, tmp_path/'o.tif', chains.Mirror(), SMALL)
+    with pytest.raises(GacError, match='computed with other settings'): infer_scene(source, tmp_path/'o.tif', chains.Mirror(), SMALL)
 
 def test_a_block_that_was_cut_short_is_drawn_again(tmp_path):
     source = scene(tmp_path/'s1.tif')
@@ -548,7 +549,7 @@ def test_tiles_are_written_as_they_were_drawn_and_that_is_said(store, tmp_path, 
     class Third(chains.Grey):
         output = 'opt_v3'
         def __call__(self, batch, sampled=False): return dict(opt_v3=.2 + .004*(np.indices((len(batch['s1']), 4, *batch['s1'].shape[2:])).sum(0) % 2).astype('float32'))
-    infer_tiles(store.path, tmp_path/'tiles', lambda product: Third(), max_tiles=1)
+    infer_tiles(store.path, tmp_path/'tiles', lambda product: Third(), InferConfig(max_tiles=1))
     assert AS_DRAWN in capsys.readouterr().out
     with rasterio.open(next((tmp_path/'tiles'/'opt_v3').glob('*.tif'))) as f: assert set(np.unique(f.read())) == {2000, 2040}
     infer_scene(scene(tmp_path/'s1.tif', 60, 60), tmp_path/'o.tif', Third(), Tiling(48, 16, 96, notch=True))

@@ -1,4 +1,4 @@
-"Everything that can go wrong, inflicted on the real code: nothing is lost, and the message names the file and says what to do."
+"Faults of disks, files and processes: nothing is lost, and the message names the file and the remedy."
 import json
 import os
 import shutil
@@ -48,8 +48,8 @@ import export_chains as chains
 import faults_disk as faults
 import tiles_layouts as layouts
 
-BRIEF = Settings(lr=1e-3, max_steps=8, batch_size=2, grad_accum_steps=1, val_every=2, save_every=2, early_stopping=False,
-                          log_every=1, warmup=0., accelerator='cpu')
+BRIEF = Settings(lr=1e-3, max_steps=8, batch_size=2, grad_accum_steps=1, val_every=2, save_every=2,
+                 early_stopping=False, log_every=1, warmup=0., accelerator='cpu')
 SMALL = dict(width=16, depth=1)
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def no_waiting_for_the_disk(monkeypatch): monkeypatch.setattr(os, 'fsync', lambd
 
 @pytest.fixture(scope='module')
 def given(tmp_path_factory) -> types.SimpleNamespace:
-    "What the writers are given: tiles with the images of the first stages, models, files of every layout."
+    "Make the inputs of the writers: tiles with the images of the first stages, models, files of every layout."
     home = tmp_path_factory.mktemp('given')
     store = from_world(home/'tiles', 4, 2, 2, size=48, shard=4)
     dim = to_dn(to_reflectance(store.read('s2', slice(None), OPT_BANDS))*.8 + .02)
@@ -69,26 +69,30 @@ def given(tmp_path_factory) -> types.SimpleNamespace:
                                  generator=build_terramind_generator(), toys=toys(home/'toys'))
 
 def toys(folder:Path) -> Path:
-    "A chain of two notebooks without prose."
-    head = "profile: str = 'toy'  # name\nseed: int = 0  # seed\nrun_dir: str = ''  # artefacts\nreports_dir: str = ''  # report\ndata: str = ''  # tiles"
+    "Make a chain of two notebooks without prose."
+    head = ("profile: str = 'toy'  # name\nseed: int = 0  # seed\nrun_dir: str = ''  # artefacts\nreports_dir: "
+            "str = ''  # report\ndata: str = ''  # tiles")
     cell = lambda source, *tags: dict(cell_type='code', metadata=dict(tags=list(tags)), source=source, outputs=[],
                                       execution_count=None, id=f'c{len(source)}')
     (folder/'params').mkdir(parents=True)
     (folder/'params'/'toy.yaml').write_text('description: a toy\n')
     for name in ('00_first', '01_second'):
         open_run = f"from gac.core.run import Run\nrun = Run.open('{name}', profile, seed, run_dir, reports_dir, data)"
-        table = f"import pandas as pd\nrun.save_table(pd.DataFrame({{'x': range(300)}}), 'table_{name}', 'Rows.')\nrun.artefact('{name}.bin').write_bytes(bytes(9999))"
-        (folder/f'{name}.ipynb').write_text(json.dumps(dict(cells=[cell(head, 'parameters'), cell(open_run), cell(table)],
+        table = (f"import pandas as pd\nrun.save_table(pd.DataFrame({{'x': range(300)}}), 'table_{name}', "
+                 f"'Rows.')\nrun.artefact('{name}.bin').write_bytes(bytes(9999))")
+        (folder/f'{name}.ipynb').write_text(json.dumps(dict(cells=[cell(head, 'parameters'), cell(open_run),
+                                                                   cell(table)],
                                                             metadata={}, nbformat=4, nbformat_minor=5)))
     return folder
 
 def in_this_process(source, to, values, **_) -> None:
-    "What papermill does, without a kernel."
+    "Execute a notebook as papermill does, without a kernel."
     space, cells = dict(values), read_notebook(source)['cells'][1:]
     for cell in cells: exec(cell['source'], space)
     Path(to).write_text(Path(source).read_text())
 
-# ---- the writers: each is called with a folder, and again to go on --------------------------------------------------------------------
+# ---- the writers: each is called with a folder, and again to go on
+# --------------------------------------------------------------------
 
 def write_report(at, given):
     import papermill
@@ -147,10 +151,11 @@ WRITERS = {
 # a disk may hold the journal and not the shards it is folded into
 JOURNALLED = ('procedural tiles', 'converted tiles', 'images of Stage 1')
 # hold a date or a duration
-TIMED = ('provenance.json', 'index.html', 'chain.json', 'chain.lock', 'guard', 'refiner.json', 'grounding.json', 'model.json')
+TIMED = ('provenance.json', 'index.html', 'chain.json', 'chain.lock', 'guard', 'refiner.json', 'grounding.json',
+         'model.json')
 
 def content(folder:Path) -> dict:
-    "What lies in a folder: bytes of files, tensors of checkpoints, of what holds a date only that it is there; nothing that is hidden."
+    "Return the contents of a folder: bytes, tensors of checkpoints, and the names of files that hold a date."
     def of(path):
         if path.name in TIMED: return b''
         if path.suffix == '.safetensors': return {k: v.numpy().tobytes() for k, v in read_safetensors(path)[0].items()}
@@ -165,7 +170,7 @@ def half_written(folder:Path) -> list:
 
 @pytest.fixture(scope='module')
 def unbroken(given) -> dict:
-    "What each writer leaves that nobody stops, its size and how many files it moves to their place; made when asked for."
+    "Return what an undisturbed writer leaves, its size and the number of files that it renames."
     made = {}
     def of(name):
         if name not in made:
@@ -178,7 +183,8 @@ def unbroken(given) -> dict:
 
 @pytest.mark.parametrize('name', WRITERS)
 def test_a_full_or_read_only_disk_is_told_and_loses_nothing(name, given, unbroken, tmp_path, monkeypatch):
-    swap(monkeypatch, 'gac.stages.tileset', 'disk_forecast', lambda *args: dict(need=0, free=0))  # it would refuse before anything is written
+    # it would refuse before anything is written
+    swap(monkeypatch, 'gac.stages.tileset', 'disk_forecast', lambda *args: dict(need=0, free=0))
     write, (want, size, _) = WRITERS[name], unbroken(name)
     held = []  # as a notebook holds the last error, and with it the store that was being written
     def refused(disk):
@@ -247,7 +253,8 @@ def test_a_command_on_a_full_disk_is_one_line(capsys, monkeypatch):
     assert main(['verify']) == 2
     assert capsys.readouterr().err.startswith('gac: some/file: cannot be written (No space left on device). Make room')
 
-# ---- files that were cut short, see test_fuzz for all the rest ------------------------------------------------------------------------
+# ---- files that were cut short, see test_fuzz for all the rest
+# ------------------------------------------------------------------------
 
 @pytest.mark.parametrize('file', ['table.parquet', 'arrays/zarr.json', 'arrays/s1/zarr.json', 'arrays/s1/c/0/0/0/0'])
 def test_a_store_that_was_cut_short_names_the_file(given, tmp_path, file):
@@ -257,7 +264,8 @@ def test_a_store_that_was_cut_short_names_the_file(given, tmp_path, file):
         path.write_bytes(whole[:keep])
         with pytest.raises(GacError, match='(?i)damaged|cannot be read') as e:
             Store(tmp_path/'tiles').read('s1', slice(None))
-        assert (path.name if file.startswith('t') else 'arrays') in str(e.value) and ('estore' in str(e.value) or 'again' in str(e.value))
+        assert (path.name if file.startswith('t') else 'arrays') in str(e.value)
+        assert ('estore' in str(e.value) or 'again' in str(e.value))
     path.unlink()
     with pytest.raises(GacError): Store(tmp_path/'tiles').read('s1', slice(None))
     path.write_bytes(whole)
@@ -270,24 +278,27 @@ def test_a_table_of_bigearthnet_that_was_cut_short_is_named(tmp_path):
     with pytest.raises(GacError, match='metadata.parquet: cannot be read as Parquet.*fetch it again'):
         convert(tmp_path/'ben', tmp_path/'out')
 
-# ---- tiles that show nothing or are scaled otherwise than their data set ------------------------------------------------------------------
+# ---- tiles that show nothing or are scaled otherwise than their data set
+# ------------------------------------------------------------------
 
 RADAR, OPTICAL = layouts.radar(1), layouts.optical(1, count=4)
-TILES = {
-    'radar NaN in one pixel': (dict(s1=np.where(np.arange(120) == 7, np.nan, RADAR)), 'Sentinel-1: 120 px are NaN'),
-    'radar infinite': (dict(s1=RADAR*np.float32('inf')), 'Sentinel-1: 14400 px are NaN'),
-    'radar all zero': (dict(s1=RADAR*0), 'Sentinel-1: VV or VH is one value everywhere'),
-    'radar constant': (dict(s1=np.stack([RADAR[0], RADAR[1]*0 - 17])), 'Sentinel-1: VV or VH is one value everywhere'),
-    'radar as power': (dict(s1=10**(RADAR/10)), 'fits linear, in a data set of dB. Convert it apart, or say --s1-units dB if it is'),
-    'radar times 100': (dict(s1=RADAR*100), 'outside −100 to 60 dB'),
-    'swapped': (dict(s1=RADAR[::-1]), 'look swapped. Say --s1-bands VH,VV'),
-    'image NaN': (dict(s2=OPTICAL*np.nan), 'Sentinel-2: 14400 px are NaN'),
-    'image infinite': (dict(s2=OPTICAL*np.inf), 'Sentinel-2: 14400 px are NaN'),
-    'image all zero': (dict(s2=OPTICAL*0), 'Sentinel-2: 14400 px are 0 in every band'),
-    'image constant': (dict(s2=OPTICAL*0 + 900), 'Sentinel-2: 900 everywhere'),
-    'image as reflectance': (dict(s2=OPTICAL/1e4), 'no DN but reflectance? Say --s2-units'),
-    'image times 100': (dict(s2=OPTICAL*100.), 'Sentinel-2 from 1.2e+04 to 3.999e+05'),
-    'image with the offset': (dict(s2=OPTICAL + 1000), 'Convert n1 apart with --s2-offset 1000 or 0')}
+TILES = {'radar NaN in one pixel': (dict(s1=np.where(np.arange(120) == 7, np.nan, RADAR)),
+                                    'Sentinel-1: 120 px are NaN'),
+         'radar infinite': (dict(s1=RADAR*np.float32('inf')), 'Sentinel-1: 14400 px are NaN'),
+         'radar all zero': (dict(s1=RADAR*0), 'Sentinel-1: VV or VH is one value everywhere'),
+         'radar constant': (dict(s1=np.stack([RADAR[0], RADAR[1]*0 - 17])),
+                            'Sentinel-1: VV or VH is one value everywhere'),
+         'radar as power': (dict(s1=10**(RADAR/10)),
+                            'fits linear, in a data set of dB. Convert it apart, or say --s1-units dB if it is'),
+         'radar times 100': (dict(s1=RADAR*100), 'outside −100 to 60 dB'),
+         'swapped': (dict(s1=RADAR[::-1]), 'look swapped. Say --s1-bands VH,VV'),
+         'image NaN': (dict(s2=OPTICAL*np.nan), 'Sentinel-2: 14400 px are NaN'),
+         'image infinite': (dict(s2=OPTICAL*np.inf), 'Sentinel-2: 14400 px are NaN'),
+         'image all zero': (dict(s2=OPTICAL*0), 'Sentinel-2: 14400 px are 0 in every band'),
+         'image constant': (dict(s2=OPTICAL*0 + 900), 'Sentinel-2: 900 everywhere'),
+         'image as reflectance': (dict(s2=OPTICAL/1e4), 'no DN but reflectance? Say --s2-units'),
+         'image times 100': (dict(s2=OPTICAL*100.), 'Sentinel-2 from 1.2e+04 to 3.999e+05'),
+         'image with the offset': (dict(s2=OPTICAL + 1000), 'Convert n1 apart with --s2-offset 1000 or 0')}
 
 @pytest.mark.parametrize('what', TILES)
 @pytest.mark.filterwarnings('ignore:divide by zero', 'ignore:invalid value')
@@ -300,18 +311,21 @@ def test_a_tile_that_cannot_be_right_is_left_out_and_said(tmp_path, what):
 def test_a_training_on_values_that_are_not_finite_stops_at_once(tmp_path):
     data = torch.utils.data.TensorDataset(torch.full((4, 8), torch.nan))
     with pytest.raises(GacError, match='The loss is nan in step 0: inspect the batch, or lower lr'):
-        fit_model(torch.nn.Linear(8, 8), lambda m, b: {'loss': m(b[0]).square().mean()}, data, None, BRIEF, tmp_path, every=0)
+        fit_model(torch.nn.Linear(8, 8), lambda m, b: {'loss': m(b[0]).square().mean()}, data, None, BRIEF, tmp_path,
+                  every=0)
 
-# ---- the soak ----------------------------------------------------------------------------------------------------------------------------
+# ---- the soak --------------------------------------------------------------------------------------------------------
+# --------------------
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork and SIGKILL')
 def test_soak_of_kills_at_random_moments(given, unbroken, tmp_path):
-    "Precompute and train, killed at any moment, over and over: the arrays and weights are those of an unbroken run. GAC_SOAK_MINUTES, else 30."
+    "Repeated kills at random moments change neither arrays nor weights; GAC_SOAK_MINUTES, or 30 minutes."
     import random
     import threading
     import time
-    until, rng, kills, rounds = time.monotonic() + 60*float(os.environ.get('GAC_SOAK_MINUTES') or 30), random.Random(0), 0, 0
+    until, rng, kills, rounds = (time.monotonic() + 60*float(os.environ.get('GAC_SOAK_MINUTES') or 30),
+                                 random.Random(0), 0, 0)
     while rounds == 0 or time.monotonic() < until:
         for name in ('images of Stage 1', 'Stage 2', 'Stage 3', 'converted tiles'):
             folder, write, want = tmp_path/f'{rounds}'/name, WRITERS[name], unbroken(name)[0]

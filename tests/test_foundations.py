@@ -1,4 +1,4 @@
-"Weights in the Hub's own format: full-size files of random numbers are made once, loaded to the last tensor, and refused when anything is wrong."
+"Weights in the Hub's format: full-size random files are loaded to the last tensor, and refused if one is wrong."
 import os
 import pickle
 import random
@@ -33,13 +33,14 @@ def numbers(model, seed:int) -> dict:
     for k, v in model.state_dict().items():
         if k not in params: out[k] = v.clone(); continue
         start = int(torch.randint(0, len(pool) - v.numel(), (), generator=draw))
-        out[k] = pool[start:start + v.numel()].reshape(v.shape).clone() + (k.endswith('norm.weight') or v.ndim == 1 and k.endswith('weight'))
+        out[k] = (pool[start:start + v.numel()].reshape(v.shape).clone()
+                  + (k.endswith('norm.weight') or v.ndim == 1 and k.endswith('weight')))
     for names in _ties(model):
         for k in names[1:]: out[k] = out[names[0]]
     return out
 
 def hub_state(size:str) -> dict:
-    "What a TerraMind file on the Hub holds: the token model over all modalities, unprefixed."
+    "Return the content of a TerraMind file on the Hub: the token model over all modalities, unprefixed."
     model = build_blank(f'terramind_v1_{size}_generate', memory=False, modalities=list(MODALITIES),
                     output_modalities=list(MODALITIES))
     return numbers(model.sampler.model, 1)
@@ -55,7 +56,7 @@ def put(cache:Path, name:str, state:dict) -> Path:
 
 @pytest.fixture(scope='session')
 def cache(tmp_path_factory):
-    "A cache with TerraMind tiny and the S2L2A tokenizer, 1.3 GB, removed at the end."
+    "Make a cache with TerraMind tiny and the S2L2A tokenizer, 1.3 GB; remove it at the end."
     folder = tmp_path_factory.mktemp('hub')
     put(folder, TINY, hub_state('tiny'))
     put(folder, TOKENIZER, numbers(build_blank(TOKENIZER, memory=False), 2))
@@ -64,13 +65,13 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def hub(cache, monkeypatch, tmp_path):
-    "The cache as this machine's only source of weights."
+    "Make the cache the only source of weights."
     monkeypatch.setenv('HF_HUB_CACHE', str(cache)); monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     return cache
 
 @pytest.fixture(scope='session')
 def states(cache) -> dict:
-    "The two files' tensors, by name of the model."
+    "Return the tensors of both files, by the model's names."
     with pytest.MonkeyPatch.context() as m:
         m.setenv('HF_HUB_CACHE', str(cache)); m.setenv('HF_HUB_OFFLINE', '1')
         return {w.file: read_weights(p) for w, p in locate(TINY).items()}
@@ -100,22 +101,28 @@ def rename(s): s['encoder.3.mlp.fc_1.weight'] = s.pop('encoder.3.mlp.fc1.weight'
 def reshape(s): s['decoder.0.cross_attn.kv.weight'] = s['decoder.0.cross_attn.kv.weight'][:, :100]
 def add(s): s['encoder.12.norm1.weight'] = torch.ones(192)
 def disguise(s):
-    s['encoder_embeddings.untok_dem@224.projection.weight'] = torch.ones(192)  # of a modality that is not built, but not its name
+    # of a modality that is not built, but not its name
+    s['encoder_embeddings.untok_dem@224.projection.weight'] = torch.ones(192)
 def prefix(s): renamed = {f'module.{k}': v for k, v in s.items()}; s.clear(); s.update(renamed)
 def untie(s):
-    s['decoder_embeddings.tok_sen2l2a@224.to_logits.weight'] = s['decoder_embeddings.tok_sen2l2a@224.to_logits.weight'] + 1
+    s['decoder_embeddings.tok_sen2l2a@224.to_logits.weight'] = (s['decoder_embeddings.tok_sen2l2a@224.to_logits.weight']
+                                                                + 1)
 def integers(s): s['mask_token'] = torch.zeros(1, 1, 192, dtype=torch.long)
 
-@pytest.mark.parametrize('harm,words', [
-    (drop, ['1 missing: sampler.model.encoder.3.mlp.fc1.weight']),
-    (rename, ['1 missing: sampler.model.encoder.3.mlp.fc1.weight', '1 unexpected: encoder.3.mlp.fc_1.weight']),
-    (reshape, ['1 misshapen: sampler.model.decoder.0.cross_attn.kv.weight is (384, 100) in the file and (384, 192) in the model']),
-    (add, ['1 unexpected: encoder.12.norm1.weight']),
-    (disguise, ['1 unexpected: encoder_embeddings.untok_dem@224.projection.weight']),
-    (prefix, ['246 missing: ', 'and 236 more', ' unexpected: module.']),
-    (untie, ['1 untied: sampler.model.decoder_embeddings.tok_sen2l2a@224.to_logits.weight']),
-    (integers, ['1 misshapen: sampler.model.mask_token']),
-], ids=lambda v: getattr(v, '__name__', ''))
+@pytest.mark.parametrize('harm,words',
+                         [(drop, ['1 missing: sampler.model.encoder.3.mlp.fc1.weight']),
+                          (rename,
+                           ['1 missing: sampler.model.encoder.3.mlp.fc1.weight',
+                            '1 unexpected: encoder.3.mlp.fc_1.weight']),
+                          (reshape,
+                           ['1 misshapen: sampler.model.decoder.0.cross_attn.kv.weight is (384, 100) in the file and '
+                            '(384, 192) in the model']),
+                          (add, ['1 unexpected: encoder.12.norm1.weight']),
+                          (disguise, ['1 unexpected: encoder_embeddings.untok_dem@224.projection.weight']),
+                          (prefix, ['246 missing: ', 'and 236 more', ' unexpected: module.']),
+                          (untie, ['1 untied: sampler.model.decoder_embeddings.tok_sen2l2a@224.to_logits.weight']),
+                          (integers, ['1 misshapen: sampler.model.mask_token']),],
+                         ids=lambda v: getattr(v, '__name__', ''))
 def test_a_changed_file_is_refused_by_name(states, harm, words):
     parts = [(file, dict(state), w) for (file, state), w in zip(states.items(), needed_files(TINY))]
     harm(parts[0][1])
@@ -125,7 +132,8 @@ def test_a_changed_file_is_refused_by_name(states, harm, words):
 def test_a_changed_tokenizer_is_refused_by_name(states):
     parts = [(file, dict(state), w) for (file, state), w in zip(states.items(), needed_files(TINY))]
     del parts[1][1]['quant_proj.weight']; parts[1][1]['decoder.extra'] = torch.zeros(1)
-    with pytest.raises(GacError, match=r'1 missing: tokenizer.tok_sen2l2a@224.quant_proj.weight; 1 unexpected: decoder.extra'):
+    with pytest.raises(GacError,
+                       match=r'1 missing: tokenizer.tok_sen2l2a@224.quant_proj.weight; 1 unexpected: decoder.extra'):
         load_checked(build_blank(TINY, memory=False), parts)
 
 def test_generates_96_pixels_in_one_step_as_terratorch_would(generator):
@@ -133,7 +141,8 @@ def test_generates_96_pixels_in_one_step_as_terratorch_would(generator):
     python, torch_state, given = random.getstate(), torch.get_rng_state(), {'S1GRD': s1.clone()}
     image = generator.generate(given, tokens='argmax', clamp='off', bands=S2_BANDS, tile_seeds=[5, 6])
     assert image.shape == (2, 12, 96, 96) and image.std() > .01
-    assert torch.equal(given['S1GRD'], s1) and random.getstate() == python and torch.equal(torch.get_rng_state(), torch_state)
+    assert torch.equal(given['S1GRD'], s1) and random.getstate() == python
+    assert torch.equal(torch.get_rng_state(), torch_state)
     alone = generator.generate(s1[1:], tokens='argmax', clamp='off', bands=S2_BANDS, tile_seeds=[6])
     assert (alone - image[1:]).abs().max() < 1e-5*image.abs().max().clamp(min=1)
     with torch.no_grad(): tokens = generator.token_logits(s1[1:]).argmax(-1).reshape(1, 6, 6)
@@ -155,21 +164,24 @@ def test_an_encoder_reads_the_same_file(hub, states):
 def test_checksums_are_those_of_the_files(hub):
     import hashlib
     path = locate('terramind_v1_tiny')
-    assert weights_checksums('terramind_v1_tiny') == {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in path.values()}
+    assert (weights_checksums('terramind_v1_tiny') == {p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+                                                       for p in path.values()})
 
 def test_files_may_lie_side_by_side(hub, tmp_path):
     source = next(iter(locate('terramind_v1_tiny').values()))
     (tmp_path/source.name).symlink_to(source)
     assert list(locate('terramind_v1_tiny', weights=tmp_path).values()) == [tmp_path/source.name]
     with pytest.raises(GacError) as refusal: locate(TINY, weights=tmp_path)
-    assert 'needs 1 file(s)' in str(refusal.value) and f'put it at {tmp_path/"TerraMind_Tokenizer_S2L2A.pt"}' in str(refusal.value)
+    assert 'needs 1 file(s)' in str(refusal.value)
+    assert f'put it at {tmp_path/"TerraMind_Tokenizer_S2L2A.pt"}' in str(refusal.value)
     assert next(iter(locate('terramind_v1_tiny', weights=hub).values())) == source  # or in the cache's layout
 
 def test_offline_every_missing_file_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path)); monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     with pytest.raises(GacError) as refusal: build_model('terramind_v1_small_tim', tim_modalities=['LULC', 'NDVI'])
-    for word in ('needs 3 file(s)', 'HF_HUB_OFFLINE is set', 'TerraMind_v1_small.pt', 'TerraMind_Tokenizer_LULC.pt', 'TerraMind_Tokenizer_NDVI.pt',
-                 'data/weights', 'ibm-esa-geospatial/TerraMind-1.0-small'): assert word in str(refusal.value)
+    for word in ('needs 3 file(s)', 'HF_HUB_OFFLINE is set', 'TerraMind_v1_small.pt', 'TerraMind_Tokenizer_LULC.pt',
+                 'TerraMind_Tokenizer_NDVI.pt', 'data/weights', 'ibm-esa-geospatial/TerraMind-1.0-small'):
+        assert word in str(refusal.value)
 
 class Mischief:
     def __reduce__(self): return os.mkdir, ('executed',)
@@ -242,7 +254,8 @@ def test_terratorchs_own_pretrained_path_gives_the_same_model(hub, generator, mo
     files = {w.repo: p for w, p in locate(TINY).items()}
     for module in (terramind_register, tokenizer_register):
         monkeypatch.setattr(module, 'hf_hub_download', lambda repo_id, filename: files[repo_id])
-    theirs = TERRATORCH_FULL_MODEL_REGISTRY.build(TINY, pretrained=True, modalities=['S1GRD'], output_modalities=['S2L2A']).state_dict()
+    theirs = TERRATORCH_FULL_MODEL_REGISTRY.build(TINY, pretrained=True, modalities=['S1GRD'],
+                                                  output_modalities=['S2L2A']).state_dict()
     for k, v in generator.core.state_dict().items(): assert torch.equal(theirs[k], v), k
 
 @pytest.mark.slow
@@ -253,7 +266,8 @@ def test_thinking_and_diffusion_at_full_size(hub, generator, tmp_path):
     core = next(iter(locate('terramind_v1_tiny').values()))
     (tmp_path/core.name).symlink_to(core)
     tim = build_model('terramind_v1_tiny_tim', weights=tmp_path)
-    assert tim.encoder_embeddings['untok_sen1grd@224'].proj.weight is tim.sampler.model.encoder_embeddings['untok_sen1grd@224'].proj.weight
+    assert tim.encoder_embeddings['untok_sen1grd@224'].proj.weight is tim.sampler.model.encoder_embeddings[
+        'untok_sen1grd@224'].proj.weight
     assert encode_features(tim, {'S1GRD': torch.randn(1, 2, 96, 96)}).shape == (1, 36, 192)
     (tmp_path/lulc.file).unlink()
     s1 = torch.randn(3, 2, 120, 120)*4 - 14
@@ -291,7 +305,8 @@ def test_a_generator_of_stage_1_draws_the_same_without_an_encoder_and_says_what_
     assert torch.equal(lean.decode(codes, 48, 1), whole.decode(codes, 48, 1))
     assert weights_checksums(lean.core) == weights_checksums(whole.core)
     assert not any('.encoder.' in k and 'tokenizer' in k for k, _ in lean.named_parameters())
-    with pytest.raises(GacError, match='S2L2A cannot be tokenized.*tokenizer_encoder=True'): lean.tokenize(torch.zeros(1, 12, 48, 48))
+    with pytest.raises(GacError, match='S2L2A cannot be tokenized.*tokenizer_encoder=True'):
+        lean.tokenize(torch.zeros(1, 12, 48, 48))
     with pytest.raises(GacError, match='makes no round trip'):
         tokenizer_reconstruction(lean, Decoding(1))(dict(s2=torch.zeros(1, 12, 48, 48).numpy(), id=['a']))
 
@@ -301,7 +316,8 @@ def test_terratorchs_own_loader_refuses_a_tensor_that_was_renamed(tmp_path, monk
     e = model_entry('terramind_v1_tiny')
     blank = build_blank('terramind_v1_tiny', memory=False, modalities=['S1GRD'])
     state = numbers(blank, 5)
-    build = lambda: TERRATORCH_BACKBONE_REGISTRY.build('terramind_v1_tiny', pretrained=True, modalities=['S1GRD']).state_dict()
+    build = lambda: TERRATORCH_BACKBONE_REGISTRY.build('terramind_v1_tiny', pretrained=True,
+                                                       modalities=['S1GRD']).state_dict()
     monkeypatch.setenv('GAC_WEIGHTS', str(tmp_path))
     torch.save(state, tmp_path/e.file)
     for k, v in build().items(): assert torch.equal(v, state[k]), k

@@ -1,4 +1,4 @@
-"Readers are given anything: bytes that were changed, structures that make no sense. Only the project's own error may come out."
+"Readers of changed bytes and odd structures raise no error but the project's own."
 import io
 import json
 import os
@@ -48,14 +48,14 @@ def no_waiting_for_the_disk(monkeypatch): monkeypatch.setattr(os, 'fsync', lambd
 
 def anything(cases:int, strategy, check) -> None:
     "Call check with so many examples of a strategy, the same ones every time."
-    @settings(max_examples=cases, deadline=None, database=None, derandomize=cases < 100, suppress_health_check=list(HealthCheck),
-              phases=(Phase.generate, Phase.shrink))
+    @settings(max_examples=cases, deadline=None, database=None, derandomize=cases < 100,
+              suppress_health_check=list(HealthCheck), phases=(Phase.generate, Phase.shrink))
     @given(strategy)
     def check_all(example): check(example)
     check_all()
 
 def tried(f, *args):
-    "What a reader makes of it, None where it refuses; any other error is a failure."
+    "Return the result of a reader, or None if it refuses; any other error is a failure."
     try: return f(*args)
     except GacError as e:
         assert len(str(e)) > 10
@@ -78,7 +78,8 @@ def spoilt(good:bytes):
         return x
     return st.one_of(st.lists(one, min_size=1, max_size=4).map(change), st.binary(max_size=64))
 
-# ---- bytes -------------------------------------------------------------------------------------------------------------------------------
+# ---- bytes -----------------------------------------------------------------------------------------------------------
+# --------------------
 
 def load(layout, src, opt=Options(size=40)):
     "Every tile of a data set, as conversion reads it."
@@ -99,13 +100,13 @@ def read_chain(folder):
 def whole_store(path): return Store(path).read('s1', slice(None))
 
 def journalled(path:Path) -> Path:
-    "A store with a batch in its journal."
+    "Make a store with a batch in its journal."
     store = Store.create(path, writer.ARRAYS, shard=8)
     store.append([writer.record(i) for i in range(3)])
     return path
 
 def locked(path:Path) -> None:
-    "A store that another machine writes to."
+    "Make a store that another machine writes to."
     Store.create(path, writer.ARRAYS)
     (path/'journal').mkdir()
     (path/'journal'/'tiles.0of1.lock').write_text('{"pid": 1, "host": "elsewhere", "started": 0.5}')
@@ -117,16 +118,19 @@ def notebook(path:Path) -> Path:
     return path
 
 def city(folder:Path) -> Path:
-    "The tables of a data set of chips."
-    from affine import Affine
-    chips = pd.DataFrame([dict(id=f'c{i}', top=0, left=90*i, split=s, files={}) for i, s in enumerate(('train', 'val', 'test'))])
+    "Make the tables of a data set of chips."
+    chips = pd.DataFrame([dict(id=f'c{i}', top=0, left=90*i, split=s, files={})
+                          for i, s in enumerate(('train', 'val', 'test'))])
     finish(folder, chips, dict(size=48, crs='EPSG:32618', days=['2021-07-18']))
     return folder
 
+PROFILE = 'description: a toy\nneeds: {gpu: 1}\n00_x: {k: 4}\ncommon:\n  name: b\n'
+ECOREGIONS = dict(type='FeatureCollection', features=[
+    dict(type='Feature', properties=dict(BIOME=4), geometry=dict(type='Point', coordinates=[5, 50]))])
 FILES = {  # name -> (what makes it in a folder, the file that is changed, the reader of the folder)
     'GeoTIFF': (lambda d: layouts.geotiff(d, 1, 40, dem=False), 'S2L2A/a0.tif', partial(load, 'geotiff')),
-    'NPZ': (lambda d: np.savez(d/'n.npz', s1=layouts.radar(0, 40), s2=layouts.optical(0, 40, 4), month=3, id='t'), 'n.npz',
-            partial(load, 'npz')),
+    'NPZ': (lambda d: np.savez(d/'n.npz', s1=layouts.radar(0, 40), s2=layouts.optical(0, 40, 4), month=3, id='t'),
+            'n.npz', partial(load, 'npz')),
     'tortilla': (lambda d: layouts.benv2(d/'b.tortilla', 1), 'b.tortilla', partial(load, 'benv2')),
     'table of BigEarthNet': (lambda d: layouts.bigearthnet(d, 1), 'metadata.parquet',
                              lambda d: read_bigearthnet(d, Options())),
@@ -142,7 +146,7 @@ FILES = {  # name -> (what makes it in a folder, the file that is changed, the r
                     lambda d: load_checkpoint(d/'x.safetensors', 'toy')),
     'weights': (lambda d: (d/'x.pt').write_bytes(torch_bytes(dict(a=torch.zeros(3)))), 'x.pt',
                 lambda d: read_weights(d/'x.pt')),
-    'profile': (lambda d: (notebook(d/'00_x.ipynb'), (d/'toy.yaml').write_text('description: a toy\nneeds: {gpu: 1}\n00_x: {k: 4}\ncommon:\n  name: b\n')), 'toy.yaml', read_chain),
+    'profile': (lambda d: (notebook(d/'00_x.ipynb'), (d/'toy.yaml').write_text(PROFILE)), 'toy.yaml', read_chain),
     'notebook': (lambda d: (notebook(d/'00_x.ipynb'), (d/'toy.yaml').write_text('description: a toy\n00_x: {k: 4}\n')),
                  '00_x.ipynb', read_chain),
     'state of the chain': (lambda d: (d/'chain.json').write_text('{"00_x": {"key": "a", "seconds": 3}}'), 'chain.json',
@@ -155,8 +159,8 @@ FILES = {  # name -> (what makes it in a folder, the file that is changed, the r
                                lambda d: radar_in(read_images(d/'x.pt'), 'x.pt')),
     'manifest of chips': (city, 'manifest.json', Chips),
     'table of chips': (city, 'chips.csv', Chips),
-    'map of ecoregions': (lambda d: (d/'e.geojson').write_text(json.dumps(dict(type='FeatureCollection', features=[dict(type='Feature', properties=dict(BIOME=4), geometry=dict(type='Point', coordinates=[5, 50]))]))),
-                          'e.geojson', lambda d: read_ecoregions(d/'e.geojson')),
+    'map of ecoregions': (lambda d: (d/'e.geojson').write_text(json.dumps(ECOREGIONS)), 'e.geojson',
+                          lambda d: read_ecoregions(d/'e.geojson')),
 }
 
 @CASES
@@ -176,11 +180,13 @@ def test_bytes(name, cases, tmp_path):
         assert sorted(p.name for p in tmp_path.iterdir()) == ['there']
     anything(cases, spoilt(good), check)
 
-# ---- structures ----------------------------------------------------------------------------------------------------------------------------
+# ---- structures ----
 
 plain = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.integers(-10**400, 10**400), st.floats(),
                                st.text(max_size=9), st.dates(), st.binary(max_size=4)),
-                     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)), max_leaves=5)
+                     lambda inner: st.one_of(st.lists(inner, max_size=3),
+                                             st.dictionaries(st.text(max_size=5), inner, max_size=3)),
+                     max_leaves=5)
 KINDS = ('int', 'float', 'str', 'bool', 'list', 'list[int]', 'list[float]', 'tuple[str, ...]', 'dict', 'int | None',
          'float | None')
 
@@ -199,9 +205,11 @@ def test_profiles_of_any_structure(cases, tmp_path):
     def check(sections):
         (tmp_path/'toy.yaml').write_text(json.dumps(dict(description='a toy') | sections, default=str))
         tried(lambda: check_parameters(stages, load_profile('toy', tmp_path)))
-    anything(cases, st.dictionaries(st.sampled_from(('common', '00_x', '00_y', '')),
-                                    st.one_of(plain, st.dictionaries(st.sampled_from(('k', 'profile', 'z')), plain)), max_size=3),
-                                    check)
+    anything(cases,
+             st.dictionaries(st.sampled_from(('common', '00_x', '00_y', '')),
+                             st.one_of(plain, st.dictionaries(st.sampled_from(('k', 'profile', 'z')), plain)),
+                             max_size=3),
+             check)
 
 @CASES
 def test_settings_of_a_training(cases):
@@ -220,15 +228,20 @@ def test_dates_and_ids(cases, tmp_path):
 
 @CASES
 def test_arrays_of_any_type_and_shape(cases, tmp_path):
-    kinds = st.one_of(*(st.just(np.dtype(k)) for k in ('u1', 'i2', 'u2', 'i8', 'f4', 'f8', 'f2', 'c8', '?', 'U3', 'S3', 'M8[s]')))
-    array = kinds.flatmap(lambda k: sn.arrays(k, st.one_of(sn.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4),
-                                                           st.sampled_from([(2, 40, 40), (4, 40, 40), (1, 12, 40, 40)]))))
+    kinds = st.one_of(*(st.just(np.dtype(k))
+                        for k in ('u1', 'i2', 'u2', 'i8', 'f4', 'f8', 'f2', 'c8', '?', 'U3', 'S3', 'M8[s]')))
+    array = kinds.flatmap(lambda k: sn.arrays(k,
+                                              st.one_of(sn.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4),
+                                                        st.sampled_from([(2, 40, 40), (4, 40, 40), (1, 12, 40, 40)]))))
     def check(arrays):
         np.savez(tmp_path/'n.npz', **arrays)
         load('npz', tmp_path/'n.npz')
         if 's1' in arrays or 's1_vv' in arrays: tried(lambda: radar_in(read_images(tmp_path/'n.npz'), 'n.npz'))
-    anything(cases*2, st.dictionaries(st.sampled_from(('s1', 's1_vv', 's1_vh', 's2', 'id', 'month', 'transform', 'crs', 'lulc',
-                                                       'lon', 'date', 'split')), array, max_size=5), check)
+    anything(cases*2,
+             st.dictionaries(st.sampled_from(('s1', 's1_vv', 's1_vh', 's2', 'id', 'month', 'transform', 'crs', 'lulc',
+                                              'lon', 'date', 'split')),
+                             array, max_size=5),
+             check)
 
 @CASES
 def test_facts_about_a_tile(cases, tmp_path):
@@ -237,7 +250,7 @@ def test_facts_about_a_tile(cases, tmp_path):
     with Store.create(path, writer.ARRAYS, shard=4) as store:
         def check(facts):
             before = len(store)
-            kept = tried(store.append, [writer.record(n[0] % 90) | dict(id=f'i{n[0]}') | facts])
+            tried(store.append, [writer.record(n[0] % 90) | dict(id=f'i{n[0]}') | facts])
             n[0] += 1
             assert len(store.table) == len(store) in (before, before + 1)
         anything(cases, st.dictionaries(st.sampled_from((*COLUMNS, 'more', 's1', 's2')), plain, max_size=2), check)

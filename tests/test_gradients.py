@@ -1,4 +1,4 @@
-"The generation path's barriers as TerraTorch ships them, their removal one by one, and how far adapters and routes reach."
+"The barriers of the generation path, their removal one by one, and the reach of adapters and routes."
 import numpy as np
 import pytest
 import torch
@@ -35,7 +35,7 @@ EXPECTED = {'as shipped': set(), '− pipeline no_grad': {'UNet'}, '− code loo
 
 @pytest.fixture(scope='module')
 def generator():
-    "The miniature with random numbers in it: no property below depends on its training."
+    "Return the miniature with random weights: no property below depends on its training."
     with seeded(0): model = build_generator(pretrained=False)
     reinit_zero_layers(model)
     return model
@@ -58,7 +58,8 @@ def dissected(generator, batch) -> dict: return {k: reached(t) for k, t in disse
 def test_the_library_has_these_barriers_and_each_is_one_by_itself(generator, batch):
     assert dissected(generator, batch) == EXPECTED
     shipped = probe_gradients(generator, batch)
-    assert 'does not require grad' in shipped.attrs['error'] and set(shipped.verdict) == {'backward raises', 'not on this route'}
+    assert 'does not require grad' in shipped.attrs['error']
+    assert set(shipped.verdict) == {'backward raises', 'not on this route'}
 
 @pytest.mark.parametrize('method', ['forward_encoder', 'forward_decoder', 'forward_logits'])
 def test_another_barrier_on_the_path_would_be_seen(generator, batch, method, monkeypatch):
@@ -95,9 +96,8 @@ def test_removal_changes_no_value_and_leaves_nothing_behind(generator, batch, te
     "At temperature 0 the choice is torch.argmax, else torch.multinomial."
     monkeypatch.setattr(generator.core, 'temps', temperature)
     quantiser, scheduler = generator.tokenizer().quantize, generator.tokenizer().noise_scheduler
-    state = lambda: (PipelineCond.__call__, GenerationSampler.generate, torch.multinomial, torch.argmax, list(vars(quantiser)),
-                     list(vars(generator.core.sampler)),
-                     dict(scheduler.config))
+    state = lambda: (PipelineCond.__call__, GenerationSampler.generate, torch.multinomial, torch.argmax,
+                     list(vars(quantiser)), list(vars(generator.core.sampler)), dict(scheduler.config))
     before = state()
     shipped, _ = generate_through(generator, batch)
     for k in range(1, len(STOPS) + 1):
@@ -166,8 +166,8 @@ def test_memory_grows_with_the_diffusion_steps():
     route, _ = adapted('expected code')
     rows = [cost_of(route, tile(route.reads), k, 1) for k in (1, 4)]
     assert rows[1]['peak_memory_mb'] > rows[0]['peak_memory_mb'] > sum(p.numel() for p in route.parameters())*4e-6
-    assert list(rows[0]) == ['device', 'method', 'steps', 'precision', 'batch', 'ms_per_tile', 'tiles_per_s', 'peak_memory_mb',
-                             'params', 'trainable']
+    assert (list(rows[0]) == ['device', 'method', 'steps', 'precision', 'batch', 'ms_per_tile', 'tiles_per_s',
+                              'peak_memory_mb', 'params', 'trainable'])
 
 def test_the_score_function_estimate_agrees_with_the_exact_gradient():
     "One token, 5 codes, a quadratic loss: the gradient by θ is known."

@@ -12,6 +12,7 @@ import rasterio
 from swapping import swap
 
 from gac.cli import main
+from gac.core.config import InferConfig
 from gac.core.files import GacError, fingerprint_files, real_data, root, writable
 from gac.core.run import Run
 from gac.core.vocabulary import OPT_BANDS, OPT_INDEX, S2_BANDS
@@ -456,7 +457,7 @@ def test_what_was_said_is_not_asked_for(tmp_path, capsys):
     assert report['status'].tolist() == ['error', 'ok', 'ok'] and '--s1-units' not in report['reason'][0]
     scene = write(tmp_path/'s.tif', DB, ('VV', 'VH'), crs=None)
     import export_chains as chains
-    infer_scene(scene, tmp_path/'o.tif', chains.Grey(), Tiling(48, 16, 96), month=6, biome=4)
+    infer_scene(scene, tmp_path/'o.tif', chains.Grey(), Tiling(48, 16, 96), InferConfig(month=6, biome=4))
     assert not {'--biome', '--month'} & set(capsys.readouterr().out.replace(')', ' ').replace('(', ' ').split())
 
 # ---- numbers on another scale, an offset taken off twice ---------------------------------------------------------------------------------------------

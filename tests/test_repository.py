@@ -27,13 +27,15 @@ ROOT = root()
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 STAGES = [p for p in NOTEBOOKS if p.parent.name == 'nbs' and re.match(r'\d\d_', p.name)]
 MODULES = sorted((ROOT/'gac').rglob('[!_]*.py'))
-SKIP = {'.git', '.venv', '.pytest_cache', '.hypothesis', '__pycache__', '.ipynb_checkpoints', 'gac.egg-info', 'runs', 'build',
-        'dist'}
+SKIP = {'.git', '.venv', '.pytest_cache', '.hypothesis', '__pycache__', '.ipynb_checkpoints', 'gac.egg-info', 'runs',
+        'build', 'dist'}
 
 def committed() -> list[Path]:
-    "The files of the repository: as git lists them, else all but what is ignored by name."
-    done = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard', '-z'], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode == 0 and done.stdout: return [p for n in done.stdout.split('\0') if n and (p := ROOT/n).is_file()]
+    "Return the files of the repository as git lists them, or all that are not ignored by name."
+    done = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard', '-z'], cwd=ROOT, capture_output=True,
+                          text=True)
+    if done.returncode == 0 and done.stdout:
+        return [p for n in done.stdout.split('\0') if n and (p := ROOT/n).is_file()]
     found = (p for p in ROOT.rglob('*') if p.is_file() and not SKIP & set(p.relative_to(ROOT).parts))
     return [p for p in found if 'data/real' not in p.as_posix() and 'reports/smoke' not in p.as_posix()]
 
@@ -46,7 +48,7 @@ def canonical(name:str) -> str: return re.sub(r'[-_.]+', '-', re.split(r'[<>=!~;
 
 @pytest.fixture(scope='module')
 def copy(tmp_path_factory) -> Path:
-    "The notebooks and settings alone, with their modules exported anew."
+    "Export the modules from a copy of the notebooks and settings."
     new = tmp_path_factory.mktemp('copy')
     for name in ('settings.ini', 'setup.py', 'pyproject.toml'): shutil.copy(ROOT/name, new/name)
     shutil.copytree(ROOT/'nbs', new/'nbs', ignore=shutil.ignore_patterns('.ipynb_checkpoints', '_*'))
@@ -55,11 +57,13 @@ def copy(tmp_path_factory) -> Path:
     return new
 
 def test_export_in_sync(copy):
-    kept, made = ({p.relative_to(at/'gac').as_posix(): p.read_text() for p in (at/'gac').rglob('*.py')} for at in (ROOT, copy))
+    kept, made = ({p.relative_to(at/'gac').as_posix(): p.read_text() for p in (at/'gac').rglob('*.py')}
+                  for at in (ROOT, copy))
     assert sorted(kept) == sorted(made), 'run nbdev_export'
-    for name in made.keys() - {n for n in made if n.endswith('__init__.py')}: assert kept[name] == made[name], f'gac/{name} is not what its notebook exports: run nbdev_export'
-    others = [p.name for p in (ROOT/'gac').rglob('*') if p.is_file() and p.suffix != '.py'
-              and p.parent.name not in ('__pycache__', 'templates')]
+    for name in made.keys() - {n for n in made if n.endswith('__init__.py')}:
+        assert kept[name] == made[name], f'gac/{name} is not what its notebook exports: run nbdev_export'
+    others = [p.name for p in (ROOT/'gac').rglob('*')
+              if p.is_file() and p.suffix != '.py' and p.parent.name not in ('__pycache__', 'templates')]
     assert all((p.parent/'__init__.py').exists() for p in MODULES), 'setup finds packages by their __init__.py'
     assert not others, f'gac/ holds exported modules and templates, nothing else: {others}'
     assert (copy/'pyproject.toml').read_text() == (ROOT/'pyproject.toml').read_text()
@@ -78,7 +82,8 @@ def test_notebook_is_small_and_whole(path):
         assert not [o for o in c.get('outputs', []) if o['output_type'] == 'error'], f'{path.name} keeps an error'
         text = ' '.join(''.join(o.get('text', '')) for o in c.get('outputs', []))
         assert not re.search(r'\b0%\|', text), f'{path.name} keeps a bar that stands still'
-    assert json.loads(path.read_text()) == strip_widgets(json.loads(path.read_text())), f'{path.name} keeps widgets that are dead: study.still leaves their pictures'
+    assert json.loads(path.read_text()) == strip_widgets(json.loads(path.read_text())), (
+        f'{path.name} keeps widgets that are dead: study.still leaves their pictures')
 
 class _Bound(ast.NodeVisitor):
     "Names that a cell binds at its top."
@@ -104,14 +109,15 @@ def test_notebook_keeps_the_names_it_exports(path):
         if source.startswith('#| export'):
             exported |= {n.name for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
         else:
-            assert not bound.names & exported, f'{path.name}, cell {c["id"]} binds {bound.names & exported}, which the notebook exports or takes as a parameter'
+            assert not bound.names & exported, (f'{path.name}, cell {c["id"]} binds {bound.names & exported}, '
+                                                f'which the notebook exports or takes as a parameter')
 
 @pytest.mark.parametrize('path', STAGES, ids=lambda p: p.stem)
 def test_stage_parameters(path):
     declared = notebook_parameters(path)  # raises unless exactly one cell is tagged
     first = [(p.name, p.kind, p.default) for p in declared.values()][:5]
-    assert first == [('profile', 'str', 'smoke'), ('seed', 'int', 0), ('run_dir', 'str', ''), ('reports_dir', 'str', ''),
-                     ('data', 'str', '')]
+    assert (first == [('profile', 'str', 'smoke'), ('seed', 'int', 0), ('run_dir', 'str', ''),
+                      ('reports_dir', 'str', ''), ('data', 'str', '')])
     for p in declared.values():
         assert p.help, f'{path.name}: {p.name} has no comment'
         assert check_value(p, p.default, path.name) == p.default
@@ -125,19 +131,23 @@ def test_modules_import_downhill():
     assert layer_violations() == {}
     for path in MODULES:
         source = path.read_text()
-        stars = [n.module for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom) and n.names[0].name == '*']
+        stars = [n.module for n in ast.walk(ast.parse(source))
+                 if isinstance(n, ast.ImportFrom) and n.names[0].name == '*']
         assert not stars, f'{path.name}: import * from {stars}'
 
 def test_lock_follows_settings():
     pins = [line for line in (ROOT/'requirements.lock').read_text().splitlines() if line and not line.startswith('#')]
-    assert all(re.match(r'[A-Za-z0-9_.-]+==[^ ]+( ; .+)?$', line) for line in pins), 'every line pins one package, without an address'
-    assert not [line for line in pins if re.match(r'nvidia-|cuda-|triton', line)], 'torch brings its own accelerator runtime'
+    assert all(re.match(r'[A-Za-z0-9_.-]+==[^ ]+( ; .+)?$', line) for line in pins), ('every line pins one package, '
+                                                                                      'without an address')
+    assert not [line for line in pins if re.match(r'nvidia-|cuda-|triton', line)], ('torch brings its own accelerator '
+                                                                                    'runtime')
     from packaging.requirements import Requirement
     locked = {}
     for line in pins: locked.setdefault(canonical(line), []).append(re.split(r'==| ;', line)[1].strip())
     for r in map(Requirement, requirements()):
         assert canonical(r.name) in locked, f'{r.name} is not in requirements.lock: make lock'
-        assert all(r.specifier.contains(v) for v in locked[canonical(r.name)]), f'{r} against {locked[canonical(r.name)]}: make lock'
+        assert all(r.specifier.contains(v) for v in locked[canonical(r.name)]), (
+            f'{r} against {locked[canonical(r.name)]}: make lock')
 
 def test_environment_and_package_follow_settings():
     env = yaml.safe_load((ROOT/'environment.yml').read_text())
@@ -151,15 +161,17 @@ def test_environment_and_package_follow_settings():
     assert 'Apache License' in (ROOT/'LICENSE').read_text()
 
 def test_imported_packages_are_required():
-    "Whatever gac imports from outside is named in settings.ini; planetary-computer is optional, and its absence is explained."
+    "All imports of gac are named in settings.ini; planetary-computer is optional, and its absence is explained."
     required = {canonical(r) for r in requirements()}
     alias = {'yaml': 'pyyaml', 'sklearn': 'scikit-learn', 'odc': 'odc-stac'}
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text())):
             names = ([a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
                      if isinstance(node, ast.ImportFrom) and not node.level else [])
-            for name in {n.split('.')[0] for n in names} - set(sys.stdlib_module_names) - {'gac', 'numpy', 'requests', 'planetary_computer'}:
-                assert canonical(alias.get(name, name)) in required, f'{path.name} imports {name}, which settings.ini does not name'
+            for name in {n.split('.')[0] for n in names} - set(sys.stdlib_module_names) - {'gac', 'numpy', 'requests',
+                                                                                           'planetary_computer'}:
+                assert canonical(alias.get(name, name)) in required, (f'{path.name} imports {name}, which settings.ini '
+                                                                      f'does not name')
 
 def test_readme_is_the_index_notebook():
     text = (ROOT/'README.md').read_text()
@@ -176,8 +188,8 @@ def test_make_targets_named_in_the_readme_exist():
 
 # folders of a machine and addresses of package indices, written so that this file holds none
 MACHINE = re.compile('|'.join([r'/(?:ho' r'me|Us' r'ers|ro' r'ot|op' r't|wo' r'rk)/[\w.-]+', r'/t' r'mp/\w',
-                               r'[A-Z]:\\\\Us' r'ers', r'/va' r'r/folders',
-                               r'--(?:extra-)?ind' r'ex-url [^-\s]', r'find-li' r'nks', r'file:/' r'//', r'site-pack' r'ages/']))
+                               r'[A-Z]:\\\\Us' r'ers', r'/va' r'r/folders', r'--(?:extra-)?ind' r'ex-url [^-\s]',
+                               r'find-li' r'nks', r'file:/' r'//', r'site-pack' r'ages/']))
 
 def test_nothing_of_one_machine():
     for path in committed():
@@ -189,15 +201,16 @@ def test_nothing_of_one_machine():
 
 def test_weights_are_small_and_have_cards():
     files = [p for p in committed() if p.suffix in ('.safetensors', '.pt', '.ckpt', '.bin')]
-    assert all(p.parent in (ROOT/'data'/'weights'/'mini', ROOT/'data'/'weights'/'next') and p.suffix == '.safetensors' for p in files), files
+    assert all(p.parent in (ROOT/'data'/'weights'/'mini', ROOT/'data'/'weights'/'next') and p.suffix == '.safetensors'
+               for p in files), (files)
     for folder in ('mini', 'next'): assert sum(p.stat().st_size for p in files if p.parent.name == folder) <= 30e6
     for p in files: assert json.loads(p.with_suffix('.json').read_text()), f'{p.name} has no card'
 
 def test_committed_files_are_few_and_known():
     "Nothing at the top that the house does not name."
-    known = {'README.md', 'Makefile', 'settings.ini', 'setup.py', 'pyproject.toml', 'environment.yml', 'requirements.lock',
-             'LICENSE', 'CITATION.cff',
-             '.gitignore', 'nbs', 'gac', 'data', 'reports', 'tests', '.ci', '.github', 'docs'}
+    known = {'README.md', 'Makefile', 'settings.ini', 'setup.py', 'pyproject.toml', 'environment.yml',
+             'requirements.lock', 'LICENSE', 'CITATION.cff', '.gitignore', 'nbs', 'gac', 'data', 'reports', 'tests',
+             '.ci', '.github', 'docs'}
     assert {p.relative_to(ROOT).parts[0] for p in committed()} <= known
     folders = {p.relative_to(ROOT).parts[1] for p in committed() if p.relative_to(ROOT).parts[0] == 'data'
                and len(p.relative_to(ROOT).parts) > 2}
@@ -211,7 +224,8 @@ def test_torchvision_is_mended_only_where_it_is_broken():
     assert done.stdout.strip() == '[[2, 1, 0]]', done.stderr
 
 def test_study_imports_light():
-    code = "import sys; import gac.core.run, gac.runner.chain; print(sorted({'torch', 'pandas', 'matplotlib', 'papermill'} & set(sys.modules)))"
+    code = ("import sys; import gac.core.run, gac.runner.chain; print(sorted({'torch', 'pandas', 'matplotlib', "
+            "'papermill'} & set(sys.modules)))")
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT).stdout.strip() == '[]'
 
 @pytest.mark.parametrize('path', sorted(p for p in committed() if p.parent.name == 'notebooks'),
@@ -220,10 +234,13 @@ def test_pictures_of_an_executed_notebook_are_whole(path):
     for cell in json.loads(path.read_text(encoding='utf-8'))['cells']:
         for out in cell.get('outputs', []):
             if 'image/png' in out.get('data', {}):
-                Image.open(io.BytesIO(base64.b64decode(''.join(out['data']['image/png']).strip(), validate=True))).verify()
+                Image.open(io.BytesIO(base64.b64decode(''.join(out['data']['image/png']).strip(),
+                                                       validate=True))).verify()
 
-@pytest.mark.parametrize('path', sorted((ROOT/'nbs'/'lib').rglob('[!.]*.ipynb')), ids=lambda p: p.relative_to(ROOT/'nbs'/'lib').as_posix())
+@pytest.mark.parametrize('path', sorted((ROOT/'nbs'/'lib').rglob('[!.]*.ipynb')),
+                         ids=lambda p: p.relative_to(ROOT/'nbs'/'lib').as_posix())
 def test_links_of_the_library_lead_somewhere(path):
-    text = '\n'.join(''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'markdown')
+    text = '\n'.join(''.join(c['source']) for c in json.loads(path.read_text())['cells']
+                     if c['cell_type'] == 'markdown')
     lost = [t for t in re.findall(r'\]\(([^)#\s]+)\)', text) if '://' not in t and not (path.parent/t).exists()]
     assert not lost, f'{path.name} links {lost}'

@@ -1,4 +1,4 @@
-"What is trained is a folder that peft and the Hugging Face Hub know: its card is true, its code runs, and its name is enough to load it."
+"A trained folder is one that peft and the Hugging Face Hub read: its card is true and its code runs."
 import json
 import re
 import shutil
@@ -26,11 +26,12 @@ from gac.training.adapters import ADAPTER_FILES
 from gac.training.checkpoints import load_checkpoint, write_card
 
 SMALL = dict(width=16, depth=1)
-MEASURED = dict(val_psnr=27.25, val_psnr_calibrated=28.125, val_ssim=.75, val_sar_edge=.5, val_loss=-3., val_psnr_v2=float('nan'))
+MEASURED = dict(val_psnr=27.25, val_psnr_calibrated=28.125, val_ssim=.75, val_sar_edge=.5, val_loss=-3.,
+                val_psnr_v2=float('nan'))
 HEADS = dict(stage2='refiner', stage3='grounding')
 
 def drawn(model):
-    "A model whose head and adapters do something."
+    "Return a model whose head and adapters change the output."
     r = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for k, p in model.named_parameters():
@@ -48,7 +49,7 @@ def folders(tmp_path_factory) -> dict:
 
 @pytest.fixture
 def hub(folders, tmp_path, monkeypatch):
-    "A Hugging Face cache that holds both folders, and no network."
+    "Make a Hugging Face cache with both folders, and no network."
     def put(name, folder, revision='main', commit='0'*40):
         at = tmp_path/'hub'/f'models--{name.replace("/", "--")}'
         shutil.copytree(folder, at/'snapshots'/commit)
@@ -57,7 +58,8 @@ def hub(folders, tmp_path, monkeypatch):
     for stage, folder in folders.items(): put(f'someone/gac-{stage}.v1', folder)
     monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path/'hub'))
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
-    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path/'hub'))  # for peft: it was imported before
+    # for peft: it was imported before
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path/'hub'))
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
     monkeypatch.chdir(tmp_path)
     return put
@@ -76,14 +78,17 @@ def run_card(folder:Path, name='') -> dict: # what its code leaves
 @pytest.mark.parametrize('stage', HEADS)
 def test_the_card_is_one_of_the_hub_and_tells_what_was_measured(folders, stage):
     folder = folders[stage]
-    assert sorted(p.name for p in folder.iterdir()) == sorted(['README.md', 'adapter_config.json', 'adapter_model.safetensors',
-                                                               f'{HEADS[stage]}.json', f'{HEADS[stage]}.safetensors'])
+    assert (sorted(p.name for p in folder.iterdir()) == sorted(['README.md', 'adapter_config.json',
+                                                                'adapter_model.safetensors', f'{HEADS[stage]}.json',
+                                                                f'{HEADS[stage]}.safetensors']))
     card, head = ModelCard.load(folder/'README.md'), metadata_load(folder/'README.md')
-    assert (head['library_name'], head['license'],
-            head['pipeline_tag']) == ('peft', 'apache-2.0', 'image-to-image') and {stage, 'gac', 'lora'} <= set(head['tags'])
+    assert (head['library_name'], head['license'], head['pipeline_tag']) == ('peft', 'apache-2.0', 'image-to-image')
+    assert {stage, 'gac', 'lora'} <= set(head['tags'])
     told = {r.metric_type: r.metric_value for r in card.data.eval_results}
-    assert told == dict(psnr=27.25, psnr_calibrated=28.125, ssim=.75, sar_edge=.5)  # no loss, and nothing that is no number
-    assert {(r.dataset_name, r.dataset_split, r.task_type) for r in card.data.eval_results} == {('procedural world', 'validation', 'image-to-image')}
+    # no loss, and nothing that is no number
+    assert told == dict(psnr=27.25, psnr_calibrated=28.125, ssim=.75, sar_edge=.5)
+    assert ({(r.dataset_name, r.dataset_split, r.task_type) for r in card.data.eval_results} == {
+                ('procedural world', 'validation', 'image-to-image')})
     assert ModelCard(str(card)).data.to_dict() == card.data.to_dict() and yaml.safe_load(card.data.to_yaml()) == head
     for said in ('| PSNR, dB | 27.2500 |', '| pairs | `12` |', 'They look like observations, but they are not'):
         assert said in card.text, said
@@ -99,7 +104,8 @@ def test_the_base_model_is_a_repository_of_the_hub(folders, tmp_path, stage, nam
     head = metadata_load(write_card(tmp_path, meta, 'A title', 'It does.', 'code', repository))
     assert (head['base_model'], head['base_model_relation']) == (repository, 'adapter')
     assert 'base_model' not in metadata_load(folders[stage]/'README.md')
-    assert json.loads((folders[stage]/'adapter_config.json').read_text())['base_model_name_or_path'] == meta['params'].get('backbone', meta['params'].get('name'))
+    assert (json.loads((folders[stage]/'adapter_config.json').read_text())['base_model_name_or_path'] == meta[
+                'params'].get('backbone', meta['params'].get('name')))
 
 def test_the_code_of_a_card_runs_and_peft_reads_the_adapters(folders):
     two, three = run_card(folders['stage2']), run_card(folders['stage3'])
@@ -107,7 +113,8 @@ def test_the_code_of_a_card_runs_and_peft_reads_the_adapters(folders):
     with torch.no_grad():
         for a, b in zip(two['encoder'].base_model.model(x[:, :, None]), two['refiner'].encoder(x[:, :, None])):
             torch.testing.assert_close(a, b)
-    assert not np.allclose(two['image'], given['opt_v1'], atol=1e-3) and not np.allclose(three['image'], given['opt_v2'], atol=1e-3)
+    assert not np.allclose(two['image'], given['opt_v1'], atol=1e-3)
+    assert not np.allclose(three['image'], given['opt_v2'], atol=1e-3)
     adapted = {k: v for k, v in three['generator'].state_dict().items() if 'lora_' in k}
     kept = load_file(folders['stage3']/'adapter_model.safetensors')
     assert len(adapted) == len(kept) > 0
@@ -117,7 +124,8 @@ def test_the_name_of_a_repository_is_enough(folders, hub, capsys):
     for stage, what in (('stage2', 'refiner'), ('stage3', 'model')):
         here, there = run_card(folders[stage]), run_card(folders[stage], f'someone/gac-{stage}.v1')
         np.testing.assert_array_equal(here['image'], there['image'])
-    assert main(['stage3', 'info', '--stage3-checkpoint', 'someone/gac-stage3.v1']) == 0 and 'val_psnr' in capsys.readouterr().out
+    assert main(['stage3', 'info', '--stage3-checkpoint', 'someone/gac-stage3.v1']) == 0
+    assert 'val_psnr' in capsys.readouterr().out
     other = build_prithvi_refiner(lora_r=0, **SMALL)
     hub('someone/gac-stage2.v1', save_stage2(other, Path('plain')), 'plain', '1'*40)
     assert (load_stage2('someone/gac-stage2.v1@plain').config['lora_r'] == 0
@@ -127,7 +135,9 @@ def test_the_name_of_a_repository_is_enough(folders, hub, capsys):
     assert read_stage2('someone/gac-stage2.v1')[1] == meta
 
 def test_what_is_nowhere_is_told_with_repository_and_files(hub, monkeypatch, capsys):
-    with pytest.raises(GacError, match=r'nobody/nothing is no folder here and not in the Hugging Face cache \(HF_HUB_OFFLINE is set\)') as e:
+    with pytest.raises(GacError,
+                       match=r'nobody/nothing is no folder here and not in the Hugging Face cache \(HF_HUB_OFFLINE is '
+                             r'set\)') as e:
         load_stage2('nobody/nothing')
     assert 'refiner.safetensors' in str(e.value) and 'hf download nobody/nothing' in str(e.value)
     assert main(['stage3', 'info', '--stage3-checkpoint', 'nobody/nothing']) == 2
@@ -143,7 +153,8 @@ def test_what_is_nowhere_is_told_with_repository_and_files(hub, monkeypatch, cap
     with pytest.raises(GacError, match='the Hub gave OSError'): load_stage2('nobody/nothing@main')
     assert asked == [('nobody/nothing', True, 'main'), ('nobody/nothing', False, 'main')]
     Path('runs').mkdir()
-    for place in ('runs/stage2', 'a/b/c', '../x/y', 'nothing', './some/one'):  # a slip in a path is not asked of the Hub
+    # a slip in a path is not asked of the Hub
+    for place in ('runs/stage2', 'a/b/c', '../x/y', 'nothing', './some/one'):
         with pytest.raises(GacError, match='is missing'): load_stage2(place)
     assert len(asked) == 2
 
@@ -163,6 +174,7 @@ def test_how_stage1_drew_comes_with_the_repository(hub, folders, tmp_path, monke
     hub('someone/told', told)
     assert str(read_decoding('someone/told')) == 'argmax, 3 steps, no clamp'
     asked = []
-    monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda **k: asked.append(set(k['allow_patterns'])) or str(told))
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download',
+                        lambda **k: asked.append(set(k['allow_patterns'])) or str(told))
     read_decoding('someone/other')
     assert asked == [{p.name for p in told.iterdir()}]

@@ -1,4 +1,4 @@
-"The study itself, at profile smoke. In a process of its own, whose kernels are forked from one that has imported what they need."
+"The study at profile smoke, in a process of its own with forked kernels."
 import json
 import re
 import subprocess
@@ -16,13 +16,14 @@ def run(home, data='') -> tuple: # status of each notebook, seconds
     "Run the chain, reports and artefacts in `home`."
     options = dict(data=str(data), reports=str(home/'report'), runs=str(home/'run'))
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, '-c', f"from gac.runner.chain import run_chain\nrun_chain('smoke', **{options})"],
+    done = subprocess.run([sys.executable, '-c',
+                           f"from gac.runner.chain import run_chain\nrun_chain('smoke', **{options})"],
                           capture_output=True, text=True, cwd=root())
     assert done.returncode == 0, done.stdout + done.stderr
     return re.findall(r'(?m)^\| \d\d_\w+ +\| (\w+)', done.stdout), time.perf_counter() - began
 
 def overwritten(run) -> list: # files
-    "What a notebook said it made and a later one wrote over."
+    "Return the files that a notebook listed and a later one overwrote."
     return [a for r in (run/'records').glob('*.json') for a in json.loads(r.read_text())['artefacts']
             if (run/a).is_file() and (run/a).stat().st_mtime > r.stat().st_mtime]
 
@@ -47,4 +48,5 @@ def test_the_study_trains_on_tiles_it_is_given(tmp_path):
     assert set(pd.read_csv(tmp_path/'report/tables/results.csv').data) == {'real: given'}
     about = json.loads((tmp_path/'report/provenance.json').read_text())['notebooks']
     assert not [m for n in about.values() for m in n['missing'] if m.startswith('training on')]
-    assert 'real: given' in about['08_stage2']['tables']['stage2'] and 'real: given' in about['09_stage3']['tables']['stage3']
+    assert 'real: given' in about['08_stage2']['tables']['stage2']
+    assert 'real: given' in about['09_stage3']['tables']['stage3']

@@ -1,4 +1,4 @@
-"Doubt whose answer is known, places that must stay apart, attention that must add up, and generations that survive a stop."
+"Uncertainty of known answer, separate places, attention that adds up, and generations that survive a stop."
 import shutil
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ from gac.evaluation.attention import (
     swap_table,
     token_places,
 )
-from gac.evaluation.errors import DISTANCE_NAMES, distance_class, edge_distance, errors_by_class, inner, ratio_ci
+from gac.evaluation.errors import DISTANCE_NAMES, distance_class, edge_distance, errors_by_class, inner
 from gac.evaluation.generations import generations, keep_generations, sample_arrays
 from gac.evaluation.transfer import (
     exchanged,
@@ -53,6 +53,7 @@ from gac.evaluation.uncertainty import (
     uncertainty_scores,
 )
 from gac.measure.metrics import psnr
+from gac.measure.statistics import ratio_ci
 from gac.measure.tables import load_tiles, measure_methods, stored_method
 from gac.stages.chain import brief_recipe, fit_stage2, recipe_of
 from gac.stages.grounding import build_stage3_model
@@ -63,7 +64,7 @@ RNG = lambda seed=0: np.random.default_rng(seed)
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory, brief_chain):
-    "A run with a store, Stage 1 and briefly trained Stages 2 and 3, the correction of Stage 3 large enough to be seen."
+    "Return a run with briefly trained Stages 2 and 3, the correction of Stage 3 large enough to be measured."
     recipe = brief_recipe(4)
     recipe = replace(recipe, stage3=replace(recipe.stage3, strength=False))
     run, store = brief_chain(tmp_path_factory.mktemp('trust'), '13_trust', (12, 4, 4), recipe)
@@ -90,7 +91,8 @@ def test_ause_is_zero_for_a_perfect_order_and_largest_for_a_reversed_one():
     # equals are taken away by chance, not by position
     assert area['constant']['ause'] == pytest.approx(area['constant']['ause_random'], abs=.02)
     falling = sparsification(error, np.sort(error))
-    assert (ause(np.zeros(5000), np.sort(error))['ause'] == pytest.approx(ause(np.zeros(5000), error)['ause'], abs=.02) and falling[0] == 1)
+    assert (ause(np.zeros(5000), np.sort(error))['ause'] == pytest.approx(ause(np.zeros(5000), error)['ause'], abs=.02)
+            and falling[0] == 1)
 
 def test_sparsification_is_the_error_of_what_is_left():
     error, doubt = np.array([.1, .2, .3, .4]), np.array([1., 4, 2, 3])
@@ -140,7 +142,8 @@ def test_ground_of_a_scene_changes_with_the_month_alone(trained):
 def test_generations_follow_seed_tile_and_number(trained):
     batch, _, chain = batch_of(trained)
     made = generations(chain.generator, batch, 3, chain.decoding, 0)
-    assert made.shape == (3, 3, 4, 48, 48) and min(np.abs(made[i] - made[j]).mean() for i, j in ((0, 1), (0, 2), (1, 2))) > 1e-3
+    assert made.shape == (3, 3, 4, 48, 48)
+    assert min(np.abs(made[i] - made[j]).mean() for i, j in ((0, 1), (0, 2), (1, 2))) > 1e-3
     np.testing.assert_allclose(generations(chain.generator, {k: v[2:] for k, v in batch.items()}, 2, chain.decoding,
                                                  0)[:, 0], made[:2, 2], atol=1e-4)
     assert np.abs(generations(chain.generator, batch, 1, chain.decoding, 1)[0] - made[0]).mean() > 1e-3
@@ -183,12 +186,13 @@ def test_scores_of_one_generation_are_the_mean_of_all_and_the_mean_scores_better
     assert (row['n_tiles'] == 4 and row['samples'] == 4
             and row['rmse'] == pytest.approx(np.sqrt(np.square(several.mean(1) - truth).mean()), rel=1e-4))
     cover = coverage_table(known, 'world', 'Stage 1').set_index(['method', 'range', 'band']).coverage
-    assert cover['mean of generations', 'all tiles', 'B08'] < cover['one generation', 'all tiles', 'B08']  # averaging narrows
+    # averaging narrows
+    assert cover['mean of generations', 'all tiles', 'B08'] < cover['one generation', 'all tiles', 'B08']
 
 def test_command_leaves_mean_and_spread_beside_the_tiles(trained, tmp_path, capsys):
     run, store, chain = trained
-    words = ('uncertainty', '--data-dir', store.path, '--output-dir', tmp_path/'out', '--stage2-checkpoint', run.dir/'stage2',
-             '--split', 'test', '--max-tiles', 1)
+    words = ('uncertainty', '--data-dir', store.path, '--output-dir', tmp_path/'out', '--stage2-checkpoint',
+             run.dir/'stage2', '--split', 'test', '--max-tiles', 1)
     assert main([str(w) for w in (*words, '--samples', 2)]) == 0
     said, row = capsys.readouterr().out, store.rows('test')[:1]
     assert 'tiles: 1\n' in said and 'ause: ' in said and (tmp_path/'out'/'reliability.csv').exists()
@@ -245,7 +249,8 @@ def test_both_trainings_of_a_fold_get_those_tiles_and_validate_on_no_others(trai
     recipe = recipe_of(run).with_both(pairs=4, val_tiles=2)
     made = fit_fold(store, stored_method(store), recipe, 'dry', tmp_path, 0)
     assert list(seen) == ['elsewhere', 'everywhere']
-    assert held[store.rows('val')[:2]].any() and not held[np.concatenate(seen['elsewhere'][:2])].any() and held[seen['everywhere'][0]].any()
+    assert held[store.rows('val')[:2]].any() and not held[np.concatenate(seen['elsewhere'][:2])].any()
+    assert held[seen['everywhere'][0]].any()
     np.testing.assert_array_equal(seen['elsewhere'][1], seen['everywhere'][1])  # steered by the same tiles
     assert [len(x) for x in seen['elsewhere'][:2]] == [len(x) for x in seen['everywhere'][:2]] == [4, 2]
     cards = {w: read_json(tmp_path/w/'stage2'/'made.json') for w in seen}
@@ -281,7 +286,8 @@ def test_transfer_goes_on_where_it_stopped(trained, monkeypatch):
     assert (part.held == held.loc[part.id].to_numpy()).all()
     table = transfer_table(told, 'world', 4)
     price = table[(table.metric == 'psnr') & (table.step == 'Stage 1+2: everywhere → elsewhere')]
-    assert (price.gain < -1).all() and price.seeds.eq(2).all() and {'held-out places', 'other places'} >= set(price.tested)
+    assert (price.gain < -1).all() and price.seeds.eq(2).all()
+    assert {'held-out places', 'other places'} >= set(price.tested)
     assert price.n_tiles.sum() == told.drop_duplicates(['fold', 'id']).shape[0]
     shutil.rmtree(run.dir/'trust')
 
@@ -344,7 +350,8 @@ def test_exchanged_radar_changes_only_what_reads_it(trained):
     finally: model.use_features = features
     measured, change = swap_rows(model, batch, v2)
     table = swap_table(measured, change, 'world').set_index(['step', 'metric'])
-    assert change.loc['own radar'].eq(0).all() and change.loc['opt_v2'].to_numpy() == pytest.approx(1, abs=1e-4) and len(table) == 7*3
+    assert change.loc['own radar'].eq(0).all() and change.loc['opt_v2'].to_numpy() == pytest.approx(1, abs=1e-4)
+    assert len(table) == 7*3
     with pytest.raises(GacError, match='two scenes'):
         other_radar({k: v[:1] for k, v in batch.items()}, "another tile's")
 
@@ -365,7 +372,8 @@ def test_distance_counts_from_the_strong_edges_of_the_truth():
     image = np.full((1, 4, 60, 60), .1, 'float32')
     image[..., 30:] = .4
     far = edge_distance(image)[0]
-    assert far.shape == (48, 48) and far[:, 23:25].max() == 0 and far[20, 0] > 16 and np.isinf(edge_distance(image*0 + .1)).all()
+    assert far.shape == (48, 48) and far[:, 23:25].max() == 0 and far[20, 0] > 16
+    assert np.isinf(edge_distance(image*0 + .1)).all()
     assert distance_class(np.array([0, 1, 1.5, 2, 4, 8, 15.9, 16, np.inf])).tolist() == [0, 1, 1, 2, 3, 4, 4, 5, 6]
     assert list(DISTANCE_NAMES) == list(range(7))
     at = inner(np.arange(3600).reshape(60, 60))  # an error map is cut to where the edge map lies

@@ -1,7 +1,6 @@
 "The study on somebody's tiles: what it takes of them, what it says of them, and where it keeps it."
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +22,7 @@ from gac.data.world.scenes import draw_scene
 from gac.evaluation.claims import Tables, of_data
 from gac.evaluation.claims_report import home
 from gac.evaluation.learning_curve import fit_at
-from gac.evaluation.results import compare_with_unets, own_spectrum, said_of
+from gac.evaluation.results import compare_with_unets, own_spectrum, results_sentence
 from gac.measure.metrics import psnr
 from gac.measure.tables import RESULT_COLUMNS
 from gac.models.true_tiles import true_tiles
@@ -37,7 +36,7 @@ def open_run(folder, data='') -> Run:
     return Run.open('07_stage1', 'smoke', 0, str(folder/'run'), str(folder/'report'), str(data))
 
 def npz_tile(path:Path, number:int, size:int=120, **more) -> Path:
-    "A procedural scene as somebody would save it."
+    "Save a procedural scene as a user would."
     s = draw_scene(number, size)
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, s1=s['s1grd'].astype('float32'), s2=s['s2'].astype('uint16'), month=int(s['month']), **more)
@@ -45,7 +44,9 @@ def npz_tile(path:Path, number:int, size:int=120, **more) -> Path:
 
 # ---- places
 
-@pytest.mark.parametrize('name, safe', [('mes données (2024)', 'mes-donnees-2024'), ('tiles', 'tiles'), ('.hidden', 'hidden'), ('a  b', 'a-b'), ('Ünï_1.2', 'Uni_1.2')])
+@pytest.mark.parametrize('name, safe',
+                         [('mes données (2024)', 'mes-donnees-2024'), ('tiles', 'tiles'), ('.hidden', 'hidden'),
+                          ('a  b', 'a-b'), ('Ünï_1.2', 'Uni_1.2')])
 def test_a_folder_of_any_name_gets_a_safe_one(name, safe):
     assert safe_name(name) == safe and check_file_name(safe_name(name)) == safe
 
@@ -54,7 +55,7 @@ def test_a_name_without_a_letter_that_is_left_gets_digits():
 
 @pytest.fixture
 def house(tmp_path, monkeypatch):
-    "A root of its own, so that nothing is written into the repository's folders."
+    "Use another root, so that nothing is written into the repository."
     (tmp_path/'house').mkdir()
     swap(monkeypatch, 'gac.core.files', 'root', lambda: tmp_path/'house')
     return tmp_path/'house'
@@ -87,12 +88,17 @@ def test_another_folder_of_the_same_name_is_told_apart(house, tmp_path):
 
 @pytest.fixture
 def toy(tmp_path, make_notebook):
-    "A chain of one notebook and two profiles, and a store that stands for somebody's tiles."
+    "Make a chain of one notebook and two profiles, and a store of a user's tiles."
     (tmp_path/'params').mkdir()
-    for name, n in (('small', 2), ('large', 3)): (tmp_path/'params'/f'{name}.yaml').write_text(f'description: {name}\n00_first: {{n: {n}}}\n')
-    make_notebook(tmp_path/'00_first.ipynb', 'n: int = 1  # rows', "import pandas as pd\nrun.save_table(pd.DataFrame({'x': range(n)}), 'rows' if n < 3 else 'more', 'Rows.')")
+    for name, n in (('small', 2), ('large', 3)):
+        (tmp_path/'params'/f'{name}.yaml').write_text(f'description: {name}\n00_first: {{n: {n}}}\n')
+    make_notebook(tmp_path/'00_first.ipynb', 'n: int = 1  # rows',
+                  "import pandas as pd\nrun.save_table(pd.DataFrame({'x': range(n)}), 'rows' if n < 3 else 'more', "
+                  "'Rows.')")
     from_world(tmp_path/'given', 1, 1, 1, size=32)
-    def go(profile): return run_chain(profile, str(tmp_path/'given'), tmp_path/'report', nbs=tmp_path, runs=tmp_path/profile).status.tolist()
+    def go(profile):
+        return run_chain(profile, str(tmp_path/'given'), tmp_path/'report', nbs=tmp_path,
+                         runs=tmp_path/profile).status.tolist()
     return tmp_path, go
 
 def test_two_profiles_share_a_report_and_each_keeps_its_own(toy):
@@ -100,7 +106,8 @@ def test_two_profiles_share_a_report_and_each_keeps_its_own(toy):
     tables = lambda: [p.stem for p in (folder/'report/tables').glob('*.csv')]
     assert go('small') == ['ran'] and tables() == ['rows']
     assert go('large') == ['ran'] and tables() == ['more'], 'what the other profile made is not this one\'s'
-    assert go('small') == ['unchanged'] and tables() == ['rows'], 'nothing to do, and the report is that of this profile again'
+    assert go('small') == ['unchanged'] and tables() == ['rows'], ('nothing to do, and the report is that of this '
+                                                                   'profile again')
     assert json.loads((folder/'report/provenance.json').read_text())['profile'] == 'small'
 
 # ---- what is taken of them
@@ -124,7 +131,8 @@ def test_windows_are_no_larger_than_the_tiles(tmp_path):
     assert [divisor_of(side, 60) for side in (120, 80, 128, 60, 48, 127)] == [60, 40, 32, 60, 48, 127]
     assert divisor_of(120, 0) == 0
 
-@pytest.mark.parametrize('asked, there, had', [([256], 64, [64]), ([32, 256, 2048], 64, [32, 64]), ([4], 44, [4]), ([32, 256], 8, [8])])
+@pytest.mark.parametrize('asked, there, had',
+                         [([256], 64, [64]), ([32, 256, 2048], 64, [32, 64]), ([4], 44, [4]), ([32, 256], 8, [8])])
 def test_numbers_of_pairs_fit_what_is_there(asked, there, had): assert fit_at(asked, there) == had
 
 def test_a_folder_nothing_can_be_read_of_is_refused_before_anything_runs(toy, make_notebook):
@@ -144,14 +152,16 @@ def test_a_run_says_first_what_it_takes(toy, make_notebook, capsys):
     for dry in (True, False):
         run_chain('small', str(folder/'own'), folder/'report', nbs=folder, runs=folder/'run', dry_run=dry)
         said = capsys.readouterr().out
-        assert 'own: 8 train, 1 val, 2 test tiles of 32 px' in said and re.search(r'08_stage2 +\| pairs +\| 256 +\| 8 +\| 8 train', said)
+        assert 'own: 8 train, 1 val, 2 test tiles of 32 px' in said
+        assert re.search(r'08_stage2 +\| pairs +\| 256 +\| 8 +\| 8 train', said)
         assert said.index('own: 8 train') < said.index('00_first' if dry else '[1/3] 00_first')
     page = (folder/'report/index.html').read_text()
     assert page.index('own: 8 train') < page.index('<h2>Contents')
     few = folder/'few.npz'
     npz_tile(few, 7, 32)
     run_chain('small', str(few), folder/'report2', nbs=folder, runs=folder/'run2', dry_run=True)
-    assert 'trained on the procedural world and tested on all 1 of them' in capsys.readouterr().out and not (folder/'run2').exists()
+    assert 'trained on the procedural world and tested on all 1 of them' in capsys.readouterr().out
+    assert not (folder/'run2').exists()
 
 # ---- what is said of them
 
@@ -159,7 +169,8 @@ def test_an_expectation_stops_the_study_and_not_somebodys_run(tmp_path):
     own, alone = open_run(tmp_path/'a', '/some/tiles'), open_run(tmp_path/'b')
     with pytest.raises(AssertionError, match='no rise'): expect(alone, np.bool_(False), 'no rise')
     with pytest.raises(KeyError): expect(alone, lambda: {}['gain'], 'no row')
-    assert expect(own, np.bool_(True), 'x') and not expect(own, np.nan > 1, 'no rise') and not expect(own, lambda: {}['gain'], 'no row')
+    assert expect(own, np.bool_(True), 'x') and not expect(own, np.nan > 1, 'no rise')
+    assert not expect(own, lambda: {}['gain'], 'no row')
     assert json.loads(own.record_path.read_text())['remarks'] == ['no rise', 'no row']
 
 @pytest.mark.parametrize('path', chain_notebooks(root()/'nbs'), ids=lambda p: p.stem)
@@ -167,7 +178,9 @@ def test_no_notebook_stops_at_what_somebodys_tiles_do_otherwise(path):
     "Below the parameters an expectation is run.expect, which stops at the procedural world alone."
     cells = read_notebook(path)['cells']
     first = next(i for i, c in enumerate(cells) if 'parameters' in c.get('metadata', {}).get('tags', []))
-    lines = [l.strip() for c in cells[first + 1:] if c['cell_type'] == 'code' and '#| export' not in ''.join(c['source']) for l in ''.join(c['source']).splitlines()]
+    lines = [l.strip() for c in cells[first + 1:]
+             if c['cell_type'] == 'code' and '#| export' not in ''.join(c['source'])
+             for l in ''.join(c['source']).splitlines()]
     assert not [l for l in lines if re.match(r'(.*:\s+)?(assert\b|test_(eq|close|fail|ne)\()', l)]
 
 def test_what_is_procedural_says_so(tmp_path):
@@ -176,7 +189,8 @@ def test_what_is_procedural_says_so(tmp_path):
     run.save_table(table, 'b', 'Procedural scenes.', about='world')
     run.save_table(table, 'c', 'Decodings.', about='real: tiles')
     run.save_table(table, 'd', 'Counts.')
-    assert run.record['tables'] == dict(a='Procedural world: Decodings.', b='Procedural scenes.', c='Decodings.', d='Counts.')
+    assert (run.record['tables'] == dict(a='Procedural world: Decodings.', b='Procedural scenes.', c='Decodings.',
+                                         d='Counts.'))
     assert run.record['procedural'] == ['a', 'b']
     alone = open_run(tmp_path/'alone')
     alone.save_table(table, 'a', 'Decodings.', about='world')
@@ -184,16 +198,21 @@ def test_what_is_procedural_says_so(tmp_path):
 
 def test_the_page_is_about_the_tiles_first(tmp_path):
     entry = lambda tables, **more: dict(tables=tables, figures={}, missing={}, seconds=1., commit='abc') | more
-    about = dict(profile='toy', data='own', layout='npz', run='1', given=dict(says=['own: 2 test tiles.'], uses=[dict(notebook='11_evaluate', takes='2')]),
-                 **provenance(), notebooks={
-        '01_world': entry({'scenes': 'Procedural scenes.'}, procedural=['scenes']),
-        '11_evaluate': entry({'steps': 'Procedural world: steps.', 'results': 'Methods.'}, procedural=['steps'], given=['results'], remarks=['The shift is nearer.'])})
+    about = dict(profile='toy', data='own', layout='npz', run='1',
+                 given=dict(says=['own: 2 test tiles.'], uses=[dict(notebook='11_evaluate', takes='2')]),
+                 **provenance(),
+                 notebooks={'01_world': entry({'scenes': 'Procedural scenes.'}, procedural=['scenes']),
+                            '11_evaluate': entry({'steps': 'Procedural world: steps.', 'results': 'Methods.'},
+                                                 procedural=['steps'], given=['results'],
+                                                 remarks=['The shift is nearer.'])})
     write_file(tmp_path/'provenance.json', json.dumps(about))
     for t in ('scenes', 'steps'): write_file(tmp_path/f'tables/{t}.csv', 'x\n1\n')
-    write_file(tmp_path/'tables/results.csv', 'data,method,n_tiles,psnr\nreal: own,Stage 1,2,17.1\nworld,Stage 1,3,27.9\n')
+    write_file(tmp_path/'tables/results.csv',
+               'data,method,n_tiles,psnr\nreal: own,Stage 1,2,17.1\nworld,Stage 1,3,27.9\n')
     page = write_page(tmp_path).read_text()
-    order = ['own: 2 test tiles.', '<h2>Results</h2>', 'real: own', '<h2 id="11_evaluate">', 'The shift is nearer.', '<h3 id="results">', '<h3 id="steps">',
-             '<h2>What stays procedural</h2>', '<h2 id="01_world">', '<h2 id="run">']
+    order = ['own: 2 test tiles.', '<h2>Results</h2>', 'real: own', '<h2 id="11_evaluate">', 'The shift is nearer.',
+             '<h3 id="results">', '<h3 id="steps">', '<h2>What stays procedural</h2>', '<h2 id="01_world">',
+             '<h2 id="run">']
     places = [page.find(text) for text in order]
     assert -1 not in places and places == sorted(places), dict(zip(order, places))
 
@@ -205,19 +224,22 @@ def test_a_sentence_for_each_data_set_against_its_own_mean_spectrum(tmp_path):
     other = truth[1:].mean((0, 2, 3))[:, None, None]*np.ones_like(truth[:1])
     assert own.psnr.iloc[0] == pytest.approx(float(psnr(other, truth[:1])[0]))
     single = own_spectrum(store, rows[:1])
-    assert single.psnr.iloc[0] == pytest.approx(float(psnr(truth[:1].mean((2, 3), keepdims=True) + 0*truth[:1], truth[:1])[0]))
+    assert (single.psnr.iloc[0] == pytest.approx(float(psnr(truth[:1].mean((2, 3), keepdims=True) + 0*truth[:1],
+                                                            truth[:1])[0])))
     ids = store.table.id.to_numpy()[rows]
     index = pd.MultiIndex.from_product([['Stage 1', 'Stage 1+2+3', 'U-Net from scratch'], ids], names=['method', 'id'])
     measured = pd.DataFrame(dict(psnr=[10.]*3 + [12.]*3 + [13.]*3, scene=[*ids]*3), index=index)
-    said = said_of(measured, 'real: own', store, False)
+    said = results_sentence(measured, 'real: own', store, False)
     gain = 12 - own.psnr.mean()
-    assert said.startswith(f'On real: own (3 tiles) Stage 1+2+3 reaches 12.00 dB, {gain:+.2f}') and f'({own.psnr.mean():.2f})' in said
+    assert said.startswith(f'On real: own (3 tiles) Stage 1+2+3 reaches 12.00 dB, {gain:+.2f}')
+    assert f'({own.psnr.mean():.2f})' in said
     assert 'U-Net from scratch reaches 13.00: it leads.' in said
     table, verdict = compare_with_unets(measured.assign(**{c: 0. for c in RESULT_COLUMNS if c != 'psnr'}), 'real: own')
     assert verdict.startswith('On real: own in PSNR the chain loses to')
 
 def test_claims_are_held_against_the_tiles_the_stages_were_trained_on(tmp_path):
-    write_file(tmp_path/'tables/results.csv', "data,method,psnr\nreal: it's (trained on world),Stage 1,17\nworld,Stage 1,27\n")
+    write_file(tmp_path/'tables/results.csv',
+               "data,method,psnr\nreal: it's (trained on world),Stage 1,17\nworld,Stage 1,27\n")
     assert home(Tables(tmp_path/'tables', {})) == 'world'
     frame = pd.DataFrame({'data': ["real: it's", 'world'], 'x': [1, 2]})
     assert frame.query(of_data("data == '{data}'", "real: it's")).x.tolist() == [1]
@@ -232,9 +254,11 @@ def test_the_clamp_is_measured_on_given_tiles(tmp_path):
 # ---- all of it
 
 def smoke(home:Path, data:Path, **sets) -> dict: # provenance
-    "The chain at profile smoke on somebody's tiles, in a process of its own."
+    "Run the chain at profile smoke on a user's tiles, in a process of its own."
     options = dict(data=str(data), reports=str(home/'report'), runs=str(home/'run'), sets=sets)
-    done = subprocess.run([sys.executable, '-c', f"from gac.runner.chain import run_chain\nrun_chain('smoke', **{options})"], capture_output=True, text=True, cwd=root())
+    done = subprocess.run([sys.executable, '-c',
+                           f"from gac.runner.chain import run_chain\nrun_chain('smoke', **{options})"],
+                          capture_output=True, text=True, cwd=root())
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((home/'report/provenance.json').read_text())
 
@@ -243,8 +267,10 @@ def test_a_single_tile_gets_a_report(tmp_path):
     npz_tile(tmp_path/'une tuile (été)'/'tuile.npz', 4_000_003)
     about = smoke(tmp_path, tmp_path/'une tuile (été)')
     results = pd.read_csv(tmp_path/'report/tables/results.csv')
-    assert results.data.iloc[0] == 'real: une tuile (été) (trained on world)' and set(results.n_tiles[results.data == results.data.iloc[0]]) == {1}
-    for notebook, figure in (('02_tiles', 'tiles_real'), ('11_evaluate', 'panels'), ('17_export', 'scene'), ('07_stage1', 'stage1_samples')):
+    assert results.data.iloc[0] == 'real: une tuile (été) (trained on world)'
+    assert set(results.n_tiles[results.data == results.data.iloc[0]]) == {1}
+    for notebook, figure in (('02_tiles', 'tiles_real'), ('11_evaluate', 'panels'), ('17_export', 'scene'),
+                             ('07_stage1', 'stage1_samples')):
         entry = about['notebooks'][notebook]
         assert 'une tuile' in entry['figures'][figure] and figure not in entry.get('procedural', []), figure
     assert 'On real: une tuile (été)' in about['notebooks']['11_evaluate']['tables']['results']
@@ -252,9 +278,12 @@ def test_a_single_tile_gets_a_report(tmp_path):
 
 @pytest.mark.slow
 def test_eight_training_tiles_are_enough_for_a_profile_that_asks_for_more(tmp_path):
-    for k in range(10): npz_tile(tmp_path/'own'/f't{k}.npz', 4_000_010 + k, 112, split='train' if k < 8 else ('val', 'test')[k - 8])
-    about = smoke(tmp_path, tmp_path/'own', **{'02_tiles.tile_size': 112, '08_stage2.pairs': 256, '08_stage2.batch_size': 12, '09_stage3.pairs': 256, '09_stage3.batch_size': 12,
-                                                '12_learning_curve.pairs': [32, 256], '08_stage2.crop': 120, '08_stage2.val_tiles': 64, '18_efficiency.batch': 12})
+    for k in range(10):
+        npz_tile(tmp_path/'own'/f't{k}.npz', 4_000_010 + k, 112, split='train' if k < 8 else ('val', 'test')[k - 8])
+    about = smoke(tmp_path, tmp_path/'own',
+                  **{'02_tiles.tile_size': 112, '08_stage2.pairs': 256, '08_stage2.batch_size': 12,
+                     '09_stage3.pairs': 256, '09_stage3.batch_size': 12, '12_learning_curve.pairs': [32, 256],
+                     '08_stage2.crop': 120, '08_stage2.val_tiles': 64, '18_efficiency.batch': 12})
     assert set(pd.read_csv(tmp_path/'report/tables/results.csv').data) == {'real: own'}
     assert set(pd.read_csv(tmp_path/'report/tables/knowledge.csv').pairs) == {8, 4}
     assert 'there are 8 training tiles' in about['notebooks']['12_learning_curve']['missing']['more pairs']

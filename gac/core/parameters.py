@@ -32,27 +32,29 @@ class Parameter:
 _NUMBER = r'[-+]?(?:\d[\d_]*\.?\d*(?:[eE][-+]?\d+)?|inf)'
 
 def _limits(comment:str) -> dict:
-    "Range `[1, 512]` or choice `{a, b}` at the end of a comment."
-    if found := re.search(rf'\[({_NUMBER}), ?({_NUMBER})\]$', comment): return dict(low=float(found[1]), high=float(found[2]))
-    if found := re.search(r'\{([\w, +-]+)\}$', comment): return dict(choices=tuple(c.strip() for c in found[1].split(',')))
+    "Read the range `[1, 512]` or the choices `{a, b}` at the end of a comment."
+    if found := re.search(rf'\[({_NUMBER}), ?({_NUMBER})\]$', comment):
+        return dict(low=float(found[1]), high=float(found[2]))
+    if found := re.search(r'\{([\w, +-]+)\}$', comment):
+        return dict(choices=tuple(c.strip() for c in found[1].split(',')))
     return {}
 
 def declared(source:str) -> dict[str, Parameter]:
-    "The parameters a cell of annotated assignments declares, in order."
-    comments = {t.start[0]: t.string.lstrip('# ').rstrip() for t in tokenize.generate_tokens(io.StringIO(source).readline)
-                if t.type == tokenize.COMMENT}
+    "Return the parameters that annotated assignments declare, in order; a comment is behind its line or above it."
+    found_comments = [t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT]
+    behind = {t.start[0]: t.string.lstrip('# ').rstrip() for t in found_comments}
+    above = {t.start[0] + 1: behind[t.start[0]] for t in found_comments if t.line.lstrip().startswith('#')}
     found = {}
     for node in ast.parse(source).body:
         if not (isinstance(node, ast.AnnAssign) and node.value is not None and isinstance(node.target, ast.Name)):
             raise GacError(f'Parameters cell, line {node.lineno}: expected `name: type = value  # what it is`.')
-        help = comments.get(node.end_lineno, '')
-        found[node.target.id] = Parameter(node.target.id, ast.unparse(node.annotation), ast.literal_eval(node.value), help,
-                                          **_limits(help))
+        name, help = node.target.id, behind.get(node.end_lineno) or above.get(node.lineno, '')
+        found[name] = Parameter(name, ast.unparse(node.annotation), ast.literal_eval(node.value), help, **_limits(help))
     return found
 
 # %% ../../nbs/lib/core/parameters.ipynb #325ce8e2
 def read_notebook(path:str|Path) -> dict:
-    "The JSON of a notebook."
+    "Read a notebook as JSON; refuse a file that is none."
     try: nb = json.loads(Path(path).read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as e: raise GacError(f'{Path(path).name} is not a notebook: {e}') from e
     try: [(''.join(c['source']), c['cell_type'], list(tags_of(c))) for c in nb['cells']]
@@ -65,18 +67,19 @@ def tags_of(cell:dict) -> list[str]: return cell.get('metadata', {}).get('tags',
 
 # %% ../../nbs/lib/core/parameters.ipynb #ec748ffe
 def notebook_parameters(path:str|Path) -> dict[str, Parameter]:
-    "What a notebook declares in its one cell tagged `parameters`."
+    "Return the parameters that a notebook declares in its one cell tagged `parameters`."
     cells = [''.join(c['source']) for c in read_notebook(path)['cells'] if 'parameters' in tags_of(c)]
     if len(cells) != 1: raise GacError(f'{Path(path).name}: {len(cells)} cells are tagged parameters, expected one.')
     try: return declared(cells[0])
-    except (ValueError, SyntaxError, tokenize.TokenError, RecursionError) as e: raise GacError(f'{Path(path).name}: {e}') from e
+    except (ValueError, SyntaxError, tokenize.TokenError, RecursionError) as e:
+        raise GacError(f'{Path(path).name}: {e}') from e
 
 # %% ../../nbs/lib/core/parameters.ipynb #644f44af
 _KINDS = {'int': int, 'float': (int, float), 'str': str, 'bool': bool, 'list': (list, tuple), 'tuple': (list, tuple),
           'dict': dict}
 
 def _coerce(value, kind:str):
-    "`value` as `kind`, or a TypeError."
+    "Return a value as `kind`, or raise a TypeError."
     if '|' in kind:
         if value is None and 'None' in kind: return None
         return _coerce(value, next(k.strip() for k in kind.split('|') if k.strip() != 'None'))
@@ -89,15 +92,15 @@ def _coerce(value, kind:str):
 # %% ../../nbs/lib/core/parameters.ipynb #5697eb7a
 def check_value(
     p:Parameter, # the declaration
-    value, # what somebody wants it to be
+    value, # value of a profile, an option or a notebook
     where:str='', # file or option, for the message
 ): # the value in the declared type
-    "The value if it fits the declared type, range and choices; else a GacError that says what was expected."
+    "Return a value that fits the declared type, range and choices; refuse another one and state what was expected."
     try: value = _coerce(value, p.kind)
     except (TypeError, OverflowError, KeyError, StopIteration):
         raise GacError(f'{where}: {p.name} is {repr(value)[:80]}, expected {p.kind} ({p.help}).') from None
     for v in value if isinstance(value, list) else [value]:
-        if p.choices and v not in p.choices:
+        if p.choices and v not in p.choices and v != p.default:
             raise GacError(f'{where}: {p.name} is {v!r}, expected one of {", ".join(p.choices)}.')
         if isinstance(v, (int, float)) and not p.low <= v <= p.high:
             raise GacError(f'{where}: {p.name} is {v!r}, expected {p.low:g} to {p.high:g}.')

@@ -330,7 +330,7 @@ def training_cost(
 CAPTIONS = dict(
     efficiency_agreement='TerraTorch\'s own call and this project in float32 on the same tiles: share of equal '
                          'likeliest tokens, share of drawn tokens within the set this project draws from, and the '
-                         'largest difference of a pixel painted from the same codes and noise (reflectance).',
+                         'largest difference of a pixel decoded from the same codes and noise (reflectance).',
     efficiency_drift='The same tiles in half precision and in float32: share of equal likeliest tokens, the largest '
                      'difference between two calls, mean and largest difference of a pixel (reflectance). Weights as '
                      'named; where they are random, '

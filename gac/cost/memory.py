@@ -98,10 +98,10 @@ def _counted(stage:int, name:str, lora_r:int, side:int, batch:int) -> tuple: # d
     model, step = (refiner_on_meta if stage == 2 else grounding_on_meta)(name, lora_r, side, batch)
     linear = [m.weight for m in build_blank(name, memory=False).modules()
               if isinstance(m, nn.Linear)] if stage == 2 else []
-    painter = sum(p.numel() for p in model.generator.tokenizer('S2L2A').decoder.parameters()) if stage == 3 else 0
+    decoder = sum(p.numel() for p in model.generator.tokenizer('S2L2A').decoder.parameters()) if stage == 3 else 0
     parts = _parts(model, step)
     # one byte instead of four, and a scale per row
-    return parts, painter, 4*painter/1e6 + sum(3*w.numel() - 4*w.shape[0] for w in linear)/1e6
+    return parts, decoder, 4*decoder/1e6 + sum(3*w.numel() - 4*w.shape[0] for w in linear)/1e6
 
 # %% ../../nbs/lib/cost/memory.ipynb #c3c05c7a
 def stage2_memory(
@@ -121,8 +121,8 @@ def stage3_memory(
     lora_r:int=8, # rank of the adapters
     side:int=120, # px, side of a tile
     batch:int=1, # tiles
-    painter:bool=True, # True: the diffusion decoder is loaded, which route features does not use
+    decoder:bool=True, # True: the diffusion decoder is loaded, which route features does not use
 ) -> dict: # as stage2_memory
     "Return the memory that training Stage 3 (route features) needs, counted without allocating it."
     parts, spare, saved = _counted(3, name, lora_r, side, batch)
-    return _summed(parts) if painter else _summed(parts, spare, saved)
+    return _summed(parts) if decoder else _summed(parts, spare, saved)

@@ -287,8 +287,7 @@ def _driver() -> str:
     "Return the version of the NVIDIA driver, or an empty string."
     try:
         done = subprocess.run(['nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader'],
-                              capture_output=True,
-                              text=True, timeout=20)
+                              capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired): return ''
     return f'driver {done.stdout.split()[0]}' if done.returncode == 0 and done.stdout.strip() else ''
 

@@ -15,10 +15,10 @@ from ..training.order import loader
 # %% ../../nbs/18_efficiency.ipynb #ef000062
 def reading_rate(
     data, # a dataset of tiles
-    batch_size:int=8,
+    batch_size:int=8, # tiles
     most:int=64, # tiles read
 ) -> float: # tiles per second
-    "How fast a loader without worker processes hands out tiles that no one has read before."
+    "Measure how many tiles per second a loader without worker processes reads for the first time."
     data.held.clear()
     few = torch.utils.data.Subset(data, range(min(len(data), most)))
     batches = loader(few, batch_size, False, 0, 0)

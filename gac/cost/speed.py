@@ -147,7 +147,7 @@ def agreement(
     seed:int=0, # of tokens and noise
 ) -> dict: # share of equal most likely tokens; share of sampled tokens in the set; largest difference, reflectance
     "Compare the outputs of TerraTorch's own call and of this project."
-    key, tok, (radar,) = model._output(''), model.tokenizer(), model.inputs
+    key, (radar,) = model._output(''), model.inputs
     logits = model.token_logits(s1)
     with record_calls(model.core) as heard: image = library_call(model.core, s1, timesteps, 0., seed, radar)
     likeliest = float((heard['tokens'].flatten(1) == logits.argmax(-1)).float().mean())
@@ -240,7 +240,7 @@ def speedups(
     compiled:bool=False, # True: time torch.compile of the diffusion decoder too, which compiles for a minute
 ) -> pd.DataFrame: # lever, before_ms and after_ms per tile, ratio, lowest, highest, largest difference in reflectance
     "Time each speed-up alone and return its gain and its change of the output."
-    device, n, tok, (radar,) = model.device.type, len(s1), model.tokenizer(), model.inputs
+    device, n, tok = model.device.type, len(s1), model.tokenizer()
     logits, own = model.token_logits(s1), lambda use: [tile_generator(0, i, 0, use) for i in range(n)]
     codes, size = model.codes(logits, 'argmax'), padded_call(model, s1).shape[-2:]
     noise = per_tile_random(torch.randn, (tok.n_channels, *size), own('noise'), device)
@@ -269,8 +269,7 @@ def speedups(
         # approximate factor from standardised units to reflectance
         scale = .2 if name in ('clamp, no quantile', 'channels last', 'compiled painter') else 1.
         rows.append(dict(lever=name, before_ms=1e3*turns.before.median()/n, after_ms=1e3*turns.after.median()/n,
-                         **speed,
-                         difference=scale*float((a - b).abs().max()) if alike else np.nan))
+                         **speed, difference=scale*float((a - b).abs().max()) if alike else np.nan))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/lib/cost/speed.ipynb #d1a7fcff
@@ -314,9 +313,8 @@ def sample_with_solver(
     from diffusers import DPMSolverMultistepScheduler
     c = tokenizer.noise_scheduler.config
     plan = DPMSolverMultistepScheduler(c.num_train_timesteps, c.beta_start, c.beta_end, c.beta_schedule,
-                                       rescale_betas_zero_snr=c.zero_terminal_snr,
-                                       prediction_type=c.prediction_type, timestep_spacing='trailing',
-                                       final_sigmas_type='zero')
+                                       rescale_betas_zero_snr=c.zero_terminal_snr, prediction_type=c.prediction_type,
+                                       timestep_spacing='trailing', final_sigmas_type='zero')
     plan.set_timesteps(timesteps, device=noise.device)
     image = noise
     for t in plan.timesteps: image = plan.step(tokenizer.decoder(image, t, codes).clamp(-1, 1), t, image).prev_sample

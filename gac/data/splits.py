@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import zarr
 
+from ..core.config import SplitConfig
 from ..core.files import GacError, writing
 from .places import EARTH, on_sphere
 from .store import GUARD, SPLITS, Store, write_table
@@ -25,15 +26,8 @@ BLOCKS = (20., 10., 5., 2.5)  # km, sides of a block in the order of trial
 ENOUGH = 10  # blocks; the first side that gives so many is taken
 
 @dataclass(frozen=True)
-class SplitRule:
+class SplitRule(SplitConfig):
     "Hold the rule that deals tiles into train, val and test."
-    by:str = 'block' # of SPLIT_BY
-    val:float = .15 # share of the tiles
-    test:float = .15 # share of the tiles
-    guard:float = None # km between splits; None: 3, at most a quarter of a block; 0 for scene and random
-    block:float = None # km, side of a block; None: the largest of BLOCKS that gives ENOUGH blocks
-    seed:int = 0 # of the random order of groups
-
     def __post_init__(self):
         if self.by not in SPLIT_BY: raise GacError(f'--by {self.by}: expected {", ".join(SPLIT_BY)}.')
         if not (0 <= self.val < 1 and 0 <= self.test < 1 and self.val + self.test < 1):

@@ -19,15 +19,17 @@ from ..models.decoding import tile_number
 
 # %% ../../nbs/10_baselines.ipynb #04a4db53
 class MeanBy:
-    "The mean spectrum of the training tiles that share some property with the tile; without properties: of all."
-    def __init__(self, *keys): # month, biome
-        self.keys = keys
+    "Predict the mean spectrum of the training tiles that share a property with the tile; without one: of all."
+    def __init__(self, *keys): self.keys = keys # month, biome
+
     def _groups(self, batch:dict) -> list[tuple]:
         return list(zip(*(batch[k].tolist() for k in self.keys))) if self.keys else [()]*len(batch['idx'])
+
     def fit(self, batch:dict):
         spectra = batch['truth'].mean((2, 3), dtype=np.float64)  # (n, 4)
         groups = pd.Series(self._groups(batch))
-        self.mean, self.means = spectra.mean(0), {g: spectra[i].mean(0) for g, i in groups.groupby(groups).indices.items()}
+        self.mean = spectra.mean(0)
+        self.means = {g: spectra[i].mean(0) for g, i in groups.groupby(groups).indices.items()}
         return self
     def predict(self, batch:dict) -> np.ndarray: # (n, 4, H, W)
         spectra = np.stack([self.means.get(g, self.mean) for g in self._groups(batch)]).astype(np.float32)
@@ -38,12 +40,12 @@ def pixel_features(
     s1, # (n, 2, H, W) dB
     window:int=5, # px, side of the local mean; the border is mirrored
 ) -> np.ndarray: # (n, 4, H, W): VV, VH and their local means
-    "What a regression may know of a pixel."
+    "Return the features of each pixel: VV, VH and their local means."
     from scipy.ndimage import uniform_filter
     return np.concatenate([s1, uniform_filter(s1, (0, 0, window, window), mode='mirror')], 1)
 
 class PixelRegression:
-    "Reflectance of a pixel from the backscatter there and around."
+    "Predict the reflectance of a pixel from the backscatter of its surroundings."
     def __init__(self, kind:str='ridge', window:int=5, pixels:int=200_000, seed:int=0):
         if kind not in ('ridge', 'boosted'): raise GacError(f'Unknown regression {kind!r}: ridge or boosted.')
         self.kind, self.window, self.pixels, self.seed = kind, window, pixels, seed
@@ -54,7 +56,8 @@ class PixelRegression:
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
         if self.kind == 'ridge': return make_pipeline(StandardScaler(), Ridge(1.))
-        return MultiOutputRegressor(HistGradientBoostingRegressor(max_iter=60, random_state=self.seed, early_stopping=False))
+        return MultiOutputRegressor(HistGradientBoostingRegressor(max_iter=60, random_state=self.seed,
+                                                                  early_stopping=False))
     def _rows(self, s1) -> np.ndarray: return np.moveaxis(pixel_features(s1, self.window), 1, -1).reshape(-1, 4)
     def fit(self, batch:dict):
         x, y = self._rows(batch['s1']), np.moveaxis(batch['truth'], 1, -1).reshape(-1, 4)
@@ -67,7 +70,7 @@ class PixelRegression:
 
 # %% ../../nbs/10_baselines.ipynb #c8d5049c
 class Recalibration:
-    "A gain and an offset per band."
+    "Fit a gain and an offset per band."
     def fit(self, images, truth): # (n, 4, H, W) reflectance both
         p, t = (np.moveaxis(x, 1, 0).reshape(x.shape[1], -1).astype(np.float64) for x in (images, truth))
         dp, dt = p - p.mean(1, keepdims=True), t - t.mean(1, keepdims=True)
@@ -85,23 +88,24 @@ COARSE = 4  # cells of the coarse map along a side
 def descriptors(
     s1, # (n, 2, H, W) dB
 ) -> np.ndarray: # (n, 50)
-    "What the radar of a tile is like: quantiles of VV, VH and VV − VH, their roughness, and where VV and VH are bright."
+    "Describe the radar of a tile: quantiles of VV, VH and VV − VH, their roughness, and a coarse map of VV and VH."
     s1 = np.asarray(s1, np.float32)
     three = np.concatenate([s1, s1[:, :1] - s1[:, 1:]], 1)  # (n, 3, H, W)
     rough = np.abs(np.diff(three, axis=-1)).mean((2, 3))
     coarse = F.adaptive_avg_pool2d(torch.from_numpy(s1), COARSE).flatten(1).numpy()
-    return np.concatenate([np.quantile(three, RETRIEVAL_SHARES, (2, 3)).transpose(1, 2, 0).reshape(len(s1), -1), rough, coarse], 1)
+    shares = np.quantile(three, RETRIEVAL_SHARES, (2, 3)).transpose(1, 2, 0).reshape(len(s1), -1)
+    return np.concatenate([shares, rough, coarse], 1)
 
 def fitted_to(
     x, # (…, h, w)
     size, # (H, W) px
 ) -> np.ndarray: # (…, H, W)
-    "Cut to a size, or repeated until it is reached."
+    "Cut an array to a size, or repeat it until the size is reached."
     for axis, n in zip((-2, -1), size): x = np.take(x, np.arange(n) % x.shape[axis], axis)
     return x
 
 class Retrieval:
-    "The image of the training tile with the most similar radar."
+    "Predict the image of the training tile with the most similar radar."
     def fit(self, batch:dict):
         from sklearn.neighbors import NearestNeighbors
         from sklearn.preprocessing import StandardScaler
@@ -120,11 +124,12 @@ NEAREST = 'nearest radar tile'
 def simple_baselines(
     train:dict, # tiles as of tables.load_tiles
     seed:int=0, # of pixel sampling and trees
-    pixels:int=200_000, # a regression is fitted on
+    pixels:int=200_000, # of the fit of a regression
 ) -> dict: # name -> method: tiles -> (n, 4, H, W) reflectance
-    "Everything that needs no generator and no network, fitted on the same tiles."
+    "Fit all methods that need neither generator nor network; return them by name."
     fitted = {'band mean': MeanBy(), 'mean by month': MeanBy('month'), NEAREST: Retrieval()}
-    fitted |= {name: PixelRegression(kind, pixels=pixels, seed=seed) for name, kind in zip(REGRESSIONS, ('ridge', 'boosted'))}
+    fitted |= {name: PixelRegression(kind, pixels=pixels, seed=seed)
+               for name, kind in zip(REGRESSIONS, ('ridge', 'boosted'))}
     return {name: model.fit(train).predict for name, model in fitted.items()}
 
 # %% ../../nbs/10_baselines.ipynb #08af2bbc
@@ -133,7 +138,7 @@ def tokenizer_reconstruction(
     decoding, # decoding.Decoding; its steps and clamp count
     seed:int=0, # of the noise
 ) -> Callable: # method: tiles -> (n, 4, H, W) reflectance
-    "The truth through the tokenizer and back."
+    "Return a method that encodes and decodes the truth by the tokenizer."
     def method(batch):
         tokens = model.tokenize(torch.as_tensor(batch['s2']))
         return model.decode(tokens, batch['s2'].shape[-1], decoding.timesteps, decoding.clamp, seed,

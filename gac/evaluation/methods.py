@@ -70,8 +70,7 @@ def unet_methods(
 ) -> dict: # name of UNETS -> method
     "Return every U-Net of a run as a method; none for another radar product than S1GRD."
     folders = {k: run.dir/'unets'/slug(k) for k in UNETS} if product == 'S1GRD' else {}
-    return {k: cached_method(unet_method(load_unet(f)[0], v1)) for k, f in folders.items()
-            if (f/FILE).exists()}
+    return {k: cached_method(unet_method(load_unet(f)[0], v1)) for k, f in folders.items() if (f/FILE).exists()}
 
 # %% ../../nbs/lib/evaluation/methods.ipynb #3b6b8689
 def with_product(

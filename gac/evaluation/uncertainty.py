@@ -198,12 +198,10 @@ def reliability(
     ranks = [spearmanr(s.ravel(), e.ravel())[0] if np.ptp(s) and np.ptp(e) else 0. for s, e in zip(spread, error)]
     n, both, curve = known['one'].shape[1], ause(spread, error), calibration_curve(spread, error)
     return dict(samples=n, n_tiles=len(spread), spread=rms(spread), rmse=rms(error),
-                ratio=rms(error)/max(rms(spread), 1e-9),
-                ence=calibration_error(curve), rank_correlation=float(np.mean(ranks)), ause=within.ause.mean(),
-                ause_random=within.ause_random.mean(),
+                ratio=rms(error)/max(rms(spread), 1e-9), ence=calibration_error(curve),
+                rank_correlation=float(np.mean(ranks)), ause=within.ause.mean(), ause_random=within.ause_random.mean(),
                 **better, ause_pooled=both['ause'], ause_random_pooled=both['ause_random'],
-                inside=known['inside'].mean(),
-                inside_expected=(n - 1)/(n + 1))
+                inside=known['inside'].mean(), inside_expected=(n - 1)/(n + 1))
 
 # %% ../../nbs/lib/evaluation/uncertainty.ipynb #5b1b28ab
 def coverage_table(

@@ -140,8 +140,7 @@ def edge_metrics(
     "Return the four measures of each tile; every edge map is computed once."
     image, truth, radar = image_edges(pred), image_edges(truth), radar_edges(s1)
     own, drawn = _agreement(truth, radar), _agreement(image, radar)
-    return dict(zip(SAR_MEASURES, (drawn, (drawn - own).abs(), _recall(image, radar),
-                                   _invented(image, truth, radar))))
+    return dict(zip(SAR_MEASURES, (drawn, (drawn - own).abs(), _recall(image, radar), _invented(image, truth, radar))))
 
 # %% ../../nbs/lib/measure/edges.ipynb #eb030002
 class EdgeBalance:

@@ -32,8 +32,7 @@ def load_tiles(
     table, s2 = store.table.iloc[rows], to_reflectance(store.read('s2', rows))
     return dict(idx=rows,
                 **{k: table[k].to_numpy() for k in ('id', 'scene', 'month', 'biome', 'lon', 'lat') if k in table},
-                s1=store.read('s1', rows), s2=s2,
-                truth=s2[:, store.bands('s2', OPT_BANDS)])
+                s1=store.read('s1', rows), s2=s2, truth=s2[:, store.bands('s2', OPT_BANDS)])
 
 # %% ../../nbs/lib/measure/tables.ipynb #7b255919
 def stage1_method(

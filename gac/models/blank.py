@@ -88,8 +88,7 @@ def model_info(
     n, trainable = sum(parts.values()), sum(p.numel() for p in model.parameters() if p.requires_grad)
     files = [dict(file=w.file, hub=w.repo or 'data/weights/mini') for w in needed_files(name, **kw)]
     return dict(name=name, role=model_entry(name).role, cls=type(model).__name__, params=n, trainable=trainable,
-                trainable_share=trainable/n,
-                parts=parts, memory_mb=memory_mb(model, n), files=files)
+                trainable_share=trainable/n, parts=parts, memory_mb=memory_mb(model, n), files=files)
 
 # %% ../../nbs/lib/models/blank.ipynb #fb619c16
 def describe(

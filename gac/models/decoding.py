@@ -24,7 +24,9 @@ def tm_sar2opt(
     timesteps:int=10, # diffusion steps
     **kwargs, # tokens, clamp, n_samples, seed, tile_seeds, bands, as for Generator.generate
 ) -> torch.Tensor: # (B, 4, H, W) reflectance of B02, B03, B04, B08
-    "Generate the optical image of each radar tile."
+    """Generate the optical image of each radar tile.
+
+    The starting documents of the study name this function; `generate_tiles` is the one the stages use."""
     return model.generate(torch.as_tensor(np.ascontiguousarray(s1), dtype=torch.float32), timesteps=timesteps, **kwargs)
 
 # %% ../../nbs/lib/models/decoding.ipynb #d05eadcf

@@ -43,8 +43,7 @@ KEYS = {m.lower(): MODALITIES[m][1] for m in ('S2L2A', 'LULC', 'NDVI')}  # token
 INPUT_KEYS = ['untok_sen1grd@224', 'untok_sen1rtc@224', 'untok_sen2l2a@224', 'untok_dem@224', *KEYS.values()]
 OUTPUT_KEYS = list(KEYS.values())
 CORE = dict(dim=128, encoder_depth=4, decoder_depth=4, num_heads=4, mlp_ratio=4., qkv_bias=True, proj_bias=True,
-            mlp_bias=True,
-            norm_layer=partial(LayerNorm, eps=1e-6, bias=False), act_layer=nn.GELU, gated_mlp=False)
+            mlp_bias=True, norm_layer=partial(LayerNorm, eps=1e-6, bias=False), act_layer=nn.GELU, gated_mlp=False)
 PRITHVI = dict(img_size=SIZE, num_frames=1, patch_size=(1, 8, 8), in_chans=6, embed_dim=128, depth=6, num_heads=4,
                decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=4, mlp_ratio=4,
                coords_encoding=['time', 'location'],

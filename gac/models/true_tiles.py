@@ -22,7 +22,8 @@ def true_tiles(
     "Sentinel-2 tiles to measure the clamp on: those given, else the real TerraMesh tiles, else procedural ones."
     if given is not None:
         rows = np.unique(np.linspace(0, len(given) - 1, min(n, len(given))).round().astype(int))
-        s2 = np.zeros((len(rows), len(S2_BANDS), *given.arrays['s2'].shape[2:]), np.float32)  # bands nobody measured stay 0
+        # bands nobody measured stay 0
+        s2 = np.zeros((len(rows), len(S2_BANDS), *given.arrays['s2'].shape[2:]), np.float32)
         s2[:, list(OPT_INDEX)] = given.read('s2', rows, OPT_BANDS)
         return 'real: given', dict(zip(given.table.id.iloc[rows], s2))
     folder = (real_data() or Path())/'terramesh_tiles'/'S2L2A'

@@ -148,8 +148,7 @@ def find_folder(
 _BOTH = r'\.(weight|bias)'
 _EMBEDDING = r'(pos_emb|mod_emb|proj\.weight|token_emb\.weight|to_logits\.weight)'  # tensors of a modality's embedding
 _TERRAMIND_DECODER = '|'.join([r'decoder\.\d+\..+', 'decoder_norm' + _BOTH, 'decoder_proj_context' + _BOTH,
-                               'mask_token',
-                               r'decoder_embeddings\.[^.]+\.' + _EMBEDDING])
+                               'mask_token', r'decoder_embeddings\.[^.]+\.' + _EMBEDDING])
 _PRITHVI_DECODER = '|'.join(r'(decoder\.)?' + k for k in (
     'decoder_embed' + _BOTH, 'mask_token', 'decoder_pos_embed', r'decoder_blocks\.\d+\..+', 'decoder_norm' + _BOTH,
     'decoder_pred' + _BOTH, r'(temporal|location)_embed_dec\.scale'))

@@ -115,9 +115,7 @@ def read_chip(
     s1, seen = np.stack(s1), np.stack(seen)
     label = np.where(seen.any(0), label, NO_LABEL).astype(np.uint8)
     return dict(s2=fill_from_others(np.stack(s2), seen), s1=fill_from_others(s1, np.isfinite(s1).all(1)),
-                dem=np.nan_to_num(source.dem(box)),
-                label=label,
-                seen=round(float(seen.mean()), 4))
+                dem=np.nan_to_num(source.dem(box)), label=label, seen=round(float(seen.mean()), 4))
 
 # %% ../../nbs/lib/nyc/build.ipynb #a758dd82
 def class_columns(
@@ -153,8 +151,7 @@ def build_chips(
     offsets, unit = _survey(source, grid, opt)
     days = [d.day for d in source.dates]
     about = dict(name=name, crs=str(grid.crs), transform=list(grid.affine)[:6], days=days,
-                 s1_days=[d.s1_day for d in source.dates], offsets=offsets,
-                 s1_unit=unit,
+                 s1_days=[d.s1_day for d in source.dates], offsets=offsets, s1_unit=unit,
                  landcover=Path(landcover).name, mapping={str(k): v for k, v in mapping.items()}, **asdict(opt))
     if (out/'manifest.json').exists() and about.items() <= (made := Chips(out)).about.items(): return made
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()

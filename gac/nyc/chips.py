@@ -107,10 +107,8 @@ def save_geotiff(
         else:
             import rasterio
             with rasterio.open(part, 'w', driver='GTiff', height=x.shape[1], width=x.shape[2], count=len(x),
-                               dtype=x.dtype,
-                               crs=str(box.crs),
-                               transform=box.affine,
-                               compress='deflate', predictor=3 if x.dtype.kind == 'f' else 2, nodata=nodata) as dst:
+                               dtype=x.dtype, crs=str(box.crs), transform=box.affine, compress='deflate',
+                               predictor=3 if x.dtype.kind == 'f' else 2, nodata=nodata) as dst:
                 dst.write(x)
                 for i, name in enumerate(names, 1): dst.set_band_description(i, name)
             check_whole(part)
@@ -157,9 +155,7 @@ def finish(
     gap = {f'{a} and {b}': split_gap(chips, about['size'], a, b)
            for a, b in (('train', 'test'), ('train', 'val'), ('val', 'test'))}
     about = dict(format=1, classes=list(NYC_CLASSES),
-                 n={s: int((chips.split == s).sum()) for s in ('train', 'val', 'test', 'spare')},
-                 gap_px=gap,
-                 **about,
+                 n={s: int((chips.split == s).sum()) for s in ('train', 'val', 'test', 'spare')}, gap_px=gap, **about,
                  chips_sha256=sha256(folder/'chips.csv'))
     write_file(folder/'manifest.json', json.dumps(about, indent=1) + '\n')
     return Chips(folder)

@@ -63,9 +63,7 @@ def from_series(
     for p in places.itertuples():
         at = np.s_[..., p.top:p.top + size, p.left:p.left + size]
         files = write_chip(out, p.id, anywhere_grid(size), s2[at], s1[at], dem[at],
-                           np.full((size, size), NO_LABEL, np.uint8),
-                           [days[t] for t in use],
-                           suffix)
+                           np.full((size, size), NO_LABEL, np.uint8), [days[t] for t in use], suffix)
         rows.append(dict(id=p.id, seen=float(seen[use][at].mean()), **{c: 0. for c in NYC_CLASSES}, files=files,
                          split='test'))
     (out/'splits').mkdir(exist_ok=True)
@@ -74,9 +72,7 @@ def from_series(
     write_file(out/'chips.csv', table.assign(files=table.files.map(json.dumps)).to_csv(index=False,
         lineterminator='\n'))
     about = dict(format=1, name=f'time series {Path(path).name}', classes=list(NYC_CLASSES),
-                 days=[days[t] for t in use], size=size,
-                 suffix=suffix,
-                 n=dict(test=len(table)),
+                 days=[days[t] for t in use], size=size, suffix=suffix, n=dict(test=len(table)),
                  gap_px={'train and test': 0}, chips_sha256=sha256(out/'chips.csv'))
     write_file(out/'manifest.json', json.dumps(about, indent=1) + '\n')
     return Chips(out)

@@ -109,8 +109,7 @@ class Files:
                                for b, v in files.items()}
         s2 = place(s2 | ({'SCL': entry['scl']} if entry.get('scl') else {}))
         return Date(_day(entry['date'], where), _day(entry.get('s1_date', entry['date']), where), s2, place(s1),
-                    str(entry.get('baseline', '')),
-                    entry.get('corrected'))
+                    str(entry.get('baseline', '')), entry.get('corrected'))
 
     def s2(self, d:Date, box:GeoBox) -> tuple[np.ndarray, np.ndarray|None]: # (12, H, W) DN; (H, W)
         "Return the optical image and, where known, its scene classes."
@@ -210,9 +209,8 @@ class Catalogue:
         for i in stac_items(self.url, collection, self.bbox, span):
             by_day.setdefault(i.datetime.date().isoformat(), []).append(i)
         cloud = lambda items: float(np.mean([i.properties.get('eo:cloud_cover', 0) for i in items]))
-        rank = lambda d: (-round(min(_coverage(by_day[d], self.area), self.cover), 2), abs(_days(d, near)) if near
-                          else 0,
-                          cloud(by_day[d]), d)
+        rank = lambda d: (-round(min(_coverage(by_day[d], self.area), self.cover), 2),
+                          abs(_days(d, near)) if near else 0, cloud(by_day[d]), d)
         best = min(by_day, key=rank, default='')
         return (best, by_day[best]) if best and _coverage(by_day[best], self.area) >= self.cover else ('', [])
 
@@ -234,9 +232,7 @@ class Catalogue:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             x = odc.stac.load(items, bands=list(bands.values()), geobox=box, groupby='solar_day', resampling=how,
-                              dtype='float32',
-                              nodata=nodata,
-                              chunks=None)
+                              dtype='float32', nodata=nodata, chunks=None)
         out = np.stack([x[b].values[0] for b in bands.values()]).astype(np.float32)
         return np.where(out == nodata, np.nan, out)
 

@@ -92,11 +92,11 @@ def utm_grid(
 def _factors(src, bands) -> tuple: # scale and offset, (n, 1, 1) each; src: open raster
     "Return scale and offset of the bands from the tags of a raster."
     check_opened(src.name, src.scales, src.offsets)
-    told = [(src.scales[b - 1], src.offsets[b - 1]) for b in bands]
-    if 0 < told.count((1., 0.)) < len(told):
-        raise GacError(f'{src.name}: band {bands[told.index((1., 0.))]} has no scale or offset tag, and others have. '
+    tags = [(src.scales[b - 1], src.offsets[b - 1]) for b in bands]
+    if 0 < tags.count((1., 0.)) < len(tags):
+        raise GacError(f'{src.name}: band {bands[tags.index((1., 0.))]} has no scale or offset tag, and others have. '
                        'Give every band its own (gdal_edit.py -scale, -offset).')
-    return tuple(np.array(told)[:, i, None, None] for i in (0, 1))
+    return tuple(np.array(tags)[:, i, None, None] for i in (0, 1))
 
 def warped(
     path, # raster
@@ -113,8 +113,7 @@ def warped(
         scale, offset = _factors(src, bands or src.indexes)
         nodata = src.nodata if src.nodata is not None else (np.nan if src.dtypes[0].startswith('float') else 0)
         with WarpedVRT(src, crs=str(box.crs), transform=box.affine, width=box.width, height=box.height,
-                       resampling=Resampling[how], src_nodata=nodata,
-                       nodata=nodata) as vrt:
+                       resampling=Resampling[how], src_nodata=nodata, nodata=nodata) as vrt:
             x = vrt.read(bands, masked=True)
     x = x.astype(np.float32).filled(np.nan)
     if (scale != 1).any() or (offset != 0).any():
@@ -142,9 +141,7 @@ def class_shares(
                                                                  most))
         nodata = 0 if src.nodata is None else src.nodata
         with WarpedVRT(src, crs=str(box.crs), transform=box.affine*Affine.scale(1/k), width=box.width*k,
-                       height=box.height*k,
-                       src_nodata=nodata,
-                       nodata=nodata) as vrt:
+                       height=box.height*k, src_nodata=nodata, nodata=nodata) as vrt:
             for top in range(0, box.height, strip):
                 n = min(strip, box.height - top)
                 found = table[vrt.read(1, window=Window(0, top*k, box.width*k, n*k))].reshape(n, k, box.width, k)

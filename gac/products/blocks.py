@@ -49,10 +49,9 @@ def _window(x:np.ndarray, top:int, left:int, side:int) -> np.ndarray: # (2, side
 def _batch(scene:Scene, at:list, s1:list, tile:int, month:int, biome:int) -> dict:
     "Return tiles of a scene as a batch of the chain."
     lon, lat = zip(*(scene.place_of(r, c, tile) for r, c in at))
-    told = dict(lon=np.array(lon), lat=np.array(lat)) if scene.crs else {}
+    position = dict(lon=np.array(lon), lat=np.array(lat)) if scene.crs else {}
     return dict(id=[f'{r},{c}' for r, c in at], s1=np.stack(s1), month=np.full(len(at), month),
-                biome=np.full(len(at), biome),
-                **told)
+                biome=np.full(len(at), biome), **position)
 
 # %% ../../nbs/lib/products/blocks.ipynb #54a68d0d
 def draw_block(

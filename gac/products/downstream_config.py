@@ -25,7 +25,7 @@ from lightning.pytorch import Callback
 
 from ..core.files import GacError, root, shown_path, write_file
 from ..core.vocabulary import LULC_CLASSES, S2_BANDS
-from ..evaluation.classes import IGNORED
+from ..measure.classes import IGNORED
 from ..models.mini import MINI_STATS, TERRAMIND_KEY_STATS
 from ..models.modalities import band_names, modality_key
 from .labels import LABEL_CODES, Arm
@@ -134,17 +134,17 @@ def data_config(
     arm:Arm, # input
     recipe:DownstreamRecipe, # what all arms share
     store:str, # folder of the tile store, relative to the repository
-    shelf:str='', # folder of the generated images; empty: the same
+    derived:str='', # folder of the generated images; empty: the same
 ) -> dict: # class_path, init_args
     "Return the data module of an arm."
     images = input_of(arm, recipe)
     stats = {m: statistics(recipe.name, m, arm.bands) for m in images}
+    loading = dict(batch_size=recipe.batch_size, train_tiles=recipe.train_tiles, val_tiles=recipe.val_tiles,
+                   test_tiles=recipe.test_tiles, num_workers=recipe.num_workers, seed=recipe.seed)
     return dict(class_path='gac.products.labels.StoreData', init_args=dict(
-        store=store, shelf=shelf, images=images, bands=list(arm.bands), means={m: v[0] for m, v in stats.items()},
-        stds={m: v[1] for m, v in stats.items()},
-        classes=list(recipe.classes), require=list(recipe.require), size=recipe.size, batch_size=recipe.batch_size,
-        train_tiles=recipe.train_tiles,
-        val_tiles=recipe.val_tiles, test_tiles=recipe.test_tiles, num_workers=recipe.num_workers, seed=recipe.seed))
+        store=store, derived=derived, images=images, bands=list(arm.bands), means={m: v[0] for m, v in stats.items()},
+        stds={m: v[1] for m, v in stats.items()}, classes=list(recipe.classes), require=list(recipe.require),
+        size=recipe.size, loading=loading))
 
 # %% ../../nbs/lib/products/downstream_config.ipynb #080f45c3
 def trainer_config(
@@ -156,28 +156,26 @@ def trainer_config(
     checking = (dict(limit_val_batches=0) if not recipe.val_every
                 else dict(val_check_interval=recipe.val_every, check_val_every_n_epoch=None))
     return dict(accelerator=recipe.accelerator, devices=recipe.devices, precision=recipe.precision,
-                max_steps=recipe.steps,
-                max_epochs=-1, gradient_clip_val=1., deterministic='warn',
+                max_steps=recipe.steps, max_epochs=-1, gradient_clip_val=1., deterministic='warn',
                 num_sanity_val_steps=0, log_every_n_steps=10, enable_progress_bar=not recipe.mini,
-                enable_model_summary=False,
-                use_distributed_sampler=False, default_root_dir=out_dir, **checking,
+                enable_model_summary=False, use_distributed_sampler=False, default_root_dir=out_dir, **checking,
                 logger=call('lightning.pytorch.loggers.CSVLogger', save_dir=out_dir, name='', version='curve'),
                 callbacks=[call('gac.products.downstream_config.SameStart', seed=recipe.seed),
                            call('lightning.pytorch.callbacks.ModelCheckpoint', dirpath=out_dir, filename='trained',
-                                every_n_train_steps=recipe.val_every or recipe.steps,
-                                save_on_train_epoch_end=False, enable_version_counter=False)])
+                                every_n_train_steps=recipe.val_every or recipe.steps, save_on_train_epoch_end=False,
+                                enable_version_counter=False)])
 
 # %% ../../nbs/lib/products/downstream_config.ipynb #4537c4e7
 def config_of(
     arm:Arm, # input
     recipe:DownstreamRecipe, # what all arms share
     store:str, # folder of the tile store, relative to the repository
-    shelf:str='', # folder of the generated images; empty: the same
+    derived:str='', # folder of the generated images; empty: the same
     out_dir:str='runs/downstream', # folder of this training, relative to the repository
 ) -> dict: # seed_everything, trainer, model, data
     "Return the whole configuration with which `terratorch fit` trains an arm."
     return dict(seed_everything=recipe.seed, trainer=trainer_config(recipe, out_dir), model=model_config(arm, recipe),
-                data=data_config(arm, recipe, store, shelf))
+                data=data_config(arm, recipe, store, derived))
 
 # %% ../../nbs/lib/products/downstream_config.ipynb #240ebaa9
 def write_config(
@@ -248,16 +246,16 @@ def open_config(
 ): # command line of TerraTorch: trainer, model, datamodule, config
     "Return what `terratorch fit --config` would build, by the same parser; refuse what it refuses."
     from terratorch import cli_tools
-    told, path = io.StringIO(), Path(path).resolve()
+    stderr, path = io.StringIO(), Path(path).resolve()
     if not path.is_file(): raise GacError(f'{path} is missing: expected a configuration as YAML.')
     with contextlib.ExitStack() as stack:
-        for c in (at_root(), contextlib.redirect_stderr(told)): stack.enter_context(c)
+        for c in (at_root(), contextlib.redirect_stderr(stderr)): stack.enter_context(c)
         if not build: # the parser sets the seed; nothing is built
             for c in (seeded(0), unittest.mock.patch.object(cli_tools.MyLightningCLI, 'instantiate_classes',
                                                             lambda self: None)):
                 stack.enter_context(c)
         try: return cli_tools.build_lightning_cli(['--config', str(path)], run=False)
-        except SystemExit as e: why, cause = ' '.join(told.getvalue().split('error:')[-1].split()), e
+        except SystemExit as e: why, cause = ' '.join(stderr.getvalue().split('error:')[-1].split()), e
     raise GacError(f'{shown_path(path)}: TerraTorch refuses this configuration: {why[:600]}') from cause
 
 # %% ../../nbs/lib/products/downstream_config.ipynb #0d0ce109

@@ -21,7 +21,8 @@ import torch
 
 from ..core.environment import progress
 from ..core.files import GacError, relative_to_root, write_file
-from ..evaluation.classes import IGNORED, columns_of, confusion, interval, measures, resampled
+from ..measure.classes import IGNORED, confusion, resample_scores, score_columns, segmentation_scores
+from ..measure.statistics import percentile_interval
 from ..models.build import weights_checksums
 from ..models.sampling import own_randomness
 from .downstream_config import DownstreamRecipe, config_of, fit_config, hushed, open_config, write_config
@@ -87,11 +88,11 @@ def gradient_check(
 def mark_of(
     config:dict, # as of config_of
     store, # store.Store with radar, truth and labels
-    shelf, # store.Store with the generated images
+    derived, # store.Store with the generated images
 ) -> str: # 12 hexadecimal digits
     "Return a digest of everything a result depends on."
     args, arrays = config['model']['init_args']['model_args'], config['data']['init_args']['images'].values()
-    name, drawn = args['backbone'], {a: dict(shelf.arrays[a].attrs) for a in arrays if a.startswith('opt_')}
+    name, drawn = args['backbone'], {a: dict(derived.arrays[a].attrs) for a in arrays if a.startswith('opt_')}
     known = {m: v for m, v in dict(modalities=args.get('backbone_modalities'),
                                    tim_modalities=args.get('backbone_tim_modalities')).items() if v}
     weights = weights_checksums(name, args.get('backbone_weights', ''), **known) if args['backbone_pretrained'] else {}
@@ -132,7 +133,7 @@ def run_arm(
 def run_arms(
     out_dir:str|Path, # folder of the trainings and their results
     store, # store.Store with radar, truth and labels
-    shelf, # store.Store with the generated images
+    derived, # store.Store with the generated images
     recipe:DownstreamRecipe, # what all arms share
     arms:Iterable[str]=tuple(ARMS), # keys of ARMS
     seeds:Sequence[int]=(0,), # of the trainings
@@ -143,11 +144,10 @@ def run_arms(
     for name, seed in progress(todo, desc='arms', unit='trainings'):
         folder = out_dir/f'{name}-{seed}'
         config = config_of(arm(name), replace(recipe, seed=seed), relative_to_root(store.path),
-                           relative_to_root(shelf.path),
-                           relative_to_root(folder))
+                           relative_to_root(derived.path), relative_to_root(folder))
         file = write_config(folder/'config.yaml', config, f'{arm(name).what}; seed {seed}')
-        found[name, seed] = run_arm(file, folder/f'result-{mark_of(config, store, shelf)}.npz', seed)
-        miou, _, right = measures(found[name, seed].matrices.sum(0))[:3]
+        found[name, seed] = run_arm(file, folder/f'result-{mark_of(config, store, derived)}.npz', seed)
+        miou, _, right = segmentation_scores(found[name, seed].matrices.sum(0))[:3]
         print(f'{arm(name).what}, seed {seed}: mIoU {miou:.3f}, {right:.1%} of pixels', flush=True)
     first = next(iter(found.values())).rows
     if any(not np.array_equal(o.rows, first) for o in found.values()):
@@ -171,18 +171,18 @@ def table_of(
     n:int=2000, # resamples
 ) -> pd.DataFrame: # arm, what, image, bands, seed, n_tiles, and every score with _lo and _hi
     "Return the scores of every arm and seed; with several seeds, also of their mean."
-    rows, names = [], columns_of(classes)
+    rows, names = [], score_columns(classes)
     for name, every in by_arm(found).items():
         seeds = [s for a, s in found if a == name]
         sets = [(s, every[i:i + 1]) for i, s in enumerate(seeds)] + ([('mean', every)] if len(seeds) > 1 else [])
         for s, m in sets:
-            value, (lo, hi) = measures(m.sum(1)).mean(0), interval(resampled(m, scenes, n, seed))
+            value = segmentation_scores(m.sum(1)).mean(0)
+            lo, hi = percentile_interval(resample_scores(m, scenes, n, seed))
             scores = {f'{c}{end}': v[i] for i, c in enumerate(names)
                       for end, v in (('', value), ('_lo', lo), ('_hi', hi))}
             a = arm(name)
             rows.append(dict(arm=name, what=a.what, image=a.s2 or 'none', bands=len(a.bands) if a.s2 else 0,
-                             seed=str(s),
-                             n_tiles=m.shape[1]) | scores)
+                             seed=str(s), n_tiles=m.shape[1]) | scores)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/lib/products/downstream_runs.ipynb #85eb5a38
@@ -198,13 +198,12 @@ def gains_of(
 
     Both arms use the same resamples of scenes and seeds."""
     every, rows = by_arm(found), []
-    draws = {a: resampled(m, scenes, n, seed) for a, m in every.items()}
+    draws = {a: resample_scores(m, scenes, n, seed) for a, m in every.items()}
     for step, (a, b) in steps.items():
         if not {a, b} <= every.keys(): continue
-        gain = (measures(every[b].sum(1)) - measures(every[a].sum(1))).mean(0)
-        lo, hi = interval(draws[b] - draws[a])
+        gain = (segmentation_scores(every[b].sum(1)) - segmentation_scores(every[a].sum(1))).mean(0)
+        lo, hi = percentile_interval(draws[b] - draws[a])
         rows += [dict(step=step, **{'from': a, 'to': b}, metric=c, gain=gain[i], lo=lo[i], hi=hi[i],
-                      n_scenes=len(set(scenes)),
-                      seeds=len(every[a]))
-                 for i, c in enumerate(columns_of(classes))]
+                      n_scenes=len(set(scenes)), seeds=len(every[a]))
+                 for i, c in enumerate(score_columns(classes))]
     return pd.DataFrame(rows, columns=['step', 'from', 'to', 'metric', 'gain', 'lo', 'hi', 'n_scenes', 'seeds'])

@@ -20,9 +20,11 @@ from filelock import FileLock, Timeout
 from rasterio.errors import RasterioError
 from rasterio.windows import Window
 
+from ..core.config import InferConfig
 from ..core.environment import progress
 from ..core.figures import save_picture
 from ..core.files import GacError, read_json, writable, write_file
+from ..core.manifest import agree_or_refuse
 from ..core.vocabulary import OPT_BANDS, REFLECTANCE
 from ..data.dates import month_of
 from ..data.places import biome_of
@@ -48,19 +50,15 @@ def _read_block(path:Path, shape:tuple) -> np.ndarray|None: # (C, h, w) int16
     try: return unpack(path.read_bytes(), 'int16', shape)
     except (OSError, ValueError, RuntimeError): return None
 
-def _journal(output:Path, made:dict, overwrite:bool) -> Path: # folder of the blocks
+def _block_folder(output:Path, settings:dict, overwrite:bool) -> Path: # folder of the blocks
     "Return the folder of the blocks; refuse or replace those of another scene or model."
     folder = _parts(output)
-    if (folder/'made.json').exists():
-        then = read_json(folder/'made.json')
-        other = [k for k in made if then.get(k) != made[k]]
-        if other and not overwrite:
-            raise GacError(f'{folder} was begun with other {", ".join(other)}. Use the same settings to go on, '
-                           f'another output, '
-                           'or begin anew (--overwrite).')
-        if other: shutil.rmtree(folder)
+    file = folder/'made.json'
+    remedy = 'Use the same settings to continue, give another output, or start again (--overwrite).'
+    if file.exists() and not agree_or_refuse(str(folder), read_json(file), settings, remedy, overwrite):
+        shutil.rmtree(folder)
     writable(folder)
-    write_file(folder/'made.json', json.dumps(made, indent=1, sort_keys=True) + '\n')
+    write_file(file, json.dumps(settings, indent=1, sort_keys=True) + '\n')
     return folder
 
 # %% ../../nbs/lib/products/infer.ipynb #1a5658ad
@@ -69,7 +67,7 @@ def _alone(folder:Path) -> Iterator[None]:
     "Refuse a second process on the same scene."
     lock = FileLock(folder/'lock', timeout=0)
     try: lock.acquire()
-    except Timeout: raise GacError(f'{folder}: another process is drawing this scene. Wait until it is done.') from None
+    except Timeout: raise GacError(f'{folder}: another process computes this scene. Wait until it has ended.') from None
     try: yield
     finally: lock.release()
 
@@ -95,7 +93,7 @@ def check_output(
         raise GacError(f'{output} is a folder, and the output is one file. Give its name, e.g. '
                        f'{output/(source.stem + "_optical.tif")}.')
     if output.exists() and not output.is_file():
-        raise GacError(f'{output} is no file that can be replaced. Give another output.')
+        raise GacError(f'{output} is a device or a pipe and cannot be replaced. Give another output.')
     if output.suffix.lower() in ('.png', '.qml', '.parts'):
         raise GacError(f'{output}: the output is a GeoTIFF, and a picture or a style of that name may go beside it. '
                        f'Give a name that ends in .tif.')
@@ -106,52 +104,45 @@ def infer_scene(
     output:str|Path, # COG that is written
     chain, # chain, as of SceneChain
     tiling:Tiling=Tiling(), # cut of the scene
-    s1_units:str='auto', # dB, linear, amplitude
-    s1_bands=(), # order of the bands, for a file that does not name them
-    s1_scale:float=0, # factor of the stored values, for a file without a scale tag; 0: from the tags
-    month:int=0, # 1–12; 0: from the date of the file
-    biome:int=0, # 1–14; 0: from the place of the scene
-    spread:int=0, # generations whose spread becomes a fifth band; 0: none
-    batch_size:int=8, # tiles at a time; keep it when an interrupted run continues
-    overwrite:bool=False, # replace an output, or blocks, made with other settings
-    visualise:bool=False, # True: write <output>.png too
+    config:InferConfig=InferConfig(), # settings of the command; keep the batch size when a run continues
 ) -> dict: # blocks, drawn, skipped, month, biome, unit, output
     "Write the optical image of a whole scene; memory does not grow with the scene."
     output = Path(output)
-    if spread == 1: raise GacError('spread 1: a spread needs at least 2 generations (--uncertainty).')
+    if config.uncertainty == 1: raise GacError('uncertainty 1: a spread needs at least 2 generations (--uncertainty).')
     check_output(source, output)
-    scene = open_scene(source, s1_units, s1_bands, s1_scale=s1_scale)
-    month, biome = _months(scene, month, biome)
+    scene = open_scene(source, config.s1_units, config.s1_bands, s1_scale=config.s1_scale)
+    month, biome = _months(scene, config.month, config.biome)
     if not scene.crs:
         unknown = '' if biome else ' and the biome as unknown (--biome)'
         print(f'{scene.path.name}: without a coordinate system, so its pixels are taken as 10 m{unknown}', flush=True)
     if not month: print(f'{scene.path.name}: without a date, so the season is unknown to Stage 2 (--month)', flush=True)
-    made = dict(scene=scene.mark, unit=scene.unit, bands=list(scene.bands),
-                **(dict(scale=s1_scale) if s1_scale else {}), steps=chain.steps, tiling=asdict(tiling), month=month,
-                biome=biome,
-                spread=spread)
-    tags = _scene_tags(scene, chain, made)
+    # keys of made.json; `spread` is the number of generations
+    settings = dict(scene=scene.mark, unit=scene.unit, bands=list(scene.bands),
+                    **(dict(scale=config.s1_scale) if config.s1_scale else {}),
+                    steps=chain.steps, tiling=asdict(tiling), month=month, biome=biome, spread=config.uncertainty)
+    tags = _scene_tags(scene, chain, settings)
     writable(output.parent)
-    told = dict(month=month, biome=biome, unit=scene.unit, output=str(output))
+    result = dict(month=month, biome=biome, unit=scene.unit, output=str(output))
     blocks = tiling.blocks(scene.height, scene.width)
-    if output.exists() and not overwrite:
+    if output.exists() and not config.overwrite:
         if not _is_of(output, tags):
-            raise GacError(f'{output} is there and was made otherwise (see its tags GAC_…). Give another output, or '
-                           f'replace it (--overwrite).')
-        print(f'{output.name}: there already, made of the same scene by the same models', flush=True)
+            raise GacError(f'{output} exists and was computed with other settings (see its tags GAC_…). '
+                           'Give another output, or replace it '
+                           '(--overwrite).')
+        print(f'{output.name}: exists already, computed from the same scene by the same models', flush=True)
         shutil.rmtree(_parts(output), ignore_errors=True)  # of a run that was killed at its end
-        return dict(blocks=len(blocks), drawn=0, skipped=len(blocks), **told)
-    layer = replace(OPTICAL, bands=(*OPT_BANDS, SPREAD)) if spread else OPTICAL
+        return dict(blocks=len(blocks), drawn=0, skipped=len(blocks), **result)
+    layer = replace(OPTICAL, bands=(*OPT_BANDS, SPREAD)) if config.uncertainty else OPTICAL
     disk_forecast(3, (len(layer.bands), scene.height, scene.width), output.parent)
-    folder = _journal(output, made, overwrite)
+    folder = _block_folder(output, settings, config.overwrite)
     with _alone(folder):
-        draw = lambda b: draw_block(scene, b, chain, tiling, month, biome, spread, batch_size)
+        draw = lambda b: draw_block(scene, b, chain, tiling, month, biome, config.uncertainty, config.batch_size)
         todo = [b for b in blocks if not _blocks_file(folder, b).exists()]
         for b in progress(todo, len(todo), output.name, 'blocks') if todo else (): _store_block(folder, b, draw(b))
         _assemble(folder, scene, blocks, layer, tags, draw, output)
     shutil.rmtree(folder)
-    if visualise: told |= dict(picture=str(quicklook(scene, output, output.with_suffix('.png'))))
-    return dict(blocks=len(blocks), drawn=len(todo), skipped=len(blocks) - len(todo), **told)
+    if config.visualise: result |= dict(picture=str(quicklook(scene, output, output.with_suffix('.png'))))
+    return dict(blocks=len(blocks), drawn=len(todo), skipped=len(blocks) - len(todo), **result)
 
 # %% ../../nbs/lib/products/infer.ipynb #2a91f8f2
 def _store_block(folder:Path, block:tuple, x:np.ndarray) -> np.ndarray:
@@ -159,13 +150,12 @@ def _store_block(folder:Path, block:tuple, x:np.ndarray) -> np.ndarray:
     write_whole(_blocks_file(folder, block), pack(x))
     return x
 
-def _scene_tags(scene:Scene, chain, made:dict) -> dict:
+def _scene_tags(scene:Scene, chain, settings:dict) -> dict:
     "Return the tags of the output."
-    mark = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]
-    told = {f'GAC_{k.upper()}': str(made[k]) for k in ('month', 'biome',
-        'spread')} | dict(GAC_TILING=json.dumps(made['tiling'], sort_keys=True))
-    return provenance_tags(chain.output, chain.steps) | told | dict(GAC_SOURCE=scene.path.name,
-                                                                    GAC_MADE=mark) | tiff_date(scene.date)
+    mark = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    about = {f'GAC_{k.upper()}': str(settings[k]) for k in ('month', 'biome', 'spread')}
+    about |= dict(GAC_TILING=json.dumps(settings['tiling'], sort_keys=True), GAC_SOURCE=scene.path.name, GAC_MADE=mark)
+    return provenance_tags(chain.output, chain.steps) | about | tiff_date(scene.date)
 
 def _is_of(path:Path, tags:dict) -> bool:
     "Return whether a file was made with these tags."
@@ -208,7 +198,6 @@ def scene_figure(
     side:int=700, # px, longest side of an image at most
 ): # matplotlib Figure
     "Return the figure that `quicklook` writes."
-    import matplotlib.pyplot as plt
     step = max(1, -(-max(scene.height, scene.width)//side))
     shape = -(-scene.height//step), -(-scene.width//step)
     radar = to_db(scene.raster.read(scene.bands, shape=shape, empty='any'), scene.unit)

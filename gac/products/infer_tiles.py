@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import rasterio
 
+from ..core.config import InferConfig
 from ..core.environment import progress
 from ..core.figures import save_picture
 from ..core.files import GacError, writable
@@ -37,20 +38,15 @@ from ..stages.tileset import open_tiles, read_radar
 
 # %% ../../nbs/lib/products/infer_tiles.ipynb #fa5aaeb0
 # note that is printed for tiles with Stage 3
-AS_DRAWN = ('opt_v3 of tiles is written as it was drawn, as gac export does: the pattern of 2 px that Stage 3 leaves '
-            'is in it. '
-            'It is taken off scenes alone.')
+AS_DRAWN = ('opt_v3 of tiles is written as it was generated, as in gac export: '
+            'it contains the pattern of 2 px that Stage 3 leaves. '
+            'The pattern is removed from scenes alone.')
 
 def infer_tiles(
     data_dir, # tile store, or tiles in a known layout
     output_dir, # folder of <stage>/<id>.tif
     chain_of, # function: product (S1GRD or S1RTC) -> chain
-    split:str='', # train, val or test; empty: all
-    max_tiles:int=0, # tiles at most, spread evenly; 0: all
-    spread:int=0, # generations whose spread becomes a fifth band of the last stage; 0: none
-    batch_size:int=8, # tiles at a time
-    overwrite:bool=False, # replace files made with other settings
-    visualise:bool=False, # True: write panels.png too
+    config:InferConfig=InferConfig(), # split, number of tiles, spread and batches
     **options, # options of convert.convert, for other layouts
 ) -> dict: # tiles, drawn, skipped, errors, output
     """Write the images of the chain for a tile set as Cloud-Optimised GeoTIFFs.
@@ -59,33 +55,33 @@ def infer_tiles(
     check_output(data_dir, output_dir, folder=True)
     out = writable(output_dir)
     store, _ = open_tiles(data_dir, out if not (Path(data_dir)/'table.parquet').exists() else '', **options)
-    chain, rows = chain_of(store.attrs.get('s1_product', 'S1GRD')), chosen_tiles(store, (), split, max_tiles)
+    chain = chain_of(store.attrs.get('s1_product', 'S1GRD'))
+    rows = chosen_tiles(store, (), config.split, config.max_tiles)
     stages = ['opt_v1', 'opt_v2', 'opt_v3'][:len(chain.steps)] if len(chain.steps) > 1 else [chain.output]
     if chain.output not in stages: stages[-1] = chain.output
     for s in stages: swept_folder(writable(out/s))
-    tags = {s: provenance_tags(s, chain.steps[:i + 1]) | (dict(GAC_SPREAD=str(spread)) if s == chain.output else {})
-            for i, s in enumerate(stages)}
+    spread = lambda s: dict(GAC_SPREAD=str(config.uncertainty)) if s == chain.output else {}
+    tags = {s: provenance_tags(s, chain.steps[:i + 1]) | spread(s) for i, s in enumerate(stages)}
     path = lambda r, s: out/s/tile_file_name(store.table.id.iloc[r])
-    todo = [r for r in rows if any(must_write(path(r, s), tags[s] | tile_tags(store.table.iloc[r]), overwrite)
+    todo = [r for r in rows if any(must_write(path(r, s), tags[s] | tile_tags(store.table.iloc[r]), config.overwrite)
                                    for s in stages)]
-    parts, errors = [todo[i:i + batch_size] for i in range(0, len(todo), batch_size)], {}
+    parts, errors = [todo[i:i + config.batch_size] for i in range(0, len(todo), config.batch_size)], {}
     for some in progress(parts, len(todo), 'infer', 'tiles', size=len) if parts else ():
         s1, good, bad = read_radar(store, some)
         errors |= {store.table.id.iloc[r]: why for r, why in bad.items()}
         if not len(good): continue
         table = store.table.iloc[good]
         batch = dict(s1=s1, **{k: table[k].to_numpy() for k in ('id', 'month', 'biome', 'lon', 'lat')})
-        made = chain(batch)
-        for s, images in made.items():
+        for s, images in chain(batch).items():
             dn, layer = np.maximum(to_dn(images), NODATA + 1), OPTICAL
-            if spread and s == chain.output:
-                dn = np.concatenate([dn, to_dn(generation_spread(chain, batch, spread))[:, None]], 1)
+            if config.uncertainty and s == chain.output:
+                dn = np.concatenate([dn, to_dn(generation_spread(chain, batch, config.uncertainty))[:, None]], 1)
                 layer = replace(OPTICAL, bands=(*OPT_BANDS, SPREAD))
             for r, x, row in zip(good, dn, table.itertuples(index=False)):
                 write_cog(path(r, s), x, layer, row.crs, row.transform, tags[s] | tile_tags(row))
     for tile, why in list(errors.items())[:10]: print(f'{tile} was left out: {why}', flush=True)
     if chain.output == 'opt_v3': print(AS_DRAWN, flush=True)
-    if visualise: _panels(store, rows, {s: out/s for s in stages}, out/'panels.png')
+    if config.visualise: _panels(store, rows, {s: out/s for s in stages}, out/'panels.png')
     return dict(tiles=len(rows), drawn=len(todo) - len(errors), skipped=len(rows) - len(todo), errors=len(errors),
                 output=str(out))
 
@@ -118,14 +114,15 @@ def decoding_for(
     found = [(p, d) for p, h in places if (d := read_decoding(p, h))]
     trained = found[0][1] if found else None
     if other := next(((p, d) for p, d in found[1:] if d != trained), None):
-        raise GacError(f'{other[0]} was trained on images drawn otherwise ({other[1]}) than {found[0][0]} '
+        raise GacError(f'{other[0]} was trained on images of other sampling settings ({other[1]}) than {found[0][0]} '
                        f'({trained}). Give the stages of one chain.')
     decoding = replace(trained or Decoding(1, 'expected'), **asked)
     if places and not trained:
-        print(f'Nothing says how the images were drawn that the checkpoints were trained on ({DECODING_FILE} is not '
-              f'beside them); Stage 1 draws here: {decoding}.', flush=True)
+        print('The sampling settings of the training images are unknown: '
+              f'{DECODING_FILE} is missing beside the checkpoints. '
+              f'Stage 1 uses: {decoding}.', flush=True)
     if trained and decoding != trained:
-        raise GacError(f'The checkpoints were trained on images drawn otherwise ({trained}) than is asked for '
+        raise GacError(f'The checkpoints were trained on images of other sampling settings ({trained}) than given here '
                        f'({decoding}): leave '
                        f'{", ".join(f"--{k}" for k in asked)} out.')
     return decoding
@@ -144,62 +141,52 @@ def generator_for(
     found = [(p, g) for p, g in found if g.get('model')]
     for place, g in found:
         if name and g['model'] != name:
-            raise GacError(f'--name {name}: {place} was trained on images drawn by {g["model"]}. Leave --name out.')
+            raise GacError(f'--name {name}: {place} was trained on images of {g["model"]}. Leave --name out.')
         if g.get('decoder') == 'direct':
             raise GacError(f'{place} was trained on images of a decoder without diffusion (gac precompute --direct), '
-                           f'which gac infer does not draw with.')
+                           'which gac infer does not support.')
         if g['model'] != found[0][1]['model']:
-            raise GacError(f'{found[0][0]} was trained on images drawn by {found[0][1]["model"]}, {place} by '
+            raise GacError(f'{found[0][0]} was trained on images of {found[0][1]["model"]}, {place} on images of '
                            f'{g["model"]}.')
         if differ := drawn_otherwise(found[0][1], g):
-            raise GacError(f'{found[0][0]} and {place} were trained on images drawn otherwise: {differ}. Give the '
-                           f'stages of one chain.')
+            raise GacError(f'{found[0][0]} and {place} were trained on images of other settings: {differ}. '
+                           'Give the stages of one chain.')
     return (found[0][1]['model'], found[0][1]) if found else (name or 'terramind_mini_generate', {})
 
 # %% ../../nbs/lib/products/infer_tiles.ipynb #40bc5d6d
 def run_infer(
     source, # Sentinel-1 GeoTIFF, tile store, or tiles in a known layout
     output, # COG of a scene; for tiles a folder
+    config:InferConfig=InferConfig(), # settings of the command
     stage2_checkpoint='', # folder; empty: without Stage 2
     stage3_checkpoint='', # folder; empty: without Stage 3
-    uncertainty:int=0, # generations whose spread becomes a fifth band; 0: none
-    visualise:bool=False, # True: write a figure too
-    s1_product:str='', # S1GRD or S1RTC of a scene; empty: S1GRD
-    tile_size:int=120, overlap:int=40, block:int=960, # of a scene, px
-    s1_units:str='auto', s1_bands=(), s1_scale:float=0, month:int=0, biome:int=0, # of a scene, see infer_scene
-    split:str='', max_tiles:int=0, # of tiles, see infer_tiles
-    timesteps:int=0, tokens:str='', clamp:str='', # sampling settings of Stage 1, see decoding_for
-    name:str='', # generator of Stage 1, see generator_for
-    weights:str='', seed:int=0, batch_size:int=8, device:str='',
-    overwrite:bool=False, # replace what was made with other settings
+    weights:str='', # folder of the weights of the generator
 ) -> dict: # as of infer_scene or infer_tiles
     "Run `gac infer` on a scene, a tile store, or tiles in a known layout."
     source = Path(source)
     if not source.exists():
-        raise GacError(f'{source}: there is nothing here. Give a Sentinel-1 GeoTIFF, a tile store, or tiles in a '
-                       f'known layout.')
+        raise GacError(f'{source} does not exist. Expected: a Sentinel-1 GeoTIFF, a tile store, or tiles in a known '
+                       'layout.')
     scene = source.is_file() and source.suffix.lower() in ('.tif', '.tiff')
     check_output(source, output, folder=not scene)
     for folder, file, maker in ((stage2_checkpoint, REFINER_FILE, 'gac train-stage2'),
                                 (stage3_checkpoint, GROUNDING_FILE, 'gac train-stage3')):
         if folder and not (wanted := checkpoint_file(folder, file)).exists():
             raise GacError(f'{wanted} is missing: expected the output of {maker}.')
-    decoding = decoding_for(stage2_checkpoint, timesteps, tokens, clamp, stage3_checkpoint)
-    name, drawn = generator_for(stage2_checkpoint, stage3_checkpoint, name)
+    decoding = decoding_for(stage2_checkpoint, config.timesteps, config.tokens, config.clamp, stage3_checkpoint)
+    name, drawn = generator_for(stage2_checkpoint, stage3_checkpoint, config.name)
     real = not (source/'table.parquet').exists() or Store(source).attrs.get('source') != 'world'
-    chain = lambda product: introduced(SceneChain(stage2_checkpoint, stage3_checkpoint, product, name, weights,
-                                                  decoding, seed, device, drawn),
-                                       stage2_checkpoint, stage3_checkpoint, real=real)
-    common = dict(spread=uncertainty, batch_size=batch_size, overwrite=overwrite, visualise=visualise)
+    trained = stage2_checkpoint, stage3_checkpoint
+    chain = lambda product: introduced(
+        SceneChain(*trained, product, name, weights, decoding, config.seed, config.device, drawn), *trained, real=real)
     if scene:
-        tiling = Tiling(tile_size, overlap, max(block, tile_size), overlap, True)
+        tiling = Tiling(config.tile_size, config.overlap, max(config.block, config.tile_size), config.overlap, True)
         # before the models are loaded
-        open_scene(source, s1_units, s1_bands, False, s1_scale), writable(Path(output).parent)
-        return infer_scene(source, output, chain(s1_product or 'S1GRD'), tiling, s1_units, s1_bands, s1_scale, month,
-                           biome, **common)
-    more = dict(s1_units=s1_units, s1_bands=tuple(s1_bands), s1_scale=s1_scale,
-                s1_product=s1_product) if not (source/'table.parquet').exists() else {}
-    return infer_tiles(source, output, chain, split, max_tiles, **common, **more)
+        open_scene(source, config.s1_units, config.s1_bands, False, config.s1_scale), writable(Path(output).parent)
+        return infer_scene(source, output, chain(config.s1_product or 'S1GRD'), tiling, config)
+    more = dict(s1_units=config.s1_units, s1_bands=tuple(config.s1_bands), s1_scale=config.s1_scale,
+                s1_product=config.s1_product) if not (source/'table.parquet').exists() else {}
+    return infer_tiles(source, output, chain, config, **more)
 
 # %% ../../nbs/lib/products/infer_tiles.ipynb #ex240011
 def offsets(

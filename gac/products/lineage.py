@@ -43,11 +43,10 @@ def provenance_tags(
     if not steps: return tags
     weights = {k: v for s in steps if isinstance(s.get('weights'), dict) for k, v in s['weights'].items()}
     trained = ' > '.join(s['trained'] for s in steps if 'trained' in s)
-    return tags | dict(GAC_MODEL=' > '.join(map(_model, steps)), GAC_WEIGHTS=json.dumps(weights, sort_keys=True)
-                       if weights
-                       else 'random',
-                       GAC_TRAINED=trained, GAC_SEED=str(steps[0].get('seed', '')), GAC_DECODING=_decoding(steps[0]),
-                       GAC_PROVENANCE=json.dumps(steps, sort_keys=True))
+    return (tags | dict(GAC_MODEL=' > '.join(map(_model, steps)),
+                        GAC_WEIGHTS=json.dumps(weights, sort_keys=True) if weights else 'random', GAC_TRAINED=trained,
+                        GAC_SEED=str(steps[0].get('seed', '')), GAC_DECODING=_decoding(steps[0]),
+                        GAC_PROVENANCE=json.dumps(steps, sort_keys=True)))
 
 # %% ../../nbs/lib/products/lineage.ipynb #2b16ed17
 def tiff_date(

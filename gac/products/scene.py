@@ -26,7 +26,7 @@ class Scene:
     bands:tuple # positions of VV and VH in the file, counted from 1
     unit:str # dB, linear, amplitude
     date:str # ISO date, empty where unknown
-    told:bool=False # True: the user named the unit
+    unit_given:bool=False # True: the user named the unit
 
     @property
     def path(self) -> Path: return Path(self.raster.path)
@@ -51,7 +51,7 @@ class Scene:
     def in_db(self, x:np.ndarray, where:str='') -> np.ndarray:
         "Return values of the file in dB; refuse values that cannot be radar."
         db = to_db(x, self.unit)
-        try: check_db(db, self.told)
+        try: check_db(db, self.unit_given)
         except GacError as e: raise GacError(f'{self.path}, {where}: {e}') from None
         return db
 
@@ -83,7 +83,7 @@ def open_scene(
 ) -> Scene:
     "Open a Sentinel-1 GeoTIFF: find bands, place and unit; refuse what the models cannot read."
     path = Path(path)
-    if not path.is_file(): raise GacError(f'{path}: there is no such file.')
+    if not path.is_file(): raise GacError(f'{path} does not exist.')
     raster = open_raster(path, count=len(s1_bands)).scaled(s1_scale, '--s1-scale')
     names, certain = raster.named(RADAR, tuple(s1_bands))
     date, note = date_of(path.stem, (raster.tags,))
@@ -96,7 +96,7 @@ def open_scene(
                        f'right (gdalinfo shows it)?')
     try:
         if not certain: check_order(samples)
-        check_radar(samples, scene.unit, scene.told)
+        check_radar(samples, scene.unit, scene.unit_given)
     except GacError as e: raise GacError(f'{path}: {e}') from None
     if say and not certain: print(BY_ORDER.format(path), flush=True)
     if say and note: print(f'{path}: {note}', flush=True)

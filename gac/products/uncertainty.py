@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..core.config import UncertaintyConfig
 from ..core.files import GacError, write_file
 from ..core.vocabulary import OPT_BANDS
 from ..data.arrays import to_dn, to_reflectance
@@ -27,38 +28,33 @@ from ..stages.tileset import drop_other, open_tiles
 def run_uncertainty(
     data_dir, # tile store, or tiles in a known layout
     output_dir, # derived store of generations, mean and spread of the last stage; reliability.csv
+    config:UncertaintyConfig=UncertaintyConfig(), # settings of the command
     stage2_checkpoint='', # folder; empty: without Stage 2
     stage3_checkpoint='', # folder; empty: without Stage 3
-    name:str='', # generator; empty: the one the checkpoints were trained on, else the miniature
     weights:str='', # folder of the weights of the generator
-    samples:int=8, # generations of every tile
-    timesteps:int=1, # diffusion steps
-    clamp:str='pretraining', # pretraining or off
-    split:str='', # train, val or test; empty: all
-    max_tiles:int=0, # tiles at most, spread evenly; 0: all
-    batch_size:int=4, # tiles at a time
-    seed:int=0, # of tokens and noise
 ) -> dict: # tiles, output, and the row of `reliability` where the truth is known
     """Run `gac uncertainty`: store generations of a tile set, their mean and their spread.
 
     An interrupted call can be repeated: it continues."""
-    if samples < 2: raise GacError(f'{samples} generation: a spread needs two or more (--samples).')
+    if config.samples < 2:
+        raise GacError(f'samples {config.samples}: a spread needs at least 2 generations (--samples).')
     store, _ = open_tiles(data_dir, Path(output_dir)/'store' if not (Path(data_dir)/'table.parquet').exists() else '')
-    product, rows = store.attrs.get('s1_product', 'S1GRD'), evenly_spaced(store.rows(split or None), max_tiles)
-    if not len(rows): raise GacError(f'{store.path} has no tile of split {split!r}: leave --split out.')
-    name, _ = generator_for(stage2_checkpoint, stage3_checkpoint, name)
+    product, rows = store.attrs.get('s1_product', 'S1GRD'), evenly_spaced(store.rows(config.split or None),
+        config.max_tiles)
+    if not len(rows): raise GacError(f'{store.path} has no tile of split {config.split!r}: leave --split out.')
+    name, _ = generator_for(stage2_checkpoint, stage3_checkpoint, config.name)
     chain = ImageChain(build_terramind_generator((product,), name=name, weights=weights),
-                  Decoding(timesteps, 'sample', clamp))
+                  Decoding(config.timesteps, 'sample', config.clamp))
     if stage2_checkpoint: chain.refiner = load_stage2(stage2_checkpoint, weights=weights)
     if stage3_checkpoint: chain.grounding = grounder(stage3_checkpoint, product, weights=weights)
-    kept = keep_generations(chain, store, rows, output_dir, samples, seed, batch_size)
+    kept = keep_generations(chain, store, rows, output_dir, config.samples, config.seed, config.batch_size)
     array = list(sample_arrays(chain).values())[-1]
-    mean_and_spread(kept, array, rows, batch_size)
+    mean_and_spread(kept, array, rows, config.batch_size)
     out = dict(tiles=len(rows), output=str(kept.path))
     if 's2' not in store.arrays: return out
     known = uncertainty_scores(store, kept, array, rows, lambda b: to_reflectance(kept.read(f'mean_{array}', b['idx'])),
-                  batch_size=batch_size)
-    row = reliability(known, seed)
+                  batch_size=config.batch_size)
+    row = reliability(known, config.seed)
     write_file(Path(output_dir)/'reliability.csv', pd.DataFrame([row]).to_csv(index=False, lineterminator='\n'))
     return out | row
 

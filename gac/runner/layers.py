@@ -14,7 +14,8 @@ from .plan import imports_of, module_file, package_of
 
 # %% ../../nbs/lib/runner/layers.ipynb #c7d1d3de
 # packages of gac, and its command line: each imports from those before it and from itself
-LAYERS = ('core', 'data', 'training', 'models', 'measure', 'stages', 'evaluation', 'products', 'nyc', 'runner', 'cost', 'cli')
+LAYERS = ('core', 'data', 'training', 'models', 'measure', 'stages', 'evaluation', 'products', 'nyc', 'runner', 'cost',
+          'cli')
 
 def all_modules(
     package:str|Path='', # folder; empty: gac

@@ -18,17 +18,21 @@ from .chain import run_chain
 def compare_tables(
     expected, # DataFrame as committed
     got, # DataFrame of a fresh run
-    tolerances:dict, # {'default': {abs, rel}, 'columns': {name: {abs, rel}}, 'rows': {text in a cell of the row: {name: {abs, rel}}}}
+    # {'default': {abs, rel}, 'columns': {name: {abs, rel}}, 'rows': {text in a cell of the row: {name: {abs, rel}}}}
+    tolerances:dict,
 ) -> list[str]: # what differs, one line each
-    "The cells of two tables that differ by more than the tolerance of their column, or of their column in such rows."
+    "List the cells of two tables that differ by more than the tolerance of their column, or of their row and column."
     import pandas as pd
-    if list(expected.columns) != list(got.columns): return [f'columns {list(got.columns)}, expected {list(expected.columns)}']
+    if list(expected.columns) != list(got.columns):
+        return [f'columns {list(got.columns)}, expected {list(expected.columns)}']
     if len(expected) != len(got): return [f'{len(got)} rows, expected {len(expected)}']
     wrong, text = [], expected.astype(str)
-    here = {k: text.apply(lambda c: c.str.contains(k, regex=False)).any(axis=1).to_numpy() for k in tolerances.get('rows', {})}
+    here = {k: text.apply(lambda c: c.str.contains(k, regex=False)).any(axis=1).to_numpy()
+            for k in tolerances.get('rows', {})}
     for col in expected.columns:
         a, b = (pd.to_numeric(df[col], errors='coerce').to_numpy(float) for df in (expected, got))
-        base = col.removesuffix('_lo').removesuffix('_hi')  # the bounds of an interval are held to the tolerance of its measure
+        # the bounds of an interval have the tolerance of its measure
+        base = col.removesuffix('_lo').removesuffix('_hi')
         t = tolerances['default'] | tolerances.get('columns', {}).get(base, {})
         absolute, relative = (np.full(len(a), t.get(k, 0.)) for k in ('abs', 'rel'))
         for k, rows in here.items():
@@ -45,9 +49,9 @@ def compare_reports(
     expected:Path, # folder of the committed report
     got:Path, # folder of the fresh one
     tolerances:dict, # see compare_tables, and 'skip': how the names of tables begin that hold times
-    real:bool, # whether the real chips are there
+    real:bool, # True: the real chips are available
 ) -> dict[str, list[str]]: # table -> what differs
-    "Every table of two reports compared."
+    "Compare all tables of two reports."
     import pandas as pd
     names = {p.stem for folder in (expected, got) for p in (folder/'tables').glob('*.csv')}
     names = {n for n in names if not n.startswith(tuple(tolerances.get('skip', [])))}
@@ -55,10 +59,11 @@ def compare_reports(
     for name in sorted(names):
         a, b = (folder/'tables'/f'{name}.csv' for folder in (expected, got))
         if not (a.exists() and b.exists()):
-            differences[name] = ['not committed' if b.exists() else 'not made by the fresh run']
+            differences[name] = ['not committed' if b.exists() else 'missing in the fresh run']
             continue
         a, b = (pd.read_csv(p, dtype=str, keep_default_na=False) for p in (a, b))
-        if not real and 'data' in a and 'data' in b: a, b = (df[df.data == 'world'].reset_index(drop=True) for df in (a, b))
+        if not real and 'data' in a and 'data' in b:
+            a, b = (df[df.data == 'world'].reset_index(drop=True) for df in (a, b))
         differences[name] = compare_tables(a, b, tolerances)
     return differences
 
@@ -67,21 +72,26 @@ def verify(
     profile:str='mini', # a profile with a committed report
     runs:str='', # folder of the fresh run; empty: runs/verify
 ) -> None:
-    "Run the chain anew and compare its tables with the committed report; a GacError lists what differs."
+    "Run the chain again and compare its tables with the committed report; a GacError lists the differences."
     fresh, tolerances = Path(runs or root()/'runs'/'verify'), read_yaml(root()/'nbs'/'params'/'tolerances.yaml')
     shutil.rmtree(fresh, ignore_errors=True)
     chips, reports = real_data(), {root()/'reports'/profile: ''}
     for folder in sorted((root()/'reports'/'real').glob('*')):
         path = chips/folder.name if chips else None
         if path and path.exists(): reports[folder] = str(path)
-        else: print(f'{shown_path(folder)}: skipped, {folder.name} is not below the folder of real chips (GAC_REAL_DATA)')
+        else:
+            print(f'{shown_path(folder)}: skipped, {folder.name} is not below the folder of real chips (GAC_REAL_DATA)')
     wrong = {}
     for i, (committed, data) in enumerate(reports.items()):
-        if not (committed/'tables').is_dir(): raise GacError(f'{shown_path(committed)} holds no tables to compare with.')
+        if not (committed/'tables').is_dir():
+            raise GacError(f'{shown_path(committed)} has no tables to compare with. '
+                           'Give a profile with a committed report.')
         run_chain(profile, data=data, reports=fresh/f'{i}-report', runs=fresh/f'{i}-run')
         for table, lines in compare_reports(committed, fresh/f'{i}-report', tolerances, bool(chips)).items():
-            print(f'{shown_path(committed)}/tables/{table}: {"as committed" if not lines else f"{len(lines)} differences"}')
+            print(f'{shown_path(committed)}/tables/{table}: '
+                  f'{"as committed" if not lines else f"{len(lines)} differences"}')
             wrong |= {f'{shown_path(committed)}/tables/{table}': lines} if lines else {}
     if wrong:
-        raise GacError('\n'.join(['The fresh run differs:', *(f'{t}: {line}' for t, lines in wrong.items() for line in lines)]))
+        raise GacError('\n'.join(['The fresh run differs:',
+                                  *(f'{t}: {line}' for t, lines in wrong.items() for line in lines)]))
     print('Every table is as committed.')

@@ -20,8 +20,9 @@ STATIONS = (('radar', ''), ('encoder\nembeddings', 'encoder embeddings'), ('enco
 BREAKS = {'choice': 4.5, 'code lookup': 5.5, 'clamp': 7.5} # barrier -> between which stations
 SHADES = {'sampler no_grad': (.55, 5.45), 'pipeline no_grad': (6.55, 8.45)} # barrier -> the stations it covers
 
-def diagram():
-    "The generation path, its barriers and the routes around them."
+# %% ../../../nbs/06_gradient_flow.ipynb #bae848dc
+def diagram(): # matplotlib Figure
+    "Draw the generation path, its barriers and the routes around them."
     import matplotlib.pyplot as plt
     c = COLOURS
     fig, ax = plt.subplots(figsize=(9.5, 3.9))
@@ -29,36 +30,38 @@ def diagram():
         ax.add_patch(plt.Rectangle((a, -.48), b - a, .96, fc='#dddddd', ec='.6', lw=.8, zorder=0))
         ax.text(a, .53, name.replace(' no_grad', ': torch.no_grad'), va='bottom', fontsize=8, color='.25')
     for k, (label, _) in enumerate(STATIONS):
-        ax.text(k, 0, label, ha='center', va='center', fontsize=8, bbox=dict(boxstyle='round,pad=.3', fc='white', ec='.2'),
-                zorder=3)
+        ax.text(k, 0, label, ha='center', va='center', fontsize=8,
+                bbox=dict(boxstyle='round,pad=.3', fc='white', ec='.2'), zorder=3)
         if k: ax.annotate('', (k - .36, 0), (k - .64, 0), arrowprops=dict(arrowstyle='->', color='.2'), zorder=2)
     for name, x in BREAKS.items():
-        ax.text(x, 0, '✕' if name != 'clamp' else '≀', color=c[1], ha='center', va='center', fontsize=15, weight='bold', zorder=4)
-        ax.text(x, .3, dict(choice='choice', clamp='±1')[name] if name != 'code lookup' else 'integer', color=c[1], ha='center',
-                fontsize=8, zorder=4)
+        ax.text(x, 0, '✕' if name != 'clamp' else '≀', color=c[1], ha='center', va='center', fontsize=15, weight='bold',
+                zorder=4)
+        ax.text(x, .3, dict(choice='choice', clamp='±1')[name] if name != 'code lookup' else 'integer', color=c[1],
+                ha='center', fontsize=8, zorder=4)
     ways = (('encoder + head', 2, 2, .95, c[2]), ('decoder features + head', 3, 3, 1.35, c[0]),
             ('token cross-entropy', 4, 4, 1.75, c[4]))
     for label, a, b, y, colour in ways:
         ax.annotate('', (a, .24), (a, y), arrowprops=dict(arrowstyle='->', color=colour, lw=1.6), zorder=5)
         ax.plot([a, 8], [y, y], color=colour, lw=1.6)
         ax.text(8.05, y, label, color=colour, va='center', fontsize=8)
-    ax.annotate('', (4, -.2), (6, -.2), arrowprops=dict(arrowstyle='->', color=c[3], lw=1.8, connectionstyle='arc3,rad=-.6'),
-                zorder=5)
-    ax.annotate('', (6.1, -.2), (8, -.2), arrowprops=dict(arrowstyle='->', color=c[3], lw=1.8, connectionstyle='arc3,rad=-.6'),
-                zorder=5)
-    ax.text(6, -1.0, 'soft codes: straight-through or expected,\nUNet and scheduler called without the pipeline', color=c[3],
-            ha='center', va='top', fontsize=8)
+    ax.annotate('', (4, -.2), (6, -.2),
+                arrowprops=dict(arrowstyle='->', color=c[3], lw=1.8, connectionstyle='arc3,rad=-.6'), zorder=5)
+    ax.annotate('', (6.1, -.2), (8, -.2),
+                arrowprops=dict(arrowstyle='->', color=c[3], lw=1.8, connectionstyle='arc3,rad=-.6'), zorder=5)
+    ax.text(6, -1.0, 'soft codes: straight-through or expected,\nUNet and scheduler called without the pipeline',
+            color=c[3], ha='center', va='top', fontsize=8)
     ax.text(0, 1.75, 'coloured arrows: gradients that arrive', fontsize=8, color='.25')
     ax.set(xlim=(-.6, 9.7), ylim=(-1.6, 2),
            title='The generator\'s path from radar to image, where gradients end and where they enter')
     ax.axis('off')
     return fig
 
+# %% ../../../nbs/06_gradient_flow.ipynb #53ac67e5
 def heat_map(
-    flow:pd.DataFrame, # gradient_flow
+    flow:pd.DataFrame, # table gradient_flow
     title:str='', # of the figure
-):
-    "Route × module group: size of the gradient, per model a panel."
+): # matplotlib Figure
+    "Draw the norm of the gradient by route and module group, a panel per model."
     import matplotlib.pyplot as plt
     models = list(dict.fromkeys(flow.model))
     fig, axes = plt.subplots(1, len(models), figsize=(1.6 + 4.3*len(models), 5.2), sharey=True, squeeze=False)
@@ -74,22 +77,24 @@ def heat_map(
                           aspect='auto')
         for i, route in enumerate(order):
             for j, g in enumerate(MODULE_GROUPS):
-                mark = {'backward raises': '✕', 'no gradient': '0', 'not on this route': '·'}.get(words.loc[route, g], '')
+                mark = {'backward raises': '✕', 'no gradient': '0',
+                        'not on this route': '·'}.get(words.loc[route, g], '')
                 ax.text(j, i, mark, ha='center', va='center', fontsize=8, color=COLOURS[1] if mark != '·' else '.6')
         ax.set_xticks(range(len(MODULE_GROUPS)), MODULE_GROUPS, rotation=40, ha='right', fontsize=8)
         ax.set_yticks(range(len(order)), order, fontsize=8)
         for y in (.5, len(BARRIERS) + .5, len(BARRIERS) + len(STOPS) + .5): ax.axhline(y, color='.3', lw=.8)
         ax.set_title(model, fontsize=9)
     fig.colorbar(image, ax=axes[0].tolist(), label='log10 of the gradient\'s norm', shrink=.7)
-    fig.suptitle(title or 'Where the gradient arrives\n✕ backward raises   0 nothing arrives   · not on this route', fontsize=9)
+    fig.suptitle(title or 'Where the gradient arrives\n✕ backward raises   0 nothing arrives   · not on this route',
+                 fontsize=9)
     return fig
 
 # %% ../../../nbs/06_gradient_flow.ipynb #gf040
 def statements(
-    flow:pd.DataFrame, # gradient_flow
-    trained:pd.DataFrame, # gradient_training
+    flow:pd.DataFrame, # table gradient_flow
+    trained:pd.DataFrame, # table gradient_training
 ) -> pd.DataFrame: # statement, holds, evidence
-    "What the starting documents say, held against the measurements."
+    "Judge statements of the starting documents by the measurements."
     by = flow.set_index(['model', 'route', 'module'])
     reached = lambda route, g='cross-attention': [int(by.loc[(m, route, g), 'params_with_grad'])
                                                   for m in dict.fromkeys(flow.model)]
@@ -99,15 +104,16 @@ def statements(
     lowered = trained[trained.route.isin(working) & (trained.control == 'LoRA')]
     share = trained[trained.route == 'tokens'].iloc[0]
     one = [none(reached(f'only {b} left')) for b in STOPS]
-    rows = [('The generator cannot be trained by back-propagation from the image it draws', yes(none(reached('as shipped'))),
+    rows = [('The generator cannot be trained by back-propagation from the image it draws',
+             yes(none(reached('as shipped'))),
              f'{sum(reached("as shipped"))} cross-attention parameters reached as shipped; backward raises'),
             ('The reason is discrete sampling', 'in part' if all(one) else yes(one[STOPS.index('choice')]),
              f'{sum(one)} barriers stop the gradient each by itself: {", ".join(b for b, o in zip(STOPS, one) if o)}'),
             ('Stage 1 therefore cannot be trained at all', yes(not every(reached('tokens'))),
-             f'token cross-entropy reaches {min(reached("tokens"))} or more cross-attention parameters: a choice, not a necessity'),
+             f'token cross-entropy reaches {min(reached("tokens"))} or more cross-attention parameters: '
+             f'a choice, not a necessity'),
             ('Stage 3 can be trained through the same generator: by its generated image, as shipped',
-             yes(every(reached('as shipped'))),
-             'the same call as in Stage 1, and the same result'),
+             yes(every(reached('as shipped'))), 'the same call as in Stage 1, and the same result'),
             ('Stage 3 can be trained through the same generator: by a route that leaves the path before the barrier',
              yes(bool(working) and bool((lowered.loss_last < lowered.loss_first).all())),
              '; '.join(f'{r.route}: loss {r.change:+.0%}' for r in lowered.itertuples())),
