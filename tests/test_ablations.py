@@ -19,7 +19,6 @@ from gac.evaluation.setups import (
     Setup,
     _plain,
     changed,
-    complete,
     flatten_setup,
     rows_of,
     setup_differences,
@@ -35,7 +34,7 @@ from gac.stages.stage1 import build_terramind_generator, precompute_stage1
 
 def toy_setup(**changes) -> Setup:
     "A default of a few steps."
-    setup = Setup(with_steps(complete(brief_recipe(4))), Decoding(1, 'expected'))
+    setup = Setup(with_steps(brief_recipe(4)), Decoding(1, 'expected'))
     return changed(setup, changes)
 
 @pytest.fixture(scope='module')
@@ -48,13 +47,13 @@ def study_run(tmp_path_factory):
     fit_chain(store, stored_method(store), brief_recipe(4), run.dir, no_refinement=False)
     return run, store
 
-GRID = [Row('metadata', 'none', {'recipe.refiner.metadata': []}, ('opt_v2',)),
-        Row('adapters', 'rank 2', {'recipe.grounding.lora_r': 2}, ('opt_v3',)),
-        Row('loss', 'no sar', {'recipe.loss3.sar': 0.}, ('opt_v3',)), Row('size', '32 px', {'size': 32}, ('opt_v1', 'opt_v2'))]
+GRID = [Row('metadata', 'none', {'recipe.stage2.metadata': []}, ('opt_v2',)),
+        Row('adapters', 'rank 2', {'recipe.stage3.lora_rank': 2}, ('opt_v3',)),
+        Row('loss', 'no sar', {'recipe.stage3.sar': 0.}, ('opt_v3',)), Row('size', '32 px', {'size': 32}, ('opt_v1', 'opt_v2'))]
 
-@pytest.mark.parametrize('default', [{}, {'recipe.refiner.depth': 0, 'decoding.timesteps': 10, 'decoding.tokens': 'sample'},
-    {'recipe.grounding.route': 'tokens', 'recipe.grounding.lora_r': 4, 'recipe.loss2.l1': 1.,
-     'recipe.refiner.metadata': ['month']}], ids=['brief', 'colour alone', 'tokens'])
+@pytest.mark.parametrize('default', [{}, {'recipe.stage2.depth': 0, 'decoding.timesteps': 10, 'decoding.tokens': 'sample'},
+    {'recipe.stage3.route': 'tokens', 'recipe.stage3.lora_rank': 4, 'recipe.stage2.l1': 1.,
+     'recipe.stage2.metadata': ['month']}], ids=['brief', 'colour alone', 'tokens'])
 def test_a_row_changes_what_it_names_and_nothing_else(default):
     setup = toy_setup(**default)
     grid = rows_of(setup)
@@ -64,31 +63,31 @@ def test_a_row_changes_what_it_names_and_nothing_else(default):
         found = setup_differences(setup, new)
         assert found and set(found) <= set(r.change), r.name
         for k, v in r.change.items(): assert _plain(flatten_setup(new)[k]) == _plain(v), r.name
-        told = {k for k in r.change if k.endswith('max_steps')}  # a row has other budgets only where it is about them
+        told = {k for k in r.change if k.endswith('.steps')}  # a row has other budgets only where it is about them
         assert not told or '960 steps' in r.row
-        for k in {'recipe.settings2.max_steps', 'recipe.settings3.max_steps'} - told:
+        for k in {'recipe.stage2.steps', 'recipe.stage3.steps'} - told:
             assert flatten_setup(new)[k] == flatten_setup(setup)[k], r.name
     for r in grid:  # what is compared with the features and without differs in nothing else
         if r.row.endswith(BLIND) and (partner := [g for g in grid if g.name == r.name.removesuffix(BLIND)]):
-            assert set(setup_differences(*(changed(setup, x.change) for x in (partner[0], r)))) == {'recipe.grounding.see'}
+            assert set(setup_differences(*(changed(setup, x.change) for x in (partner[0], r)))) == {'recipe.use_features'}
 
 def test_what_a_default_has_is_no_row():
     names = {r.name for r in rows_of(toy_setup())}
     assert 'head of Stage 2: with 3 blocks of structure' not in names and 'head of Stage 2: colour alone' in names
-    assert 'head of Stage 2: with 3 blocks of structure' in {r.name for r in rows_of(toy_setup(**{'recipe.refiner.depth': 0}))}
+    assert 'head of Stage 2: with 3 blocks of structure' in {r.name for r in rows_of(toy_setup(**{'recipe.stage2.depth': 0}))}
     assert not {n for n in names if n.startswith('loss of Stage 2: no l')} - {'loss of Stage 2: no log_mse'}, 'a term of weight 0 cannot be switched off'
     assert ('training pairs: 512' not in {r.name for r in rows_of(toy_setup(), pairs=256)}
             and 'tile size: 96 px' not in {r.name for r in rows_of(toy_setup(), side=96)})
 
 def test_typing_errors_are_refused():
-    with pytest.raises(GacError, match='recipe.refiner.depth'): changed(toy_setup(), {'recipe.refiner.depht': 1})
+    with pytest.raises(GacError, match='recipe.stage2.depth'): changed(toy_setup(), {'recipe.stage2.depht': 1})
     with pytest.raises(GacError, match='metadata: none'): rows_of(toy_setup(), ['metadata: non'])
 
 def test_budgets_are_those_of_the_run_or_those_asked_for():
-    long = brief_recipe(pairs=8, max_steps=0, epochs=4., batch_size=2, val_every=4, save_every=4)
+    long = brief_recipe(pairs=8, steps=0, epochs=4., batch_size=2, val_every=4, save_every=4)
     own, short = with_steps(long), with_steps(long, 8, 6)
-    assert (own.settings2['max_steps'], own.settings2['val_every']) == (16, 4), 'epochs become steps, so that more pairs do not mean more of them'
-    assert (short.settings2['max_steps'], short.settings2['val_every'], short.settings3['max_steps'], short.settings3['val_every']) == (8, 2, 6, 1)
+    assert (own.stage2.steps, own.stage2.val_every) == (16, 4), 'epochs become steps, so that more pairs do not mean more of them'
+    assert (short.stage2.steps, short.stage2.val_every, short.stage3.steps, short.stage3.val_every) == (8, 2, 6, 1)
     setup = Setup(short, Decoding())
     assert [budget(setup, o) for o in STAGE_OUTPUTS] == [0, 8, 14]
     assert budget(replace(setup, stages=(3,)), 'opt_v3') == 6 and budget(replace(setup, stages=(2,)), 'opt_v3') == 8
@@ -129,7 +128,7 @@ def test_what_the_run_has_trained_is_not_trained_again(study_run):
     assert maker.ran(default, 2) and maker.ran(default, 3) and maker.trained(default, 2, None) == run.dir/'stage2'
     for setup, seed in ((other, 0), (default, 1), (replace(default, reseed=100), 0)):
         assert not Maker(run, store, default, seed).ran(setup, 2) and not Maker(run, store, default, seed).ran(setup, 3)
-    small = changed(default, {'recipe.grounding.lora_r': 2})
+    small = changed(default, {'recipe.stage3.lora_rank': 2})
     assert maker.ran(small, 2) and not maker.ran(small, 3)
 
 def test_gains_are_paired_with_the_default_on_the_same_pixels(study_run):
@@ -152,12 +151,12 @@ def test_trainings_are_shared_only_where_nothing_differs(study_run):
     default = setup_of(run)
     maker, other = Maker(run, store, default), Maker(run, store, default, seed=1)
     change = lambda **kw: changed(default, {k.replace('__', '.'): v for k, v in kw.items()})
-    assert maker.mark(default, 2) == maker.mark(change(recipe__grounding__lora_r=2), 2) != maker.mark(change(recipe__refiner__lora_r=2), 2)
-    assert maker.mark(default, 3) != maker.mark(change(recipe__refiner__lora_r=2), 3), 'Stage 3 depends on the Stage 2 before it'
+    assert maker.mark(default, 2) == maker.mark(change(recipe__stage3__lora_rank=2), 2) != maker.mark(change(recipe__stage2__lora_rank=2), 2)
+    assert maker.mark(default, 3) != maker.mark(change(recipe__stage2__lora_rank=2), 3), 'Stage 3 depends on the Stage 2 before it'
     assert maker.mark(default, 2) != other.mark(default, 2) == maker.mark(change(reseed=1), 2)
     assert maker.mark(default, 3) == maker.mark(change(delta=False), 3), 'decoding is no training'
-    for k in ('recipe.pairs', 'season', 'size', 'decoding.tokens'):
-        new = {'recipe.pairs': 2, 'season': False, 'size': 32, 'decoding.tokens': 'argmax'}[k]
+    for k in ('recipe.stage2.pairs', 'season', 'size', 'decoding.tokens'):
+        new = {'recipe.stage2.pairs': 2, 'season': False, 'size': 32, 'decoding.tokens': 'argmax'}[k]
         assert maker.mark(default, 2) != maker.mark(changed(default, {k: new}), 2), k
 
 def test_a_hidden_latitude_leaves_the_calendar_month(study_run, monkeypatch):

@@ -1,6 +1,6 @@
 "Baselines on tiles whose answer is known; U-Nets that learn, look where they may, and go on where they stopped."
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
@@ -8,6 +8,7 @@ import pytest
 import torch
 from swapping import swap
 
+from gac.core.config import UNetConfig
 from gac.core.files import GacError, read_yaml, root, write_file
 from gac.data.stores import from_world
 from gac.evaluation.baselines import NEAREST, REGRESSIONS, MeanBy, Retrieval, descriptors, simple_baselines
@@ -20,7 +21,6 @@ from gac.stages.chain import brief_recipe, recipe_of
 from gac.stages.grounding import build_stage3_model
 from gac.stages.refiner import build_prithvi_refiner, forecast_memory
 from gac.stages.unet import (
-    UNetRecipe,
     brief_unet,
     draw_trials,
     equal_compute_unet_steps,
@@ -29,9 +29,9 @@ from gac.stages.unet import (
     search_unet,
     slug,
     training_cost,
-    tried,
     unet_method,
     unet_step,
+    with_trial,
 )
 from gac.stages.unet_model import PRETRAINED, SIZE_TOLERANCE, build_unet, matched, weights_file
 from gac.stages.unet_pretraining import FIRST_SEED, Worlds, export_unet, pretrain_unet, world_stats
@@ -74,12 +74,10 @@ def test_floors_hold_the_retrieval(store):
     assert list(made) == ['band mean', 'mean by month', NEAREST, *REGRESSIONS]
     np.testing.assert_array_equal(made[NEAREST](train), train['truth'])
 
-def small(pairs=6, **settings) -> UNetRecipe:
-    "Return a recipe that fits a few tiles in a second or two."
-    steps = settings.pop('max_steps', 24)
-    brief = brief_unet(pairs,
-                       **dict(max_steps=steps, val_every=steps, save_every=steps, batch_size=3, lr=4e-3) | settings)
-    return replace(brief, model=dict(width=8))
+def small(pairs=6, **settings) -> UNetConfig:
+    "A recipe that fits a few tiles in a second or two."
+    steps = settings.pop('steps', 24)
+    return brief_unet(pairs, **dict(steps=steps, val_every=steps, batch_size=3, lr=4e-3, width=8) | settings)
 
 def test_unet_learns_its_tiles(store, tmp_path):
     train = tile_batch(store)
@@ -92,7 +90,7 @@ def test_unet_learns_its_tiles(store, tmp_path):
 
 def test_unet_sees_the_radar_and_opt_v1_only_where_it_is_told_to(store, tmp_path):
     batch = tile_batch(store, 'test')
-    made = {k: fit_unet(store, V1, k, small(max_steps=4), tmp_path/slug(k))
+    made = {k: fit_unet(store, V1, k, small(steps=4), tmp_path/slug(k))
             for k in ('U-Net from scratch', 'U-Net with opt_v1')}
     plain, fed = made.values()
     lie = batch | dict(truth=batch['truth']*.1)  # V1 follows it
@@ -144,7 +142,7 @@ def test_parameters_match_the_chain():
         matched(build_unet(width=trial['width']), chain, SIZE_TOLERANCE)
 
 def test_resumed_training_equals_an_unbroken_one(store, tmp_path, monkeypatch):
-    recipe = small(max_steps=6, val_every=2, save_every=2)
+    recipe = small(steps=6, val_every=2)
     whole = fit_unet(store, V1, 'U-Net from scratch', recipe, tmp_path/'whole')
     step, calls = unet_step, []
     def fragile(loss):
@@ -216,9 +214,8 @@ def test_trials_are_different_and_seeded():
     trials = draw_trials(60, 1)
     assert (len({json.dumps(t, default=float) for t in trials}) == 60
             and trials == draw_trials(60, 1) != draw_trials(60, 2))
-    recipe = tried(brief_unet(), dict(lr=.5, width=12, dropout=.3, weight_decay=.2, augment='none'))
-    assert ((recipe.settings['lr'], recipe.settings['weight_decay'], recipe.model, recipe.augment) == (
-                .5, .2, dict(width=12, dropout=.3), 'none'))
+    recipe = with_trial(brief_unet(), dict(lr=.5, width=12, dropout=.3, weight_decay=.2, augment='none'))
+    assert recipe == brief_unet(lr=.5, weight_decay=.2, width=12, dropout=.3, augment='none')
 
 def test_equal_computing_is_counted_from_the_line_of_costs():
     assert (equal_compute_unet_steps({'a': (10., 1.), 'b': (0., 2.), 'U-Net': (5., .5)}, {'a': 40, 'b': 20}) == (

@@ -30,7 +30,7 @@ from gac.stages.datasets import Pairs, Triples
 from gac.stages.grounding import build_stage3_model
 from gac.stages.refiner import build_prithvi_refiner
 from gac.stages.stage2 import train_stage2
-from gac.stages.stage3 import train_stage3
+from gac.stages.stage3 import GroundingTraining, train_stage3
 from gac.training.checkpointing import checkpointed
 from gac.training.checkpoints import trained_state
 from gac.training.order import seeded
@@ -169,7 +169,7 @@ def test_a_notebook_trains_on_two_devices_what_one_trains_with_the_same_global_b
             work, more = train_stage2, {}
         else:
             model, kind = build_stage3_model(dropout=0., width=16, depth=1), Triples
-            work, more = train_stage3, dict(frozen=.5, crop=0)
+            work, more = train_stage3, dict(how=GroundingTraining(.5, 0))
         sets = (kind(store, store.rows(k), images) for k in ('train', 'val'))
         return work(model, *sets, s, tmp_path/folder, **more), model
     one, a = trained('one', batch_size=2)

@@ -169,8 +169,8 @@ def trained(tmp_path_factory, brief_chain):
 def test_recipe_is_read_back_and_repeats_the_training(trained, tmp_path):
     run, store = trained
     recipe = recipe_of(run)
-    assert (recipe.pairs, recipe.lies, recipe.val_tiles) == (4, .25, 2) and recipe.how3 == brief_recipe(4).how3
-    again = fit_chain(store, stored_method(store), replace(recipe, crop=48), tmp_path, 0, no_refinement=False)
+    assert (recipe.stage2, recipe.stage3) == (brief_recipe(4).stage2, brief_recipe(4).stage3) and recipe.pairs == 4
+    again = fit_chain(store, stored_method(store), recipe, tmp_path, 0, no_refinement=False)
     stages, rows = stage_methods(run, store, store.rows('test'))
     batch = load_tiles(store, rows)
     assert list(stages) == ['Stage 1', 'Stage 1+2', 'Stage 1+2+3']
@@ -196,11 +196,11 @@ def test_grounding_of_the_other_radar_product_keeps_what_was_learned(trained, tm
     same, other = (grounder(run.dir/'stage3', product) for product in ('S1GRD', 'S1RTC'))
     assert (same.radar, other.radar) == ('S1GRD', 'S1RTC')
     for p in same.parameters(): p.data.add_(.01)
-    same.strength.fill_(.7)
+    same.residual_scale.fill_(.7)
     save_stage3(same, tmp_path/'stage3')
     same, other = (grounder(tmp_path/'stage3', product) for product in ('S1GRD', 'S1RTC'))
     learned = {k: v for k, v in same.state_dict().items() if 'lora_' in k or k.startswith('head.') or k == 'strength'}
-    assert (any('lora_' in k for k in learned) and float(other.strength) == pytest.approx(.7)
+    assert (any('lora_' in k for k in learned) and float(other.residual_scale) == pytest.approx(.7)
             and any(k == 'head.out.weight' for k in learned))
     for k, v in learned.items(): assert torch.equal(other.state_dict()[k], v), k
 
@@ -221,7 +221,7 @@ def test_random_chain_holds_no_pretrained_weight_and_controls_see_what_they_say(
                         ('gac.stages.grounding', 'build_stage3_model')):
         real = getattr(sys.modules[place], name)
         swap(monkeypatch, place, name, lambda *a, real=real, who=name, **kw: asked.append((who, kw)) or real(*a, **kw))
-    recipe = replace(recipe_of(run), crop=48)
+    recipe = recipe_of(run)
     random = variant_methods(run, store, 'random', recipe, tmp_path, 0)
     assert (list(random) == ['opt_v1', 'opt_v2', 'opt_v3']
             and {n for n, _ in asked} == {'build_terramind_generator', 'build_prithvi_refiner', 'build_stage3_model'})
@@ -238,7 +238,7 @@ def test_random_chain_holds_no_pretrained_weight_and_controls_see_what_they_say(
 
 def test_pretrained_chain_of_the_comparison_starts_from_the_stored_opt_v1(trained, tmp_path):
     run, store = trained
-    recipe, batch = replace(recipe_of(run), crop=48), load_tiles(store, store.rows('test'))
+    recipe, batch = recipe_of(run), load_tiles(store, store.rows('test'))
     chain, blind = (variant_methods(run, store, v, recipe, tmp_path, 0)
                     for v in ('pretrained', 'head without TerraMind features'))
     np.testing.assert_array_equal(chain['opt_v1'](batch), stored_method(store)(batch))
@@ -259,7 +259,7 @@ def test_knowledge_goes_on_where_it_stopped_and_starts_anew_when_asked_for_somet
     assert len(trained_) == 9 and len(set(trained_)) == 8  # the interrupted one twice
     learning_curve(run, store, rows, recipe, **ask)
     assert len(trained_) == 9
-    learning_curve(run, store, rows, replace(recipe, lies=.5), **ask | dict(pairs=[2], seeds=[0]))
+    learning_curve(run, store, rows, replace(recipe, stage3=replace(recipe.stage3, lies=.5)), **ask | dict(pairs=[2], seeds=[0]))
     assert len(trained_) == 11
     table, gain = learning_curve_table(told), learning_curve_gains(told)
     assert len(table) == 8 and list(table)[:5] == ['pairs', 'variant', 'seed', 'output', 'n_tiles']

@@ -38,7 +38,7 @@ from gac.stages.grounding import build_stage3_model
 from gac.stages.refiner import build_prithvi_refiner
 from gac.stages.stage1 import build_terramind_generator, precompute_stage1
 from gac.stages.stage2 import train_stage2
-from gac.stages.stage3 import train_stage3
+from gac.stages.stage3 import GroundingTraining, train_stage3
 from gac.stages.tileset import derived_store
 from gac.training.fit import export_best, fit_model
 from gac.training.settings import Settings
@@ -121,7 +121,8 @@ def train2(at, given):
 
 def train3(at, given):
     sets = (Triples(given.store, given.store.rows(s), stored_method(given.store, 'opt_v2')) for s in ('train', 'val'))
-    train_stage3(build_stage3_model(**SMALL, taps=2, lora_r=2), *sets, BRIEF, at, frozen=.5, crop=24, every=0)
+    train_stage3(build_stage3_model(**SMALL, taps=2, lora_r=2), *sets, BRIEF, at,
+                 how=GroundingTraining(.5, 24), every=0)
 
 def write_chip(at, given):
     from affine import Affine

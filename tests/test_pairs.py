@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import rasterio
 import tiles_layouts as layouts
+import torch
 
 from gac.cli import main
 from gac.core.files import GacError, root
@@ -20,7 +21,9 @@ from gac.products.blocks import draw_block
 from gac.products.cog import write_cog
 from gac.products.scene import open_scene
 from gac.products.tiling import Tiling
-from gac.stages.stage3 import _ids, _same
+from gac.stages.stage3 import PARTS, _ids
+from gac.stages.trained import begin_training
+from gac.training.settings import Settings
 
 RECIPE = Path(__file__).parents[1]/'docs'/'howto'/'tiles.md'
 FAST = {'train-stage2': '--max-steps 2 --val-every 1 --save-every 1 --batch-size 2 --grad-accum-steps 1',
@@ -182,10 +185,12 @@ def test_a_stage3_training_sees_that_the_split_changed(tmp_path):
         def __init__(self, ids):
             self.store, self.rows = type('S', (), dict(table=pd.DataFrame(dict(id=ids)))), np.arange(3)
         def __len__(self): return 3
-    made = lambda ids: dict(settings={}, tiles=_ids(Some(ids)))
-    (tmp_path/'made.json').write_text(__import__('json').dumps(made(['a', 'b', 'c'])))
-    assert _same(tmp_path, made(['a', 'b', 'c']), False)
-    with pytest.raises(GacError, match='other tiles'): _same(tmp_path, made(['a', 'b', 'd']), False)
+    begin = lambda ids: begin_training(tmp_path, dict(tiles=_ids(Some(ids))), Settings(), PARTS)
+    assert begin(['a', 'b', 'c'])
+    (tmp_path/'head').mkdir()
+    torch.save(dict(gac={}), tmp_path/'head'/'last.ckpt')
+    assert begin(['a', 'b', 'c'])
+    with pytest.raises(GacError, match='tiles was'): begin(['a', 'b', 'd'])
 
 class Framed:
     "A chain with what real ones have: darker at a tile's border, and a pattern of 2 px."

@@ -90,7 +90,7 @@ def test_the_card_is_one_of_the_hub_and_tells_what_was_measured(folders, stage):
     assert ({(r.dataset_name, r.dataset_split, r.task_type) for r in card.data.eval_results} == {
                 ('procedural world', 'validation', 'image-to-image')})
     assert ModelCard(str(card)).data.to_dict() == card.data.to_dict() and yaml.safe_load(card.data.to_yaml()) == head
-    for said in ('| PSNR, dB | 27.2500 |', '| pairs | `12` |', 'They look like observations and are none'):
+    for said in ('| PSNR, dB | 27.2500 |', '| pairs | `12` |', 'They look like observations, but they are not'):
         assert said in card.text, said
     meta = json.loads((folder/f'{HEADS[stage]}.json').read_text())
     assert all(f'`{k}` ({v})' in card.text for k, v in meta['weights'].items())

@@ -24,7 +24,7 @@ from gac.models.build import save_weights
 from gac.models.decoding import Decoding, generate_tiles
 from gac.models.mini import mini_core, mini_tokenizer
 from gac.stages.stage1 import build_terramind_generator, precompute_stage1
-from gac.stages.tileset import derived_store, open_tiles, run_tileset, stage1_settings
+from gac.stages.tileset import Workload, derived_store, open_tiles, run_tileset, stage1_settings
 
 QUICK = dict(timesteps=1, batch_size=3)
 GAC = [sys.executable, '-c', 'import sys; from gac.cli import main; sys.exit(main())']
@@ -135,7 +135,7 @@ def test_workers_may_begin_at_the_same_moment(copy, tmp_path):
         def work(rank, ranks=3):
             into = derived_store(Store(store.path), tmp_path/'beside')
             run_tileset(into, 'opt_v1', (4, 48, 48), dict(made=made), lambda rows: (None, np.asarray(rows), {}),
-                        lambda _, rows: values[rows]*made/1e4, 2, 0, rank, ranks, **kw)
+                        lambda _, rows: values[rows]*made/1e4, Workload(2, 0, rank, ranks), **kw)
         return work
     for made, kw in ((1, {}), (2, dict(overwrite=True)), (3, dict(overwrite=True))):
         assert at_once(3, fill(made, **kw)) == [0]*3
@@ -198,7 +198,7 @@ def test_what_the_model_draws_is_checked(copy, model, monkeypatch):
         return images
     swap(monkeypatch, 'gac.models.decoding', 'generate_tiles', spoilt)
     report = precompute_stage1(store, model, max_tiles=4, timesteps=1, batch_size=4)
-    assert (report['processed'], report['errors']) == (3, 1) and 'drew values' in report['failed'].error[0]
+    assert (report['processed'], report['errors']) == (3, 1) and 'returned values' in report['failed'].error[0]
 
 def test_out_of_memory_says_what_to_do(copy, model, monkeypatch):
     store = copy('memory')

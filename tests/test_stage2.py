@@ -38,7 +38,7 @@ from gac.stages.stage2 import (
     refine,
     train_stage2,
 )
-from gac.stages.tileset import derived_store, run_tileset
+from gac.stages.tileset import Workload, derived_store, run_tileset
 from gac.training.adapters import merge_lora
 from gac.training.checkpoints import load_checkpoint, trained_state
 
@@ -177,7 +177,8 @@ def test_batches_begun_ahead_leave_the_same_bytes(copy, trained, ahead, threads)
     refiner, plain, hurried = load_stage2(trained[1]), copy('plain'), copy('hurried')
     def fill(store, **how):
         v1 = lambda rows: (to_reflectance(store.read('opt_v1', rows)), np.asarray(rows), {})
-        return run_tileset(store, 'opt_v2', (4, 40, 40), {}, v1, lambda x, rows: refine(refiner, x, batch_size=2), 2, source='opt_v1', **how)
+        return run_tileset(store, 'opt_v2', (4, 40, 40), {}, v1, lambda x, rows: refine(refiner, x, batch_size=2),
+                    Workload(2, **how), source='opt_v1')
     fill(plain), fill(hurried, ahead=ahead, threads=threads)
     files = [{p.relative_to(s.path): p.read_bytes() for p in (s.path/'arrays'/'opt_v2').rglob('*') if p.is_file()} for s in (plain, hurried)]
     assert files[0] == files[1] and len(files[0]) > 1
@@ -370,7 +371,7 @@ def test_command(copy, tmp_path):
     done = run_stage2(store.path, tmp_path/'out', replace(few, unfreeze_last_n_blocks=1, lora_rank=4), **options)
     card = read_stage2(tmp_path/'out')[1]
     assert card['pairs'] == 5 and card['params']['lora_r'] == 4 and done['steps'] == 2  # only tiles that have opt_v1
-    with pytest.raises(GacError, match='other refiner'): run_stage2(store.path, tmp_path/'out', few, **options)
+    with pytest.raises(GacError, match='refiner.lora_r was 4, now 8'): run_stage2(store.path, tmp_path/'out', few, **options)
     assert run_stage2(store.path, tmp_path/'out', few, overwrite=True, **options)['resumed_at'] == 0
     assert run_stage2(store.path, tmp_path/'out', few, **options)['resumed_at'] == 2
 

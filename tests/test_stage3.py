@@ -1,10 +1,7 @@
 "Stage 3 as a process: adapters only where they belong, every route trains, a killed training goes on, files in and out, bad input refused by name."
 import json
-import os
 import shutil
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +22,15 @@ from gac.stages.datasets import Triples, remember
 from gac.stages.grounding import build_stage3_model
 from gac.stages.inference import grounding_report, infer_files, precompute_stage3, stage3_inference
 from gac.stages.stage2 import REFINER_FILE
-from gac.stages.stage3 import _prepare, load_stage3, save_stage3, stage3_step, train_stage3, watch
+from gac.stages.stage3 import (
+    GroundingTraining,
+    keep_constants,
+    load_stage3,
+    save_stage3,
+    stage3_step,
+    train_stage3,
+    validation_scores,
+)
 from gac.training.checkpoints import save_checkpoint
 from gac.training.settings import Settings
 
@@ -60,7 +65,7 @@ def weights_of(model) -> dict: return {k: v.clone() for k, v in model.state_dict
 def test_every_route_changes_adapters_and_head_and_nothing_else(store, tmp_path, route, options):
     model = build_stage3_model(1, route=route, **SMALL, **options)
     before = weights_of(model)
-    fit = train_stage3(model, *sets(store), QUICK, tmp_path/'out', crop=24, strength=False, every=0)
+    fit = train_stage3(model, *sets(store), QUICK, tmp_path/'out', how=GroundingTraining(crop=24, strength=False), every=0)
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert changed and all(k.startswith('head.') or ('cross_attn' in k and 'lora_' in k) for k in changed), changed
     assert any('lora_' in k for k in changed) and any(k.startswith('head.') for k in changed) == (route == 'features')
@@ -74,7 +79,7 @@ def test_what_is_kept_with_the_tiles_is_of_the_model_that_trains(store, tmp_path
     some, other = (build_stage3_model(1, route=route, seed=1, pretrained=p, **SMALL) for p in (True, False))
     train, val = sets(store)
     for k, model in enumerate((other, some)):
-        train_stage3(model, train, val, QUICK, tmp_path/str(k), frozen=1., crop=24, strength=False, every=0)
+        train_stage3(model, train, val, QUICK, tmp_path/str(k), how=GroundingTraining(1., 24, strength=False), every=0)
     own, _ = sets(store)
     assert torch.equal(train.more[what], remember(own, some, what).more[what])
     assert not torch.equal(train.more[what], remember(own, other, what).more[what])
@@ -112,10 +117,10 @@ def test_bands_are_given_by_name(store):
 def test_best_checkpoint_never_trades_psnr(store):
     train, _ = sets(store)
     batch = {k: torch.stack([train[i][k] for i in range(4)]) for k in ('s1', 'opt_v2', 'truth')}
-    good = watch(batch['truth'], batch['truth'], batch['opt_v2'], batch['s1'])
+    good = validation_scores(batch['truth'], batch['truth'], batch['opt_v2'], batch['s1'])
     # its edges are fine, its brightness is not
-    bad = watch(batch['truth'] + .2, batch['truth'], batch['opt_v2'], batch['s1'])
-    same = watch(batch['opt_v2'], batch['truth'], batch['opt_v2'], batch['s1'])
+    bad = validation_scores(batch['truth'] + .2, batch['truth'], batch['opt_v2'], batch['s1'])
+    same = validation_scores(batch['opt_v2'], batch['truth'], batch['opt_v2'], batch['s1'])
     assert good['monitor'] < same['monitor'] < bad['monitor']
     assert same['monitor'] == same['sar_edge_gap'] == same['monitor_v2'] and bad['monitor'] > 1
 
@@ -123,7 +128,7 @@ def test_a_harmful_training_leaves_the_image_as_it_is(store, tmp_path, capsys):
     model = build_stage3_model(**SMALL)
     train, val = sets(store)
     harmful = replace(QUICK, lr=3., max_steps=2)
-    train_stage3(model, train, val, harmful, tmp_path/'out', frozen=1., crop=24, every=0)
+    train_stage3(model, train, val, harmful, tmp_path/'out', how=GroundingTraining(1., 24), every=0)
     assert 'stays as it is' in capsys.readouterr().out and json.loads((tmp_path/'out'/'grounding.json').read_text())['strength'] == 0
     s1, v2 = (train[0][k][None] for k in ('s1', 'opt_v2'))
     with torch.no_grad(): assert torch.equal(load_stage3(tmp_path/'out')(s1, v2), v2)
@@ -142,8 +147,8 @@ def test_interrupted_training_gives_the_same_curve(store, tmp_path):
             return f
         sys.modules['gac.stages.stage3'].stage3_step = fragile
         try:
-            return train_stage3(model, *sets(store, .5), replace(QUICK, max_steps=8), out, frozen=.5, crop=24,
-                                       strength=False, every=0), model
+            return train_stage3(model, *sets(store, .5), replace(QUICK, max_steps=8), out,
+                                how=GroundingTraining(.5, 24, strength=False), every=0), model
         finally: sys.modules['gac.stages.stage3'].stage3_step = original_step
     whole, a = trained(tmp_path/'whole')
     with pytest.raises(BaseException): trained(tmp_path/'broken', stop=3)  # in the first part
@@ -151,27 +156,28 @@ def test_interrupted_training_gives_the_same_curve(store, tmp_path):
     resumed, b = trained(tmp_path/'broken')
     for k in ('train_loss', 'val_psnr'): np.testing.assert_allclose(resumed.curve[k], whole.curve[k], rtol=1e-5)
     for k, v in a.state_dict().items(): torch.testing.assert_close(v, b.state_dict()[k])
-    with pytest.raises(GacError, match='other crop'):
-        train_stage3(b, *sets(store, .5), replace(QUICK, max_steps=8), tmp_path/'whole', frozen=.5, crop=36)
+    with pytest.raises(GacError, match='crop was 24, now 36'):
+        train_stage3(b, *sets(store, .5), replace(QUICK, max_steps=8), tmp_path/'whole',
+                     how=GroundingTraining(.5, 36, strength=False))
 
 def test_features_are_kept_for_the_next_training_that_sees_the_same(store):
     train, _ = sets(store)
     made = lambda **kw: build_stage3_model(width=8, depth=0, **kw)
     first = made()
-    _prepare(train, first, 'head')
+    keep_constants(train, first, 'head')
     kept = train.more['features']
-    _prepare(train, made(lora_r=0), 'head')  # adapters that have not moved change nothing
+    keep_constants(train, made(lora_r=0), 'head')  # adapters that have not moved change nothing
     assert train.more['features'] is kept
-    _prepare(train, made(pretrained=False), 'head')
+    keep_constants(train, made(pretrained=False), 'head')
     assert not torch.equal(train.more['features'], kept)
-    _prepare(train, first, 'head')
+    keep_constants(train, first, 'head')
     assert torch.equal(train.more['features'], kept)
     with torch.no_grad():
         for k, v in first.named_parameters():
             if 'lora_B' in k: v.normal_(std=.1)
-    _prepare(train, first, 'head')
+    keep_constants(train, first, 'head')
     assert not torch.equal(train.more['features'], kept)
-    _prepare(train, first, 'adapters')
+    keep_constants(train, first, 'adapters')
     assert 'features' not in train.more
 
 def test_lies_are_the_tiles_own(store):

@@ -27,7 +27,7 @@ from gac.evaluation.attention import (
     token_places,
 )
 from gac.evaluation.errors import DISTANCE_NAMES, distance_class, edge_distance, errors_by_class, inner
-from gac.evaluation.generations import chain_of, generations, keep_generations, sample_arrays
+from gac.evaluation.generations import generations, keep_generations, sample_arrays
 from gac.evaluation.transfer import (
     exchanged,
     fit_fold,
@@ -57,6 +57,7 @@ from gac.measure.statistics import ratio_ci
 from gac.measure.tables import load_tiles, measure_methods, stored_method
 from gac.stages.chain import brief_recipe, fit_stage2, recipe_of
 from gac.stages.grounding import build_stage3_model
+from gac.stages.image_chain import run_chain
 from gac.stages.inference import stage3_inference
 
 RNG = lambda seed=0: np.random.default_rng(seed)
@@ -65,9 +66,9 @@ RNG = lambda seed=0: np.random.default_rng(seed)
 def trained(tmp_path_factory, brief_chain):
     "Return a run with briefly trained Stages 2 and 3, the correction of Stage 3 large enough to be measured."
     recipe = brief_recipe(4)
-    recipe = replace(recipe, how3=recipe.how3 | dict(strength=False))
+    recipe = replace(recipe, stage3=replace(recipe.stage3, strength=False))
     run, store = brief_chain(tmp_path_factory.mktemp('trust'), '13_trust', (12, 4, 4), recipe)
-    chain = chain_of(run)
+    chain = run_chain(run)
     with torch.no_grad():
         chain.grounding.head.out.weight.normal_(0, .02, generator=torch.Generator().manual_seed(0))
         for k, p in chain.grounding.named_parameters():
@@ -245,7 +246,7 @@ def test_both_trainings_of_a_fold_get_those_tiles_and_validate_on_no_others(trai
         seen[out_dir.parent.name] = (some.rows('train'), some.rows('val'), recipe.pairs)
         return real(some, v1, recipe, out_dir, seed)
     swap(monkeypatch, 'gac.stages.chain', 'fit_stage2', fit)
-    recipe = replace(recipe_of(run), pairs=4, val_tiles=2)
+    recipe = recipe_of(run).with_both(pairs=4, val_tiles=2)
     made = fit_fold(store, stored_method(store), recipe, 'dry', tmp_path, 0)
     assert list(seen) == ['elsewhere', 'everywhere']
     assert held[store.rows('val')[:2]].any() and not held[np.concatenate(seen['elsewhere'][:2])].any()
@@ -341,12 +342,12 @@ def test_exchanged_radar_changes_only_what_reads_it(trained):
     for where in RADAR_SWAPS:
         np.testing.assert_allclose(by(where, batch['s1']), own, atol=1e-5)
         assert np.abs(by(where) - own).max() > 1e-4, where
-    see, model.see = model.see, False  # without TerraMind's features only the head's pixels read the radar
+    features, model.use_features = model.use_features, False  # without TerraMind's features only the head's pixels read the radar
     try:
         blind = stage3_inference(model, batch['s1'], v2).numpy()
         np.testing.assert_allclose(by("in TerraMind's features"), blind, atol=1e-6)
         assert np.abs(by("in the head's pixels") - blind).max() > 1e-4
-    finally: model.see = see
+    finally: model.use_features = features
     measured, change = swap_rows(model, batch, v2)
     table = swap_table(measured, change, 'world').set_index(['step', 'metric'])
     assert change.loc['own radar'].eq(0).all() and change.loc['opt_v2'].to_numpy() == pytest.approx(1, abs=1e-4)

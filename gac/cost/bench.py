@@ -56,7 +56,7 @@ from ..stages.losses import Stage2Loss, Stage3Loss
 from ..stages.refiner import build_prithvi_refiner
 from ..stages.stage1 import build_terramind_generator, precompute_stage1
 from ..stages.stage2 import precompute_stage2, stage2_step
-from ..stages.stage3 import stage3_step
+from ..stages.stage3 import GroundingTraining, stage3_step
 from ..training.fit import fit_model
 from ..training.int8 import autocast_for, weigh_memory
 from ..training.settings import Settings
@@ -426,7 +426,7 @@ def run_bench(
         data, rows, precision = training_items(store, np.arange(16)), [], '16-mixed' if device == 'cuda' else '32-true'
         cases = [('Stage 2', f'{backbone}, int8', lambda: build_prithvi_refiner(backbone, load_in_8bit=True, **known),
                   stage2_step(Stage2Loss()), 1400),
-                 ('Stage 3', name, lambda: build_stage3_model(name=name, **known), stage3_step(Stage3Loss(), 0), 3800)]
+                 ('Stage 3', name, lambda: build_stage3_model(name=name, **known), stage3_step(Stage3Loss(), GroundingTraining(crop=0)), 3800)]
         for stage, what, build, step, claimed in cases:
             build = functools.cache(build)  # built under the limit, then trained without and with checkpointing
             for checkpointing in (False, True):

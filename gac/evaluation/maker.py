@@ -12,7 +12,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,14 +82,13 @@ def held(
 def replace_images(
     model, # grounding.Stage3GroundingModel of a token route, changed in place
     val, # datasets.Triples
-    select:str='gap', # key of stage3.MARKS: criterion for the scale of the change
+    select:str='gap', # key of stage3.MONITORS: criterion for the scale of the change
 ): # the model
     "Let a token route replace the image by the decoding of its codes; return the model."
     def grounded(s1, opt_v2, timesteps=None, features=None):
-        painted = model.paint(model.codes(model.logits(s1, opt_v2)), model.noise(s1), model.timesteps
-                              if timesteps is None
-                              else timesteps)
-        return opt_v2 + model.strength*(painted - opt_v2)
+        steps = model.timesteps if timesteps is None else timesteps
+        decoded = model.decode_codes(model.codes(model.logits(s1, opt_v2)), model.noise(s1), steps)
+        return opt_v2 + model.residual_scale*(decoded - opt_v2)
     model.grounded = grounded
     fit_residual_scale3(model, val, select)
     return model
@@ -178,9 +176,8 @@ class Maker:
         if self.ran(setup, stage): return self.run.dir/f'stage{stage}'
         folder = self.run.dir/'ablations'/'trainings'/f'stage{stage}-{self.mark(setup, stage)}'
         if not (folder/{2: REFINER_FILE, 3: GROUNDING_FILE}[stage]).exists():
-            began, size = time.perf_counter(), setup.size or self.store.arrays['s2'].shape[-1]
-            recipe = replace(setup.recipe, crop=min(setup.recipe.crop, size))
-            {2: fit_stage2, 3: fit_stage3}[stage](self.view(setup), images, recipe, folder, self.seed + setup.reseed)
+            began, fit = time.perf_counter(), {2: fit_stage2, 3: fit_stage3}[stage]
+            fit(self.view(setup), images, setup.recipe, folder, self.seed + setup.reseed)
             self.seconds.setdefault(stage, []).append(time.perf_counter() - began)
         for checkpoint in folder.rglob('*.ckpt'): checkpoint.unlink()
         return folder
@@ -208,7 +205,7 @@ class Maker:
         model = load_stage3(self.trained(setup, 3, v2))
         if not setup.delta:
             val = Triples(self.view(setup), self.store.rows('val')[:setup.recipe.val_tiles], v2)
-            replace_images(model, val, setup.recipe.how3['select'])
+            replace_images(model, val, setup.recipe.stage3.select)
         return held(stage3_method(model, v2))
 
     def method(self, row:Row, output:str) -> Callable:
@@ -282,7 +279,7 @@ def budget(
     output:str, # opt_v1, opt_v2, opt_v3
 ) -> int: # optimizer steps
     "Return the optimizer steps of all stages before an output."
-    steps = {2: setup.recipe.settings2['max_steps'], 3: setup.recipe.settings3['max_steps']}
+    steps = {2: setup.recipe.stage2.steps, 3: setup.recipe.stage3.steps}
     return sum(n for s, n in steps.items() if s in setup.stages and f'opt_v{s}' <= output)
 
 # %% ../../nbs/lib/evaluation/maker.ipynb #6a0eabb1
@@ -298,7 +295,7 @@ def forecast_grid(
         cause = {setup_digest({k: v for k,
             v in flatten_setup(s).items() if k != 'delta' and (stage == 3 or not k.startswith(LATER_OUTPUTS))})
             for s in setups if stage in s.stages}
-        steps = {2: default.recipe.settings2, 3: default.recipe.settings3}[stage]['max_steps']
+        steps = {2: default.recipe.stage2, 3: default.recipe.stage3}[stage].steps
         rows.append(dict(stage=stage, trainings=len(cause)*len(seeds), steps=steps,
                          steps_in_all=len(cause)*len(seeds)*steps))
     return pd.DataFrame(rows)

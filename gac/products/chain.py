@@ -6,27 +6,23 @@
 __all__ = ['WORLD', 'SceneChain', 'generation_spread', 'introduce', 'introduced']
 
 # %% ../../nbs/lib/products/chain.ipynb #318b1187
-import json
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from ..core.files import GacError, read_json, root
-from ..evaluation.methods import grounder
-from ..models.decoding import Decoding, generate_tiles
+from ..models.decoding import Decoding
 from ..models.registry import model_entry
-from ..stages.grounding import backbone_digest3
-from ..stages.inference import fingerprint_stage3, stage3_method
+from ..stages.image_chain import ImageChain, grounder
 from ..stages.stage1 import build_terramind_generator
-from ..stages.stage2 import backbone_digest2, fingerprint_stage2, load_stage2, read_stage2, stage2_method
+from ..stages.stage2 import load_stage2, read_stage2
 from ..stages.stage3 import read_stage3
 from ..stages.tileset import stage1_settings
 
 # %% ../../nbs/lib/products/chain.ipynb #f53149b2
-class SceneChain:
-    "Run Stage 1 and the trained later stages on radar."
+class SceneChain(ImageChain):
+    "Load the generator and the trained later stages for radar of a product."
     def __init__(self,
         stage2_checkpoint='', # folder of a trained Stage 2; empty: without
         stage3_checkpoint='', # folder of a trained Stage 3; empty: without
@@ -39,53 +35,27 @@ class SceneChain:
         drawn:dict=None, # generator of the images the checkpoints were trained on, see commands.read_generator
     ):
         import torch
-        device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-        self.product, self.decoding, self.seed = product, decoding, seed
-        self.generator = build_terramind_generator((product,), timesteps=decoding.timesteps, name=name,
-                                                   weights=weights).to(device)
-        if drawn: self._as_drawn(drawn, weights)
-        self.refiner = load_stage2(stage2_checkpoint, weights=weights).to(device) if stage2_checkpoint else None
-        self.grounding = grounder(stage3_checkpoint, product, stage2_checkpoint,
-                                  weights).to(device) if stage3_checkpoint else None
+        device, self.product = device or ('cuda' if torch.cuda.is_available() else 'cpu'), product
+        generator = build_terramind_generator((product,), timesteps=decoding.timesteps, name=name, weights=weights)
+        super().__init__(generator.to(device), decoding, seed=seed)
+        if drawn: self._as_drawn(drawn)
+        if stage2_checkpoint: self.refiner = load_stage2(stage2_checkpoint, weights=weights).to(device)
+        if stage3_checkpoint:
+            self.grounding = grounder(stage3_checkpoint, product, stage2_checkpoint, weights).to(device)
 
-    def _as_drawn(self, drawn:dict, weights:str) -> None:
+    def _as_drawn(self, drawn:dict) -> None:
         "Set the precision the checkpoints were trained on; refuse other weights."
         have = stage1_settings(self.generator, self.decoding, self.seed)['weights']
         if 'weights' in drawn and have != drawn['weights']:
             names = lambda w: ', '.join(f'{k} ({v})' for k, v in w.items()) if isinstance(w, dict) else w
             raise GacError(f'{self.generator.core.gac["name"]} has the weights {names(have)}; the checkpoints were '
-                           f'trained on images drawn with '
-                           f'{names(drawn["weights"])}. Name the folder of those (--weights).')
+                           f'trained on images drawn with {names(drawn["weights"])}. Name the folder of those '
+                           '(--weights).')
         half = drawn.get('precision', '32-true').split(',')[0]  # torch.compile does not change the precision
         if half != '32-true': self.generator.hasten(half)
 
-    @property
-    def output(self) -> str: return 'opt_v3' if self.grounding else 'opt_v2' if self.refiner else 'opt_v1'
-
     @cached_property
-    def steps(self) -> list[dict]: # as of lineage
-        "Return the settings and weights of every stage."
-        made = [json.loads(json.dumps(stage1_settings(self.generator, self.decoding, self.seed)))]
-        if self.refiner:
-            made.append(dict(refiner=self.refiner.config, weights=backbone_digest2(self.refiner),
-                             trained=fingerprint_stage2(self.refiner)))
-        if self.grounding:
-            made.append(dict(model=self.grounding.config, weights=backbone_digest3(self.grounding),
-                             trained=fingerprint_stage3(self.grounding)))
-        return json.loads(json.dumps(made))
-
-    def __call__(self,
-        batch:dict, # id, s1 (n, 2, H, W) dB, month, biome, lon, lat
-        sampled:bool=False, # True: sample the codes
-    ) -> dict[str, np.ndarray]: # array -> (n, 4, H, W) reflectance, the last stage last
-        "Return the images of every stage for a batch of radar tiles."
-        decoding = replace(self.decoding, tokens='sample') if sampled else self.decoding
-        made = dict(opt_v1=generate_tiles(self.generator, batch['s1'], batch['id'], decoding, self.seed))
-        if self.refiner: made['opt_v2'] = stage2_method(self.refiner, lambda b: made['opt_v1'])(batch)
-        if self.grounding: made['opt_v3'] = stage3_method(self.grounding, lambda b: list(made.values())[-1])(batch)
-        if not np.isfinite(list(made.values())[-1]).all():
-            raise GacError(f'The chain drew values that are not finite (tile {batch["id"][0]} or one drawn with it).')
-        return made
+    def steps(self) -> list[dict]: return super().steps # as of lineage, computed once
 
 # %% ../../nbs/lib/products/chain.ipynb #01d41b25
 def generation_spread(

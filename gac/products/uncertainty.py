@@ -14,11 +14,12 @@ from ..core.config import UncertaintyConfig
 from ..core.files import GacError, write_file
 from ..core.vocabulary import OPT_BANDS
 from ..data.arrays import to_dn, to_reflectance
-from ..evaluation.generations import ChainOf, keep_generations, sample_arrays
+from ..evaluation.generations import keep_generations, sample_arrays
 from ..evaluation.methods import evenly_spaced, grounder
 from ..evaluation.uncertainty import reliability, spread_and_error, uncertainty_scores
 from ..models.decoding import Decoding
 from .infer_tiles import generator_for
+from ..stages.image_chain import ImageChain
 from ..stages.stage1 import build_terramind_generator
 from ..stages.stage2 import load_stage2
 from ..stages.tileset import drop_other, open_tiles
@@ -42,7 +43,7 @@ def run_uncertainty(
         config.max_tiles)
     if not len(rows): raise GacError(f'{store.path} has no tile of split {config.split!r}: leave --split out.')
     name, _ = generator_for(stage2_checkpoint, stage3_checkpoint, config.name)
-    chain = ChainOf(build_terramind_generator((product,), name=name, weights=weights),
+    chain = ImageChain(build_terramind_generator((product,), name=name, weights=weights),
                   Decoding(config.timesteps, 'sample', config.clamp))
     if stage2_checkpoint: chain.refiner = load_stage2(stage2_checkpoint, weights=weights)
     if stage3_checkpoint: chain.grounding = grounder(stage3_checkpoint, product, weights=weights)

@@ -64,8 +64,8 @@ def inject_artefact(
     rng = np.random.default_rng(seed)
     smooth = despeckled(torch.from_numpy(np.ascontiguousarray(s1, dtype=np.float32))[None], 3)[0].numpy()
     places = [m for m in (shape_mask(rng, opt_v2.shape[-1], what) for _ in range(candidates)) if m.sum() >= 16]
-    told = [contrast(smooth, m) for m in places]
-    mask = places[int(np.argmin(told) if how == 'added' else np.argmax(told))]
+    contrasts = [contrast(smooth, m) for m in places]
+    mask = places[int(np.argmin(contrasts) if how == 'added' else np.argmax(contrasts))]
     around = opt_v2[:, ring(mask)].mean(1)  # (4,)
     if how == 'erased': colour = around
     else:
@@ -98,12 +98,13 @@ def artefact_test(
     "Return the removed share of one artefact of each kind in every tile."
     clean, rows = {m: np.asarray(f(s1, opt_v2)) for m, f in methods.items()}, []
     for k, kind in enumerate(kinds):
-        told = [inject_artefact(v, r, kind, (seed, tile_number(i) % 2**32, k, 5)) for v, r, i in zip(opt_v2, s1, ids)]
-        lied = np.stack([x for x, _ in told])
+        injected = [inject_artefact(v, r, kind, (seed, tile_number(i) % 2**32, k, 5))
+                    for v, r, i in zip(opt_v2, s1, ids)]
+        lied = np.stack([x for x, _ in injected])
         for m, f in methods.items():
             made = np.asarray(f(s1, lied))
             rows += [dict(method=m, kind=kind, id=i,
-                          share=removed_share(clean[m][n], made[n], lied[n] - opt_v2[n], told[n][1]))
+                          share=removed_share(clean[m][n], made[n], lied[n] - opt_v2[n], injected[n][1]))
                      for n, i in enumerate(ids)]
     return pd.DataFrame(rows)
 

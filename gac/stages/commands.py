@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DECODING_FILE', 'keep_decoding', 'read_decoding', 'read_generator', 'drawn_otherwise', 'check_drawn', 'drawn_for',
-           'run_stage2', 'save_stage2_panels', 'run_stage3', 'save_stage3_panels']
+           'open_inputs', 'training_report', 'run_stage2', 'save_stage2_panels', 'run_stage3', 'save_stage3_panels']
 
 # %% ../../nbs/lib/stages/commands.ipynb #831ec98d
 import json
@@ -17,7 +17,6 @@ import torch
 from ..core.config import Stage2Config, Stage3Config
 from ..core.figures import save_picture
 from ..core.files import GacError, check_place, write_file
-from ..data.stores import window_of
 from ..measure.metrics import psnr
 from ..measure.panels import by_gain, panels
 from ..measure.tables import stored_method
@@ -35,6 +34,7 @@ from gac.stages.recipes import (
     stage2_loss,
     stage3_data,
     stage3_loss,
+    stage3_training,
 )
 from .refiner import PrithviRefiner
 from .stage2 import REFINER_FILE, read_stage2, refine, train_stage2
@@ -76,8 +76,8 @@ def _read_drawn(
     except ValueError: made = None
     fits = lambda k: type(made[k]) is kinds[k] if k in kinds else isinstance(made[k], _DRAWN.get(k, ()))
     if not isinstance(made, dict) or not made.keys() >= kinds.keys() or not all(map(fits, made)):
-        told = ', '.join(f'{k} ({t.__name__})' for k, t in kinds.items())
-        raise GacError(f'{file} does not say how Stage 1 drew: expected JSON with {told}. Delete it to draw in the '
+        fields_ = ', '.join(f'{k} ({t.__name__})' for k, t in kinds.items())
+        raise GacError(f'{file} does not say how Stage 1 drew: expected JSON with {fields_}. Delete it to draw in the '
                        'default way.')
     return made
 
@@ -105,10 +105,10 @@ def drawn_otherwise(
     drawn:dict, # the same of other images
 ) -> str: # empty: no difference, as far as known
     "Return the differences of decoding and generator, except for precision."
-    told = lambda k, d: d.get(k, '' if k == 'decoder' and d else None)
+    known = lambda k, d: d.get(k, '' if k == 'decoder' and d else None)
     names = [k for k in (*_DRAWN, *(f.name for f in fields(Decoding))) if k != 'precision']
-    return '; '.join(f'{k} {told(k, learnt)}, here {told(k, drawn)}' for k in names
-                     if None not in (told(k, learnt), told(k, drawn)) and told(k, learnt) != told(k, drawn))
+    return '; '.join(f'{k} {known(k, learnt)}, here {known(k, drawn)}' for k in names
+                     if None not in (known(k, learnt), known(k, drawn)) and known(k, learnt) != known(k, drawn))
 
 # %% ../../nbs/lib/stages/commands.ipynb #b1c66d61
 def check_drawn(
@@ -132,81 +132,109 @@ def drawn_for(
     while made.get('source'): made = made['source']
     return made
 
+# %% ../../nbs/lib/stages/commands.ipynb #3bc33d93
+def open_inputs(
+    data_dir, # tile store with radar and truth
+    images_dir, # store or derived store with the images; empty: data_dir
+    array:str, # opt_v1 or opt_v2
+    remedy:str, # command that makes the images, a sentence
+    output_dir, # folder of the training, checked before any work
+) -> tuple: # store; store with the images; train, val -> positions with an image
+    "Open the tiles of a training and the images of the stage before; refuse tiles without images."
+    store, _ = open_tiles(data_dir)
+    beside = images_dir and Path(images_dir).resolve() != store.path.resolve()
+    place = derived_store(store, images_dir) if beside else store
+    if array not in place.arrays: raise GacError(f'{place.path} has no {array}. {remedy}')
+    check_place(output_dir)
+    return store, place, paired_rows(store, place, array)
+
+def training_report(
+    fit, # fit.Fit
+    card:dict, # of the checkpoint
+    output_dir, # folder of the training
+) -> dict: # steps, resumed_at, metrics, output
+    "Return what a command tells of a training."
+    return dict(steps=fit.steps, resumed_at=fit.resumed_at, metrics=card['metrics'], output=str(output_dir))
+
 # %% ../../nbs/lib/stages/commands.ipynb #ff751baf
 def run_stage2(
     data_dir, # tile store with radar and truth
-    output_dir, # of the training: adapters, head, card, curve
+    output_dir, # folder of adapters, head, card and curve
     config:Stage2Config=Stage2Config(), # settings of the training
     stage1_dir='', # store or derived store with opt_v1; empty: data_dir
     weights:str='', # folder of the backbone's weights
-    save_visualizations:bool=False, # panels.png in the output folder
-    seed:int=0, # of everything random
-    overwrite:bool=False, # replace a training that was made otherwise
+    save_visualizations:bool=False, # write panels.png to the output folder
+    seed:int=0, # of all random numbers
+    overwrite:bool=False, # replace a training with other settings
     **more, # further fields of settings.Settings
 ) -> dict: # steps, resumed_at, metrics, output
     "Train Stage 2 on the tiles of a store, as `gac train-stage2` does."
-    store, _ = open_tiles(data_dir)
-    place = derived_store(store, stage1_dir) if stage1_dir and Path(stage1_dir).resolve() != store.path.resolve() else store
-    if 'opt_v1' not in place.arrays:
-        raise GacError(f'{place.path} has no opt_v1. Make it: gac precompute --data-dir {data_dir}')
-    check_place(output_dir)
+    store, place, rows = open_inputs(data_dir, stage1_dir, 'opt_v1', f'Make it: gac precompute --data-dir {data_dir}',
+                                     output_dir)
     settings = loop_settings(config, seed, **more)
     check_precision(config.precision, settings.device)
     refiner = build_refiner(config, weights, seed)
-    train, val = stage2_data(config, store, paired_rows(store, place, 'opt_v1'), stored_method(place))
+    train, val = stage2_data(config, store, rows, stored_method(place))
     fit = train_stage2(refiner, train, val, settings, output_dir, stage2_loss(config), overwrite=overwrite)
     keep_decoding(output_dir, dict(place.arrays['opt_v1'].attrs))
     if save_visualizations and len(val): save_stage2_panels(refiner, val, Path(output_dir)/'panels.png')
-    return dict(steps=fit.steps, resumed_at=fit.resumed_at, metrics=read_stage2(output_dir)[1]['metrics'], output=str(output_dir))
+    return training_report(fit, read_stage2(output_dir)[1], output_dir)
 
 # %% ../../nbs/lib/stages/commands.ipynb #5612b24f
+def _save_gains(
+    path, # a .png file
+    shown:dict, # name -> (n, C, H, W) inputs and truth of the tiles
+    before:tuple, # name, (n, 4, H, W) images before the stage
+    after:tuple, # name, (n, 4, H, W) images after it
+) -> Path:
+    "Save a picture of the tiles with the largest, the median and the smallest gain in PSNR."
+    import matplotlib.pyplot as plt
+    chosen = by_gain(psnr(before[1], shown['truth']), psnr(after[1], shown['truth']))
+    at = list(chosen.values())
+    fig = panels({k: x[at] for k, x in shown.items()}, {k: x[at] for k, x in (before, after)}, list(chosen), nir=False)
+    save_picture(fig, Path(path))
+    plt.close(fig)
+    return path
+
 def save_stage2_panels(
     refiner:PrithviRefiner, # trained
     pairs:Pairs, # validation tiles
     path:Path, # a .png file
     most:int=64, # number of tiles to choose from
 ) -> Path:
-    "Save a picture of the tiles with the largest, the median and the smallest gain."
-    import matplotlib.pyplot as plt
+    "Save a picture of the tiles with the largest, the median and the smallest gain of Stage 2."
     some = [pairs.tile(i) for i in range(min(len(pairs), most))]
     v1, truth = (np.stack([t[k].numpy() for t in some]) for k in ('opt_v1', 'truth'))
     v2 = refine(refiner, v1, {k: np.array([t[k] for t in some]) for k in METADATA})
-    chosen = by_gain(psnr(v1, truth), psnr(v2, truth))
-    at = list(chosen.values())
-    fig = panels(dict(truth=truth[at]), dict(opt_v1=v1[at], opt_v2=v2[at]), list(chosen), nir=False)
-    save_picture(fig, Path(path))
-    plt.close(fig)
-    return path
+    return _save_gains(path, dict(truth=truth), ('opt_v1', v1), ('opt_v2', v2))
 
 # %% ../../nbs/lib/stages/commands.ipynb #8b3df810
 def run_stage3(
     data_dir, # tile store with radar and truth
-    output_dir, # of the training: adapters, head, card, curves
+    output_dir, # folder of adapters, head, card and curves
     config:Stage3Config=Stage3Config(), # settings of the training
     stage2_dir='', # store or derived store with opt_v2; empty: data_dir
-    stage2_checkpoint='', # the Stage 2 that made it; its backbone and bands are kept in the card
+    stage2_checkpoint='', # Stage 2 that made the images; the card names its backbone and bands
     weights:str='', # folder of the generator's weights
-    save_visualizations:bool=False, # panels.png in the output folder
-    seed:int=0, # of everything random
-    overwrite:bool=False, # replace a training that was made otherwise
+    save_visualizations:bool=False, # write panels.png to the output folder
+    seed:int=0, # of all random numbers
+    overwrite:bool=False, # replace a training with other settings
     **more, # further fields of settings.Settings
 ) -> dict: # steps, resumed_at, metrics, output
     "Train Stage 3 on the tiles of a store, as `gac train-stage3` does."
-    store, _ = open_tiles(data_dir)
-    place = derived_store(store, stage2_dir) if stage2_dir and Path(stage2_dir).resolve() != store.path.resolve() else store
-    if 'opt_v2' not in place.arrays:
-        raise GacError(f'{place.path} has no opt_v2. Make it: gac precompute-stage2 --data-dir {data_dir} --stage2-checkpoint DIR, which gac train-stage2 writes, or name that folder here (--stage2-checkpoint).')
+    store, place, rows = open_inputs(
+        data_dir, stage2_dir, 'opt_v2', f'Make it: gac precompute-stage2 --data-dir {data_dir} --stage2-checkpoint DIR '
+        '(DIR from gac train-stage2), or name the folder of such images (--stage2-dir).', output_dir)
     card = read_stage2(stage2_checkpoint)[1] if stage2_checkpoint else None
-    check_place(output_dir)
     settings = loop_settings(config, seed, **more)
     check_precision(config.precision, settings.device)
     model = build_grounding(config, store, weights, seed)
-    train, val = stage3_data(config, store, paired_rows(store, place, 'opt_v2'), stored_method(place, 'opt_v2'), seed)
-    fit = train_stage3(model, train, val if len(val) else None, settings, output_dir, stage3_loss(config), config.frozen, window_of(store, config.crop),
-                       config.augment, config.select, card, config.strength, overwrite=overwrite)
+    train, val = stage3_data(config, store, rows, stored_method(place, 'opt_v2'), seed)
+    fit = train_stage3(model, train, val if len(val) else None, settings, output_dir, stage3_loss(config),
+                       stage3_training(config, store), card, overwrite=overwrite)
     keep_decoding(output_dir, dict(place.arrays['opt_v2'].attrs.get('source', {})))
     if save_visualizations and len(val): save_stage3_panels(model, val, Path(output_dir)/'panels.png')
-    return dict(steps=fit.steps, resumed_at=fit.resumed_at, metrics=read_stage3(output_dir)[1]['metrics'], output=str(output_dir))
+    return training_report(fit, read_stage3(output_dir)[1], output_dir)
 
 # %% ../../nbs/lib/stages/commands.ipynb #436a47c3
 def save_stage3_panels(
@@ -215,15 +243,9 @@ def save_stage3_panels(
     path:Path, # a .png file
     most:int=64, # number of tiles to choose from
 ) -> Path:
-    "Save a picture of the tiles with the largest, the median and the smallest gain."
-    import matplotlib.pyplot as plt
+    "Save a picture of the tiles with the largest, the median and the smallest gain of Stage 3."
     some = [data.tile(i) for i in range(min(len(data), most))]
     s1, v2, truth = (torch.stack([t[k] for t in some]) for k in ('s1', 'opt_v2', 'truth'))
     v3 = stage3_inference(model, s1, v2)
-    chosen = by_gain(psnr(v2, truth), psnr(v3, truth))
-    at = list(chosen.values())
-    s1, v2, v3, truth = (x[at].numpy() for x in (s1, v2, v3, truth))
-    fig = panels(dict(s1=s1, truth=truth), dict(opt_v2=v2, opt_v3=v3), list(chosen), nir=False)
-    save_picture(fig, Path(path))
-    plt.close(fig)
-    return path
+    s1, v2, v3, truth = (x.numpy() for x in (s1, v2, v3, truth))
+    return _save_gains(path, dict(s1=s1, truth=truth), ('opt_v2', v2), ('opt_v3', v3))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GROUNDING_TARGETS', 'WINDOWS', 'GAIN', 'GROUNDING_ROUTES', 'CODE_CHOICES', 'adapt', 'despeckled', 'Reading',
            'GroundingHead', 'collect_outputs', 'without_adapters', 'Stage3GroundingModel', 'check_inputs',
-           'build_stage3_model', 'backbone_digest3']
+           'build_stage3_model']
 
 # %% ../../nbs/lib/stages/grounding.ipynb #14600ca3
 from contextlib import contextmanager
@@ -19,7 +19,6 @@ from ..core.files import GacError
 from ..core.vocabulary import OPT_BANDS, REFLECTANCE, S2_BANDS
 from ..data.arrays import crop_back, pad_to_multiple
 from ..measure.edges import DARK_REFLECTANCE
-from ..models.build import weights_checksums
 from ..models.diffusion import diffuse, steps_run
 from ..models.generator import build_generator, to_device
 from ..models.sampling import per_tile_random, tile_generator, tile_identity
@@ -143,7 +142,7 @@ class Stage3GroundingModel(nn.Module):
         route:str='features', # one of GROUNDING_ROUTES
         timesteps:int=10, # diffusion steps of the token routes, unless a call gives its own
         standardize:bool=True, # inputs in dB and reflectance; False: inputs and output standardised
-        see:bool=True, # False: features are zero, as a control
+        use_features:bool=True, # False: features are zero, as a control
         taps:int=4, # depths of the decoder
         width:int=48, # channels of the head
         depth:int=3, # blocks for structure; 0: pixel by pixel alone
@@ -155,19 +154,23 @@ class Stage3GroundingModel(nn.Module):
             if what not in known: raise GacError(f'{what!r}: expected one of {", ".join(known)}.')
         self.radar = next(m for m in generator.inputs if m != 'S2L2A')
         self.generator, self.route, self.timesteps = generator.eval(), route, timesteps
-        self.standardize, self.see, self.kind = standardize, see, codes
+        self.standardize, self.use_features, self.kind = standardize, use_features, codes
         self.taps = min(taps, len(generator.net.decoder))
         self.at = [S2_BANDS.index(b) for b in OPT_BANDS]
         dim, pixels = generator.net.mask_token.shape[-1], 2*(2 + len(WINDOWS)) + 3*len(OPT_BANDS)
         self.head = GroundingHead(self.taps*dim, pixels, len(OPT_BANDS), width, depth,
                                   dropout) if route == 'features' else None
-        self.register_buffer('strength', torch.ones(()))  # applied share of the correction, fitted on validation
+        # applied share of the correction, fitted on validation; checkpoints name it strength
+        self.register_buffer('strength', torch.ones(()))
 
     def train(self, mode:bool=True) -> 'Stage3GroundingModel':
         "Set the mode of all parts but the generator, which stays in evaluation mode."
         super().train(mode)
         self.generator.eval()
         return self
+
+    @property
+    def residual_scale(self) -> Tensor: return self.strength  # applied share of the correction, a scalar
 
     @property
     # see checkpointing.checkpointed
@@ -196,7 +199,8 @@ class Stage3GroundingModel(nn.Module):
     def features(self, s1:Tensor, opt_v2:Tensor) -> Tensor: # padded dB and reflectance -> (B, taps D, h, w)
         "Return the decoder's features of each patch at several depths."
         side = s1.shape[-1]//self.generator.tokenizer('S2L2A').patch_size
-        if not self.see: return s1.new_zeros(len(s1), self.head.reading.know[0].normalized_shape[0], side, side)
+        if not self.use_features:
+            return s1.new_zeros(len(s1), self.head.reading.know[0].normalized_shape[0], side, side)
         with collect_outputs(self.generator.net.decoder, self.taps) as seen:
             last = self.generator.decoder_features(self.inputs(s1, opt_v2), 'S2L2A')
         return torch.cat([*seen[:-1], last], -1).movedim(-1, 1).unflatten(-1, (side, side))
@@ -228,7 +232,7 @@ class Stage3GroundingModel(nn.Module):
         own = [tile_generator(0, t, 0, 'noise') for t in tile_identity(s1)]
         return per_tile_random(torch.randn, (len(S2_BANDS), *s1.shape[-2:]), own, s1.device)
 
-    def paint(self, codes:Tensor, noise:Tensor, timesteps:int) -> Tensor: # reflectance
+    def decode_codes(self, codes:Tensor, noise:Tensor, timesteps:int) -> Tensor: # reflectance
         "Decode codes to reflectance; gradients flow."
         image = diffuse(self.generator.tokenizer('S2L2A'), codes, noise, timesteps, 'off')
         return self.generator.units.outward(image, self.generator.outputs['S2L2A'], OPT_BANDS)
@@ -244,10 +248,11 @@ class Stage3GroundingModel(nn.Module):
             out = self.head(self.pixels(s1, opt_v2) if pixels is None else pixels,
                             self.features(s1, opt_v2) if features is None
                             else features)
-            return opt_v2 + self.strength*GAIN*(opt_v2.clamp_min(0) + DARK_REFLECTANCE)*out
+            return opt_v2 + self.residual_scale*GAIN*(opt_v2.clamp_min(0) + DARK_REFLECTANCE)*out
         steps, noise = self.timesteps if timesteps is None else timesteps, self.noise(s1)
         new, old = self.codes(self.logits(s1, opt_v2)), self.own_codes(s1, opt_v2)
-        return opt_v2 + self.strength*(self.paint(new, noise, steps) - self.paint(old, noise, steps))
+        change = self.decode_codes(new, noise, steps) - self.decode_codes(old, noise, steps)
+        return opt_v2 + self.residual_scale*change
 
     def forward(self,
         s1:Tensor, # (B, 2, H, W) dB; standardised without `standardize`
@@ -291,7 +296,7 @@ def build_stage3_model(
     lora_alpha:int=16, # the adapters' scale is alpha/rank
     reach:str='cross', # layers with adapters, one of GROUNDING_TARGETS
     seed:int=0, # of new weights
-    **more, # see, taps, width, depth, dropout, codes of Stage3GroundingModel
+    **more, # see (use_features), taps, width, depth, dropout, codes of Stage3GroundingModel; names in checkpoints
 ) -> Stage3GroundingModel: # in evaluation mode
     "Build a grounding model by the name of its generator."
     if radar not in ('S1GRD', 'S1RTC'): raise GacError(f'radar {radar!r}: expected S1GRD or S1RTC.')
@@ -302,14 +307,7 @@ def build_stage3_model(
         generator = build_generator(name, (radar, 'S2L2A'), ('S2L2A',), timesteps, pretrained, weights,
                                                 route != 'features')
         adapters = adapt(generator, reach, lora_r, lora_alpha)
-        model = Stage3GroundingModel(generator, route, timesteps, standardize, **more)
+        own = {dict(see='use_features').get(k, k): v for k, v in more.items()}
+        model = Stage3GroundingModel(generator, route, timesteps, standardize, **own)
     model.config, model.adapters, model.folder = config, adapters, weights
     return to_device(model.eval())
-
-# %% ../../nbs/lib/stages/grounding.ipynb #05401403
-def backbone_digest3(
-    model:Stage3GroundingModel, # its frozen weights count
-) -> dict: # file -> first digits of its checksum
-    "Return the checksums of the frozen weights."
-    files = weights_checksums(model.generator.core)
-    return {k: v[:16] for k, v in files.items()} or {'random': str(model.config['seed'])}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['stage3_inference', 'stage3_batch_inference', 'compute_stage3_metrics', 'stage3_method', 'grounding_info',
-           'fingerprint_stage3', 'precompute_stage3', 'opt_v3_of', 'read_images', 'radar_in', 'image_in', 'in_db',
-           'in_reflectance', 'infer_files', 'grounding_report']
+           'precompute_stage3', 'opt_v3_of', 'read_images', 'radar_in', 'image_in', 'in_db', 'in_reflectance',
+           'infer_files', 'grounding_report']
 
 # %% ../../nbs/lib/stages/inference.ipynb #d211de0d
 from collections.abc import Callable
@@ -24,13 +24,13 @@ from ..data.raster import check_order
 from ..data.units import check_db, check_radar, s1_unit, to_db, why_missing
 from ..measure.metrics import mae, mse
 from ..measure.tables import stored_method
-from .grounding import Stage3GroundingModel, backbone_digest3, build_stage3_model, check_inputs
+from .grounding import Stage3GroundingModel, build_stage3_model, check_inputs
 from .stage1 import grid_store
 from .stage2 import opt_v2_of
-from .stage3 import load_stage3, read_stage3
-from .tileset import read_radar, run_tileset
-from ..training.adapters import adapter_digest
-from ..training.int8 import autocast_for, check_precision, weigh_memory
+from .stage3 import STAGE3, load_stage3, read_stage3
+from .tileset import Workload, read_radar
+from .trained import precompute_trained
+from ..training.int8 import weigh_memory
 
 # %% ../../nbs/lib/stages/inference.ipynb #2cabd830
 @torch.no_grad()
@@ -114,12 +114,6 @@ def grounding_info(
     table = pd.DataFrame(rows)
     return table.assign(**{'share_%': 100*table.trainable/table.params.clip(lower=1)})
 
-# %% ../../nbs/lib/stages/inference.ipynb #b28e4355
-def fingerprint_stage3(model:Stage3GroundingModel) -> str: # 16 digits
-    "Return a digest of the trained weights."
-    return adapter_digest({k: v for k, v in model.state_dict().items() if 'lora_' in k or k.startswith('head.')
-                           or k == 'strength'})
-
 # %% ../../nbs/lib/stages/inference.ipynb #da438502
 def precompute_stage3(
     store, # store.Store with the radar
@@ -139,16 +133,11 @@ def precompute_stage3(
     into = into or store
     if source not in into.arrays:
         raise GacError(f'{into.path} has no {source}. Make it: gac precompute-stage2 --data-dir {store.path}')
-    made = dict(bands=list(OPT_BANDS), units='reflectance x 10000', model=model.config, weights=backbone_digest3(model),
-                trained=fingerprint_stage3(model),
-                timesteps=timesteps or model.timesteps, source=dict(into.arrays[source].attrs), precision=precision)
-    check_precision(precision, model.device.type)
-    def make(s1, rows):
-        with autocast_for(model.device.type, precision):
-            return stage3_inference(model, s1, to_reflectance(into.read(source, rows)), timesteps, batch_size).numpy()
-    return run_tileset(into, output, into.arrays[source].shape[1:], made, lambda rows: read_radar(store, rows), make,
-                       batch_size, max_tiles, rank, world_size, overwrite, source,
-                       ahead=2 if model.device.type == 'cuda' else 1, threads=1)
+    v2 = lambda rows: to_reflectance(into.read(source, rows))
+    predict = lambda s1, rows: stage3_inference(model, s1, v2(rows), timesteps, batch_size).numpy()
+    return precompute_trained(STAGE3, model, into, output, source, lambda rows: read_radar(store, rows), predict,
+                              Workload(batch_size, max_tiles, rank, world_size), overwrite, precision,
+                              timesteps=timesteps or model.timesteps)
 
 # %% ../../nbs/lib/stages/inference.ipynb #8f7ecef5
 def opt_v3_of(

@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..core.files import GacError, read_json, replacing, root
+from ..core.manifest import agree_or_refuse, changed_settings
 from ..models.build import build_model, save_weights
 from ..models.mini import KEYS, LEVELS, family, mini_core, mini_prithvi, mini_tokenizer
 from ..models.weights import read_weights
@@ -36,8 +37,7 @@ from gac.stages.pretrain_objectives import (
     prithvi_loss,
     vqvae_loss,
 )
-from .unet_model import build_unet
-from .unet_pretraining import world_stats
+from .unet_model import build_unet, world_stats
 
 # %% ../../nbs/lib/stages/pretrain.ipynb #7de2b166
 def rate(
@@ -140,8 +140,8 @@ def start_from(model, stage:str, folder:str): # model of a stage; folder of fini
 def unet_loss(model, d): # unet_model.UNet; batch of inputs_of
     "Return the loss of the U-Net: that of Stage 2, on mirrored scenes."
     axes = [a for a in (-1, -2) if torch.rand(()) < .5]
-    told = {k: d[k] for k in ('month', 'biome', 'lat')}
-    return Stage2Loss(ms_ssim=0.)(model(d['radar'].flip(axes), None, told), d['truth'].flip(axes))['loss']
+    metadata = {k: d[k] for k in ('month', 'biome', 'lat')}
+    return Stage2Loss(ms_ssim=0.)(model(d['radar'].flip(axes), None, metadata), d['truth'].flip(axes))['loss']
 
 # %% ../../nbs/lib/stages/pretrain.ipynb #afe2f7c3
 def freeze_encoder(model): # DiVAE or VQVAE
@@ -178,8 +178,8 @@ def begin(
     torch.manual_seed(p.first_seed % 2**31)
     model = build_stage(p.stage, p.decoder, p.dates, p.levels)
     card = read_json(dest/f'{FILES[p.stage]}.json')
-    told = card.get('plan', {})
-    exported = card.get('resumable') and all(told.get(k) == getattr(p, k) for k in SAME)
+    same = {k: getattr(p, k) for k in SAME}
+    exported = card.get('resumable') and not changed_settings(card.get('plan', {}), same)
     if path.exists(): pass
     elif exported: model = start_from(model, p.stage, str(dest))
     elif p.init: model = start_from(model, p.stage, p.init)
@@ -188,9 +188,7 @@ def begin(
     state = dict(step=0, log=[], seconds=0., begun=0, mean=copy.deepcopy(model.state_dict()) if p.average else None)
     if path.exists():
         state |= torch.load(path, weights_only=True, map_location=device)
-        if odd := [k for k in SAME if state['plan'].get(k) != getattr(p, k)]:
-            raise GacError(f'{path} was made by a plan with another {", ".join(odd)}. Give another --output-dir, or '
-                           'the same plan.')
+        agree_or_refuse(str(path), state['plan'], same, 'Give another --output-dir, or the same plan.')
         model.load_state_dict(state['model']); opt.load_state_dict(state['optimizer'])
     elif exported:
         state |= dict(step=card['steps_done'], log=card['log'], seconds=card['hours']*3600, begun=card['steps_done'])

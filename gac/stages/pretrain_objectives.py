@@ -81,7 +81,7 @@ def standardise(x, # (B,C,H,W) in DN, dB, m or NDVI
     return (torch.as_tensor(np.asarray(x, dtype=np.float32))-mean)/std
 
 # %% ../../nbs/lib/stages/pretrain_objectives.ipynb #79b80214
-def model_inputs(scene:dict, # batch of scenes from scenes.scene_batches
+def model_inputs(scene:dict, # batch of scenes from stream.draw_batch
              ) -> dict: # modality key -> tensor the miniatures read
     "Standardise all modalities of a batch of scenes."
     pick = [S2_BANDS.index(b) for b in PRITHVI_BANDS]

@@ -176,24 +176,28 @@ class PrithviRefiner(nn.Module):
         self.condition = Condition(fields, drop=hide) if fields else None
         self.head = ConvNeXtHead([encoder.embed_dim]*len(self.at), len(encoder.gac['bands']), width, depth,
                                  dropout=dropout)
-        self.register_buffer('strength', torch.ones(()))  # applied share of the correction, fitted on validation
+        # applied share of the correction, fitted on validation; checkpoints name it strength
+        self.register_buffer('strength', torch.ones(()))
         for name in ('temporal_embed_enc', 'location_embed_enc'):
             if hasattr(encoder, name): getattr(encoder, name).register_forward_hook(_silent)
+
+    @property
+    def residual_scale(self) -> Tensor: return self.strength  # applied share of the correction, a scalar
 
     @property
     def blocks(self) -> nn.ModuleList: return self.encoder.blocks  # see checkpointing.checkpointed
 
     def coords(self, month:Tensor, metadata:dict) -> dict: # month (B,)
         "Return date and place for encoders with coordinates; unknown values are -1000."
-        told, n = {}, len(month)
+        coords, n = {}, len(month)
         if self.encoder.temporal_encoding and 'month' in self.metadata:
             day = torch.where(month > 0, (month - .5)*30.4, -1000.)
-            told['temporal_coords'] = torch.stack([torch.full_like(day, YEAR), day], -1)[:, None]  # (B, 1, 2)
+            coords['temporal_coords'] = torch.stack([torch.full_like(day, YEAR), day], -1)[:, None]  # (B, 1, 2)
         if self.encoder.location_encoding and 'place' in self.metadata and {'lat', 'lon'} <= metadata.keys():
             place = [torch.as_tensor(metadata[k], dtype=torch.float32, device=month.device).expand(n)
                      for k in ('lat', 'lon')]
-            told['location_coords'] = torch.stack(place, -1).nan_to_num(-1000.)  # (B, 2)
-        return told
+            coords['location_coords'] = torch.stack(place, -1).nan_to_num(-1000.)  # (B, 2)
+        return coords
 
     def features(self, x:Tensor, **coords) -> list: # (B, 4, H, W) standardised, padded -> (B, h, w, D) each
         "Return patch features of several depths."
@@ -220,7 +224,7 @@ class PrithviRefiner(nn.Module):
                               device=month.device).expand(n) if 'lat' in given else None
         c = self.condition(season(month, lat), biome) if self.condition is not None else None
         correction = self.head(x, self.features(x, **self.coords(month, given)), c)
-        return opt_v1 + SCALE*self.strength*crop_back(correction, crop).float()
+        return opt_v1 + SCALE*self.residual_scale*crop_back(correction, crop).float()
 
 # %% ../../nbs/lib/stages/refiner.ipynb #fd4a6311
 def build_prithvi_refiner(

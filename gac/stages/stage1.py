@@ -18,7 +18,7 @@ from ..measure.tables import stage1_method, stored_method
 from ..models.decoding import Decoding, generate_tiles
 from ..models.diffusion import CLAMPS
 from ..models.generator import TOKENS, build_generator, to_device
-from .tileset import derived_store, read_radar, run_tileset, stage1_settings
+from .tileset import Workload, derived_store, read_radar, run_tileset, stage1_settings
 
 # %% ../../nbs/07_stage1.ipynb #e3526e34
 def build_terramind_generator(
@@ -28,11 +28,11 @@ def build_terramind_generator(
     pretrained:bool=True, # False: random weights, for tests and costs only
     name:str='terramind_mini_generate', # as TerraTorch names it; registry.available() lists them
     weights:str='', # folder of weight files, 'hub', or empty: the committed miniatures or the Hugging Face cache
-    tokenizer_encoder:bool=False, # keep the tokenizer's encoder, which drawing never uses: for the round trip of a true image
+    tokenizer_encoder:bool=False, # keep the tokenizer's encoder, for the codes of a true image
     precision:str='32-true', # what the weights are held in, see generator.Generator.hasten
-    compiled:bool=False, # the painter through torch.compile
+    compiled:bool=False, # diffusion decoder through torch.compile
 ): # generator.Generator, in evaluation mode
-    "The pretrained generator that Stage 1 runs and Stage 3 grounds."
+    "Return the pretrained generator of Stages 1 and 3."
     model = to_device(build_generator(name, input_modalities, output_modalities, timesteps, pretrained,
                                                           weights, tokenizer_encoder))
     return model.hasten(precision, compiled) if compiled or precision != '32-true' else model
@@ -43,31 +43,31 @@ def precompute_stage1(
     model, # from build_terramind_generator
     output:str='opt_v1', # name of the array
     batch_size:int=8, # tiles at a time
-    timesteps:int=10, # diffusion steps
-    tokens:str='sample', # sample, argmax or expected
-    clamp:str='pretraining', # pretraining or off
-    n_samples:int=1, # images drawn and averaged
     seed:int=0, # of the run
-    max_tiles:int=0, # only the first so many of the store; 0: all
-    rank:int=0, # this worker
-    world_size:int=1, # of so many
-    into=None, # store.Store the array goes to, see `derived_store`; None: `store`
-    overwrite:bool=False, # replace an array that was made with other settings
-) -> dict: # of `run_tileset`
-    "Run the generator over a tile set."
-    decoding, ids = Decoding(timesteps, tokens, clamp, n_samples), store.table.id
-    return run_tileset(into or store, output, (len(OPT_BANDS), *store.arrays['s1'].shape[-2:]), stage1_settings(model, decoding, seed),
-                lambda rows: read_radar(store, rows), lambda s1, rows: generate_tiles(model, s1, ids.iloc[rows], decoding, seed),
-                batch_size, max_tiles, rank, world_size, overwrite, said=str(decoding), ahead=2 if model.device.type == 'cuda' else 1)
+    max_tiles:int=0, # number of tiles from the start; 0: all
+    rank:int=0, # number of this worker
+    world_size:int=1, # workers
+    into=None, # store.Store that gets the array, see `derived_store`; None: `store`
+    overwrite:bool=False, # replace an array of other settings
+    **decoding, # fields of decoding.Decoding: timesteps, tokens, clamp, n_samples
+) -> dict: # result of `run_tileset`
+    "Generate the images of a tile set and store the array."
+    decoding, ids = Decoding(**decoding), store.table.id
+    work = Workload(batch_size, max_tiles, rank, world_size, ahead=2 if model.device.type == 'cuda' else 1)
+    predict = lambda s1, rows: generate_tiles(model, s1, ids.iloc[rows], decoding, seed)
+    return run_tileset(into or store, output, (len(OPT_BANDS), *store.arrays['s1'].shape[-2:]),
+                       stage1_settings(model, decoding, seed), lambda rows: read_radar(store, rows), predict, work,
+                       overwrite, description=str(decoding))
 
 # %% ../../nbs/07_stage1.ipynb #5e1ea2c4
 def decoding_grid(
     steps=(1, 2, 10), # diffusion steps
     samples:int=4, # images of a mean
 ) -> list[Decoding]:
-    "The decodings that are compared."
+    "Return the decodings to compare."
     single = [Decoding(t, k, c) for c in CLAMPS for k in TOKENS for t in steps]
-    return single + [Decoding(t, 'sample', 'pretraining', samples) for t in steps if samples > 1 and t*samples <= max(steps)]
+    means = [t for t in steps if samples > 1 and t*samples <= max(steps)]
+    return single + [Decoding(t, 'sample', 'pretraining', samples) for t in means]
 
 # %% ../../nbs/07_stage1.ipynb #d53a342c
 def cheapest(
@@ -75,7 +75,7 @@ def cheapest(
     psnr, # their mean PSNR, dB
     tolerance:float=.2, # dB
 ) -> Decoding:
-    "The decoding with the fewest diffusion steps in all, among those within `tolerance` of the best; the better one where they cost the same."
+    "Return the cheapest decoding within `tolerance` of the best; of equally cheap ones, the better."
     near = [(d.timesteps*d.n_samples, -p, i) for i, (d, p) in enumerate(zip(grid, psnr)) if p >= max(psnr) - tolerance]
     return grid[min(near)[-1]]
 
@@ -83,7 +83,7 @@ def cheapest(
 def chosen_decoding(
     run, # run.Run
 ) -> tuple: # name of the generator, folder of its weights, Decoding
-    "How this run draws opt_v1."
+    "Return generator and decoding of the opt_v1 of a run."
     path = run.dir/'stage1.json'
     made = (json.loads(path.read_text(encoding='utf-8')) if path.exists()
             else dict(name='terramind_mini_generate', weights='', **asdict(Decoding(1, 'expected'))))
@@ -93,7 +93,7 @@ def grid_store(
     run, # run.Run
     store, # store.Store
 ): # store.Store
-    "Where arrays of later stages go: into a store that belongs to the run; beside one that belongs to the user."
+    "Return the store for arrays of later stages: the run's own store, else one beside the user's."
     if store.path.resolve().is_relative_to(run.dir): return store
     drop_older(run.dir/'real_stages')
     return derived_store(store, run.dir/'real_stages')
@@ -104,7 +104,7 @@ def opt_v1_of(
     rows, # positions in the store
     model=None, # generator for a store nothing is drawn for yet; None: built when needed
 ) -> tuple: # method: tiles -> (n, 4, H, W) reflectance; those of the rows it has an image for
-    "opt_v1 of a store: as it was precomputed, else drawn on the spot in the way of this run."
+    "Return opt_v1 of a store as a method: the precomputed array, else generated as in this run."
     place, rows = grid_store(run, store), np.asarray(rows)
     if 'opt_v1' in place.arrays: return stored_method(place), rows[place.written('opt_v1')[rows]]
     name, weights, decoding = chosen_decoding(run)
@@ -114,12 +114,12 @@ def opt_v1_of(
 def drawn_before(
     run, # run.Run
     store, # store.Store
-): # store.Store with opt_v1: the store, or what lies beside it
-    "Stage 1 for a notebook that runs alone: as 07_stage1 left it, else drawn now."
+): # store.Store with opt_v1
+    "Return a store with opt_v1: precomputed by 07_stage1, else computed now."
     place = grid_store(run, store)
     if 'opt_v1' not in place.arrays:
         run.stand_in('opt_v1')
         name, weights, decoding = chosen_decoding(run)
-        precompute_stage1(store, build_terramind_generator((store.attrs.get('s1_product', 'S1GRD'),), name=name, weights=weights),
-                   **asdict(decoding), seed=run.seed, into=place)
+        model = build_terramind_generator((store.attrs.get('s1_product', 'S1GRD'),), name=name, weights=weights)
+        precompute_stage1(store, model, **asdict(decoding), seed=run.seed, into=place)
     return place
