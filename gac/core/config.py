@@ -67,7 +67,7 @@ class Stage3Config:
     name:str = 'terramind_mini_generate' # generator, as `gac info` lists them
     pairs:int = 0 # training pairs, the first of the train split; 0: all [0, 1000000]
     val_tiles:int = 0 # validation tiles that steer the training; 0: all [0, 100000]
-    route:str = 'features' # what opt_v3 is made by {features, tokens, soft}
+    route:str = 'features' # route of opt_v3 {features, tokens, soft}
     epochs:float = 50. # passes over the pairs, where steps is 0
     steps:int = 240 # optimizer steps; 0: as many as epochs needs
     frozen:float = .97 # share of the steps in which the adapters rest [0, 1]
@@ -86,7 +86,7 @@ class Stage3Config:
     save_every:int = 0 # steps between checkpoints, a multiple of val_every; 0: with every validation [0, 1000000]
     early_stopping:bool = False # stop when the monitored value no longer falls
     early_stopping_patience:int = 10 # validations without a fall [1, 10000]
-    select:str = 'both' # what decides which checkpoint and strength are best {gap, raw, psnr, both}
+    select:str = 'both' # criterion of the best checkpoint and residual scale {gap, raw, psnr, both}
     lora_rank:int = 8 # rank of the adapters; 0: none [0, 1024]
     lora_alpha:int = 16 # their scale is alpha/rank
     strength:bool = True # choose on validation how much of the correction is applied; else all of it
