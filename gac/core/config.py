@@ -174,12 +174,12 @@ class PrecomputeConfig(TilesetConfig):
     timesteps:int = 10 # diffusion steps [1, 1000]
     tokens:str = 'sample' # how a code is chosen {sample, argmax, expected}
     clamp:str = 'pretraining' # range of each step's estimate {pretraining, off}
-    n_samples:int = 1 # images drawn and averaged [1, 64]
+    n_samples:int = 1 # images generated and averaged [1, 64]
     seed:int = 0 # seed of everything random [0, inf]
     name:str = 'terramind_mini_generate' # generator, as `gac info` lists them
     input:str = '' # S1GRD or S1RTC; empty: the product of the tiles
     output:str = 'opt_v1' # name of the new array
-    precision:str = '32-true' # what the generator's weights are held in {32-true, bf16-true, 16-true}
+    precision:str = '32-true' # of the generator's weights {32-true, bf16-true, 16-true}
     compile:bool = False # run the diffusion decoder through torch.compile: a minute at the start
     direct:str = '' # output folder of gac distill: a decoder without diffusion replaces the diffusion decoder
 
