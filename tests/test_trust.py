@@ -342,7 +342,8 @@ def test_exchanged_radar_changes_only_what_reads_it(trained):
     for where in RADAR_SWAPS:
         np.testing.assert_allclose(by(where, batch['s1']), own, atol=1e-5)
         assert np.abs(by(where) - own).max() > 1e-4, where
-    features, model.use_features = model.use_features, False  # without TerraMind's features only the head's pixels read the radar
+    # without TerraMind's features only the head's pixels read the radar
+    features, model.use_features = model.use_features, False
     try:
         blind = stage3_inference(model, batch['s1'], v2).numpy()
         np.testing.assert_allclose(by("in TerraMind's features"), blind, atol=1e-6)
