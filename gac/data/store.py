@@ -486,8 +486,10 @@ def xarray(self:Store): # xarray.Dataset, values read when they are used
     "Return the store as one Dataset: arrays as variables, the table as coordinates, bands by name."
     import xarray as xr
     self.close()
-    data, table = xr.open_zarr(self.path/'arrays', consolidated=False, chunks=None), self._saved
-    if data.sizes.get('tile', 0) > len(table): data = data.isel(tile=slice(len(table)))  # tiles that are being added
+    table, arrays = self._saved, set(self.arrays)
+    opened = lambda name: xr.open_zarr(self.path/'arrays', consolidated=False, chunks=None, drop_variables=arrays - {name})
+    # one by one: tiles that are being added lengthen one array after the other
+    data = xr.merge([opened(name).isel(tile=slice(len(table))) for name in self.arrays])
     numbers = lambda column: column.to_numpy(dtype=None if column.dtype.kind in 'if' else object)
     coords = {c: ('tile', numbers(table[c])) for c in table.columns if c != 'transform'}
     coords['transform'] = (('tile', 'affine'), np.array(table['transform'].tolist(), float).reshape(-1, 6))
