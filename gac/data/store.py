@@ -375,7 +375,8 @@ def ensure_array(self:Store,
     z = self.arrays[name]
     agree_or_refuse(f'{self.path}: {name}', dict(shape=list(z.shape[1:]), dtype=str(z.dtype), **dict(z.attrs)),
                     dict(shape=list(shape), dtype=str(np.dtype(dtype)), **attrs),
-                    f'Use the same settings, another output name, or drop({name!r}) first.')
+                    f'Use the same settings or another output name, or replace the array (--overwrite; '
+                    f'from Python drop({name!r}) first).')
 
 # %% ../../nbs/lib/data/store.ipynb #5bbd6153
 @patch
