@@ -487,7 +487,8 @@ def xarray(self:Store): # xarray.Dataset, values read when they are used
     import xarray as xr
     self.close()
     table, arrays = self._saved, set(self.arrays)
-    opened = lambda name: xr.open_zarr(self.path/'arrays', consolidated=False, chunks=None, drop_variables=arrays - {name})
+    opened = lambda name: xr.open_zarr(self.path/'arrays', consolidated=False, chunks=None,
+                                       drop_variables=arrays - {name})
     # one by one: tiles that are being added lengthen one array after the other
     data = xr.merge([opened(name).isel(tile=slice(len(table))) for name in self.arrays])
     numbers = lambda column: column.to_numpy(dtype=None if column.dtype.kind in 'if' else object)
