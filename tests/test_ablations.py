@@ -33,13 +33,13 @@ from gac.stages.stage1 import build_terramind_generator, precompute_stage1
 
 
 def toy_setup(**changes) -> Setup:
-    "A default of a few steps."
+    "Return a default of a few steps."
     setup = Setup(with_steps(brief_recipe(4)), Decoding(1, 'expected'))
     return changed(setup, changes)
 
 @pytest.fixture(scope='module')
 def study_run(tmp_path_factory):
-    "A run with four training tiles of 48 px and all stages, trained for two steps."
+    "Train all stages for two steps on four training tiles of 48 px; return the run and its store."
     home = tmp_path_factory.mktemp('ablations')
     run = start_run('14_ablations', 'smoke', 0, str(home/'run'), str(home/'report'))
     store = from_world(run.dir/'tiles', 4, 2, 3, size=48)
@@ -49,9 +49,11 @@ def study_run(tmp_path_factory):
 
 GRID = [Row('metadata', 'none', {'recipe.stage2.metadata': []}, ('opt_v2',)),
         Row('adapters', 'rank 2', {'recipe.stage3.lora_rank': 2}, ('opt_v3',)),
-        Row('loss', 'no sar', {'recipe.stage3.sar': 0.}, ('opt_v3',)), Row('size', '32 px', {'size': 32}, ('opt_v1', 'opt_v2'))]
+        Row('loss', 'no sar', {'recipe.stage3.sar': 0.}, ('opt_v3',)),
+        Row('size', '32 px', {'size': 32}, ('opt_v1', 'opt_v2'))]
 
-@pytest.mark.parametrize('default', [{}, {'recipe.stage2.depth': 0, 'decoding.timesteps': 10, 'decoding.tokens': 'sample'},
+@pytest.mark.parametrize('default',
+                         [{}, {'recipe.stage2.depth': 0, 'decoding.timesteps': 10, 'decoding.tokens': 'sample'},
     {'recipe.stage3.route': 'tokens', 'recipe.stage3.lora_rank': 4, 'recipe.stage2.l1': 1.,
      'recipe.stage2.metadata': ['month']}], ids=['brief', 'colour alone', 'tokens'])
 def test_a_row_changes_what_it_names_and_nothing_else(default):
@@ -69,13 +71,16 @@ def test_a_row_changes_what_it_names_and_nothing_else(default):
             assert flatten_setup(new)[k] == flatten_setup(setup)[k], r.name
     for r in grid:  # what is compared with the features and without differs in nothing else
         if r.row.endswith(BLIND) and (partner := [g for g in grid if g.name == r.name.removesuffix(BLIND)]):
-            assert set(setup_differences(*(changed(setup, x.change) for x in (partner[0], r)))) == {'recipe.use_features'}
+            setups_of_pair = [changed(setup, x.change) for x in (partner[0], r)]
+            assert set(setup_differences(*setups_of_pair)) == {'recipe.use_features'}
 
 def test_what_a_default_has_is_no_row():
     names = {r.name for r in rows_of(toy_setup())}
     assert 'head of Stage 2: with 3 blocks of structure' not in names and 'head of Stage 2: colour alone' in names
-    assert 'head of Stage 2: with 3 blocks of structure' in {r.name for r in rows_of(toy_setup(**{'recipe.stage2.depth': 0}))}
-    assert not {n for n in names if n.startswith('loss of Stage 2: no l')} - {'loss of Stage 2: no log_mse'}, 'a term of weight 0 cannot be switched off'
+    no_structure = {r.name for r in rows_of(toy_setup(**{'recipe.stage2.depth': 0}))}
+    assert 'head of Stage 2: with 3 blocks of structure' in no_structure
+    assert not {n for n in names if n.startswith('loss of Stage 2: no l')} - {'loss of Stage 2: no log_mse'}, (
+        'a term of weight 0 cannot be switched off')
     assert ('training pairs: 512' not in {r.name for r in rows_of(toy_setup(), pairs=256)}
             and 'tile size: 96 px' not in {r.name for r in rows_of(toy_setup(), side=96)})
 
@@ -86,7 +91,8 @@ def test_typing_errors_are_refused():
 def test_budgets_are_those_of_the_run_or_those_asked_for():
     long = brief_recipe(pairs=8, steps=0, epochs=4., batch_size=2, val_every=4, save_every=4)
     own, short = with_steps(long), with_steps(long, 8, 6)
-    assert (own.stage2.steps, own.stage2.val_every) == (16, 4), 'epochs become steps, so that more pairs do not mean more of them'
+    assert (own.stage2.steps, own.stage2.val_every) == (16, 4), (
+        'epochs become steps, so that more pairs do not mean more of them')
     assert (short.stage2.steps, short.stage2.val_every, short.stage3.steps, short.stage3.val_every) == (8, 2, 6, 1)
     setup = Setup(short, Decoding())
     assert [budget(setup, o) for o in STAGE_OUTPUTS] == [0, 8, 14]
@@ -99,7 +105,8 @@ def test_a_killed_grid_goes_on_with_what_is_missing(study_run, monkeypatch, tmp_
     trained, measured, measure = [], [], measure_methods
     for name in ('fit_stage2', 'fit_stage3'):
         fit = getattr(sys.modules['gac.stages.chain'], name)
-        swap(monkeypatch, 'gac.stages.chain', name, lambda *a, fit=fit, name=name, **kw: trained.append(name) or fit(*a, **kw))
+        swap(monkeypatch, 'gac.stages.chain', name,
+             lambda *a, fit=fit, name=name, **kw: trained.append(name) or fit(*a, **kw))
     def until(n):
         def counted(*a, **kw):
             if len(measured) == n: raise KeyboardInterrupt
@@ -113,13 +120,16 @@ def test_a_killed_grid_goes_on_with_what_is_missing(study_run, monkeypatch, tmp_
     swap(monkeypatch, 'gac.measure.tables', 'measure_methods', until(99))
     told = answers(run, store, rows, default, GRID, batch_size=2)
     assert len(measured) == 2 + 4, 'two of six measurements were there (the default, and its middle, count as well)'
-    assert sorted(trained) == ['fit_stage2']*2 + ['fit_stage3']*2, 'no metadata, 32 px; rank 2, no sar: each trained once; the default is the run itself'
+    assert sorted(trained) == ['fit_stage2']*2 + ['fit_stage3']*2, (
+        'no metadata, 32 px; rank 2, no sar: each trained once; the default is the run itself')
     again = answers(run, store, rows, default, GRID, batch_size=2)
     pd.testing.assert_frame_equal(told, again)
     assert len(measured) == 6 and len(trained) == 4, 'the second time nothing is made'
     assert not list((run.dir/'ablations').rglob('*.ckpt')), 'checkpoints of finished trainings are gone'
-    grown = answers(run, store, rows, default, [*GRID, Row('decoding', '2 steps', {'decoding.timesteps': 2}, ('opt_v1',))], batch_size=2)
-    assert len(measured) == 8 and len(trained) == 4 and len(grown) == len(told) + 6, 'a new row is measured, with opt_v1 of the default'
+    grown = answers(run, store, rows, default,
+                    [*GRID, Row('decoding', '2 steps', {'decoding.timesteps': 2}, ('opt_v1',))], batch_size=2)
+    assert len(measured) == 8 and len(trained) == 4 and len(grown) == len(told) + 6, (
+        'a new row is measured, with opt_v1 of the default')
 
 def test_what_the_run_has_trained_is_not_trained_again(study_run):
     run, store = study_run
@@ -143,16 +153,20 @@ def test_gains_are_paired_with_the_default_on_the_same_pixels(study_run):
     own = measure_methods(small, rows, {'drawn': maker.opt_v1(replace(default, size=32)), 'cut': cut}, 2)
     row = table[(table.question == 'size') & (table.output == 'opt_v1') & (table.metric == 'psnr')].iloc[0]
     assert row.gain == pytest.approx((own.psnr.loc['drawn'] - own.psnr.loc['cut']).mean(), abs=1e-6) and row.gain != 0
-    adapters = told[told.question == 'adapters'].set_index('id').psnr - told[(told.row == 'default') & (told.output == 'opt_v3')].set_index('id').psnr
-    assert table[(table.question == 'adapters') & (table.metric == 'psnr')].gain.iloc[0] == pytest.approx(adapters.mean(), abs=1e-9)
+    psnr_of = lambda chosen: told[chosen].set_index('id').psnr
+    adapters = psnr_of(told.question == 'adapters') - psnr_of((told.row == 'default') & (told.output == 'opt_v3'))
+    gain = table[(table.question == 'adapters') & (table.metric == 'psnr')].gain.iloc[0]
+    assert gain == pytest.approx(adapters.mean(), abs=1e-9)
 
 def test_trainings_are_shared_only_where_nothing_differs(study_run):
     run, store = study_run
     default = setup_of(run)
     maker, other = Maker(run, store, default), Maker(run, store, default, seed=1)
     change = lambda **kw: changed(default, {k.replace('__', '.'): v for k, v in kw.items()})
-    assert maker.mark(default, 2) == maker.mark(change(recipe__stage3__lora_rank=2), 2) != maker.mark(change(recipe__stage2__lora_rank=2), 2)
-    assert maker.mark(default, 3) != maker.mark(change(recipe__stage2__lora_rank=2), 3), 'Stage 3 depends on the Stage 2 before it'
+    assert (maker.mark(default, 2) == maker.mark(change(recipe__stage3__lora_rank=2), 2)
+            != maker.mark(change(recipe__stage2__lora_rank=2), 2))
+    assert maker.mark(default, 3) != maker.mark(change(recipe__stage2__lora_rank=2), 3), (
+        'Stage 3 depends on the Stage 2 before it')
     assert maker.mark(default, 2) != other.mark(default, 2) == maker.mark(change(reseed=1), 2)
     assert maker.mark(default, 3) == maker.mark(change(delta=False), 3), 'decoding is no training'
     for k in ('recipe.stage2.pairs', 'season', 'size', 'decoding.tokens'):
@@ -170,8 +184,8 @@ def test_a_hidden_latitude_leaves_the_calendar_month(study_run, monkeypatch):
     tested = []
     monkeypatch.setattr(Maker, 'trained', lambda *a: None)
     swap(monkeypatch, 'gac.stages.stage2', 'load_stage2', lambda folder: None)
-    swap(monkeypatch, 'gac.stages.stage2', 'stage2_method', lambda refiner, images: lambda batch: tested.append('lat' in batch)
-                        or images(batch))
+    swap(monkeypatch, 'gac.stages.stage2', 'stage2_method',
+         lambda refiner, images: lambda batch: tested.append('lat' in batch) or images(batch))
     answers(run, store, store.rows('test')[:1], setup_of(run),
                       [Row('metadata', 'calendar month', {'season': False}, ('opt_v2',))])
     assert tested == [True, False], 'the default is told where a tile lies when it is tested, the row is not'

@@ -75,7 +75,7 @@ def test_floors_hold_the_retrieval(store):
     np.testing.assert_array_equal(made[NEAREST](train), train['truth'])
 
 def small(pairs=6, **settings) -> UNetConfig:
-    "A recipe that fits a few tiles in a second or two."
+    "Return settings that fit a few tiles within seconds."
     steps = settings.pop('steps', 24)
     return brief_unet(pairs, **dict(steps=steps, val_every=steps, batch_size=3, lr=4e-3, width=8) | settings)
 

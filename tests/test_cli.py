@@ -266,7 +266,8 @@ def test_what_a_notebook_wrote_down_is_asked_for(capsys, tmp_path):
 def test_a_setting_is_declared_once(cls, notebook):
     "Compare types, ranges and comments with the parameter cell, and the defaults with profile mini."
     declared, known = notebook_parameters(root()/'nbs'/f'{notebook}.ipynb'), config_parameters(cls)
-    if cls is UNetConfig: known = {k: p for k, p in known.items() if k not in LOSS2_FIELDS}  # the loss is that of Stage 2
+    # the loss is that of Stage 2
+    if cls is UNetConfig: known = {k: p for k, p in known.items() if k not in LOSS2_FIELDS}
     for name, p in known.items():
         of = declared[name]
         assert (of.kind, of.help, of.low, of.high, of.choices) == (p.kind, p.help, p.low, p.high, p.choices), name

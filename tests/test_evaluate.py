@@ -259,7 +259,8 @@ def test_knowledge_goes_on_where_it_stopped_and_starts_anew_when_asked_for_somet
     assert len(trained_) == 9 and len(set(trained_)) == 8  # the interrupted one twice
     learning_curve(run, store, rows, recipe, **ask)
     assert len(trained_) == 9
-    learning_curve(run, store, rows, replace(recipe, stage3=replace(recipe.stage3, lies=.5)), **ask | dict(pairs=[2], seeds=[0]))
+    learning_curve(run, store, rows, replace(recipe, stage3=replace(recipe.stage3, lies=.5)),
+                   **ask | dict(pairs=[2], seeds=[0]))
     assert len(trained_) == 11
     table, gain = learning_curve_table(told), learning_curve_gains(told)
     assert len(table) == 8 and list(table)[:5] == ['pairs', 'variant', 'seed', 'output', 'n_tiles']

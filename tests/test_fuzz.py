@@ -106,7 +106,8 @@ def journalled(path:Path) -> None:
     "Write a batch as an earlier version journalled it."
     (path/'journal').mkdir(parents=True)
     save_file(dict(rows=np.arange(3), s1=np.ones((3, 2, 4, 4), 'f4')),
-              path/'journal'/'tiles.0of1.000000000.0-2.safetensors', dict(table=json.dumps([dict(id=f't{i}') for i in range(3)])))
+              path/'journal'/'tiles.0of1.000000000.0-2.safetensors',
+              dict(table=json.dumps([dict(id=f't{i}') for i in range(3)])))
 
 def notebook(path:Path) -> Path:
     cell = dict(cell_type='code', source='k: int = 3  # a number [1, 9]\nname: str = "a"  # one of {a, b}\n',

@@ -76,7 +76,7 @@ def test_a_training_without_tiles_to_validate_on_says_so(tmp_path, capsys):
                   *FAST['train-stage2'].split()]) == 0)
     said = capsys.readouterr().out
     assert 'stage 2: no validation tiles (gac data split makes some), so it trains to the last step' in said
-    assert 'nothing to validate on: the last step is kept' in said and 'best on validation' not in said
+    assert 'no validation tiles: the last step is kept' in said and 'best on validation' not in said
 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path, capsys):
     chips(tmp_path/'c', 4)
@@ -134,7 +134,8 @@ def test_a_split_is_written_and_not_replaced_unasked(tmp_path, capsys):
     convert(tmp_path/'own', tmp_path/'o')
     with pytest.raises(GacError, match='a split of its own'): split_store(tmp_path/'o')
     assert '1 train, 1 val, 1 test, as the tiles came' in capsys.readouterr().out
-    assert main(['data', 'split', str(tmp_path/'s'), '--val', '1.5']) == 2 and '--val 1.5' in capsys.readouterr().err
+    with pytest.raises(SystemExit, match='2'): main(['data', 'split', str(tmp_path/'s'), '--val', '1.5'])
+    assert '--val: 1.5: expected 0 to 1' in capsys.readouterr().err
 
 def test_tiles_without_coordinates_are_split_by_scene_and_that_is_said(tmp_path, capsys):
     chips(tmp_path/'c', 12, placed=lambda i: i < 6)

@@ -1,4 +1,4 @@
-"One door for files: the same file is judged by the same rule, whoever reads it, and what it holds comes out right or is refused."
+"Check that `gac infer` and `gac data convert` read a raster file by the same rules, or refuse it with the same reason."
 import json
 import os
 import re
@@ -41,12 +41,13 @@ def no_waiting_for_the_disk(monkeypatch): monkeypatch.setattr(os, 'fsync', lambd
 TEN = (10, 0, 6e5, 0, -10, 5.8e6)
 DB, DN = layouts.radar(1), layouts.optical(1)
 
-def write(path:Path, x, names=(), crs='EPSG:32629', transform=TEN, tags=None, scales=None, offsets=None, mask=None, alpha=False, side=False, **more) -> Path:
-    "A GeoTIFF with whatever a file may say of itself; side: its mask lies beside it as .msk."
+def write(path:Path, x, names=(), crs='EPSG:32629', transform=TEN, tags=None, scales=None, offsets=None, mask=None,
+          alpha=False, side=False, **more) -> Path:
+    "Write a GeoTIFF with given tags, scales, offsets and mask; side: the mask lies beside it as .msk."
     path.parent.mkdir(parents=True, exist_ok=True)
     with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=not side):
-        with rasterio.open(path, 'w', driver='GTiff', count=len(x), height=x.shape[1], width=x.shape[2], dtype=x.dtype, crs=crs,
-                           transform=rasterio.Affine(*transform), **more) as f:
+        with rasterio.open(path, 'w', driver='GTiff', count=len(x), height=x.shape[1], width=x.shape[2], dtype=x.dtype,
+                           crs=crs, transform=rasterio.Affine(*transform), **more) as f:
             if alpha: f.colorinterp = (*f.colorinterp[:-1], rasterio.enums.ColorInterp.alpha)
             f.write(x)
             for i, name in enumerate(names, 1): f.set_band_description(i, name)
@@ -57,14 +58,15 @@ def write(path:Path, x, names=(), crs='EPSG:32629', transform=TEN, tags=None, sc
     return path
 
 def pair(folder:Path, s1=None, s2=None, name='a0', **more) -> Path: # s1, s2: (values, how they are written)
-    "One source in the layout of folders."
-    for kind, given, usual in (('S1GRD', s1, (DB, dict(names=('VV', 'VH')))), ('S2L2A', s2, (DN, dict(names=S2_BANDS)))):
+    "Write one source in the layout of folders; return the folder."
+    for kind, given, usual in (('S1GRD', s1, (DB, dict(names=('VV', 'VH')))),
+                               ('S2L2A', s2, (DN, dict(names=S2_BANDS)))):
         x, how = given or usual
         write(folder/kind/f'{name}.tif', x, **{**how, **more})
     return folder
 
 def both(folder:Path, x, how:dict, **options) -> tuple: # the scene, the tiles, or the two errors
-    "The same radar file as a scene and as a source of tiles."
+    "Read the same radar file as a scene and as a source of tiles."
     src = pair(folder, (x, how))
     made = []
     for read in (lambda: open_scene(src/'S1GRD'/'a0.tif', say=False, **options).read(0, 0, *x.shape[1:]),
@@ -74,13 +76,13 @@ def both(folder:Path, x, how:dict, **options) -> tuple: # the scene, the tiles, 
     return tuple(made)
 
 def stored(src:Path, dst:Path, **options) -> dict: # id -> (2, 120, 120)
-    "What convert makes of a folder, or the first error it reports."
+    "Convert a folder and return its tiles, or raise the first error that the report names."
     report = convert(src, dst, **options)
     store = Store(dst)
     if not len(store): raise GacError(report['reason'].iloc[0])
     return dict(zip(store.table.id, store.read('s1', slice(None))))
 
-# ---- gac infer and gac data convert agree, to the digit --------------------------------------------------------------------------------------------
+# ---- gac infer and gac data convert agree, to the digit --------------------------------------------------------------
 
 HOLE = np.zeros((120, 240), bool)
 HOLE[:, :30] = True
@@ -91,43 +93,54 @@ WIDE = layouts.radar(3, 240)[:, :120]
 POWER = 10**(WIDE.astype('float64')/10)
 NAMES = dict(names=('VV', 'VH'))
 RADAR_FILES = {  # name -> (values, how they are written, options)
-    'dB': (WIDE, NAMES, {}), 'dB, float64': (WIDE.astype('f8'), NAMES, {}), 'VH first': (WIDE[::-1], dict(names=('VH', 'VV')), {}),
-    'SNAP': (WIDE[::-1], dict(names=('Sigma0_VH_db', 'Sigma0_VV_db')), {}), 'small letters': (WIDE, dict(names=('vv', 'vh')), {}),
+    'dB': (WIDE, NAMES, {}), 'dB, float64': (WIDE.astype('f8'), NAMES, {}),
+    'VH first': (WIDE[::-1], dict(names=('VH', 'VV')), {}),
+    'SNAP': (WIDE[::-1], dict(names=('Sigma0_VH_db', 'Sigma0_VV_db')), {}),
+    'small letters': (WIDE, dict(names=('vv', 'vh')), {}),
     'unnamed': (WIDE, {}, {}), 'generic names': (WIDE, dict(names=('Band 1', 'Band 2')), {}),
     'named by option': (WIDE[::-1], dict(names=('x', 'y')), dict(s1_bands=('VH', 'VV'))),
     'with an angle': (np.concatenate([WIDE[:1]*0 + 38, WIDE]), dict(names=('angle', 'VV', 'VH')), {}),
-    'power': (POWER.astype('f4'), NAMES, {}), 'power, float64': (POWER, NAMES, {}), 'amplitude': (np.sqrt(POWER).astype('f4'), NAMES, {}),
+    'power': (POWER.astype('f4'), NAMES, {}), 'power, float64': (POWER, NAMES, {}),
+    'amplitude': (np.sqrt(POWER).astype('f4'), NAMES, {}),
     'power with values below zero': (np.where(np.arange(240) == 5, -1e-5, POWER).astype('f4'), NAMES, {}),
     'power said': (np.where(np.arange(240) == 5, 0, POWER).astype('f4'), NAMES, dict(s1_units='linear')),
     'hundredths': (np.rint(WIDE*100).astype('i2'), dict(NAMES, scales=(.01, .01)), {}),
     'hundredths by option': (np.rint(WIDE*100).astype('i2'), NAMES, dict(s1_scale=.01)),
-    'scale and offset': (np.rint((WIDE + 50)*500).astype('u2'), dict(NAMES, scales=(.002, .002), offsets=(-50., -50.)), {}),
-    'a scale for each band': (np.stack([np.rint(WIDE[0]*100), np.rint(WIDE[1]*1000)]).astype('i2'), dict(NAMES, scales=(.01, .001)), {}),
+    'scale and offset': (np.rint((WIDE + 50)*500).astype('u2'), dict(NAMES, scales=(.002, .002), offsets=(-50., -50.)),
+                         {}),
+    'a scale for each band': (np.stack([np.rint(WIDE[0]*100), np.rint(WIDE[1]*1000)]).astype('i2'),
+                              dict(NAMES, scales=(.01, .001)), {}),
     'scale of floats': (WIDE/2, dict(NAMES, scales=(2., 2.)), {}),
-    'NaN': (holed(WIDE, np.nan), NAMES, {}), 'infinite': (holed(WIDE, -np.inf), NAMES, {}), 'zeros': (holed(WIDE, 0), NAMES, {}),
-    'zeros in VH alone': (np.stack([WIDE[0], holed(WIDE[1:], 0)[0]]), NAMES, {}),
+    'NaN': (holed(WIDE, np.nan), NAMES, {}), 'infinite': (holed(WIDE, -np.inf), NAMES, {}),
+    'zeros': (holed(WIDE, 0), NAMES, {}), 'zeros in VH alone': (np.stack([WIDE[0], holed(WIDE[1:], 0)[0]]), NAMES, {}),
     'tag': (holed(WIDE, -9999), dict(NAMES, nodata=-9999), {}),
-    'tag of integers': (holed(np.rint(WIDE*100).astype('i2'), -32768), dict(NAMES, scales=(.01, .01), nodata=-32768), {}),
+    'tag of integers': (holed(np.rint(WIDE*100).astype('i2'), -32768), dict(NAMES, scales=(.01, .01), nodata=-32768),
+                        {}),
     'mask': (WIDE, dict(NAMES, mask=~HOLE), {}), 'mask beside it': (WIDE, dict(NAMES, mask=~HOLE, side=True), {}),
     'alpha': (np.concatenate([WIDE, np.where(HOLE, 0, 255)[None]]).astype('f4'), dict(NAMES, alpha=True), {}),
-    'no place': (WIDE, dict(NAMES, crs=None), {}), 'south up': (WIDE, dict(NAMES, transform=(10, 0, 6e5, 0, 10, 5.8e6)), {}),
+    'no place': (WIDE, dict(NAMES, crs=None), {}),
+    'south up': (WIDE, dict(NAMES, transform=(10, 0, 6e5, 0, 10, 5.8e6)), {}),
 }
 
 @pytest.mark.parametrize('what', RADAR_FILES)
 def test_infer_and_convert_read_the_same_radar(tmp_path, what):
-    "Every tile in the store is the scene's own window; every window without a hole is in the store; the values are right."
+    "Compare tiles and windows: each tile equals its window of the scene, and each window without a hole is a tile."
     x, how, options = RADAR_FILES[what]
     src = write(tmp_path/'src'/'S1GRD'/'a0.tif', x, **how).parents[1]
-    write(src/'S2L2A'/'a0.tif', layouts.optical(3, 240)[:, :120], names=S2_BANDS, **{k: how[k] for k in ('crs', 'transform') if k in how})
+    write(src/'S2L2A'/'a0.tif', layouts.optical(3, 240)[:, :120], names=S2_BANDS,
+          **{k: how[k] for k in ('crs', 'transform') if k in how})
     got = open_scene(src/'S1GRD'/'a0.tif', say=False, **options).read(0, 0, 120, 240)
     seen, made = np.isfinite(got).all(0), stored(src, tmp_path/'store', **options)
     for left in (0, 120):
-        if seen[:, left:left + 120].all(): np.testing.assert_array_equal(made[f'a0_0_{left}'], got[:, :, left:left + 120])
+        if seen[:, left:left + 120].all():
+            np.testing.assert_array_equal(made[f'a0_0_{left}'], got[:, :, left:left + 120])
         else: assert f'a0_0_{left}' not in made
-    empty = HOLE if what in ('NaN', 'infinite', 'zeros', 'zeros in VH alone', 'tag', 'tag of integers', 'mask', 'mask beside it', 'alpha') else HOLE & False
+    empty = HOLE if what in ('NaN', 'infinite', 'zeros', 'zeros in VH alone', 'tag', 'tag of integers', 'mask',
+                             'mask beside it', 'alpha') else HOLE & False
     if 'power ' in what and 'float' not in what: empty = np.broadcast_to(np.arange(240) == 5, HOLE.shape)
     np.testing.assert_array_equal(seen, ~empty)
-    assert np.abs(got - WIDE)[:, seen].max() < (.0051 if any(w in what for w in ('hundredths', 'scale', 'integers')) else 1e-4)
+    rounded = any(w in what for w in ('hundredths', 'scale', 'integers'))
+    assert np.abs(got - WIDE)[:, seen].max() < (.0051 if rounded else 1e-4)
 
 def test_a_mask_is_seen_though_gdal_was_told_not_to_look(tmp_path, monkeypatch):
     "TerraTorch's command line and others tell GDAL, for the whole process, not to list folders."
@@ -146,17 +159,20 @@ REFUSED = {  # name -> (values, how they are written, options, what both say)
     'named otherwise than said': (DB, NAMES, dict(s1_bands=('VH', 'VV')), 'band 1 is named VV, --s1-bands calls it VH'),
     'swapped': (DB[::-1], {}, {}, '--s1-bands VH,VV'),
     'scaled to 0…1': ((DB.clip(-20, 0) + 20)/20, NAMES, {}, 'look scaled'),
-    'scaled for each band': (np.stack([(b - b.min())/(b.max() - b.min()) for b in DB]), NAMES, {}, 'look scaled|fit no unit'),
+    'scaled for each band': (np.stack([(b - b.min())/(b.max() - b.min()) for b in DB]), NAMES, {},
+                             'look scaled|fit no unit'),
     'scaled, no zero': ((DB.clip(-28, 0) + 28)/28, NAMES, {}, 'look scaled'),
     'degrees': (DB, dict(NAMES, crs='EPSG:4326', transform=(1e-4, 0, 10, 0, -1e-4, 50)), {}, 'counts in degrees'),
-    'Web Mercator at 60° N': (DB, dict(NAMES, crs='EPSG:3857', transform=(10, 0, 1e6, 0, -10, 8.4e6)), {}, 'm on the ground'),
+    'Web Mercator at 60° N': (DB, dict(NAMES, crs='EPSG:3857', transform=(10, 0, 1e6, 0, -10, 8.4e6)), {},
+                              'm on the ground'),
     '20 m': (DB, dict(NAMES, transform=(20, 0, 6e5, 0, -20, 5.8e6)), {}, '20 × 20 m'),
     'feet': (DB, dict(NAMES, crs='EPSG:2263', transform=(10, 0, 1e6, 0, -10, 2e5)), {}, '3.05 × 3.05 m'),
     'rotated': (DB, dict(NAMES, transform=(9.8, 2, 6e5, 2, -9.8, 5.8e6)), {}, 'rotated or sheared'),
     'sheared': (DB, dict(NAMES, transform=(10, 3, 6e5, 0, -10, 5.8e6)), {}, 'rotated or sheared'),
     '20 m and no place': (DB, dict(NAMES, crs=None, transform=(20, 0, 6e5, 0, -20, 5.8e6)), {}, 'no coordinate system'),
     'a scale of nothing': (DB, dict(NAMES, scales=(0., 1.)), {}, 'band 1 has the tags scale 0'),
-    'another scale than the tag': (np.rint(DB*100).astype('i2'), dict(NAMES, scales=(.01, .01)), dict(s1_scale=.1), 'tags say scale 0.01'),
+    'another scale than the tag': (np.rint(DB*100).astype('i2'), dict(NAMES, scales=(.01, .01)), dict(s1_scale=.1),
+                                   'tags say scale 0.01'),
     'one value': (DB*0 - 12, NAMES, {}, 'one value everywhere|fit no unit'),
     'no negative dB': (-DB, NAMES, dict(s1_units='dB'), 'no negative value'),
     'unmarked no data': (np.where(np.arange(120) < 9, -9999, DB).astype('f4'), NAMES, {}, 'outside −100 to 60'),
@@ -168,7 +184,8 @@ def test_infer_and_convert_refuse_the_same_radar(tmp_path, what):
     x, how, options, said = REFUSED[what]
     src = write(tmp_path/'S1GRD'/'a0.tif', x, **how).parents[1]
     write(src/'S2L2A'/'a0.tif', DN, names=S2_BANDS, **{k: how[k] for k in ('crs', 'transform') if k in how})
-    with pytest.raises(GacError, match=said): open_scene(src/'S1GRD'/'a0.tif', say=False, **options).read(0, 0, 120, 120)
+    with pytest.raises(GacError, match=said):
+        open_scene(src/'S1GRD'/'a0.tif', say=False, **options).read(0, 0, 120, 120)
     with pytest.raises(GacError, match=said): stored(src, tmp_path/'store', **options)
 
 @pytest.mark.parametrize('reader', ['infer', 'geotiff', 'npz', 'bigearthnet', 'benv2'])
@@ -176,7 +193,8 @@ def test_every_reader_measures_pixels_on_the_ground(tmp_path, reader):
     "10 units of Web Mercator are 5 m at 60° N, in every layout."
     at = dict(crs='EPSG:3857', north=8.4e6)
     if reader == 'infer': read = lambda: open_scene(layouts.write_tif(tmp_path/'s.tif', DB, names=('VV', 'VH'), **at))
-    elif reader == 'geotiff': read = lambda: convert(pair(tmp_path/'f', crs='EPSG:3857', transform=(10, 0, 0, 0, -10, 8.4e6)), tmp_path/'o')
+    elif reader == 'geotiff':
+        read = lambda: convert(pair(tmp_path/'f', crs='EPSG:3857', transform=(10, 0, 0, 0, -10, 8.4e6)), tmp_path/'o')
     elif reader == 'npz':
         np.savez(tmp_path/'n.npz', s1=DB, s2=DN, crs='EPSG:3857', transform=(10, 0, 0, 0, -10, 8.4e6))
         read = lambda: convert(tmp_path/'n.npz', tmp_path/'o')
@@ -189,16 +207,19 @@ def test_every_reader_measures_pixels_on_the_ground(tmp_path, reader):
     else:
         with pytest.MonkeyPatch.context() as m:
             whole = layouts.tif_bytes
-            m.setattr(layouts, 'tif_bytes', lambda x, pixel=10., west=6e5, north=5.8e6: whole(x, pixel, west, 8.4e6, 'EPSG:3857'))
+            m.setattr(layouts, 'tif_bytes',
+                      lambda x, pixel=10., west=6e5, north=5.8e6: whole(x, pixel, west, 8.4e6, 'EPSG:3857'))
             layouts.benv2(tmp_path/'b.tortilla', 1)
         read = lambda: convert(tmp_path/'b.tortilla', tmp_path/'o')
     with pytest.raises(GacError, match=r'pixels of 5\S* × 5\S* m on the ground'): read()
 
-# ---- the optical truth -------------------------------------------------------------------------------------------------------------------------------
+# ---- the optical truth -----------------------------------------------------------------------------------------------
 
 OPTICAL_FILES = {  # name -> (values, how they are written, options)
-    'DN': (DN, {}, {}), 'reflectance': (DN/np.float32(1e4), {}, {}), 'colours': (DN[[1, 2, 3, 7]], dict(names=('blue', 'green', 'red', 'nir')), {}),
-    'numbers and colours': (DN[[7, 3, 1, 2]], dict(names=('Band 8 (nir)', 'Band 4 (red)', 'Band 2 (blue)', 'Band 3 (green)')), {}),
+    'DN': (DN, {}, {}), 'reflectance': (DN/np.float32(1e4), {}, {}),
+    'colours': (DN[[1, 2, 3, 7]], dict(names=('blue', 'green', 'red', 'nir')), {}),
+    'numbers and colours': (DN[[7, 3, 1, 2]],
+                            dict(names=('Band 8 (nir)', 'Band 4 (red)', 'Band 2 (blue)', 'Band 3 (green)')), {}),
     'another order': (DN[::-1], dict(names=[f'b{n.lstrip("B0")}' for n in S2_BANDS[::-1]]), {}),
     'with a mask band': (np.concatenate([DN, DN[:1]*0 + 4]), dict(names=(*S2_BANDS, 'SCL')), {}),
     '65535 is 1.6, tagged': (np.rint(DN*2.5).astype('u2'), dict(scales=(4e-5,)*12), {}),
@@ -218,12 +239,16 @@ def test_optical_numbers_come_out_as_dn(tmp_path, what):
 STEPS = np.rint((DN/3000*255).clip(0, 255)).astype('f4')
 OPTICAL_REFUSED = {
     '8 bits divided by 255': (STEPS/np.float32(255), {}, {}, '8 bits.*--s2-scale'),
-    'each band from 0 to 1': (np.stack([(b - b.min())/(b.max() - b.min()) for b in DN.astype('f4')]), {}, {}, 'from 0 to 1.*--s2-scale'),
-    'numbers in another order': (DN[[3, 2, 1, 7]], dict(names=('Band 4', 'Band 3', 'Band 2', 'Band 8')), {}, 'numbers are 4, 3, 2, 8.*--s2-bands'),
+    'each band from 0 to 1': (np.stack([(b - b.min())/(b.max() - b.min()) for b in DN.astype('f4')]), {}, {},
+                              'from 0 to 1.*--s2-scale'),
+    'numbers in another order': (DN[[3, 2, 1, 7]], dict(names=('Band 4', 'Band 3', 'Band 2', 'Band 8')), {},
+                                 'numbers are 4, 3, 2, 8.*--s2-bands'),
     'a scale for some bands': (DN, dict(scales=(1e-4,)*6 + (1.,)*6), {}, 'band 7 has no scale or offset tag'),
-    '8 bits': ((DN/4000*255).astype('u1'), {}, {}, '8 bits.*--s2-scale'), '8 bits as floats': ((DN/4000*255).astype('f4'), {}, {}, '8 bits'),
+    '8 bits': ((DN/4000*255).astype('u1'), {}, {}, '8 bits.*--s2-scale'),
+    '8 bits as floats': ((DN/4000*255).astype('f4'), {}, {}, '8 bits'),
     '65535 is 1': ((DN*6.5535).astype('u2'), {}, {}, 'above reflectance 1.6.*--s2-scale'),
-    'percent': (DN.astype('f4')/100, {}, {}, '--s2-units'), 'wrapped': ((DN.astype('i4') - 140).astype('u2'), {}, {}, 'without a sign'),
+    'percent': (DN.astype('f4')/100, {}, {}, '--s2-units'),
+    'wrapped': ((DN.astype('i4') - 140).astype('u2'), {}, {}, 'without a sign'),
     'colours in the order of a screen': (DN[[3, 2, 1, 7]], dict(names=(), photometric='RGB'), {}, 'another order'),
     'a band twice': (DN, dict(names=('B02', *S2_BANDS[1:])), {}, 'B02 more than once'),
     'a band that is missing': (DN[:4], dict(names=('B02', 'B03', 'B04', 'x')), {}, 'no B08.*--s2-bands'),
@@ -237,7 +262,8 @@ def test_optical_numbers_that_cannot_be_right_are_refused(tmp_path, what):
 
 def test_one_tile_on_another_scale_costs_that_tile(tmp_path):
     src = tmp_path/'src'
-    for name, x in dict(a0=DN, a1=(DN*6.5535).astype('u2'), a2=(DN/4000*255).astype('u1'), a3=DN).items(): pair(src, s2=(x, dict(names=S2_BANDS)), name=name)
+    for name, x in dict(a0=DN, a1=(DN*6.5535).astype('u2'), a2=(DN/4000*255).astype('u1'), a3=DN).items():
+        pair(src, s2=(x, dict(names=S2_BANDS)), name=name)
     report = convert(src, tmp_path/'store')
     assert report['status'].tolist() == ['ok', 'error', 'error', 'ok']
     assert 'above reflectance 1.6' in report['reason'][1] and '8 bits' in report['reason'][2]
@@ -255,8 +281,10 @@ def test_no_data_of_the_truth_costs_the_tiles_it_is_in(tmp_path, kind, how):
     assert (report['status'] == 'ok').sum() == 8 and report.query('status == "error"')['id'].tolist() == ['a0_0_0']
     assert '400 px' in report['reason'][0]
 
-@pytest.mark.parametrize('odd, said', [('amplitude', 'fits amplitude, in a data set of linear'), ('linear', 'fits linear, in a data set of amplitude'),
-                                       ('tenth', 'fits no unit, in a data set of dB')])
+@pytest.mark.parametrize('odd, said',
+                         [('amplitude', 'fits amplitude, in a data set of linear'),
+                          ('linear', 'fits linear, in a data set of amplitude'),
+                          ('tenth', 'fits no unit, in a data set of dB')])
 def test_one_source_in_another_unit_costs_that_source(tmp_path, odd, said):
     "Power among amplitude, amplitude among power, scaled dB among dB: each was taken for the unit of the others."
     power = 10**(DB.astype('f8')/10)
@@ -267,11 +295,14 @@ def test_one_source_in_another_unit_costs_that_source(tmp_path, odd, said):
     np.testing.assert_allclose(Store(tmp_path/'store').read('s1', slice(None)), np.stack([DB]*4), atol=1e-4)
 
 def test_one_stretched_source_costs_that_source(tmp_path):
-    for i, x in enumerate([DN.astype('f4')]*3 + [STEPS]): pair(tmp_path/'src', s2=(x, dict(names=S2_BANDS)), name=f'a{i}')
+    for i, x in enumerate([DN.astype('f4')]*3 + [STEPS]):
+        pair(tmp_path/'src', s2=(x, dict(names=S2_BANDS)), name=f'a{i}')
     report = convert(tmp_path/'src', tmp_path/'store')
     assert report['status'].tolist() == ['ok']*3 + ['error'] and '8 bits' in report['reason'][3]
 
-@pytest.mark.parametrize('date, want', [(np.datetime64('2021-07-14T10:00:00', 'ns'), '2021-07-14T10:00:00'), (np.datetime64('NaT'), ''), (20210714, '20210714')])
+@pytest.mark.parametrize('date, want',
+                         [(np.datetime64('2021-07-14T10:00:00', 'ns'), '2021-07-14T10:00:00'),
+                          (np.datetime64('NaT'), ''), (20210714, '20210714')])
 def test_a_date_of_a_catalogue_may_be_a_time_a_number_or_none(tmp_path, date, want):
     np.savez(tmp_path/'n.npz', s1=DB, s2=DN, date=date)
     stored(tmp_path/'n.npz', tmp_path/'o')
@@ -282,12 +313,13 @@ def test_an_odd_fact_of_a_catalogue_costs_its_source(tmp_path):
     assert convert(tmp_path/'n.npz', tmp_path/'o')['status'].tolist() == ['ok', 'error']
     assert Store(tmp_path/'o').table['lon'].tolist() == [12.5]
 
-# ---- place and date ---------------------------------------------------------------------------------------------------------------------------------
+# ---- place and date --------------------------------------------------------------------------------------------------
 
 def test_a_transform_without_a_coordinate_system_is_carried_on(tmp_path):
     src = pair(tmp_path/'src', crs=None)
     convert(src, tmp_path/'store')
-    assert list(Store(tmp_path/'store').table['transform'][0]) == list(TEN) and Store(tmp_path/'store').table['crs'][0] == ''
+    assert (list(Store(tmp_path/'store').table['transform'][0]) == list(TEN)
+            and Store(tmp_path/'store').table['crs'][0] == '')
     export_tiles(Store(tmp_path/'store'), tmp_path/'out', ('s1',))
     with rasterio.open(tmp_path/'out'/'s1'/'a0.tif') as f: assert (f.crs, tuple(f.transform)[:6]) == (None, TEN)
 
@@ -311,10 +343,11 @@ def test_a_sentinel_name_goes_before_a_tag_and_the_difference_is_said(tmp_path, 
     assert said in capsys.readouterr().out and Store(tmp_path/'store').table['month'][0] == 7
     assert date_of('harbour', (tags,)) == ('2022-01-03T10:00:00', '')
 
-# ---- tables, hidden files, sources that change --------------------------------------------------------------------------------------------------------------
+# ---- tables, hidden files, sources that change -----------------------------------------------------------------------
 
-@pytest.mark.parametrize('column, value', [('patch_id', None), ('s1_name', None), ('split', None), ('split', 'somewhere'),
-                                           ('contains_cloud_or_shadow', None), ('contains_seasonal_snow', 'perhaps')])
+@pytest.mark.parametrize('column, value',
+                         [('patch_id', None), ('s1_name', None), ('split', None), ('split', 'somewhere'),
+                          ('contains_cloud_or_shadow', None), ('contains_seasonal_snow', 'perhaps')])
 def test_an_odd_value_of_a_table_costs_its_row(tmp_path, column, value):
     table = layouts.bigearthnet(tmp_path/'ben')
     table[column] = pd.Series([table[column][0], value, table[column][2]], dtype=object)
@@ -322,7 +355,8 @@ def test_an_odd_value_of_a_table_costs_its_row(tmp_path, column, value):
     table.to_parquet(tmp_path/'ben'/'metadata.parquet')
     report = convert(tmp_path/'ben', tmp_path/'out')
     assert sorted(report['status']) == ['error', 'ok', 'ok'] and len(Store(tmp_path/'out')) == 2
-    assert column.split('_')[0] in report.query('status == "error"')['reason'].iloc[0] or 'row 1' in report.query('status == "error"')['reason'].iloc[0]
+    assert (column.split('_')[0] in report.query('status == "error"')['reason'].iloc[0]
+            or 'row 1' in report.query('status == "error"')['reason'].iloc[0])
 
 @pytest.mark.parametrize('values', [('False', 'True', 'False'), ('0', '1', '0'), (0, 1, 0), (0., 1., 0.)])
 def test_flags_are_read_as_what_they_say(tmp_path, values):
@@ -334,7 +368,8 @@ def test_a_band_of_bigearthnet_that_is_named_otherwise_costs_its_patch(tmp_path)
     file = sorted((tmp_path/'ben').rglob('*_VV.tif'))[1]
     with rasterio.open(file, 'r+') as f: f.set_band_description(1, 'Sigma0_VH')
     report = convert(tmp_path/'ben', tmp_path/'out')
-    assert sorted(report['status']) == ['error', 'ok', 'ok'] and 'is named Sigma0_VH, the file VV' in ' '.join(report['reason'])
+    assert (sorted(report['status']) == ['error', 'ok', 'ok']
+            and 'is named Sigma0_VH, the file VV' in ' '.join(report['reason']))
 
 def test_generic_names_do_not_turn_the_order_of_benv2(tmp_path, monkeypatch):
     "Its radar is VH, VV; `Band 1` names nothing."
@@ -349,19 +384,24 @@ def test_generic_names_do_not_turn_the_order_of_benv2(tmp_path, monkeypatch):
     np.testing.assert_array_equal(Store(tmp_path/'out').read('s1', [0])[0], layouts.radar(0))
 
 def test_missing_facts_of_a_table_are_empty_and_labels_as_text_are_labels(tmp_path):
-    layouts.bigearthnet(tmp_path/'ben', country=[None, 'Ireland', 'Ireland'], labels=["['Pastures' 'Arable land']", 'Pastures', "['Pastures', 'Arable land']"])
+    layouts.bigearthnet(tmp_path/'ben', country=[None, 'Ireland', 'Ireland'],
+                        labels=["['Pastures' 'Arable land']", 'Pastures', "['Pastures', 'Arable land']"])
     assert convert(tmp_path/'ben', tmp_path/'out')['status'].tolist() == ['ok']*3
     table = Store(tmp_path/'out').table
-    assert table['country'].tolist() == ['', 'Ireland', 'Ireland'] and table['labels'].tolist() == ['Pastures|Arable land', 'Pastures', 'Pastures|Arable land']
+    assert (table['country'].tolist() == ['', 'Ireland', 'Ireland']
+            and table['labels'].tolist() == ['Pastures|Arable land', 'Pastures', 'Pastures|Arable land'])
 
 def test_an_odd_row_of_a_tortilla_costs_its_row(tmp_path):
-    src = layouts.benv2(tmp_path/'b.tortilla', row=lambda i: {'stac:time_start': ('x', '1497700000', '1497700000')[i], 'patch_id': None})
+    src = layouts.benv2(tmp_path/'b.tortilla',
+                        row=lambda i: {'stac:time_start': ('x', '1497700000', '1497700000')[i], 'patch_id': None})
     report = convert(src, tmp_path/'out')
-    assert sorted(report['status']) == ['error', 'ok', 'ok'] and 'row 0 of the table' in report.query('status == "error"')['reason'].iloc[0]
+    assert (sorted(report['status']) == ['error', 'ok', 'ok']
+            and 'row 0 of the table' in report.query('status == "error"')['reason'].iloc[0])
 
 @pytest.mark.parametrize('layout', ['geotiff', 'npz', 'benv2', 'bigearthnet'])
 def test_hidden_files_are_passed_over(tmp_path, layout):
-    make = dict(geotiff=lambda d: layouts.geotiff(d, 2), npz=lambda d: layouts.npz(d, 2), benv2=lambda d: layouts.benv2(d/'b.tortilla', 2).parent,
+    make = dict(geotiff=lambda d: layouts.geotiff(d, 2), npz=lambda d: layouts.npz(d, 2),
+                benv2=lambda d: layouts.benv2(d/'b.tortilla', 2).parent,
                 bigearthnet=lambda d: layouts.bigearthnet(d, 2))
     make[layout](tmp_path/'src')
     for p in [p for p in (tmp_path/'src').rglob('*') if p.is_file()]:
@@ -379,7 +419,8 @@ def test_a_corrected_source_is_not_taken_for_the_old_one(tmp_path, capsys):
     assert report['status'].tolist() == ['ok']*3 and 'npz: 3 there before' in out and ' ok' not in out
     np.savez(src/'n1.npz', s1=layouts.radar(9), s2=layouts.optical(9, count=4), month=2)
     report = convert(src, tmp_path/'out')
-    assert report['status'].tolist() == ['ok', 'error', 'ok'] and 'has changed since it was converted' in report['reason'][1]
+    assert (report['status'].tolist() == ['ok', 'error', 'ok']
+            and 'has changed since it was converted' in report['reason'][1])
     out = capsys.readouterr().out
     assert '2 there before' in out and '1 error' in out and ' ok' not in out
     assert main(['data', 'convert', str(src), str(tmp_path/'out')]) == 1
@@ -417,18 +458,20 @@ def test_a_change_of_the_door_changes_the_keys_of_what_reads_through_it(tmp_path
     path = root()/'nbs'/'02_tiles.ipynb'
     key = lambda: _key(path, dict(data=''), {}, package, {})
     first = key()
-    assert key() == first and {'data', 'data.raster', 'data.units', 'data.dates'} <= modules_used('from gac.data import convert', package)
+    used = modules_used('from gac.data import convert', package)
+    assert key() == first and {'data', 'data.raster', 'data.units', 'data.dates'} <= used
     for name in ('raster', 'units', 'dates', '__init__'):
         file, before = package/'data'/f'{name}.py', key()
         file.write_text(file.read_text(encoding='utf-8') + '\n# changed\n', encoding='utf-8')
         assert key() != before, name
 
-# ---- outputs -----------------------------------------------------------------------------------------------------------------------------------------------
+# ---- outputs ---------------------------------------------------------------------------------------------------------
 
 def ways(tmp_path:Path, file:Path) -> dict: # other names of one file
     (tmp_path/'link.tif').symlink_to(file)
     os.link(file, tmp_path/'hard.tif')
-    return dict(itself=file, relative=Path(os.path.relpath(file)), symbolic=tmp_path/'link.tif', hard=tmp_path/'hard.tif')
+    return dict(itself=file, relative=Path(os.path.relpath(file)), symbolic=tmp_path/'link.tif',
+                hard=tmp_path/'hard.tif')
 
 def test_an_output_that_is_the_input_is_refused_before_anything_is_read(tmp_path, capsys):
     file = write(tmp_path/'a'/'s1.tif', DB, ('VV', 'VH'))
@@ -460,20 +503,26 @@ def test_what_was_said_is_not_asked_for(tmp_path, capsys):
     infer_scene(scene, tmp_path/'o.tif', chains.Grey(), Tiling(48, 16, 96), InferConfig(month=6, biome=4))
     assert not {'--biome', '--month'} & set(capsys.readouterr().out.replace(')', ' ').replace('(', ' ').split())
 
-# ---- numbers on another scale, an offset taken off twice ---------------------------------------------------------------------------------------------
+# ---- numbers on another scale, an offset taken off twice -------------------------------------------------------------
 
-LAND = np.random.default_rng(7).normal(np.array([400, 350, 600, 650, 1000, 2000, 2400, 2600, 2700, 2800, 2000, 1200])[:, None, None], 90,
+LAND_DN = np.array([400, 350, 600, 650, 1000, 2000, 2400, 2600, 2700, 2800, 2000, 1200])[:, None, None]
+LAND = np.random.default_rng(7).normal(LAND_DN, 90,
                                        (12, 120, 120)).clip(20).round().astype('u2')
 SNOW = np.random.default_rng(8).normal(8000, 900, (12, 120, 120)).round().astype('u2')
-SEA = np.random.default_rng(9).normal(np.array([260, 200, 150, 90, 80, 70, 60, 50, 50, 40, 20, 15])[:, None, None], 9, (12, 120, 120)).clip(1).round().astype('u2')
+SEA = np.random.default_rng(9).normal(np.array([260, 200, 150, 90, 80, 70, 60, 50, 50, 40, 20, 15])[:, None, None], 9,
+                                      (12, 120, 120)).clip(1).round().astype('u2')
 
 ROUND = {  # name -> (sources, options, what is said; empty: it is taken)
-    'reflectance × 1000': ([LAND/np.float32(10)]*2, {}, '--s2-scale 0.001'), 'whole numbers × 1000': ([(LAND/10).astype('u2')], {}, '--s2-scale 0.001'),
-    'percent': ([LAND/np.float32(100)], {}, '--s2-scale 0.01'), 'reflectance a tenth': ([LAND/np.float32(1e5)], {}, 'darker than land'),
-    'DN × 2, two sources': ([LAND*2, LAND[:, ::-1]*2], {}, 'multiples of 2.*--s2-scale'), 'DN × 4, one source': ([LAND*4], {}, 'multiples of 4.*--s2-scale'),
+    'reflectance × 1000': ([LAND/np.float32(10)]*2, {}, '--s2-scale 0.001'),
+    'whole numbers × 1000': ([(LAND/10).astype('u2')], {}, '--s2-scale 0.001'),
+    'percent': ([LAND/np.float32(100)], {}, '--s2-scale 0.01'),
+    'reflectance a tenth': ([LAND/np.float32(1e5)], {}, 'darker than land'),
+    'DN × 2, two sources': ([LAND*2, LAND[:, ::-1]*2], {}, 'multiples of 2.*--s2-scale'),
+    'DN × 4, one source': ([LAND*4], {}, 'multiples of 4.*--s2-scale'),
     'said': ([(LAND/10).astype('u2')], dict(s2_units='dn'), ''), 'DN × 4, said': ([LAND*4], dict(s2_units='dn'), ''),
     'thousandths by option': ([(LAND/10).astype('u2')], dict(s2_scale=.001), ''),
-    'sea': ([SEA], {}, ''), 'snow': ([SNOW], dict(s2_offset=0), ''), 'land': ([LAND], {}, ''), 'reflectance of three digits': ([(LAND/np.float32(1e4)).round(3)], {}, '')}
+    'sea': ([SEA], {}, ''), 'snow': ([SNOW], dict(s2_offset=0), ''), 'land': ([LAND], {}, ''),
+    'reflectance of three digits': ([(LAND/np.float32(1e4)).round(3)], {}, '')}
 
 @pytest.mark.parametrize('what', ROUND)
 def test_a_round_scale_is_not_taken_for_dn(tmp_path, what):
@@ -485,7 +534,8 @@ def test_a_round_scale_is_not_taken_for_dn(tmp_path, what):
         assert not (tmp_path/'o'/'table.parquet').exists()
 
 def test_one_source_on_a_round_scale_costs_that_source(tmp_path):
-    for i, x in enumerate([LAND, LAND[:, ::-1], (LAND/10).astype('u2'), SEA]): pair(tmp_path/'src', s2=(x, dict(names=S2_BANDS)), name=f'a{i}')
+    for i, x in enumerate([LAND, LAND[:, ::-1], (LAND/10).astype('u2'), SEA]):
+        pair(tmp_path/'src', s2=(x, dict(names=S2_BANDS)), name=f'a{i}')
     report = convert(tmp_path/'src', tmp_path/'o')
     assert report['status'].tolist() == ['ok', 'ok', 'error', 'ok'] and 'darker than land' in report['reason'][2]
 
@@ -493,7 +543,8 @@ def test_one_source_on_a_round_scale_costs_that_source(tmp_path):
 def test_an_offset_taken_off_twice_is_refused(tmp_path, what):
     "Reflectance of about −0.1 is no reflectance; −1000 puts the offset back."
     low = LAND.astype('i4') - 1000
-    x = dict(floats=(low/1e4).astype('f4'), **{'whole numbers': low.astype('i2'), 'by option': LAND, 'put back': low.astype('i2')})[what]
+    x = dict(floats=(low/1e4).astype('f4'),
+             **{'whole numbers': low.astype('i2'), 'by option': LAND, 'put back': low.astype('i2')})[what]
     options = dict(s2_offset={'by option': 1000, 'put back': -1000}[what]) if 'by' in what or 'put' in what else {}
     src = pair(tmp_path/'src', s2=(x, dict(names=S2_BANDS)))
     if what == 'put back':
@@ -517,7 +568,9 @@ def test_no_real_chip_is_taken_for_another_scale(where):
             if source.name == 'S2A_MSIL2A_20170613T101031_N9999_R022_T33UUP_29_83':
                 with pytest.raises(GacError, match='taken off twice'): check_negative(x, 1000)
 
-@pytest.mark.parametrize('kind, band, said', [('S2', 'B02', '_B01.tif: no scale or offset tag'), ('S1', 'VV', '_VH.tif: no scale or offset tag')])
+@pytest.mark.parametrize('kind, band, said',
+                         [('S2', 'B02', '_B01.tif: no scale or offset tag'),
+                          ('S1', 'VV', '_VH.tif: no scale or offset tag')])
 def test_a_scale_that_some_files_of_a_patch_lack_costs_the_patch(tmp_path, kind, band, said):
     layouts.bigearthnet(tmp_path/'ben')
     for file in sorted((tmp_path/'ben').rglob(f'*_{band}.tif'))[1:2]:
@@ -534,10 +587,11 @@ def test_scales_of_the_files_of_a_patch_are_applied_file_by_file(tmp_path):
         layouts.write_tif(file, x/np.float32(factor), pixel=place.a, west=place.c)
         with rasterio.open(file, 'r+') as f: f.scales = (factor,)
     convert(tmp_path/'ben', tmp_path/'out')
-    np.testing.assert_array_equal(Store(tmp_path/'out').read('s2', [0], OPT_BANDS)[0], layouts.optical(0)[list(OPT_INDEX)])
+    np.testing.assert_array_equal(Store(tmp_path/'out').read('s2', [0], OPT_BANDS)[0],
+                                  layouts.optical(0)[list(OPT_INDEX)])
     np.testing.assert_allclose(Store(tmp_path/'out').read('s1', [0])[0], layouts.radar(0))
 
-# ---- dates of a pair, mirrored grids, sea among land ------------------------------------------------------------------------------------------------
+# ---- dates of a pair, mirrored grids, sea among land -----------------------------------------------------------------
 
 @pytest.mark.parametrize('layout', ['geotiff', 'bigearthnet', 'npz'])
 @pytest.mark.parametrize('late', [False, True])
@@ -551,11 +605,14 @@ def test_radar_and_truth_of_other_times_are_said(tmp_path, capsys, layout, late)
             write(tmp_path/'src'/kind/'a0.tif', x, names, tags=dict(datetime=f'{when}T10:00:00'))
     else:
         table = layouts.bigearthnet(tmp_path/'src', 1)
-        for p in sorted((tmp_path/'src'/'BigEarthNet-S1').rglob('*20170617*'), key=lambda p: -len(p.parts)): p.rename(p.with_name(p.name.replace('20170617', day)))
-        table.assign(s1_name=table['s1_name'].str.replace('20170617', day)).to_parquet(tmp_path/'src'/'metadata.parquet')
+        for p in sorted((tmp_path/'src'/'BigEarthNet-S1').rglob('*20170617*'), key=lambda p: -len(p.parts)):
+            p.rename(p.with_name(p.name.replace('20170617', day)))
+        renamed = table.assign(s1_name=table['s1_name'].str.replace('20170617', day))
+        renamed.to_parquet(tmp_path/'src'/'metadata.parquet')
     report = convert(tmp_path/'src', tmp_path/'o')
     said = 'Sentinel-1 is of 2019-06-21 and Sentinel-2 of 2017-06-17, 734 days apart'
-    assert report['status'].tolist() == ['ok'] and (said in report['reason'][0]) == late and (said in capsys.readouterr().out) == late
+    assert (report['status'].tolist() == ['ok'] and (said in report['reason'][0]) == late
+            and (said in capsys.readouterr().out) == late)
 
 @pytest.mark.parametrize('e', [-10, 10])
 def test_a_grid_from_east_to_west_is_refused(tmp_path, e):
@@ -580,7 +637,8 @@ def test_a_sea_among_land_is_taken_in_the_unit_of_the_others(tmp_path, vv, vh, u
 
 def test_an_amplitude_of_the_sea_alone_is_not_taken_for_power(tmp_path):
     src = pair(tmp_path/'src', (10**(sea(-14, -26)/20), NAMES))
-    for read in (lambda **o: open_scene(src/'S1GRD'/'a0.tif', say=False, **o), lambda **o: convert(src, tmp_path/'o', **o)):
+    for read in (lambda **o: open_scene(src/'S1GRD'/'a0.tif', say=False, **o),
+                 lambda **o: convert(src, tmp_path/'o', **o)):
         with pytest.raises(GacError, match='fit linear and amplitude.*--s1-units'): read()
         read(s1_units='amplitude')
     assert open_scene(write(tmp_path/'p.tif', 10**(sea(-14, -20)/10), ('VV', 'VH')), say=False).unit == 'linear'
@@ -593,12 +651,14 @@ def test_radar_of_zeros_is_refused_without_a_warning(tmp_path):
         with pytest.raises(GacError, match='a0.tif|exactly 0|no unit'): read()
     check_order([]), check_order([DB*0])
 
-# ---- paths ---------------------------------------------------------------------------------------------------------------------------------------------
+# ---- paths -----------------------------------------------------------------------------------------------------------
 
 def test_a_file_in_the_way_of_an_output_is_named(tmp_path):
     (tmp_path/'note').touch()
     for out in ('note', 'note/deep/er'):
-        with pytest.raises(GacError, match=r'cannot be written to \(.*note is a file, and a folder is needed there.*Give another output') as e: writable(tmp_path/out)
+        said = r'cannot be written to \(.*note is a file, and a folder is needed there.*Give another output'
+        with pytest.raises(GacError, match=said) as e:
+            writable(tmp_path/out)
         assert 'exists' not in str(e.value) and 'permission' not in str(e.value)
 
 @pytest.mark.skipif(os.name != 'posix', reason='of POSIX shells')
@@ -609,8 +669,10 @@ def test_a_path_with_accents_works_in_a_shell_of_ascii(tmp_path, name, code):
     layouts.geotiff(tmp_path/'src', 1)
     try: os.rename(os.fsencode(tmp_path/'src'), os.fsencode(tmp_path) + b'/' + name)
     except OSError: pytest.skip('this disk takes names in UTF-8 only')
-    done = subprocess.run([os.fsencode(w) for w in (sys.executable, '-c', 'import sys; from gac.cli import main; sys.exit(main())', 'data', 'convert')]
-                          + [os.fsencode(tmp_path) + b'/' + name, os.fsencode(tmp_path) + b'/o_' + name], capture_output=True,
+    run_main = 'import sys; from gac.cli import main; sys.exit(main())'
+    done = subprocess.run([os.fsencode(w) for w in (sys.executable, '-c', run_main, 'data', 'convert')]
+                          + [os.fsencode(tmp_path) + b'/' + name, os.fsencode(tmp_path) + b'/o_' + name],
+                          capture_output=True,
                           env=dict(os.environ, LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0'))
     assert done.returncode == code, done.stderr.decode('utf-8', 'replace')
     if code: assert b'bytes that are no UTF-8' in done.stderr and b'Rename' in done.stderr

@@ -1,4 +1,4 @@
-"Stage 1 over a tile set: killed and resumed, shared by ranks, in any batch size, with bad tiles, short disks and wrong settings."
+"Check Stage 1 over a tile set: killed and resumed, shared by ranks, bad tiles, full disks, wrong settings."
 import os
 import shutil
 import signal
@@ -128,7 +128,7 @@ def at_once(n:int, work) -> list: # exit codes
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 def test_workers_may_begin_at_the_same_moment(copy, tmp_path):
-    "A companion and an array that are begun, and an array of other settings that is replaced, by several workers at once."
+    "Let several workers begin a derived store and an array, and replace an array of other settings, at once."
     store = copy('source')
     values = np.arange(30)[:, None, None, None]*np.ones((1, 4, 48, 48))
     def fill(made, **kw):
@@ -153,7 +153,8 @@ def test_a_rank_leaves_the_tiles_of_others_alone(copy, model):
 def test_batch_size_does_not_matter(model, original, tokens):
     store = Store(original)
     s1, ids = store.read('s1', slice(0, 7)), list(store.table.id[:7])
-    images = [np.concatenate([generate_tiles(model, s1[i:i + n], ids[i:i + n], Decoding(2, tokens)) for i in range(0, 7, n)])
+    images = [np.concatenate([generate_tiles(model, s1[i:i + n], ids[i:i + n], Decoding(2, tokens))
+                              for i in range(0, 7, n)])
               for n in (1, 3, 7)]
     for other in images[1:]: assert np.abs(to_dn(other).astype(int) - to_dn(images[0])).max() <= 1
 
@@ -218,7 +219,8 @@ def test_other_settings_do_not_mix(copy, model):
     store = copy('mix')
     precompute_stage1(store, model, max_tiles=3, **QUICK)
     for change in (dict(timesteps=2), dict(tokens='argmax'), dict(clamp='off'), dict(seed=1), dict(n_samples=2)):
-        with pytest.raises(GacError, match=f'{next(iter(change))} was .*now'): precompute_stage1(store, model, **QUICK | change)
+        with pytest.raises(GacError, match=f'{next(iter(change))} was .*now'):
+            precompute_stage1(store, model, **QUICK | change)
     random = build_terramind_generator(pretrained=False)
     with pytest.raises(GacError, match="weights was .*now 'random'"): precompute_stage1(store, random, **QUICK)
     precompute_stage1(store, model, output='opt_other', max_tiles=3, **QUICK | dict(timesteps=2))
@@ -227,10 +229,11 @@ def test_other_settings_do_not_mix(copy, model):
     # the same settings: kept
     assert precompute_stage1(store, model, overwrite=True, max_tiles=3, **QUICK | dict(timesteps=2))['skipped'] == 3
 
-@pytest.mark.parametrize('wrong, said', [(dict(batch_size=0), 'at least 1'), (dict(rank=2, world_size=2), 'ranks go from 0 to 1'),
-                                         (dict(timesteps=0), 'expected 1 to 1000'),
-                                         (dict(tokens='best'), 'expected sample'), (dict(clamp='no'), 'expected pretraining'),
-                                         (dict(n_samples=0), 'at least 1')])
+@pytest.mark.parametrize('wrong, said',
+                         [(dict(batch_size=0), 'at least 1'), (dict(rank=2, world_size=2), 'ranks go from 0 to 1'),
+                          (dict(timesteps=0), 'expected 1 to 1000'),
+                          (dict(tokens='best'), 'expected sample'), (dict(clamp='no'), 'expected pretraining'),
+                          (dict(n_samples=0), 'at least 1')])
 def test_nonsense_is_refused(copy, model, wrong, said):
     with pytest.raises(GacError, match=said): precompute_stage1(copy('nonsense'), model, **QUICK | wrong)
 
@@ -284,7 +287,8 @@ def test_command_lists_errors_and_says_so_in_its_exit_code(copy, shelf, capsys):
 
 def test_real_chips(real_data, shelf, tmp_path, capsys):
     out = tmp_path/'out'
-    assert main(['precompute', '--data-dir', str(real_data/'bigearthnet_v2'), '--output-dir', str(out), '--timesteps', '1',
+    assert main(['precompute', '--data-dir', str(real_data/'bigearthnet_v2'), '--output-dir', str(out), '--timesteps',
+                 '1',
                      '--weights', str(shelf)]) == 0
     assert 'processed 3' in capsys.readouterr().out
 

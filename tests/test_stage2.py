@@ -1,4 +1,5 @@
-"Stage 2 as a process: killed trainings and precomputations, checkpoints that do not belong, other Prithvis, and what the refiner may learn from."
+"""Check Stage 2: killed trainings and precomputations, checkpoints of other models, other Prithvi backbones,
+and the data that the refiner may learn from."""
 import json
 import os
 import shutil
@@ -43,8 +44,8 @@ from gac.training.adapters import merge_lora
 from gac.training.checkpoints import load_checkpoint, trained_state
 
 SMALL = dict(width=16, depth=1)
-QUICK = replace(STAGE2_SETTINGS, lr=3e-3, max_steps=8, batch_size=2, grad_accum_steps=2, val_every=2, save_every=2, log_every=1,
-                warmup=2., accelerator='cpu')
+QUICK = replace(STAGE2_SETTINGS, lr=3e-3, max_steps=8, batch_size=2, grad_accum_steps=2, val_every=2, save_every=2,
+                log_every=1, warmup=2., accelerator='cpu')
 
 def dim(batch): return batch['truth']*np.float32(.8) + np.float32(.02)  # a Stage 1 that is easy to correct
 
@@ -70,7 +71,7 @@ def pairs(original):
 
 @pytest.fixture(scope='session')
 def trained(pairs, tmp_path_factory):
-    "An unbroken training and its folder."
+    "Return a training that was not interrupted, and its folder."
     folder = tmp_path_factory.mktemp('trained')/'stage2'
     return train_stage2(build_prithvi_refiner(**SMALL), *pairs, QUICK, folder, every=0), folder
 
@@ -122,7 +123,8 @@ def test_the_best_step_is_exported_not_the_last(pairs, tmp_path):
     values = fit.curve.val_psnr.dropna()
     card = read_stage2(tmp_path/'run')[1]
     assert values.idxmin() != values.index[-1]
-    assert card['metrics']['val_psnr'] == pytest.approx(values.min()) and card['steps'] == fit.curve.step[values.idxmin()]
+    assert (card['metrics']['val_psnr'] == pytest.approx(values.min())
+            and card['steps'] == fit.curve.step[values.idxmin()])
     refiner = load_stage2(tmp_path/'run')
     made = [psnr(torch.from_numpy(refine(refiner, t['opt_v1'][None], {k: t[k] for k in CONDITIONED if k in t})),
                          t['truth'][None])[0]
@@ -169,9 +171,11 @@ def test_half_precision_is_told_by_the_array_and_changes_it_by_its_rounding(copy
     assert 0 < np.abs(a - b).max() < 100 and np.abs(a - b).mean() < 5
     assert [s.arrays['opt_v2'].attrs['precision'] for s in (exact, half)] == ['32-true', 'bf16-mixed']
     with pytest.raises(GacError, match='opt_v2 was made with other settings'): precompute_stage2(half, refiner)
-    with pytest.raises(GacError, match='32-true, bf16-mixed, 16-mixed'): precompute_stage2(exact, refiner, overwrite=True, precision='16-true')
+    with pytest.raises(GacError, match='32-true, bf16-mixed, 16-mixed'):
+        precompute_stage2(exact, refiner, overwrite=True, precision='16-true')
 
-@pytest.mark.parametrize('ahead, threads', [(2, 1), (3, 1)])  # the kernels a model may use are a switch of the whole process: one thread
+# the kernels a model may use are a switch of the whole process: one thread
+@pytest.mark.parametrize('ahead, threads', [(2, 1), (3, 1)])
 def test_batches_begun_ahead_leave_the_same_bytes(copy, trained, ahead, threads):
     "On a GPU the next batch is read and computed while the last one is written."
     refiner, plain, hurried = load_stage2(trained[1]), copy('plain'), copy('hurried')
@@ -180,7 +184,8 @@ def test_batches_begun_ahead_leave_the_same_bytes(copy, trained, ahead, threads)
         return run_tileset(store, 'opt_v2', (4, 40, 40), {}, v1, lambda x, rows: refine(refiner, x, batch_size=2),
                     Workload(2, **how), source='opt_v1')
     fill(plain), fill(hurried, ahead=ahead, threads=threads)
-    files = [{p.relative_to(s.path): p.read_bytes() for p in (s.path/'arrays'/'opt_v2').rglob('*') if p.is_file()} for s in (plain, hurried)]
+    files = [{p.relative_to(s.path): p.read_bytes() for p in (s.path/'arrays'/'opt_v2').rglob('*') if p.is_file()}
+             for s in (plain, hurried)]
     assert files[0] == files[1] and len(files[0]) > 1
 
 def test_opt_v2_depends_on_what_was_trained(copy, trained):
@@ -201,7 +206,7 @@ def test_opt_v2_depends_on_what_was_trained(copy, trained):
         precompute_stage2(store, build_prithvi_refiner(**SMALL), source='opt_v9')
 
 def tampered(folder:Path, to:Path, **card) -> Path:
-    "A checkpoint with another card."
+    "Copy a checkpoint with entries of its card changed."
     shutil.copytree(folder, to)
     state, meta = load_checkpoint(to/REFINER_FILE)
     meta |= card
@@ -214,7 +219,8 @@ def test_checkpoints_that_do_not_belong_are_refused(trained, tmp_path):
         load_stage2(folder, 'prithvi_eo_v2_300')
     with pytest.raises(GacError, match=r"bands is \['B02', 'B03', 'B04', 'B08'\], expected"):
         read_stage2(folder, bands=OPT_BANDS[::-1])
-    with pytest.raises(GacError, match="kind is 'stage3'"): load_stage2(tampered(folder, tmp_path/'kind', kind='stage3'))
+    with pytest.raises(GacError, match="kind is 'stage3'"):
+        load_stage2(tampered(folder, tmp_path/'kind', kind='stage3'))
     with pytest.raises(GacError, match='other weights of prithvi_mini'):
         load_stage2(tampered(folder, tmp_path/'weights', weights={'prithvi_mini.safetensors': '0'*16}))
     with pytest.raises(GacError, match='is missing'): load_stage2(tmp_path/'nothing')
@@ -255,14 +261,16 @@ def test_every_kind_of_refiner_trains_and_comes_back(options, pairs, tmp_path):
     assert all(torch.equal(p, frozen[k]) for k, p in refiner.named_parameters() if k in frozen)
     moved = {k for k, p in refiner.named_parameters() if k in start and not torch.equal(p, start[k])}
     assert 'head.out.weight' in moved and any('lora_B' in k for k in moved) == bool(options.get('lora_r', 8))
-    assert any(k.startswith('encoder.blocks.5.mlp.fc1.weight') for k in moved) == bool(options.get('unfreeze_last_n_blocks'))
+    last_block = any(k.startswith('encoder.blocks.5.mlp.fc1.weight') for k in moved)
+    assert last_block == bool(options.get('unfreeze_last_n_blocks'))
     x = pairs[1].tile(0)['opt_v1'][None]
     with torch.no_grad():
         torch.testing.assert_close(load_stage2(tmp_path/'run')(x, {'month': 5}), refiner(x, {'month': 5}), rtol=0,
                                    atol=1e-6)
 
 def test_reach_of_the_adapters():
-    for reach, names in (('attention', {'attn.qkv', 'attn.proj'}), ('wider', {'attn.qkv', 'attn.proj', 'mlp.fc1', 'mlp.fc2'})):
+    for reach, names in (('attention', {'attn.qkv', 'attn.proj'}),
+                         ('wider', {'attn.qkv', 'attn.proj', 'mlp.fc1', 'mlp.fc2'})):
         encoder = build_prithvi_refiner(reach=reach, **SMALL).encoder
         hit = [k.split('.lora_A')[0] for k, _ in encoder.named_parameters() if '.lora_A.' in k]
         assert {'.'.join(k.split('.')[2:]) for k in hit} == names and len(hit) == 6*len(names)
@@ -310,7 +318,8 @@ def test_south_of_the_equator_the_year_runs_half_a_year_late(tmp_path):
     train_stage2(refiner, tiles_, tiles_[:4], settings, tmp_path, Stage2Loss(log_mse=0., l1=1., ms_ssim=0., sam=0.),
                         every=0)
     x, truth = (torch.stack([t[k] for t in tiles_]) for k in ('opt_v1', 'truth'))
-    error = lambda **more: float(np.abs(refine(refiner, x, {'month': [t['month'] for t in tiles_]} | more) - truth.numpy()).mean())
+    months = {'month': [t['month'] for t in tiles_]}
+    error = lambda **more: float(np.abs(refine(refiner, x, months | more) - truth.numpy()).mean())
     assert error(lat=[t['lat'] for t in tiles_]) < .02 < .04 < error()
 
 def test_native_date_reaches_the_encoder_and_unknown_dates_do_not():
@@ -322,7 +331,8 @@ def test_native_date_reaches_the_encoder_and_unknown_dates_do_not():
         none = refiner.features(padded)[-1]
     assert (told[0] - told[1]).abs().max() > 1e-4 and (told[0] - none[0]).abs().max() > 1e-4
     torch.testing.assert_close(told[2], none[2])
-    assert refiner.coords(torch.tensor([1]), {'lat': 10., 'lon': 5.}).keys() == {'temporal_coords'}  # place is not asked for
+    # place is not asked for
+    assert refiner.coords(torch.tensor([1]), {'lat': 10., 'lon': 5.}).keys() == {'temporal_coords'}
     placed = build_prithvi_refiner(metadata=('place',), **SMALL)
     with torch.no_grad():
         a, b = (placed.features(padded, **placed.coords(torch.zeros(3, dtype=int), {'lat': lat, 'lon': 5.}))[-1]
@@ -342,7 +352,8 @@ def test_a_published_prithvi_by_its_name(size):
 def test_lpips_takes_part_where_it_can_and_is_named_where_it_cannot(monkeypatch, capsys):
     class Fake:
         def __init__(self, weights):
-            self.available, self.reason, self.net = bool(weights), 'no backbone weights', nn.Sequential(nn.Conv2d(3, 1, 1))
+            self.available, self.reason = bool(weights), 'no backbone weights'
+            self.net = nn.Sequential(nn.Conv2d(3, 1, 1))
     class Net(nn.Module):
         def forward(self, a, b): return (a - b).square().mean((1, 2, 3))
     swap(monkeypatch, 'gac.measure.perception', 'LPIPS', Fake)
@@ -371,7 +382,8 @@ def test_command(copy, tmp_path):
     done = run_stage2(store.path, tmp_path/'out', replace(few, unfreeze_last_n_blocks=1, lora_rank=4), **options)
     card = read_stage2(tmp_path/'out')[1]
     assert card['pairs'] == 5 and card['params']['lora_r'] == 4 and done['steps'] == 2  # only tiles that have opt_v1
-    with pytest.raises(GacError, match='refiner.lora_r was 4, now 8'): run_stage2(store.path, tmp_path/'out', few, **options)
+    with pytest.raises(GacError, match='refiner.lora_r was 4, now 8'):
+        run_stage2(store.path, tmp_path/'out', few, **options)
     assert run_stage2(store.path, tmp_path/'out', few, overwrite=True, **options)['resumed_at'] == 0
     assert run_stage2(store.path, tmp_path/'out', few, **options)['resumed_at'] == 2
 

@@ -1,4 +1,4 @@
-"Stage 3 as a process: adapters only where they belong, every route trains, a killed training goes on, files in and out, bad input refused by name."
+"Check Stage 3: places of adapters, training of each route, resumed trainings, files in and out, refused input."
 import json
 import shutil
 import sys
@@ -35,12 +35,13 @@ from gac.training.checkpoints import save_checkpoint
 from gac.training.settings import Settings
 
 SMALL = dict(width=16, depth=1, taps=2, lora_r=2)
-QUICK = Settings(lr=5e-3, max_steps=4, batch_size=2, grad_accum_steps=1, val_every=2, save_every=2, early_stopping=False,
-                          log_every=1, warmup=0.)
+QUICK = Settings(lr=5e-3, max_steps=4, batch_size=2, grad_accum_steps=1, val_every=2, save_every=2,
+                 early_stopping=False, log_every=1, warmup=0.)
 
 def blurred(batch) -> np.ndarray: # (n, 4, H, W)
-    "A stand-in for opt_v2."
-    return torch.nn.functional.avg_pool2d(torch.from_numpy(batch['truth']).float(), 5, 1, 2, count_include_pad=False).numpy()
+    "Return the blurred truth in place of opt_v2."
+    return torch.nn.functional.avg_pool2d(torch.from_numpy(batch['truth']).float(), 5, 1, 2,
+                                          count_include_pad=False).numpy()
 
 @pytest.fixture(scope='session')
 def original(tmp_path_factory) -> Path:
@@ -65,7 +66,8 @@ def weights_of(model) -> dict: return {k: v.clone() for k, v in model.state_dict
 def test_every_route_changes_adapters_and_head_and_nothing_else(store, tmp_path, route, options):
     model = build_stage3_model(1, route=route, **SMALL, **options)
     before = weights_of(model)
-    fit = train_stage3(model, *sets(store), QUICK, tmp_path/'out', how=GroundingTraining(crop=24, strength=False), every=0)
+    fit = train_stage3(model, *sets(store), QUICK, tmp_path/'out', how=GroundingTraining(crop=24, strength=False),
+                       every=0)
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert changed and all(k.startswith('head.') or ('cross_attn' in k and 'lora_' in k) for k in changed), changed
     assert any('lora_' in k for k in changed) and any(k.startswith('head.') for k in changed) == (route == 'features')
@@ -102,7 +104,8 @@ def test_untrained_returns_its_input_and_control_does_not_see(store):
         assert bool(model.features(s1, v2).abs().sum()) == see
     seeing, blind = (build_stage3_model(see=see, **SMALL) for see in (True, False))
     # one start
-    for (k, a), (_, b) in zip(seeing.head.state_dict().items(), blind.head.state_dict().items()): assert torch.equal(a, b), k
+    for (k, a), (_, b) in zip(seeing.head.state_dict().items(), blind.head.state_dict().items()):
+        assert torch.equal(a, b), k
 
 def test_bands_are_given_by_name(store):
     "A model that is shown red as blue must read something else."
@@ -111,7 +114,8 @@ def test_bands_are_given_by_name(store):
     model = build_stage3_model(**SMALL)
     with torch.no_grad(): assert (model.features(s1, v2) - model.features(s1, v2.flip(1))).abs().max() > 1e-2
     read, _ = model.generator._read(model.inputs(s1, v2), None, 'S2L2A')
-    placed = model.generator.units.outward(read[model.generator.inputs['S2L2A']], model.generator.inputs['S2L2A'], OPT_BANDS)
+    optical = model.generator.inputs['S2L2A']
+    placed = model.generator.units.outward(read[optical], optical, OPT_BANDS)
     assert torch.allclose(placed, v2, atol=1e-5)
 
 def test_best_checkpoint_never_trades_psnr(store):
@@ -129,7 +133,8 @@ def test_a_harmful_training_leaves_the_image_as_it_is(store, tmp_path, capsys):
     train, val = sets(store)
     harmful = replace(QUICK, lr=3., max_steps=2)
     train_stage3(model, train, val, harmful, tmp_path/'out', how=GroundingTraining(1., 24), every=0)
-    assert 'stays as it is' in capsys.readouterr().out and json.loads((tmp_path/'out'/'grounding.json').read_text())['strength'] == 0
+    assert ('stays as it is' in capsys.readouterr().out
+            and json.loads((tmp_path/'out'/'grounding.json').read_text())['strength'] == 0)
     s1, v2 = (train[0][k][None] for k in ('s1', 'opt_v2'))
     with torch.no_grad(): assert torch.equal(load_stage3(tmp_path/'out')(s1, v2), v2)
 
@@ -219,7 +224,8 @@ def test_files_and_refusals(store, tmp_path):
     model = build_stage3_model(**SMALL)
     save_stage3(model, tmp_path/'ckpt', stage2=dict(backbone='prithvi_mini', bands=list(OPT_BANDS)))
     card = json.loads((tmp_path/'ckpt'/'grounding.json').read_text())
-    assert (card['kind'], card['backbone'], card['stage2']['backbone']) == ('stage3', 'terramind_mini_generate', 'prithvi_mini')
+    kinds = card['kind'], card['backbone'], card['stage2']['backbone']
+    assert kinds == ('stage3', 'terramind_mini_generate', 'prithvi_mini')
     assert (tmp_path/'ckpt'/'adapter_model.safetensors').exists()
     for backbone, bands, said in (('prithvi_eo_v2_600_tl', OPT_BANDS, 'backbone'),
                                   ('prithvi_mini', ('B02', 'B03', 'B04', 'B8A'), 'bands')):
@@ -233,7 +239,9 @@ def test_files_and_refusals(store, tmp_path):
         assert (sorted(z.files) == ['opt_v3', 's1_vh', 's1_vv'] and np.array_equal(z['opt_v3'], v2.numpy())
                 and np.array_equal(z['s1_vv'], s1[:, 0].numpy()))
     assert report['tiles'] == 2 and report['mse_v3'] == 0
-    torch.save(dict(s1=s1), tmp_path/'s1.pt'), torch.save(v2[:, :3], tmp_path/'three.pt'), (tmp_path/'cut.pt').write_bytes(b'PK')
+    torch.save(dict(s1=s1), tmp_path/'s1.pt')
+    torch.save(v2[:, :3], tmp_path/'three.pt')
+    (tmp_path/'cut.pt').write_bytes(b'PK')
     with pytest.raises(GacError, match='expected \\(tiles, 4'):
         infer_files(tmp_path/'s1.pt', tmp_path/'o.pt', tmp_path/'ckpt', tmp_path/'three.pt')
     with pytest.raises(GacError, match='no readable Torch file'):
@@ -247,5 +255,6 @@ def test_command_line_bodies(store, tmp_path):
         run_stage3(bare.path, tmp_path/'x')
     few = Stage3Config(steps=2, batch_size=2, val_every=2, crop=24, lora_rank=2)
     report = run_stage3(store.path, tmp_path/'out', few, save_visualizations=True)
-    assert report['steps'] == 2 and np.isfinite(report['metrics']['val_psnr']) and (tmp_path/'out'/'panels.png').exists()
+    assert (report['steps'] == 2 and np.isfinite(report['metrics']['val_psnr'])
+            and (tmp_path/'out'/'panels.png').exists())
     assert run_stage3(store.path, tmp_path/'out', few)['resumed_at'] > 0  # nothing left to do

@@ -95,8 +95,8 @@ def test_ranks_that_are_killed_fill_one_array_together(tmp_path, unbroken):
         kills = list(pool.map(lambda r: kill_at_random(path, .03, 6, r, f' {r} 3'), range(3)))
     assert sum(kills) >= 3
     with ThreadPoolExecutor(3) as pool:
-        ends = list(pool.map(lambda r: subprocess.run([sys.executable, writer.__file__, str(path), str(r), '3']).returncode,
-                             range(3)))
+        command = [sys.executable, writer.__file__, str(path)]
+        ends = list(pool.map(lambda r: subprocess.run([*command, str(r), '3']).returncode, range(3)))
     assert ends == [0]*3 and Store(path).complete('opt_v1')
     assert writer.tree(path) == unbroken
 
@@ -179,7 +179,8 @@ def test_tiles_of_a_stopped_writer_do_not_come_back(tmp_path):
     assert len(Store(path)) == 1 and zarr.open_array(path/'arrays'/'s1', mode='r').shape[0] > 1
     assert Store(path).xarray().sizes['tile'] == 1
     with Store(path) as store: store.append([writer.record(50)])
-    with Store.create(tmp_path/'t', writer.ARRAYS, shard=8) as other: other.append([writer.record(0), writer.record(50)])
+    with Store.create(tmp_path/'t', writer.ARRAYS, shard=8) as other:
+        other.append([writer.record(0), writer.record(50)])
     assert writer.tree(path) == writer.tree(tmp_path/'t')
 
 def test_ranks_write_the_bytes_of_one_writer(tmp_path, unbroken):
@@ -230,7 +231,8 @@ def test_a_journal_of_an_earlier_version_is_read_once(tmp_path, unbroken):
     store = Store(path)
     assert len(store) == 21 and not (path/'journal').exists()
     for n in writer.ARRAYS:
-        np.testing.assert_array_equal(store.read(n, slice(13, 21)), np.stack([writer.record(i)[n] for i in range(13, 21)]))
+        np.testing.assert_array_equal(store.read(n, slice(13, 21)),
+                                      np.stack([writer.record(i)[n] for i in range(13, 21)]))
     np.testing.assert_array_equal(store.read('opt_v1', [0, 1, 4, 9]), writer.drawn([0, 1, 4, 9]))
     assert np.flatnonzero(store.written('opt_v1')).tolist() == [0, 1, 2, 3, 4, 9]
     writer.work(path)
@@ -256,14 +258,16 @@ def test_a_damaged_batch_of_a_journal_is_named(tmp_path):
     (path/'journal'/'opt_v1.0of1.000000099.0-3.safetensors').write_bytes(b'junk')
     with pytest.raises(GacError, match='damaged journal entry'): Store(path)
 
-# ---- locks --------------------------------------------------------------------------------------------------------------
+# ---- locks -----------------------------------------------------------------------------------------------------------
 
 def test_a_second_writer_is_refused_until_the_first_has_ended(tmp_path):
     path = tmp_path/'s'
     Store.create(path, writer.ARRAYS, shard=8)
-    hold = ('import sys; from gac.data.store import Store; s = Store(sys.argv[1]); s.acquire(); print("held", flush=True); '
+    hold = ('import sys; from gac.data.store import Store; s = Store(sys.argv[1]); s.acquire(); '
+            'print("held", flush=True); '
             'sys.stdin.read()')
-    other = subprocess.Popen([sys.executable, '-c', hold, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen([sys.executable, '-c', hold, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                             text=True)
     try:
         assert other.stdout.readline() == 'held\n'
         with pytest.raises(GacError, match='is being written: another process.* writes tiles'):
@@ -281,7 +285,8 @@ def test_what_was_collected_is_written_when_a_store_or_its_process_ends(tmp_path
     del store  # a notebook cell run twice
     Store(path).append([writer.record(1)])
     assert len(Store(path)) == 2
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import tiles_writer as w; from gac.data.store import Store; s = Store({str(path)!r}); s.append([w.record(2)])"
+    code = (f'import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import tiles_writer as w; '
+            f'from gac.data.store import Store; s = Store({str(path)!r}); s.append([w.record(2)])')
     subprocess.run([sys.executable, '-c', code], check=True)
     np.testing.assert_array_equal(Store(path).read('s1', [2])[0], writer.record(2)['s1'])
 
@@ -301,7 +306,7 @@ def test_a_forked_process_writes_nothing_of_its_parent(tmp_path):
         finally: store.close(), os._exit(len(store))
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2 == len(Store(path))
 
-# ---- reading ------------------------------------------------------------------------------------------------------------
+# ---- reading ---------------------------------------------------------------------------------------------------------
 
 def test_values_come_back_before_and_after_they_are_written(tmp_path):
     path = tmp_path/'s'
@@ -313,7 +318,8 @@ def test_values_come_back_before_and_after_they_are_written(tmp_path):
     np.testing.assert_array_equal(store.read('opt_v1', order), writer.drawn(order))
     for n in ('s1', 's2', 'opt_v1'):
         np.testing.assert_array_equal(zarr.open_array(path/'arrays'/n, mode='r')[:], store.read(n, slice(None)))
-    np.testing.assert_array_equal(pickle.loads(pickle.dumps(store)).read('s1', order), want['s1'])  # as loader workers do
+    # as loader workers do
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(store)).read('s1', order), want['s1'])
     reader = Store(path)
     store.append([writer.record(i) for i in (90, 91)])
     np.testing.assert_array_equal(store.read('s1', [-1])[0], writer.record(91)['s1'])
@@ -321,7 +327,8 @@ def test_values_come_back_before_and_after_they_are_written(tmp_path):
     reader.refresh()
     np.testing.assert_array_equal(reader.read('s1', [-1])[0], writer.record(91)['s1'])
     assert store.pending('opt_v1').tolist() == [writer.N, writer.N + 1] and not store.complete('opt_v1')
-    with pytest.raises(GacError, match='opt_v1 is not written for 2 of the 3 tiles'): store.read('opt_v1', [0, writer.N, -1])
+    with pytest.raises(GacError, match='opt_v1 is not written for 2 of the 3 tiles'):
+        store.read('opt_v1', [0, writer.N, -1])
 
 def test_damage_is_named(tmp_path):
     path = tmp_path/'s'
@@ -335,7 +342,8 @@ def test_damage_is_named(tmp_path):
     # in the values or in what the codec says of them: the checksum speaks before the codec, which might end the process
     for at in (20, 99):
         shard.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
-        with pytest.raises(GacError, match='tile 0 of s1 is damaged .it fails the checksum'): Store(path).read('s1', [0])
+        with pytest.raises(GacError, match='tile 0 of s1 is damaged .it fails the checksum'):
+            Store(path).read('s1', [0])
 
 def test_xarray_writes_what_was_collected(tmp_path):
     store = Store.create(tmp_path/'s', writer.ARRAYS, shard=8)
@@ -353,7 +361,8 @@ def test_padding_and_cropping_are_exact():
         assert y.shape == (-(-h//m)*m, -(-w//m)*m)
         np.testing.assert_array_equal(crop_back(y, crop), x)
         if min(h, w) > m:
-            np.testing.assert_array_equal(y, np.pad(x, [((-n % m)//2, -n % m - (-n % m)//2) for n in (h, w)], mode='reflect'))
+            margins = [((-n % m)//2, -n % m - (-n % m)//2) for n in (h, w)]
+            np.testing.assert_array_equal(y, np.pad(x, margins, mode='reflect'))
 
 def test_a_world_that_was_stopped_goes_on(tmp_path, monkeypatch):
     calls = []
@@ -371,7 +380,7 @@ def test_a_world_that_was_stopped_goes_on(tmp_path, monkeypatch):
     assert writer.tree(tmp_path/'a') == writer.tree(tmp_path/'b')
     assert sorted(set(calls)) == [0, 1, 2, 3, 800_000, 800_001, 900_000, 900_001]
 
-# ---- readers: what is right is taken -----------------------------------------------------------------------------------------
+# ---- readers: what is right is taken ---------------------------------------------------------------------------------
 
 def errors(report:pd.DataFrame) -> dict:
     "id -> reason of the tiles that were not taken."
@@ -404,7 +413,8 @@ def test_bigearthnet_with_the_official_table_and_a_part_of_the_folders(tmp_path)
 def test_geotiff_cut_with_its_georeference(tmp_path):
     layouts.geotiff(tmp_path/'tif', 2, size=224)
     report = convert(tmp_path/'tif', tmp_path/'out')
-    assert report['id'].tolist()[:4] == ['a0_0_0', 'a0_0_104', 'a0_104_0', 'a0_104_104'] and (report['status'] == 'ok').all()
+    assert (report['id'].tolist()[:4] == ['a0_0_0', 'a0_0_104', 'a0_104_0', 'a0_104_104']
+            and (report['status'] == 'ok').all())
     store = Store(tmp_path/'out')
     np.testing.assert_array_equal(store.read('s2', [6])[0], layouts.optical(1, 224)[:, 104:, :120])
     row = store.table.iloc[6]
@@ -433,20 +443,25 @@ def test_benv2(tmp_path, how):
     src = layouts.benv2(tmp_path/'b'/'benv2.0000.part.tortilla')
     if how == 'a folder of parts':
         layouts.benv2(tmp_path/'b'/'benv2.0001.part.tortilla', 1,
-                      lambda i: dict(patch_id='S2A_MSIL2A_20170617T113321_N9999_R080_T29UPU_90_90', contains_seasonal_snow=True))
+                      lambda i: dict(patch_id='S2A_MSIL2A_20170617T113321_N9999_R080_T29UPU_90_90',
+                                     contains_seasonal_snow=True))
         src = src.parent
     assert recognise(src) == 'benv2'
     report = convert(src, tmp_path/'out')
-    assert report['status'].tolist() == ['ok']*3 + ['excluded']*(how != 'a file') and set(report['reason']) <= {'', 'seasonal snow'}
+    assert (report['status'].tolist() == ['ok']*3 + ['excluded']*(how != 'a file')
+            and set(report['reason']) <= {'', 'seasonal snow'})
     store = Store(tmp_path/'out')
     # the name of the patch in BigEarthNet
     assert store.table['id'].tolist() == [f'S2A_MSIL2A_20170617T113321_N9999_R080_T29UPU_{i:02d}_05' for i in range(3)]
     assert (store.table['split'].tolist() == ['train', 'val', 'test'] and store.table['month'].tolist() == [6]*3
             and store.attrs['s1_product'] == 'S1GRD')
-    np.testing.assert_array_equal(store.read('s1', slice(None)), np.stack([layouts.radar(i) for i in range(3)]))  # VV before VH
+    # VV before VH
+    np.testing.assert_array_equal(store.read('s1', slice(None)), np.stack([layouts.radar(i) for i in range(3)]))
     np.testing.assert_array_equal(store.read('s2', slice(None)), np.stack([layouts.optical(i) for i in range(3)]))
-    assert [list(t) for t in store.table['transform']] == [[10, 0, 6e5 + 1200*i, 0, -10, 5.8e6] for i in range(3)]  # 10 m
-    assert store.table['date'].tolist() == ['2017-06-17T11:33:21']*3 and store.table['labels'][0] == 'Pastures|Arable land'
+    # 10 m
+    assert [list(t) for t in store.table['transform']] == [[10, 0, 6e5 + 1200*i, 0, -10, 5.8e6] for i in range(3)]
+    assert (store.table['date'].tolist() == ['2017-06-17T11:33:21']*3
+            and store.table['labels'][0] == 'Pastures|Arable land')
 
 def test_units_are_converted_and_said(tmp_path, capsys):
     layouts.geotiff(tmp_path/'a', s1=lambda x, i: 10**(x/10), s2=lambda x, i: x.astype('f4')/1e4)
@@ -471,12 +486,13 @@ def test_bands_come_by_name(tmp_path):
 def test_radar_bands_taken_by_their_order_are_said(tmp_path, capsys):
     "Once, with the first file and the way to name them; not where names, keys or an option say which is which."
     apart = lambda i: dict(s1=None, s1_vv=layouts.radar(i)[0], s1_vh=layouts.radar(i)[1])
-    sources = dict(a=layouts.geotiff(tmp_path/'a', 2), b=layouts.npz(tmp_path/'b', 2), c=layouts.npz(tmp_path/'c', 2, apart),
-                   d=layouts.geotiff(tmp_path/'d', 2, names=('VV', 'VH')))
+    sources = dict(a=layouts.geotiff(tmp_path/'a', 2), b=layouts.npz(tmp_path/'b', 2),
+                   c=layouts.npz(tmp_path/'c', 2, apart), d=layouts.geotiff(tmp_path/'d', 2, names=('VV', 'VH')))
     for name, said in dict(a='S1GRD/a0.tif', b='n0.npz', c='', d='').items():
         convert(sources[name], tmp_path/f'{name}.out', strict=True)
         out = capsys.readouterr().out
-        assert out.count('no names') == bool(said) and (f'{said}: its radar bands' in out and '--s1-bands VH,VV' in out or not said), out
+        assert out.count('no names') == bool(said), out
+        assert not said or f'{said}: its radar bands' in out and '--s1-bands VH,VV' in out, out
     convert(sources['a'], tmp_path/'named.out', s1_bands=('VV', 'VH'))
     assert 'no names' not in capsys.readouterr().out
 
@@ -521,7 +537,7 @@ def test_tiles_of_an_earlier_format_are_made_anew_by_their_run_and_refused_elsew
     with pytest.raises(GacError): study_store(run)
     assert group.exists()
 
-# ---- readers: what is wrong is a row of the report, and the rest goes on --------------------------------------------------------
+# ---- readers: what is wrong is a row of the report, and the rest goes on ---------------------------------------------
 
 def geotiff_trap(path:Path, trap:str) -> tuple: # the id that fails, what the report says
     "GeoTIFF folders in which one of three sources is wrong."
@@ -550,14 +566,14 @@ def geotiff_trap(path:Path, trap:str) -> tuple: # the id that fails, what the re
     elif trap == 'not finite': put('S2L2A', np.where(x2 < 200, np.inf, x2).astype('f4'))
     return f
 
-GEOTIFF_TRAPS = {'NaN': 'px are NaN', 'nodata': 'px are NaN or without data', 'integer nodata': 'px are NaN or without data',
-                 'S2 zero': '720 px are 0 in every band',
+GEOTIFF_TRAPS = {'NaN': 'px are NaN', 'nodata': 'px are NaN or without data',
+                 'integer nodata': 'px are NaN or without data', 'S2 zero': '720 px are 0 in every band',
     'S1 zero': 'px are exactly 0', 'missing file': 'missing file a1.tif', 'missing band': '11 bands without names',
     'size': '100×120 px', 'CRS': 'CRS EPSG:32630, expected EPSG:32629',
     'place': 'expected the place of', 'duplicate': 'duplicate id a1', 'truncated': 'cannot be read',
     'not a TIFF': 'cannot be read', 'linear among dB': 'say --s1-units dB',
-    'offset among none': '--s2-offset 1000', 'swapped': '--s1-bands VH,VV', 'small': '--tile-size 90', 'DEM': 'outside -500 to 9000',
-    'not finite': 'px are NaN'}
+    'offset among none': '--s2-offset 1000', 'swapped': '--s1-bands VH,VV', 'small': '--tile-size 90',
+    'DEM': 'outside -500 to 9000', 'not finite': 'px are NaN'}
 
 @pytest.mark.parametrize('trap', GEOTIFF_TRAPS)
 def test_geotiff_traps(tmp_path, trap):
@@ -595,8 +611,8 @@ def test_bigearthnet_traps(tmp_path, trap):
     assert BEN_TRAPS[trap] in reason and len(Store(tmp_path/'out')) == (3 if trap == 'duplicate' else 2)
     with pytest.raises(GacError): convert(tmp_path/'ben', tmp_path/'strict', strict=True)
 
-NPZ_TRAPS = {'pickled': (dict(s1=np.array([{}, None], object)), 'pickled objects'), 'no s1': (dict(s1=None), 'missing array s1'),
-             'bands': (dict(s2=layouts.optical(1, count=5)), '5 bands'),
+NPZ_TRAPS = {'pickled': (dict(s1=np.array([{}, None], object)), 'pickled objects'),
+             'no s1': (dict(s1=None), 'missing array s1'), 'bands': (dict(s2=layouts.optical(1, count=5)), '5 bands'),
     'NaN': (dict(s1=np.full((2, 120, 120), np.nan)), 'NaN'), 'escaping id': (dict(id='../../x'), 'field id'),
     'absolute id': (dict(id='/etc/x'), 'field id'), 'duplicate id': (dict(id='n0'), 'duplicate id n0'),
     'month': (dict(month=13), 'month 13'), 'sizes': (dict(s1=layouts.radar(1, 100)), 'of one size')}
@@ -613,7 +629,8 @@ def test_npz_traps(tmp_path, trap):
 BENV2_TRAPS = {  # what is wrong with the second of three samples -> what the report says
     'offset outside': (dict(row=lambda i: {'tortilla:offset': 10**9} if i == 1 else {}), 'damaged or not whole'),
     'negative offset': (dict(row=lambda i: {'tortilla:offset': -5} if i == 1 else {}), 'damaged or not whole'),
-    'part outside its sample': (dict(part=lambda i: {'tortilla:length': 10**7} if i == 1 else {}), 'damaged or not whole'),
+    'part outside its sample': (dict(part=lambda i: {'tortilla:length': 10**7} if i == 1 else {}),
+                                'damaged or not whole'),
     'escaping id': (dict(row=lambda i: dict(patch_id='../../x') if i == 1 else {}), 'field id'),
     'swapped': (dict(s1=lambda x, i: x if i == 1 else x[::-1]), '--s1-bands VH,VV'),
     'split': (dict(row=lambda i: {'tortilla:data_split': 'somewhere'} if i == 1 else {}), "split 'somewhere'"),
@@ -627,7 +644,8 @@ def test_benv2_traps(tmp_path, trap):
         with pytest.raises(GacError, match=reason): convert(src, tmp_path/'out')
         return
     report = convert(src, tmp_path/'out')
-    assert len(errors(report)) == 1 and reason in next(iter(errors(report).values())) and len(Store(tmp_path/'out')) == 2
+    assert (len(errors(report)) == 1 and reason in next(iter(errors(report).values()))
+            and len(Store(tmp_path/'out')) == 2)
     assert not [p for p in tmp_path.rglob('*x*') if p.suffix == '.tif']
 
 @pytest.mark.parametrize('cut', [10, 150, 100_000, -5])
@@ -643,7 +661,7 @@ def test_a_pickle_in_disguise_is_never_loaded(tmp_path):
     (tmp_path/'npz'/'n1.npz').write_bytes(pickle.dumps(Evil()))
     assert 'pickled' in errors(convert(tmp_path/'npz', tmp_path/'out'))['n1'] and not (tmp_path/'ran').exists()
 
-# ---- what is ambiguous for the whole data set is refused, with the option that settles it --------------------------------------------
+# ---- what is ambiguous for the whole data set is refused, with the option that settles it ----------------------------
 
 @pytest.mark.parametrize('change, asks, settle', [
     (dict(s2=lambda x, i: x + 1000), '--s2-offset 1000', dict(s2_offset=1000)),
@@ -665,11 +683,12 @@ def test_no_layout_and_no_option_by_guess(tmp_path):
     src = layouts.npz(tmp_path/'npz', 1)
     with pytest.raises(GacError, match='there are size'): convert(src, tmp_path/'o', tile_size=96)
     for wrong in (dict(s1_units='decibel'), dict(s2_units='raw'), dict(s2_offset='yes')):
-        with pytest.raises(GacError, match='--' + next(iter(wrong)).replace('_', '-')): convert(src, tmp_path/'o', **wrong)
+        with pytest.raises(GacError, match='--' + next(iter(wrong)).replace('_', '-')):
+            convert(src, tmp_path/'o', **wrong)
     np.savez(tmp_path/'npz'/'n0.npz', s1=np.zeros(3))
     with pytest.raises(GacError, match='no tile of 1 can be read'): convert(src, tmp_path/'o')
 
-# ---- real chips -----------------------------------------------------------------------------------------------------------------
+# ---- real chips ------------------------------------------------------------------------------------------------------
 
 def test_real_terramesh(tmp_path, real_data):
     report = convert(real_data/'terramesh_tiles', tmp_path/'out')
@@ -683,7 +702,8 @@ def test_real_terramesh(tmp_path, real_data):
     i = store.table.index[store.table['id'] == '38D_378R_2_3_104_0'][0]
     with rasterio.open(real_data/'terramesh_tiles/S1RTC/38D_378R_2_3.tif') as f:
         np.testing.assert_array_equal(store.read('s1', [i])[0], f.read()[:, 104:, :120].astype('f4'))
-        assert np.allclose(list(f.window_transform(rasterio.windows.Window(0, 104, 120, 120)))[:6], store.table['transform'][i])
+        assert np.allclose(list(f.window_transform(rasterio.windows.Window(0, 104, 120, 120)))[:6],
+                           store.table['transform'][i])
 
 def test_the_stray_offset_of_a_public_chip_is_seen(tmp_path, real_data, monkeypatch):
     swap(monkeypatch, 'gac.data.units', 'KNOWN_OFFSETS', {})
@@ -711,8 +731,8 @@ def test_real_benv2(tmp_path, real_data):
     assert (report['status'] == 'ok').all() and len(report) == 9
     store = Store(tmp_path/'out')
     assert store.table['country'].value_counts().to_dict() == dict(Ireland=3, Finland=3, Lithuania=2, Serbia=1)
-    assert store.table['split'].tolist() == ['train', 'val', 'val', 'test',
-                                             'test'] + ['train']*4 and store.table['month'].tolist() == [5, 3, 2, 9, 9, 6, 10, 4, 2]
+    assert store.table['split'].tolist() == ['train', 'val', 'val', 'test', 'test'] + ['train']*4
+    assert store.table['month'].tolist() == [5, 3, 2, 9, 9, 6, 10, 4, 2]
     vv, vh = np.median(store.read('s1', slice(None)), (2, 3)).T
     assert (vv > vh + 3).all()  # the file has VH first
     assert {t[0] for t in store.table['transform']} == {10.}
@@ -754,7 +774,8 @@ def test_a_converted_folder_is_kept_whoever_asks(tmp_path):
     run = Run.open('02_tiles', 'smoke', 0, str(tmp_path/'run'), str(tmp_path/'reports'), str(tmp_path/'npz'))
     assert real_store(run, size=96).arrays['s1'].shape == (1, 2, 96, 96)
     made = (tmp_path/'run/real/table.parquet').stat().st_mtime_ns
-    assert real_store(run).arrays['s1'].shape == (1, 2, 96, 96) and (tmp_path/'run/real/table.parquet').stat().st_mtime_ns == made
+    assert (real_store(run).arrays['s1'].shape == (1, 2, 96, 96)
+            and (tmp_path/'run/real/table.parquet').stat().st_mtime_ns == made)
     assert real_store(run, size=48).arrays['s1'].shape[0] == 4
 
 # ---- splits and several data sets in one store
@@ -763,8 +784,10 @@ def chips_at(root:Path, kms, size:int=32, **more) -> Path:
     "GeoTIFF chips along a line, their corners so many km from its beginning."
     for i, x in enumerate(kms):
         place = dict(west=6e5 + 1000.*x)
-        layouts.write_tif(root/'S1GRD'/f'c{x}.tif', layouts.radar(i, size), names=('VV', 'VH'), tags=dict(datetime='2021-07-21T08:40:10'), **place)
-        layouts.write_tif(root/'S2L2A'/f'c{x}.tif', layouts.optical(i, size), tags=dict(datetime='2021-08-23T13:22:41'), **place)
+        layouts.write_tif(root/'S1GRD'/f'c{x}.tif', layouts.radar(i, size), names=('VV', 'VH'),
+                          tags=dict(datetime='2021-07-21T08:40:10'), **place)
+        layouts.write_tif(root/'S2L2A'/f'c{x}.tif', layouts.optical(i, size), tags=dict(datetime='2021-08-23T13:22:41'),
+                          **place)
     return root
 
 @pytest.mark.parametrize('step', ['gac.data.splits.note_attributes', 'gac.data.table.write_table'])
@@ -789,22 +812,25 @@ def test_tiles_that_join_what_a_split_keeps_apart_are_taken_and_said(tmp_path, c
 
 def test_tiles_of_one_place_have_no_guard_distance_to_make_smaller(tmp_path):
     convert(layouts.npz(tmp_path/'c', 6, lambda i: dict(lon=10., lat=50.)), tmp_path/'s')
-    with pytest.raises(GacError, match='overlaps one of val or test, so all are of one place') as e: split_store(tmp_path/'s', SplitRule('random'))
+    with pytest.raises(GacError, match='overlaps one of val or test, so all are of one place') as e:
+        split_store(tmp_path/'s', SplitRule('random'))
     assert '--guard' not in str(e.value)
     with pytest.raises(GacError, match='--guard nan'): SplitRule(guard=float('nan'))
     with pytest.raises(GacError, match='--seed -1'): SplitRule(seed=-1)
 
 def test_room_between_splits_is_that_of_their_edges():
-    "Centres 1.3 km apart on the diagonal: tiles of 1.2 km that overlap. The nearest centres need not be the nearest edges."
+    "Refuse overlap by edges: tiles of 1.2 km overlap on the diagonal though their centres are 1.3 km apart."
     km = 180/np.pi/EARTH
-    table = lambda *at: pd.DataFrame(dict(split=['train', *['test']*(len(at) - 1)], lon=[x*km for x, _ in at], lat=[y*km for _, y in at]))
+    table = lambda *at: pd.DataFrame(dict(split=['train', *['test']*(len(at) - 1)], lon=[x*km for x, _ in at],
+                                          lat=[y*km for _, y in at]))
     assert split_room(table((0, 0), (.92, .92)))['train, test'] == pytest.approx(.92 - 1.2, abs=1e-4)
     assert split_room(table((0, 0), (2.5, 0), (1.9, 1.9)))['train, test'] == pytest.approx(1.9 - 1.2, abs=1e-3)
 
 def test_a_split_with_few_tiles_to_train_on_says_so_and_what_it_dropped(tmp_path, capsys):
     convert(chips_at(tmp_path/'c', range(0, 60, 2)), tmp_path/'s', size=32)
     counts = split_store(tmp_path/'s', SplitRule('random', guard=3.))
-    assert counts['train'] < 10 and f'train has {counts["train"]} tiles where 21 were asked for' in capsys.readouterr().out
+    assert (counts['train'] < 10
+            and f'train has {counts["train"]} tiles where 21 were asked for' in capsys.readouterr().out)
     Store(tmp_path/'s').ensure_array('opt_v2', (4, 32, 32), 'int16', dict(trained='feed'))
     split_store(tmp_path/'s', SplitRule('random', seed=3), overwrite=True)
     assert 'opt_v2 dropped. Train the stages that drew them anew' in capsys.readouterr().out
@@ -812,9 +838,10 @@ def test_a_split_with_few_tiles_to_train_on_says_so_and_what_it_dropped(tmp_path
 def test_a_store_is_no_folder_above_its_tiles(tmp_path):
     layouts.npz(tmp_path/'all'/'my_tiles', 2)
     for above in ('all', 'all/my_tiles/..'):
-        with pytest.raises(GacError, match='a folder above the tiles'): convert(tmp_path/'all'/'my_tiles', tmp_path/above)
+        with pytest.raises(GacError, match='a folder above the tiles'):
+            convert(tmp_path/'all'/'my_tiles', tmp_path/above)
     assert [p.name for p in (tmp_path/'all').iterdir()] == ['my_tiles']
-    convert(tmp_path/'all'/'my_tiles', tmp_path/'all'/'my_tiles'/'store'), convert(tmp_path/'all'/'my_tiles', tmp_path/'all'/'my_tiles'/'store')
+    for _ in range(2): convert(tmp_path/'all'/'my_tiles', tmp_path/'all'/'my_tiles'/'store')
     assert len(Store(tmp_path/'all'/'my_tiles'/'store')) == 2
 
 def test_advice_on_another_radar_product_can_be_followed(tmp_path):
@@ -827,11 +854,13 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_tiles_are_read(tmp_
     (tmp_path/'file').touch()
     layouts.npz(tmp_path/'c', 1)
     swap(monkeypatch, 'gac.data.convert', '_loaded', lambda job: pytest.fail('tiles were read'))
-    with pytest.raises(GacError, match=f'{tmp_path/"file"}: cannot be written to'): convert(tmp_path/'c', tmp_path/'file'/'deep'/'s')
+    with pytest.raises(GacError, match=f'{tmp_path/"file"}: cannot be written to'):
+        convert(tmp_path/'c', tmp_path/'file'/'deep'/'s')
     with monkeypatch.context() as m:
         def shut(dir): raise PermissionError(13, 'Permission denied', str(dir))
         m.setattr(tempfile, 'TemporaryFile', shut)
-        with pytest.raises(GacError, match=f'{tmp_path}: cannot be written to .Permission denied'): convert(tmp_path/'c', tmp_path/'new'/'s')
+        with pytest.raises(GacError, match=f'{tmp_path}: cannot be written to .Permission denied'):
+            convert(tmp_path/'c', tmp_path/'new'/'s')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['c', 'file'], 'nothing is left'
 
 def test_radar_arrays_that_are_named_are_never_taken_for_swapped(tmp_path):

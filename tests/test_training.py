@@ -1,4 +1,4 @@
-"Runs that are killed, checkpoints that are broken, several processes: what the training notebook cannot show in one process."
+"Check killed runs, damaged checkpoints and trainings in several processes."
 import multiprocessing
 import os
 import pickle
@@ -22,8 +22,8 @@ from gac.training.loop import Task, trainer
 from gac.training.order import Order
 from gac.training.settings import Settings
 
-SETTINGS = Settings(lr=.01, max_steps=11, batch_size=2, grad_accum_steps=2, warmup=.2, val_every=3, save_every=3, log_every=1,
-                    num_workers=0, accelerator='cpu')
+SETTINGS = Settings(lr=.01, max_steps=11, batch_size=2, grad_accum_steps=2, warmup=.2, val_every=3, save_every=3,
+                    log_every=1, num_workers=0, accelerator='cpu')
 
 
 class Tiles(Dataset):
@@ -36,11 +36,11 @@ class Tiles(Dataset):
 
 
 def vit(int8=False):
-    "A small vision transformer of timm with dropout; adapters and the head train."
+    "Build a small vision transformer of timm with dropout; adapters and the head train."
     import timm
     torch.manual_seed(5)
-    model = timm.create_model('vit_tiny_patch16_224', img_size=16, patch_size=8, in_chans=4, num_classes=1, depth=2, embed_dim=48,
-                              num_heads=3, drop_rate=.1)
+    model = timm.create_model('vit_tiny_patch16_224', img_size=16, patch_size=8, in_chans=4, num_classes=1, depth=2,
+                              embed_dim=48, num_heads=3, drop_rate=.1)
     if int8: to_int8(model, skip=('head',))
     inject_lora(model, r'blocks\.\d+\.attn\.(qkv|proj)', r=2, dropout=.1)
     unfreeze(model, r'head\.')
@@ -77,15 +77,15 @@ def _attempt(folder, settings, int8, moment, count):
 
 
 def attempt(*args):
-    "The exit code of a training in a process of its own."
+    "Train in another process and return its exit code."
     process = multiprocessing.get_context('fork').Process(target=_attempt, args=args)
     process.start()
     process.join(120)
     return process.exitcode
 
 
-DEATHS = [('training', 3, 0), ('validation', 2, 0), ('training', 9, 2), ('before last.ckpt', 1, 0), ('after best.ckpt', 1, 0),
-          ('before last.ckpt', 2, 2), ('never', 0, 0)]
+DEATHS = [('training', 3, 0), ('validation', 2, 0), ('training', 9, 2), ('before last.ckpt', 1, 0),
+          ('after best.ckpt', 1, 0), ('before last.ckpt', 2, 2), ('never', 0, 0)]
 
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork and SIGKILL')
@@ -115,14 +115,18 @@ def test_interrupted_and_called_again_equals_uninterrupted(tmp_path, capsys):
     def stopped(model, batch):
         if model.training and next(steps) == 15: os.kill(os.getpid(), signal.SIGINT)
         return step(model, batch)
-    with pytest.raises(KeyboardInterrupt): fit_model(vit(), stopped, Tiles(12), Tiles(4), SETTINGS, tmp_path/'a', name='toy')
-    assert 'toy: interrupted at step 7; step 6 is kept.' in capsys.readouterr().out and signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(KeyboardInterrupt):
+        fit_model(vit(), stopped, Tiles(12), Tiles(4), SETTINGS, tmp_path/'a', name='toy')
+    assert ('toy: interrupted at step 7; step 6 is kept.' in capsys.readouterr().out
+            and signal.getsignal(signal.SIGINT) is before)
     again = fit_model(vit(), step, Tiles(12), Tiles(4), SETTINGS, tmp_path/'a')
     whole = fit_model(vit(), step, Tiles(12), Tiles(4), SETTINGS, tmp_path/'b')
-    assert again.resumed_at == 6 and again.curve.drop(columns='gpu_memory_mb').equals(whole.curve.drop(columns='gpu_memory_mb'))
+    assert (again.resumed_at == 6
+            and again.curve.drop(columns='gpu_memory_mb').equals(whole.curve.drop(columns='gpu_memory_mb')))
 
 def test_mixed_precision_trains_adapters_on_8_bit_weights(tmp_path):
-    result = fit_model(vit(int8=True), step, Tiles(10), Tiles(6), replace(SETTINGS, precision='bf16-mixed'), tmp_path, every=0)
+    result = fit_model(vit(int8=True), step, Tiles(10), Tiles(6), replace(SETTINGS, precision='bf16-mixed'), tmp_path,
+                       every=0)
     assert result.curve.train_loss.iloc[-3:].mean() < result.curve.train_loss.iloc[:3].mean()
 
 
@@ -207,7 +211,7 @@ def test_frozen_weights_do_not_move(tmp_path):
 
 
 def test_a_checkpointed_training_is_the_same_training(tmp_path):
-    "Dropout, 8 bits, a stop and a change of mind in between: the same curve and weights, every block computed twice, nothing left behind."
+    "Stop a training with dropout and 8 bits and resume it with another setting: curve and weights stay the same."
     def trained(folder, *rounds):
         called = []
         for options in rounds:
@@ -227,7 +231,8 @@ def test_a_checkpointed_training_is_the_same_training(tmp_path):
         seen.append(model.training)
         if sum(seen) > 15: raise KeyboardInterrupt
         return step(model, batch)
-    with pytest.raises(KeyboardInterrupt): fit_model(vit(int8=True), stopped, Tiles(10), Tiles(6), SETTINGS, tmp_path/'changed', every=0)
+    with pytest.raises(KeyboardInterrupt):
+        fit_model(vit(int8=True), stopped, Tiles(10), Tiles(6), SETTINGS, tmp_path/'changed', every=0)
     changed, c, _ = trained('changed', dict(checkpointing=True))
     assert 0 < changed.resumed_at < 11 and changed.curve.train_loss.tolist() == plain.curve.train_loss.tolist()
 
@@ -245,7 +250,8 @@ def test_checkpointing_is_refused_where_no_blocks_are_named(tmp_path):
 def test_a_console_says_how_several_devices_train(monkeypatch, tmp_path, given, env, said):
     monkeypatch.setattr('sys.ps1', '>>> ', raising=False)
     for k, v in env.items(): monkeypatch.setenv(k, v)
-    with pytest.raises(GacError, match=said): fit_model(vit(), step, Tiles(10), None, replace(SETTINGS, **given), tmp_path, every=0)
+    with pytest.raises(GacError, match=said):
+        fit_model(vit(), step, Tiles(10), None, replace(SETTINGS, **given), tmp_path, every=0)
 
 
 def test_unknown_strategies_are_refused():
@@ -260,7 +266,8 @@ def test_resumed_accounts_for_every_key():
 def test_the_curve_shows_the_loss_whatever_a_step_gathers(tmp_path):
     def both(model, batch): return (terms := step(model, batch)) | dict(term=terms['loss'].detach())
     for n in (1, 3):
-        curve = fit_model(vit(), both, Tiles(12), None, replace(SETTINGS, grad_accum_steps=n, max_steps=2, val_every=2, save_every=2, log_every=1),
+        curve = fit_model(vit(), both, Tiles(12), None,
+                          replace(SETTINGS, grad_accum_steps=n, max_steps=2, val_every=2, save_every=2, log_every=1),
                     tmp_path/str(n), every=0).curve
         assert curve.train_loss.tolist() == pytest.approx(curve.train_term.tolist(), rel=1e-5), n
 

@@ -37,7 +37,7 @@ class Stage2Config:
     num_workers:int = 0 # processes that load tiles; none on Windows [0, 256]
     devices:int = 1 # GPUs of this machine (or processes, without one) that train together [1, 1024]
     num_nodes:int = 1 # machines [1, 1024]
-    strategy:str = 'auto' # how devices train together, see gac.training.settings.STRATEGIES {auto, ddp, ddp_find_unused_parameters_true, ddp_find_unused_parameters_false}
+    strategy:str = 'auto' # of Lightning {auto, ddp, ddp_find_unused_parameters_true, ddp_find_unused_parameters_false}
     val_every:int = 60 # steps between validations [1, 1000000]
     save_every:int = 60 # steps between checkpoints, a multiple of val_every [1, 1000000]
     early_stopping:bool = False # stop when validation PSNR no longer rises
@@ -47,7 +47,7 @@ class Stage2Config:
     lora_reach:str = 'attention' # layers that get adapters {attention, wider}
     load_in_8bit:bool = False # frozen linear layers in 8 bits
     unfreeze_last_n_blocks:int = 0 # blocks of the encoder that train [0, 48]
-    metadata:list[str] = field(default_factory=lambda: ['month', 'biome']) # what the refiner is told {month, biome, place}
+    metadata:list[str] = field(default_factory=lambda: ['month', 'biome']) # inputs of the refiner {month, biome, place}
     width:int = 48 # channels of the head [8, 1024]
     depth:int = 0 # its blocks for structure; 0: colour alone [0, 64]
     dropout:float = .1 # in the head [0, 1]
@@ -81,7 +81,7 @@ class Stage3Config:
     num_workers:int = 0 # processes that load tiles; none on Windows [0, 256]
     devices:int = 1 # GPUs of this machine (or processes, without one) that train together [1, 1024]
     num_nodes:int = 1 # machines [1, 1024]
-    strategy:str = 'auto' # how devices train together, see gac.training.settings.STRATEGIES {auto, ddp, ddp_find_unused_parameters_true, ddp_find_unused_parameters_false}
+    strategy:str = 'auto' # of Lightning {auto, ddp, ddp_find_unused_parameters_true, ddp_find_unused_parameters_false}
     val_every:int = 60 # steps between validations [1, 1000000]
     save_every:int = 0 # steps between checkpoints, a multiple of val_every; 0: with every validation [0, 1000000]
     early_stopping:bool = False # stop when the monitored value no longer falls

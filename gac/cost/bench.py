@@ -426,7 +426,8 @@ def run_bench(
         data, rows, precision = training_items(store, np.arange(16)), [], '16-mixed' if device == 'cuda' else '32-true'
         cases = [('Stage 2', f'{backbone}, int8', lambda: build_prithvi_refiner(backbone, load_in_8bit=True, **known),
                   stage2_step(Stage2Loss()), 1400),
-                 ('Stage 3', name, lambda: build_stage3_model(name=name, **known), stage3_step(Stage3Loss(), GroundingTraining(crop=0)), 3800)]
+                 ('Stage 3', name, lambda: build_stage3_model(name=name, **known),
+                  stage3_step(Stage3Loss(), GroundingTraining(crop=0)), 3800)]
         for stage, what, build, step, claimed in cases:
             build = functools.cache(build)  # built under the limit, then trained without and with checkpointing
             for checkpointing in (False, True):

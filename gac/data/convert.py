@@ -186,7 +186,7 @@ def convert(
     dst:str|Path, # folder of the store
     layout:str=None, # key of LAYOUTS; None: recognised
     strict:bool=False, # stop at the first refused tile
-    batch:int=32, # tiles that a stopped conversion may lose
+    batch:int=32, # tiles handed to the store at once; a stopped conversion loses at most one shard or a minute's work
     append:bool=False, # add to a store with other data sets
     **options, # fields of Options
 ) -> pd.DataFrame: # id, file, status (ok, error, excluded), reason

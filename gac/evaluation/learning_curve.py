@@ -93,8 +93,8 @@ def variant_methods(
             return {METHOD_ARRAYS[k]: f for k, f in stages.items() if k != 'Stage 1+3'}
     if variant == 'pixel head on S1 alone':
         mean = MeanBy().fit(load_tiles(store, store.rows('train')[:recipe.pairs])).predict
-        return dict(opt_v3=fit_stage3(store, mean, replace(recipe, stage3=replace(recipe.stage3, lies=0.)), out_dir/'stage3_s1', seed, see=False,
-                                      lora_r=0))
+        no_artefacts = replace(recipe, stage3=replace(recipe.stage3, lies=0.))
+        return dict(opt_v3=fit_stage3(store, mean, no_artefacts, out_dir/'stage3_s1', seed, see=False, lora_r=0))
     v1 = (opt_v1_of(run, store, store.rows('train')[:1])[0] if known
           else random_stage1(run, store, store.rows('val')[:recipe.val_tiles], seed))
     v2 = fit_stage2(store, v1, recipe, out_dir/('stage2' if known else 'stage2_random'), seed, pretrained=known)

@@ -25,8 +25,8 @@ from rasterio.errors import NotGeoreferencedWarning
 
 from ..core.files import GacError, replacing
 from ..core.vocabulary import OPT_BANDS, REFLECTANCE, S1_BANDS
-from ..data.sources import check_whole
 from ..data.raster import GDAL
+from ..data.sources import check_whole
 from ..measure.panels import white_of
 
 # %% ../../nbs/lib/products/cog.ipynb #144f3f40

@@ -265,8 +265,8 @@ def load_stage(out:Path, stage:str): # folder of checkpoints; one of PRETRAIN_ST
     state = torch.load(Path(out)/f'{stage}.ckpt', weights_only=True, map_location='cpu')
     plan = state['plan']
     if stage in LEVELS and plan['freeze'] > state['step']:
-        raise GacError(f'{out}/{stage}.ckpt: step {state["step"]} of {plan["freeze"]} after which its codes stay as '
-                       'they are. Let that stage go on first.')
+        raise GacError(f'{out}/{stage}.ckpt: step {state["step"]} of {plan["freeze"]} after which its codes stay the '
+                       'same. Continue that stage first.')
     model = build_stage(stage, plan['decoder'], plan['dates'], plan['levels'])
     model.load_state_dict(state['mean'] or state['model'])
     return model.eval().requires_grad_(False)

@@ -39,10 +39,10 @@ class PretrainPlan:
     precision: str = 'auto'  # 32-true, bf16-mixed, or auto: bf16-mixed where the device computes it natively
     workers: int = 1  # processes that draw scenes
     save_every: int = 500  # steps
-    stop: int = 0  # leave after this step, as an interruption would; 0: go on to the end
+    stop: int = 0  # end after this step, as an interruption would; 0: at the last step
     init: str = ''  # folder of finished weights to start from, as far as they fit; empty: random
     wide: float = 0.  # share of scenes from worlds other than the study's
-    dates: int = 1  # months a place is seen in
+    dates: int = 1  # months per place
     decoder: str = ''  # of a tokenizer; empty: that of mini.DECODERS
     levels: str = ''  # of the S2L2A quantiser, for its tokenizer and for the core; empty: those of mini.LEVELS
     freeze: int = 0  # steps after which a tokenizer's encoder is frozen, so that codes keep their meaning; 0: never

@@ -56,8 +56,8 @@ STAGE2_SETTINGS = Settings(monitor='val_psnr', mode='max')  # of the starting do
 
 STAGE2 = StageKind(2, REFINER_FILE, 'refiner', 'backbone', lambda m: m.encoder, lambda m: m.encoder, trained_state,
     '''Stage 2 of GAC refines an image that Stage 1 generated from radar (B02, B03, B04, B08 as reflectance, 10 m).
-Prithvi-EO-2.0 reads the image through LoRA adapters (`adapter_config.json`, `adapter_model.safetensors`, in peft's format).
-A ConvNeXt head (`refiner.safetensors`) adds a correction.''',
+Prithvi-EO-2.0 reads the image through LoRA adapters (`adapter_config.json`, `adapter_model.safetensors`, in peft's
+format). A ConvNeXt head (`refiner.safetensors`) adds a correction.''',
     '''from gac.stages.stage2 import load_stage2, refine
 
 refiner = load_stage2('FOLDER')

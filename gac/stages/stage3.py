@@ -236,8 +236,9 @@ def _trained_tensors(model:Stage3GroundingModel) -> dict[str, Tensor]:
 STAGE3 = StageKind(
     3, GROUNDING_FILE, 'model', 'name', lambda m: m.generator, lambda m: m.generator.core, _trained_tensors,
     '''Stage 3 of GAC checks an image that Stage 2 refined (B02, B03, B04, B08 as reflectance, 10 m) against its radar
-(Sentinel-1 VV and VH, dB). TerraMind reads both through LoRA adapters (`adapter_config.json`, `adapter_model.safetensors`,
-in peft's format). A head (`grounding.safetensors`) removes content that the radar does not support.''',
+(Sentinel-1 VV and VH, dB). TerraMind reads both through LoRA adapters (`adapter_config.json`,
+`adapter_model.safetensors`, in peft's format). A head (`grounding.safetensors`) removes content that the radar does
+not support.''',
     '''from gac.stages.inference import stage3_inference
 from gac.stages.stage3 import load_stage3
 

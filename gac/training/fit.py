@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..core.files import GacError, writable
+from ..core.manifest import agree_or_refuse
 from ..core.tensors import read_torch
 from ..core.vocabulary import OPT_BANDS
 from .checkpointing import checkpointed
@@ -47,14 +48,10 @@ def _check_resume(path:Path, checkpoint:dict, settings:Settings, total_steps:int
     "Refuse to continue with other settings."
     then = checkpoint.get('gac')
     if then is None: raise GacError(f'{path} was not written by this study: choose another folder.')
-    now = asdict(settings)
-    changed = [f'{k} was {v!r}, now {now.get(k)!r}' for k, v in then['settings'].items() if now.get(k) != v
-               and k not in FREE_TO_CHANGE]
-    if then['total_steps'] != total_steps:
-        changed.append(f"the training had {then['total_steps']} steps, now {total_steps}")
-    if changed:
-        raise GacError(f"{path} belongs to a training with other settings ({'; '.join(changed)}): choose another "
-                       "folder, or resume=False.")
+    saved = then['settings'] | dict(total_steps=then['total_steps'])
+    now = asdict(settings) | dict(total_steps=total_steps)
+    wanted = {k: now.get(k) for k in saved}  # an older checkpoint states fewer settings
+    agree_or_refuse(str(path), saved, wanted, 'Choose another folder, or resume=False.', free=FREE_TO_CHANGE)
 
 # %% ../../nbs/lib/training/fit.ipynb #1c52e7ae
 def _run(run:Trainer, task:Task, batches:DataLoader, checks:DataLoader|None, last:Path, name:str) -> None:
