@@ -375,7 +375,8 @@ def ensure_array(self:Store,
     z = self.arrays[name]
     agree_or_refuse(f'{self.path}: {name}', dict(shape=list(z.shape[1:]), dtype=str(z.dtype), **dict(z.attrs)),
                     dict(shape=list(shape), dtype=str(np.dtype(dtype)), **attrs),
-                    f'Use the same settings, another output name, or drop({name!r}) first.')
+                    f'Use the same settings or another output name, or replace the array (--overwrite; '
+                    f'from Python drop({name!r}) first).')
 
 # %% ../../nbs/lib/data/store.ipynb #5bbd6153
 @patch
@@ -487,7 +488,8 @@ def xarray(self:Store): # xarray.Dataset, values read when they are used
     import xarray as xr
     self.close()
     table, arrays = self._saved, set(self.arrays)
-    opened = lambda name: xr.open_zarr(self.path/'arrays', consolidated=False, chunks=None, drop_variables=arrays - {name})
+    opened = lambda name: xr.open_zarr(self.path/'arrays', consolidated=False, chunks=None,
+                                       drop_variables=arrays - {name})
     # one by one: tiles that are being added lengthen one array after the other
     data = xr.merge([opened(name).isel(tile=slice(len(table))) for name in self.arrays])
     numbers = lambda column: column.to_numpy(dtype=None if column.dtype.kind in 'if' else object)
