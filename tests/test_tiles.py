@@ -1,4 +1,5 @@
 "The tile store under faults, and the readers under every trap we know of."
+import inspect
 import json
 import os
 import pickle
@@ -130,6 +131,40 @@ def test_a_stop_before_any_step_on_the_disk_is_harmless(tmp_path, unbroken, monk
         assert not finished
         writer.work(path)
         assert writer.tree(path) == unbroken, f'stopped before step {steps} of {total}'
+
+def test_an_interrupt_at_any_line_of_an_append_is_harmless(tmp_path, monkeypatch):
+    "Ctrl-C, unlike a kill, lets `close` run: the table and the shards must agree then, and the next writer goes on."
+    monkeypatch.setattr('gac.data.shards.os.fsync', lambda f: None)
+    arrays, left, file = dict(s2=((2, 4, 4), 'uint16')), [0], inspect.getsourcefile(Store)
+    watched = ('append', '_flush_tiles', '_refresh_table', '_forget')
+    tiles = [dict(id=f't{i}', s2=np.full((2, 4, 4), i, 'u2')) for i in range(3)]
+    def trace(frame, event, arg):
+        if frame.f_code.co_filename != file or frame.f_code.co_name not in watched: return None
+        if event == 'line':
+            left[0] -= 1
+            if left[0] == 0: raise KeyboardInterrupt
+        return trace
+    def add(path):
+        store = Store(path)
+        with store: store.append(tiles[len(store):])
+    def interrupted(path, steps):
+        Store.create(path, arrays, shard=2)
+        left[0], tracer = steps, sys.gettrace()
+        sys.settrace(trace)
+        try: add(path)
+        except KeyboardInterrupt: pass
+        finally: sys.settrace(tracer)
+        return 0 if left[0] > 0 else steps
+    interrupted(tmp_path/'all', 10**6)
+    total = 10**6 - left[0]
+    for steps in range(1, total):
+        path = tmp_path/f's{steps}'
+        assert interrupted(path, steps)
+        there = Store(path)
+        assert there.table['id'].tolist() == [f't{i}' for i in range(len(there))], f'step {steps} of {total}'
+        assert (there.read('s2', slice(None))[:, 0, 0, 0] == np.arange(len(there))).all()
+        add(path)
+        assert writer.tree(path) == writer.tree(tmp_path/'all'), f'step {steps} of {total}'
 
 def test_tiles_of_a_stopped_writer_do_not_come_back(tmp_path):
     "A writer that is stopped before the table leaves chunks and room for them; the next one begins with other tiles."

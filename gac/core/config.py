@@ -67,7 +67,7 @@ class Stage3Config:
     name:str = 'terramind_mini_generate' # generator, as `gac info` lists them
     pairs:int = 0 # training pairs, the first of the train split; 0: all [0, 1000000]
     val_tiles:int = 0 # validation tiles that steer the training; 0: all [0, 100000]
-    route:str = 'features' # what opt_v3 is made by {features, tokens, soft}
+    route:str = 'features' # route of opt_v3 {features, tokens, soft}
     epochs:float = 50. # passes over the pairs, where steps is 0
     steps:int = 240 # optimizer steps; 0: as many as epochs needs
     frozen:float = .97 # share of the steps in which the adapters rest [0, 1]
@@ -86,7 +86,7 @@ class Stage3Config:
     save_every:int = 0 # steps between checkpoints, a multiple of val_every; 0: with every validation [0, 1000000]
     early_stopping:bool = False # stop when the monitored value no longer falls
     early_stopping_patience:int = 10 # validations without a fall [1, 10000]
-    select:str = 'both' # what decides which checkpoint and strength are best {gap, raw, psnr, both}
+    select:str = 'both' # criterion of the best checkpoint and residual scale {gap, raw, psnr, both}
     lora_rank:int = 8 # rank of the adapters; 0: none [0, 1024]
     lora_alpha:int = 16 # their scale is alpha/rank
     strength:bool = True # choose on validation how much of the correction is applied; else all of it
@@ -174,12 +174,12 @@ class PrecomputeConfig(TilesetConfig):
     timesteps:int = 10 # diffusion steps [1, 1000]
     tokens:str = 'sample' # how a code is chosen {sample, argmax, expected}
     clamp:str = 'pretraining' # range of each step's estimate {pretraining, off}
-    n_samples:int = 1 # images drawn and averaged [1, 64]
+    n_samples:int = 1 # images generated and averaged [1, 64]
     seed:int = 0 # seed of everything random [0, inf]
     name:str = 'terramind_mini_generate' # generator, as `gac info` lists them
     input:str = '' # S1GRD or S1RTC; empty: the product of the tiles
     output:str = 'opt_v1' # name of the new array
-    precision:str = '32-true' # what the generator's weights are held in {32-true, bf16-true, 16-true}
+    precision:str = '32-true' # of the generator's weights {32-true, bf16-true, 16-true}
     compile:bool = False # run the diffusion decoder through torch.compile: a minute at the start
     direct:str = '' # output folder of gac distill: a decoder without diffusion replaces the diffusion decoder
 

@@ -268,8 +268,8 @@ def _say_split(store:Store, rule:SplitRule) -> None:
     for name, share in (('train', 1 - rule.val - rule.test), ('val', rule.val), ('test', rule.test)):
         n = int((store.table['split'] == name).sum())
         if n < share*len(store)/2:
-            print(f'{name} has {n} tiles where {share*len(store):.0f} were asked for: the groups are large, or the '
-                  'guard distance is', flush=True)
+            print(f'{name} has {n} tiles where {share*len(store):.0f} were asked for: the groups or the '
+                  'guard distance are large for this store', flush=True)
     room = split_room(store.table, tile_side(store))
     if room:
         print('nearest tiles of two splits: ' + '; '.join(f'{pair} {km:.3g} km' for pair, km in room.items()),

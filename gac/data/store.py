@@ -119,8 +119,11 @@ def _refresh_table(self:Store) -> None:
     "Read table.parquet again if it has changed."
     stat = (self.path/'table.parquet').stat()
     if self._stamp != (stamp := (stat.st_ino, stat.st_mtime_ns, stat.st_size)):
-        self._saved, self._stamp = read_table(self.path/'table.parquet', COLUMNS), stamp
-        self._ids = {*self._saved['id'], *(t['id'] for t in self._new)}
+        saved = read_table(self.path/'table.parquet', COLUMNS)
+        ids = {*saved['id']}
+        new = [t for t in self._new if t['id'] not in ids]
+        # at one stroke: an interrupted flush is repeated by `close` and must find rows either saved or new
+        self._saved, self._new, self._stamp, self._ids = saved, new, stamp, ids.union(t['id'] for t in new)
 
 # %% ../../nbs/lib/data/store.ipynb #f52cabfe
 @patch
@@ -150,7 +153,8 @@ def _close_writers() -> None:
 def _sweep(self:Store, array:str) -> None:
     "Remove what a stopped writer left: temporary files, and room for tiles that are not in the table."
     folder = self.path/'arrays' if array == 'tiles' else self.path/'arrays'/array
-    for path in folder.rglob('*.part*'): path.unlink(missing_ok=True)
+    with self.locks.moment():  # nobody declares an array meanwhile
+        for path in [*folder.rglob('*.part*'), *(self.path/'arrays').glob('*.part*')]: path.unlink(missing_ok=True)
     if array == 'tiles': self._resize(len(self), shrink=True)
 
 @patch
@@ -193,9 +197,8 @@ def _flush_tiles(self:Store,
         for name in self.attrs['tiles']: self._write_shards(name, range(start, end), keep=start)
         new = table_frame(self._new[:end - start])
         write_table(self.path, pd.concat([self._saved, new], ignore_index=True) if start else new)
-        self._new = self._new[end - start:]
-        for name in self.attrs['tiles']: self._forget(name, range(start, end))
         self._refresh_table()
+        for name in self.attrs['tiles']: self._forget(name, range(start, end))
     self._since = time.monotonic()
 
 @patch
@@ -203,7 +206,7 @@ def _flush(self:Store) -> None:
     "Write all that was collected."
     self._flush_tiles(len(self))
     for name, tiles in self.collected.items():
-        self._write_shards(name, tiles)
+        self._write_shards(name, [r for r in tiles if r < len(self)])  # an interrupted `append` leaves more
         tiles.clear()
     self._since = time.monotonic()
 
@@ -372,7 +375,8 @@ def ensure_array(self:Store,
     z = self.arrays[name]
     agree_or_refuse(f'{self.path}: {name}', dict(shape=list(z.shape[1:]), dtype=str(z.dtype), **dict(z.attrs)),
                     dict(shape=list(shape), dtype=str(np.dtype(dtype)), **attrs),
-                    f'Use the same settings, another output name, or drop({name!r}) first.')
+                    f'Use the same settings or another output name, or replace the array (--overwrite; '
+                    f'from Python drop({name!r}) first).')
 
 # %% ../../nbs/lib/data/store.ipynb #5bbd6153
 @patch
@@ -483,8 +487,11 @@ def xarray(self:Store): # xarray.Dataset, values read when they are used
     "Return the store as one Dataset: arrays as variables, the table as coordinates, bands by name."
     import xarray as xr
     self.close()
-    data, table = xr.open_zarr(self.path/'arrays', consolidated=False, chunks=None), self._saved
-    if data.sizes.get('tile', 0) > len(table): data = data.isel(tile=slice(len(table)))  # tiles that are being added
+    table, arrays = self._saved, set(self.arrays)
+    opened = lambda name: xr.open_zarr(self.path/'arrays', consolidated=False, chunks=None,
+                                       drop_variables=arrays - {name})
+    # one by one: tiles that are being added lengthen one array after the other
+    data = xr.merge([opened(name).isel(tile=slice(len(table))) for name in self.arrays])
     numbers = lambda column: column.to_numpy(dtype=None if column.dtype.kind in 'if' else object)
     coords = {c: ('tile', numbers(table[c])) for c in table.columns if c != 'transform'}
     coords['transform'] = (('tile', 'affine'), np.array(table['transform'].tolist(), float).reshape(-1, 6))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['imports_of', 'module_file', 'package_of', 'modules_used', 'dependencies_of', 'code_of', 'Stage', 'parameter_files',
-           'outputs', 'begin_draft', 'publish_draft', 'chain_notebooks', 'pick_notebook', 'short_digest', 'claim_name',
+           'outputs', 'short_digest', 'begin_draft', 'publish_draft', 'chain_notebooks', 'pick_notebook', 'claim_name',
            'folders_of', 'plan']
 
 # %% ../../nbs/lib/runner/plan.ipynb #4e5b9790
@@ -155,6 +155,11 @@ def outputs(stage:str, runs:Path, reports:Path) -> list[Path]:
             *(reports/'figures'/f'{n}.{s}' for n in record.get('figures', {}) for s in ('png', 'svg')),
             *(runs/a for a in record.get('artefacts', [])), reports/'notebooks'/f'{stage}.ipynb']
 
+# %% ../../nbs/lib/runner/plan.ipynb #c230fad9
+def short_digest(what, n:int=8) -> str:
+    "Return a short digest of a path or of settings."
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:n]
+
 # %% ../../nbs/lib/runner/plan.ipynb #ebcd1bd8
 # parts of a report, the page last
 _PARTS = ('tables', 'figures', 'notebooks', 'configs', 'provenance.json', 'index.html')
@@ -224,11 +229,6 @@ def pick_notebook(names:list[str], wanted:str, option:str) -> int:
     if len(found) > 1 and option == '--only': raise GacError(f'{option} {wanted}: which of {", ".join(found)}?')
     if found: return names.index(found[0])
     raise GacError(f'{option} {wanted}: no such notebook. {did_you_mean(wanted, names)}')
-
-# %% ../../nbs/lib/runner/plan.ipynb #c230fad9
-def short_digest(what, n:int=8) -> str:
-    "Return a short digest of a path or of settings."
-    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:n]
 
 # %% ../../nbs/lib/runner/plan.ipynb #e16b1077
 def _data_name(data:str) -> str: # relative to the root

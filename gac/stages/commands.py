@@ -148,6 +148,7 @@ def open_inputs(
     check_place(output_dir)
     return store, place, paired_rows(store, place, array)
 
+# %% ../../nbs/lib/stages/commands.ipynb #3e941044
 def training_report(
     fit, # fit.Fit
     card:dict, # of the checkpoint

@@ -144,15 +144,16 @@ def _renamed(
                        'train it with these settings, or by gac.stages.stage2 and gac.stages.stage3.')
     return {names[k]: v for k, v in recorded.items() if k in names}
 
-# values of a model that was built without stating them
-_HEAD2, _HEAD3 = dict(width=48, depth=3, dropout=.1), dict(timesteps=10, taps=4, width=48, depth=3, dropout=.1)
-_NO_SETTING = ('seed', 'monitor', 'mode', 'log_every', 'clip', 'deterministic', 'accelerator')  # of every training
-
 def recorded_loss2(
     card:Mapping, # of a checkpoint of Stage 2 or of a U-Net
 ) -> dict: # field of LOSS2_FIELDS -> weight
     "Return the weights of the loss of a trained Stage 2."
     return _renamed(card.get('loss') or {}, _LOSS2)
+
+# %% ../../nbs/lib/stages/recipes.ipynb #a3446a54
+# values of a model that was built without stating them
+_HEAD2, _HEAD3 = dict(width=48, depth=3, dropout=.1), dict(timesteps=10, taps=4, width=48, depth=3, dropout=.1)
+_NO_SETTING = ('seed', 'monitor', 'mode', 'log_every', 'clip', 'deterministic', 'accelerator')  # of every training
 
 def recorded_stage2(
     card:Mapping, # of a checkpoint of Stage 2
@@ -162,6 +163,7 @@ def recorded_stage2(
                         | _renamed(card['settings'], _LOOP, _NO_SETTING) | recorded_loss2(card)
                         | dict(pairs=int(card['pairs']), crop=int(card.get('crop', 64))))
 
+# %% ../../nbs/lib/stages/recipes.ipynb #84302afc
 def recorded_stage3(
     manifest:Mapping, # made.json of a training of Stage 3
 ) -> Stage3Config:

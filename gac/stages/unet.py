@@ -69,6 +69,12 @@ def unet_step(
     return step
 
 # %% ../../nbs/lib/stages/unet.ipynb #6d4e021d
+def _digest(state) -> str: # name -> tensor
+    "Return a digest of the initial weights."
+    digest = hashlib.sha256()
+    for k, v in sorted(state.items()): digest.update(k.encode() + v.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
 def train_unet(
     model:UNet, # trained in place; holds the best weights on return
     train:Dataset, # of dicts: s1, truth, month, biome; opt_v1 if it is an input
@@ -98,12 +104,6 @@ def train_unet(
     return fit
 
 # %% ../../nbs/lib/stages/unet.ipynb #b4850cd7
-def _digest(state) -> str: # name -> tensor
-    "Return a digest of the initial weights."
-    digest = hashlib.sha256()
-    for k, v in sorted(state.items()): digest.update(k.encode() + v.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
 def load_unet(
     folder, # of a training
 ) -> tuple: # UNet in evaluation mode, card
