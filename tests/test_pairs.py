@@ -114,6 +114,14 @@ def test_splits_do_not_leak_and_follow_the_seed(by):
     if by != 'random': assert table[500:].groupby('scene')['split'].nunique().eq(1).all()
     if by == 'place': assert GUARD not in counts  # whole places go together, so none is near another split
 
+def test_a_store_without_tiles_takes_other_options(tmp_path):
+    chips(tmp_path/'c', 2)
+    report = convert(tmp_path/'c', tmp_path/'s', size=120)
+    assert report.status.tolist() == ['error']*2 and not len(Store(tmp_path/'s'))
+    convert(tmp_path/'c', tmp_path/'s', size='auto')
+    assert len(Store(tmp_path/'s')) == 2
+    with pytest.raises(GacError, match='made with other settings'): convert(tmp_path/'c', tmp_path/'s', size=32)
+
 def test_a_split_is_written_and_not_replaced_unasked(tmp_path, capsys):
     layouts.npz(tmp_path/'c', 20, lambda i: dict(lon=10 + i*.4, lat=50., month=6))
     convert(tmp_path/'c', tmp_path/'s')

@@ -31,7 +31,7 @@ from gac.data.convert import convert
 from gac.data.geotiff import _geotiff_source
 from gac.data.layouts import LAYOUTS, recognise
 from gac.data.places import EARTH
-from gac.data.shards import FORMAT
+from gac.data.shards import FORMAT, resize_array
 from gac.data.splits import SplitRule, split_room, split_store
 from gac.data.store import Store
 from gac.data.stores import from_world, real_store, study_store, training_store
@@ -351,6 +351,15 @@ def test_xarray_writes_what_was_collected(tmp_path):
     data = store.xarray()
     np.testing.assert_array_equal(data['s2'].values, store.read('s2', slice(None)))
     assert data['id'].values.tolist() == [f't{i:03d}' for i in range(5)] and data['transform'].values[3, 2] == 6e5 + 3
+
+def test_xarray_reads_a_store_whose_arrays_were_lengthened_in_part(tmp_path):
+    "A writer that is killed while the arrays grow leaves them of unequal length."
+    with Store.create(tmp_path/'s', writer.ARRAYS, shard=8) as store:
+        store.append([writer.record(i) for i in range(3)])
+    resize_array(tmp_path/'s'/'arrays'/'s2', 8, 8)
+    data = Store(tmp_path/'s').xarray()
+    assert data.sizes['tile'] == 3 and set(data) == {'s1', 's2'}
+    np.testing.assert_array_equal(data['s2'][2], writer.record(2)['s2'])
 
 def test_padding_and_cropping_are_exact():
     rng = np.random.default_rng(0)

@@ -51,10 +51,9 @@ def in_range(
 ) -> Callable: # type of an option
     "Return a type for the numbers that a setting allows."
     kind = dict(int=int, float=float)[re.split(r'[ |]', p.kind)[0]]
-    wanted = f'{p.low:g} or more' if p.high == float('inf') else f'{p.low:g} to {p.high:g}'
     def number(text):
         value = kind(text)
-        if not p.low <= value <= p.high: raise argparse.ArgumentTypeError(f'{text}: expected {wanted}')
+        if not p.low <= value <= p.high: raise argparse.ArgumentTypeError(f'{text}: expected {p.limits}')
         return value
     number.__name__ = kind.__name__
     return number

@@ -28,6 +28,12 @@ class Parameter:
     high:float = float('inf') # largest value allowed
     choices:tuple = ()
 
+    @property
+    def limits(self) -> str: # e.g. 1 to 512, 0 or more
+        "Return the allowed numbers for a message."
+        if self.high < float('inf'): return f'{self.low:g} to {self.high:g}'
+        return f'{self.low:g} or more' if self.low > float('-inf') else 'a number'
+
 # %% ../../nbs/lib/core/parameters.ipynb #cca15e15
 _NUMBER = r'[-+]?(?:\d[\d_]*\.?\d*(?:[eE][-+]?\d+)?|inf)'
 
@@ -103,5 +109,5 @@ def check_value(
         if p.choices and v not in p.choices and v != p.default:
             raise GacError(f'{where}: {p.name} is {v!r}, expected one of {", ".join(p.choices)}.')
         if isinstance(v, (int, float)) and not p.low <= v <= p.high:
-            raise GacError(f'{where}: {p.name} is {v!r}, expected {p.low:g} to {p.high:g}.')
+            raise GacError(f'{where}: {p.name} is {v!r}, expected {p.limits}.')
     return value

@@ -9,6 +9,7 @@ __all__ = ['STALE', 'auto_size', 'frequent_reasons', 'Part', 'convert', 'options
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -212,6 +213,10 @@ def convert(
     looked, store, units, prefix, ecoregions = ([], None, None, '', read_ecoregions(opt.ecoregions) if opt.ecoregions
                                                 else None)
     there = (dst/'table.parquet').exists()
+    if there and not append and not len(Store(dst)):  # nothing was converted: other options may begin again
+        (dst/'table.parquet').unlink()
+        shutil.rmtree(dst/'arrays')
+        there = False
     def look():
         if not looked: looked.extend(_samples(jobs, 64 if asked.size == 'auto' else 16))
         return looked

@@ -103,10 +103,11 @@ def windows(
     w:int, # width of the image, px
     size:int, # side of a tile, px
 ) -> list: # (row, column) of the upper left corner of each tile
-    "Return the fewest windows that cover an image."
+    "Return the fewest windows that cover an image, but for a border of under a tenth of a tile."
     if min(h, w) < size:
         raise GacError(f'{h}×{w} px is smaller than a tile of {size} px. Say --tile-size {min(h, w)} or less, or auto.')
-    starts = lambda n: [min(i*size, n - size) for i in range(-(-n//size))]
+    count = lambda n: n//size + (10*(n % size) >= size)
+    starts = lambda n: [min(i*size, n - size) for i in range(count(n))]
     return [(r, c) for r in starts(h) for c in starts(w)]
 
 # %% ../../nbs/lib/data/readers.ipynb #7c592c5a

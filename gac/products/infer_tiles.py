@@ -183,6 +183,8 @@ def run_infer(
         tiling = Tiling(config.tile_size, config.overlap, max(config.block, config.tile_size), config.overlap, True)
         # before the models are loaded
         open_scene(source, config.s1_units, config.s1_bands, False, config.s1_scale), writable(Path(output).parent)
+        if not config.s1_product:
+            print(f'{source.name}: radar taken as S1GRD (--s1-product S1RTC for terrain-corrected radar)', flush=True)
         return infer_scene(source, output, chain(config.s1_product or 'S1GRD'), tiling, config)
     more = dict(s1_units=config.s1_units, s1_bands=tuple(config.s1_bands), s1_scale=config.s1_scale,
                 s1_product=config.s1_product) if not (source/'table.parquet').exists() else {}

@@ -7,6 +7,7 @@ __all__ = ['SPLIT_OF', 'OF_RUN', 'TRAINING', 'FEW_PAIRS', 'taken', 'uses', 'desc
            'look', 'as_text']
 
 # %% ../../nbs/lib/runner/given.ipynb #01f1fe59
+import re
 import tempfile
 from pathlib import Path
 
@@ -62,7 +63,8 @@ def describe_set(
     "Describe a data set; refuse an empty one."
     there = {s: len(store.rows(s)) for s in SPLITS}
     if not len(store):
-        raise GacError(f'{name}: no tile could be read: {first_reasons(store.path)}. Nothing was run.')
+        why = re.sub(r'--tile-size (\d+)( or less, or auto)?', r'--set tile_size=\1', first_reasons(store.path))
+        raise GacError(f'{name}: no tile could be read: {why}. Nothing was run.')
     side, bands = store.arrays['s2'].shape[-1], store.arrays['s2'].shape[1]
     has = [k for k, what in dict(lulc='land cover', dem='elevation').items() if k in store.arrays]
     lines = [f'{name}: {", ".join(f"{n} {s}" for s, n in there.items())} tiles of {side} px from '
