@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRETRAIN_STAGES', 'FILES', 'FIRST_HELD_OUT', 'N', 'RECIPES', 'LOSS_WEIGHTS', 'PretrainPlan', 'Scenes', 'standardise',
-           'model_inputs', 'band_weights', 'diffusion_times', 'keep_dimensions', 'quantised', 'divae_loss',
-           'vqvae_loss', 'seen_dates', 'reconstruct', 'patch_error', 'prithvi_loss', 'masked_input', 'core_batch',
-           'tokenise', 'core_loss', 'reflectance_of']
+           'reflectance_of', 'model_inputs', 'band_weights', 'diffusion_times', 'keep_dimensions', 'quantised',
+           'divae_loss', 'vqvae_loss', 'seen_dates', 'reconstruct', 'patch_error', 'prithvi_loss', 'masked_input',
+           'core_batch', 'tokenise', 'core_loss']
 
 # %% ../../nbs/lib/stages/pretrain_objectives.ipynb #37fb918a
 import random
@@ -79,6 +79,12 @@ def standardise(x, # (B,C,H,W) in DN, dB, m or NDVI
     "Standardise one modality by the statistics of the miniatures."
     mean, std = (torch.tensor(v, dtype=torch.float32)[:, None, None] for v in MINI_STATS[key])
     return (torch.as_tensor(np.asarray(x, dtype=np.float32))-mean)/std
+
+# %% ../../nbs/lib/stages/pretrain_objectives.ipynb #3edce50b
+def reflectance_of(scene:dict, bands=S2_BANDS) -> torch.Tensor: # (B,C,H,W)
+    "Return the reflectance of a batch of scenes."
+    return torch.from_numpy(np.asarray(scene['s2'])[:,
+                                                    [S2_BANDS.index(b) for b in bands]].astype(np.float32)*REFLECTANCE)
 
 # %% ../../nbs/lib/stages/pretrain_objectives.ipynb #79b80214
 def model_inputs(scene:dict, # batch of scenes from stream.draw_batch
@@ -217,6 +223,7 @@ RECIPES = (  # probability, shown tokens per input, predicted tokens per output
 )
 LOSS_WEIGHTS = dict(zip(KEYS.values(), (1., .3, .15)))
 
+# %% ../../nbs/lib/stages/pretrain_objectives.ipynb #95d3150e
 def masked_input(value, shown, asked):  # token ids or image, number of shown and of predicted tokens
     "Return one modality in the form of `TerraMind.forward`; shown tokens are never predicted."
     B = len(value); order = torch.rand(B, N, device=value.device).argsort(1).argsort(1)
@@ -258,9 +265,3 @@ def core_loss(core, tokenizers, d): # TerraMind; tokenizers by name; batch of in
     mod_dict, n_in, n_out = core_batch(d, tokens, recipe)
     _, losses = core(mod_dict, n_in, n_out)
     return sum(LOSS_WEIGHTS[k]*v.mean() for k, v in losses.items()), {k: v.item() for k, v in losses.items()}
-
-# %% ../../nbs/lib/stages/pretrain_objectives.ipynb #3edce50b
-def reflectance_of(scene:dict, bands=S2_BANDS) -> torch.Tensor: # (B,C,H,W)
-    "Return the reflectance of a batch of scenes."
-    return torch.from_numpy(np.asarray(scene['s2'])[:,
-                                                    [S2_BANDS.index(b) for b in bands]].astype(np.float32)*REFLECTANCE)
