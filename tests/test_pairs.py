@@ -239,7 +239,7 @@ def test_convert_takes_real_chips_smaller_than_a_tile(tmp_path, real_data, capsy
     report = convert(src, tmp_path/'s')
     assert (report.status == 'error').all()
     assert '6 × 96×93 px is smaller than a tile of 120 px. Say --tile-size 93' in capsys.readouterr().out
-    assert (convert(src, tmp_path/'auto', size='auto').status == 'ok').sum() >= 10
+    assert (convert(src, tmp_path/'auto', size='auto').status == 'ok').sum() == 6  # one tile of each, no near copies
     assert Store(tmp_path/'auto').attrs['size'] == 93
 
 def test_a_name_with_accents_and_spaces_is_taken(tmp_path):
