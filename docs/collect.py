@@ -25,10 +25,13 @@ def clean(notebook:dict) -> dict:
     notebook['metadata']['language_info'] = {'name': 'python', 'pygments_lexer': 'ipython3'}
     return dict(notebook, cells=kept)
 
-def copy_notebook(path:Path, to:Path) -> None:
-    "Write a cleaned copy of a notebook."
+def copy_notebook(path:Path, to:Path, dest:Path) -> None: # dest: root of the sources
+    "Write a cleaned copy of a notebook whose links hold at its new place."
     to.parent.mkdir(parents=True, exist_ok=True)
-    to.write_text(json.dumps(clean(json.loads(path.read_text(encoding='utf-8')))), encoding='utf-8')
+    text = json.dumps(clean(json.loads(path.read_text(encoding='utf-8'))))
+    home = os.path.relpath(dest, to.parent)
+    text = text.replace('](../docs/', f']({home}/').replace('](lib/', f']({home}/nbs/lib/')
+    to.write_text(text, encoding='utf-8')
 
 def notebooks() -> list[Path]:
     "Return the notebooks of the study and of the library."
@@ -179,7 +182,7 @@ def report_pages(folder:Path, dest:Path) -> None:
     name = folder.relative_to(ROOT).as_posix()
     if (folder/'figures').exists(): shutil.copytree(folder/'figures', dest/name/'figures')
     notebooks = sorted(p for p in (folder/'notebooks').glob('*.ipynb') if not p.name.endswith('.failed.ipynb'))
-    for p in notebooks: copy_notebook(p, dest/name/'notebooks'/p.name)
+    for p in notebooks: copy_notebook(p, dest/name/'notebooks'/p.name, dest)
     parts = [f'# Report {name.removeprefix("reports/")}',
              f'Tables and figures as one run wrote them: {about["platform"]}, {about["cores"]} cores, '
              f'{about["device"]}; Python {about["python"]}, '
@@ -231,7 +234,7 @@ def collect(dest:Path) -> None:
     for name in ('LICENSE', 'CITATION.cff'): shutil.copy(ROOT/name, dest/name)
     (dest/'data').mkdir()
     shutil.copy(ROOT/'data'/'README.md', dest/'data'/'README.md')
-    for p in notebooks(): copy_notebook(p, dest/p.relative_to(ROOT))
+    for p in notebooks(): copy_notebook(p, dest/p.relative_to(ROOT), dest)
     for p in reports(): report_pages(p, dest)
     (dest/'api').mkdir()
     for name in all_modules(): (dest/'api'/f'{name}.md').write_text(api_page(name), encoding='utf-8')
