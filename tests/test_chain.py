@@ -412,7 +412,8 @@ def test_verify(house, monkeypatch, capsys):
     (house/'reports/real/some_chips/tables').mkdir(parents=True)
     verify('toy')
     printed = capsys.readouterr().out
-    assert 'reports/real/some_chips: skipped' in printed and 'reports/toy/tables/results: as committed' in printed
+    assert 'reports/real/some_chips: skipped' in printed
+    assert 'reports/toy/tables/results: byte for byte; conclusions hold' in printed
     assert 'efficiency' not in printed
     table, times = (house/f'reports/toy/tables/{name}.csv' for name in ('results', 'efficiency_routes'))
     times.write_text(times.read_text().replace('30.0000', '99.0000'))  # another machine is slower
@@ -423,7 +424,10 @@ def test_verify(house, monkeypatch, capsys):
     assert compare(True) == {'results': ['row 2, psnr: 30.0000, expected 31.0000']}
     table.write_text(table.read_text().replace('20.0400', '21.0000'))
     with pytest.raises(GacError, match='reports/toy/tables/results: row 1, psnr: 20.0000, expected 21.0000'):
-        verify('toy')
+        verify('toy', digits=True)
+    verify('toy', report=str(house/'runs/verify/0-report'))
+    printed = capsys.readouterr().out
+    assert 'Digits hold for 0 of 1 tables, 0 of them byte for byte; conclusions for 1 of 1.' in printed
     with pytest.raises(GacError, match='has no tables'): verify('mini')
 
 def test_notebooks_that_run_alone_never_meet(tmp_path, monkeypatch):

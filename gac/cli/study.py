@@ -62,13 +62,15 @@ def parameters(notebook):
             if p.name not in RUNNER_SETS: print(f'  {p.name}: {p.kind} = {p.default!r}  # {p.help}')
 
 # %% ../../nbs/lib/cli/study.ipynb #65b14242
-@command(PROFILE)
-def verify(profile):
-    """Run the study again and compare its tables with the committed report.
-Tolerances are those of nbs/params/tolerances.yaml. Rows on real chips are compared where GAC_REAL_DATA names their
-folder."""
+@command(PROFILE, opt('--digits', action='store_true', help='differing digits are an error as well'),
+         opt('--report', default='', metavar='DIR', help='judge a finished report; empty: run the study again'))
+def verify(profile, digits, report):
+    """Run the study again and compare its tables with the committed report, in digits and in conclusions.
+Digits have the tolerances of nbs/params/tolerances.yaml. Conclusions are signs, verdicts, intervals that overlap and
+the order of methods: they must hold, also on another processor. Rows on real chips are compared where GAC_REAL_DATA
+names their folder."""
     from gac.runner.verify import verify
-    verify(profile)
+    verify(profile, digits=digits, report=report)
 
 # %% ../../nbs/lib/cli/study.ipynb #51f6f01d
 @command(opt('--reports', default='reports/mini', metavar='DIR', help='folder of a report, with tables/'))
