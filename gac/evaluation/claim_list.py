@@ -27,7 +27,7 @@ def load_claims(
         for e in entries:
             if odd := sorted(e.keys() - names):
                 raise GacError(f'{path}: {e.get("claim", about)}: no field {odd[0]!r}. {did_you_mean(odd[0], names)}')
-            reads = {k: _cells(e.get(k, ())) for k in ('reads', 'otherwise', 'card')}
+            reads = {k: _cells(e.get(k, ())) for k in ('reads', 'otherwise', 'card', 'limit')}
             given = dict(low=None, high=None, unit='') | e | reads | dict(needs=tuple(e.get('needs', ())))
             found.append(Claim(about, **given))
     return tuple(found)

@@ -84,7 +84,7 @@ def decided(
     verdict:str, # cell of a verdict column
 ) -> str: # '' where it decides nothing
     "Return the part of a verdict that decides."
-    last = verdict.rpartition('; the miniature ')[2]
+    last = re.split('; (?:of )?the miniature,? ', verdict)[-1].partition(', measured on ')[0]
     return '' if last in MISSING or any(u in last for u in UNDECIDED) else last
 
 def broken_interval(
