@@ -34,7 +34,13 @@ def scheduler_for(
     plain = config.sample_max_value == 1  # the quantile is limited to 1, so thresholding is clipping
     clip, threshold = config.clip_sample or (config.thresholding and plain), config.thresholding and not plain
     if clamp == 'off': clip = threshold = False
-    return type(tokenizer.noise_scheduler).from_config(config, clip_sample=clip, thresholding=threshold)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # the schedule's square roots; rounded, every processor has the same digits
+    try: scheduler = type(tokenizer.noise_scheduler).from_config(config, clip_sample=clip, thresholding=threshold)
+    finally: torch.set_default_dtype(default)
+    scheduler.alphas_cumprod, scheduler.final_alpha_cumprod = (
+        x.to(default) for x in (scheduler.alphas_cumprod, scheduler.final_alpha_cumprod))
+    return scheduler
 
 # %% ../../nbs/lib/models/diffusion.ipynb #da27c674
 def diffuse(

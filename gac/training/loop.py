@@ -62,7 +62,9 @@ class Task(LightningModule):
     def configure_optimizers(self) -> dict:
         free = [p for p in self.parameters() if p.requires_grad]
         if not free: raise GacError('Nothing to train: every parameter is frozen.')
-        optimizer = torch.optim.AdamW(free, lr=self.settings.lr, weight_decay=self.settings.weight_decay)
+        # the fused step takes IEEE square roots; the other one takes MKL's, whose last digit depends on the processor
+        optimizer = torch.optim.AdamW(free, lr=self.settings.lr, weight_decay=self.settings.weight_decay,
+                                      fused=all(p.device.type == 'cpu' for p in free) or None)
         return {'optimizer': optimizer,
                 'lr_scheduler': {'scheduler': cosine_warmup(optimizer, self.total_steps, self.settings.warmup),
                                  'interval': 'step'}}
