@@ -26,8 +26,8 @@ from ..measure.metrics import mae, mse
 from ..measure.tables import stored_method
 from .grounding import Stage3GroundingModel, build_stage3_model, check_inputs
 from .stage1 import grid_store
-from .stage2 import opt_v2_of
-from .stage3 import STAGE3, load_stage3, read_stage3
+from .stage2_inference import opt_v2_of
+from .stage3_checkpoint import STAGE3, load_stage3, read_stage3
 from .tileset import Workload, read_radar
 from .trained import precompute_trained
 from ..training.int8 import weigh_memory
