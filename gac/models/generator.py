@@ -254,7 +254,13 @@ def codes(self:Generator,
     return codes.movedim(-1, 1).unflatten(-1, (side, side))
 
 @patch
-def _image(self:Generator, codes:Tensor, key:str, timesteps:int, clamp:str, generators:Sequence[torch.Generator]) -> Tensor:
+def _image(self:Generator,
+    codes:Tensor, # (B,L,h,w)
+    key:str, # of the modality
+    timesteps:int, # diffusion steps
+    clamp:str, # limit of the predicted image, one of CLAMPS
+    generators:Sequence[torch.Generator], # one per tile
+) -> Tensor: # (B,C,H,W), standardised
     "Decode codes to the tokenizer's standardised image."
     tok = self.core.tokenizer[key]
     if self.direct is not None and key == self.outputs.get('S2L2A'):
