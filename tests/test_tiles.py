@@ -248,6 +248,12 @@ def test_a_journal_in_a_folder_that_is_read_only_is_read_where_it_is(tmp_path, m
     assert len(store) == 21 and store.table['id'].tolist() == [f't{i:03d}' for i in range(21)]
     np.testing.assert_array_equal(store.read('s1', [20])[0], writer.record(20)['s1'])
     np.testing.assert_array_equal(store.read('opt_v1', [4, 9]), writer.drawn([4, 9]))
+    data = store.xarray()
+    assert data.sizes['tile'] == 21 and data['id'].values.tolist() == store.table['id'].tolist()
+    for name in writer.ARRAYS:
+        np.testing.assert_array_equal(data[name].values, store.read(name, slice(None)))
+    np.testing.assert_array_equal(data['opt_v1'].values[[1, 4, 9]], writer.drawn([1, 4, 9]))
+    assert data['opt_v1'].values[20].max() == 0  # without a value
     del store
     assert writer.tree(path) == before
 
@@ -523,6 +529,14 @@ def test_a_stopped_conversion_goes_on_with_the_same_bytes(tmp_path, monkeypatch)
     a, b = (writer.tree(tmp_path/n) for n in ('whole', 'part'))
     a.pop('report.csv'), b.pop('report.csv')
     assert a == b
+
+def test_a_repeated_conversion_keeps_the_notes_of_its_report(tmp_path):
+    layouts.geotiff(tmp_path/'tif', 3, s2=lambda x, i: x//10*10 if i == 1 else x)
+    first = convert(tmp_path/'tif', tmp_path/'s')
+    assert first['reason'].str.contains('multiple of').any()
+    again = convert(tmp_path/'tif', tmp_path/'s')
+    pd.testing.assert_frame_equal(again, first)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path/'s'/'report.csv', keep_default_na=False), first)
 
 def test_a_run_keeps_its_real_store_until_data_or_options_change(tmp_path, monkeypatch, capsys):
     run = Run('02_tiles', 'smoke', 0, tmp_path/'run', tmp_path/'reports', str(layouts.npz(tmp_path/'npz')))

@@ -224,7 +224,7 @@ def convert(
         size = Store(dst).attrs['size'] if there else auto_size(look(), str(src)) if look() else 120
         opt = replace(opt, size=size)
     made = dict(source=src.name, place=source_digest(src), layout=layout, options=options_as_json(asked), size=opt.size)
-    former = _former(dst, jobs) if append and there else None
+    former, known_notes = _former(dst, jobs) if append and there else None, _notes_before(dst)
     if there:
         part = _open_part(dst, made, src, jobs, look, opt, append)
         store, units, prefix = part.store if part.units else None, part.units, part.prefix
@@ -275,7 +275,7 @@ def convert(
                     failed(job.name, job, GacError(STALE))
                     continue
                 before += len(done[job.name])
-                for name in done[job.name]: taken(name, job)
+                for name in done[job.name]: taken(name, job, known_notes.get(name, ''))
             else:
                 mark, note = _mark(job), ''
                 try:
@@ -340,6 +340,12 @@ def _former(dst:Path, jobs:list) -> pd.DataFrame: # as convert returns it
     if not (dst/'report.csv').exists(): return None
     report = pd.read_csv(dst/'report.csv', keep_default_na=False)
     return report[~report['file'].isin({j.file for j in jobs})]
+
+def _notes_before(dst:Path) -> dict: # id -> note
+    "Return the notes on accepted tiles in an earlier report; a later run reads neither these tiles nor their files."
+    if not (dst/'report.csv').exists(): return {}
+    report = pd.read_csv(dst/'report.csv', keep_default_na=False)
+    return report[report['status'] == 'ok'].set_index('id')['reason'].to_dict()
 
 # %% ../../nbs/lib/data/convert.ipynb #20d3e47c
 def options_as_json(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DECODING_FILE', 'keep_decoding', 'read_decoding', 'read_generator', 'drawn_otherwise', 'check_drawn', 'drawn_for',
-           'open_inputs', 'training_report', 'run_stage2', 'save_stage2_panels', 'run_stage3', 'save_stage3_panels']
+           'open_images', 'open_inputs', 'training_report', 'run_stage2', 'save_stage2_panels', 'run_stage3',
+           'save_stage3_panels']
 
 # %% ../../nbs/lib/stages/commands.ipynb #831ec98d
 import json
@@ -133,6 +134,20 @@ def drawn_for(
     return made
 
 # %% ../../nbs/lib/stages/commands.ipynb #3bc33d93
+def open_images(
+    data_dir, # tile store
+    images_dir='', # store or derived store with the images of the stage before; empty: data_dir
+    array:str='opt_v1', # these images, opt_v1 or opt_v2
+    checkpoint:str|Path='', # of the stage that reads them; empty: not checked
+    head:str=REFINER_FILE, # main file of the checkpoint
+) -> tuple: # store with the radar; store with the images
+    "Open the tiles and the images that a stage reads; refuse images that the checkpoint was not trained on."
+    store, _ = open_tiles(data_dir)
+    beside = images_dir and Path(images_dir).resolve() != store.path.resolve()
+    place = derived_store(store, images_dir) if beside else store
+    if checkpoint: check_drawn(checkpoint, drawn_for(place, array), head)
+    return store, place
+
 def open_inputs(
     data_dir, # tile store with radar and truth
     images_dir, # store or derived store with the images; empty: data_dir
@@ -141,9 +156,7 @@ def open_inputs(
     output_dir, # folder of the training, checked before any work
 ) -> tuple: # store; store with the images; train, val -> positions with an image
     "Open the tiles of a training and the images of the stage before; refuse tiles without images."
-    store, _ = open_tiles(data_dir)
-    beside = images_dir and Path(images_dir).resolve() != store.path.resolve()
-    place = derived_store(store, images_dir) if beside else store
+    store, place = open_images(data_dir, images_dir, array)
     if array not in place.arrays: raise GacError(f'{place.path} has no {array}. {remedy}')
     check_place(output_dir)
     return store, place, paired_rows(store, place, array)

@@ -118,7 +118,7 @@ def drawn_before(
     "Return a store with opt_v1: precomputed by 07_stage1, else computed now."
     place = grid_store(run, store)
     if 'opt_v1' not in place.arrays:
-        run.stand_in('opt_v1')
+        run.note_fallback('opt_v1')
         name, weights, decoding = chosen_decoding(run)
         model = build_terramind_generator((store.attrs.get('s1_product', 'S1GRD'),), name=name, weights=weights)
         precompute_stage1(store, model, **asdict(decoding), seed=run.seed, into=place)
