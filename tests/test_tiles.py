@@ -555,7 +555,7 @@ def test_tiles_of_an_earlier_format_are_made_anew_by_their_run_and_refused_elsew
     group.write_text(group.read_text().replace(f'"format": {FORMAT}', '"format": 1'))
     with pytest.raises(GacError, match='format 1, this version reads 2. Convert the tiles again'): Store(store.path)
     np.testing.assert_array_equal(study_store(run, 2, 1, 1, size=32).read('s1', slice(None)), want)
-    assert 'tiles of format 1 are made anew in format 2' in capsys.readouterr().out
+    assert 'tiles of format 1 are made again in format 2' in capsys.readouterr().out
     group.write_text('{"attributes": []}')  # damaged, and not taken for old
     with pytest.raises(GacError): study_store(run)
     assert group.exists()
@@ -856,7 +856,7 @@ def test_a_split_with_few_tiles_to_train_on_says_so_and_what_it_dropped(tmp_path
             and f'train has {counts["train"]} tiles where 21 were asked for' in capsys.readouterr().out)
     Store(tmp_path/'s').ensure_array('opt_v2', (4, 32, 32), 'int16', dict(trained='feed'))
     split_store(tmp_path/'s', SplitRule('random', seed=3), overwrite=True)
-    assert 'opt_v2 dropped. Train the stages that drew them anew' in capsys.readouterr().out
+    assert 'opt_v2 dropped. Train the stages that computed them again' in capsys.readouterr().out
 
 def test_a_store_is_no_folder_above_its_tiles(tmp_path):
     layouts.npz(tmp_path/'all'/'my_tiles', 2)

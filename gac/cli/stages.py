@@ -72,7 +72,7 @@ out; the exit code is then 1."""
     if config.direct:
         from gac.stages.one_step_decoder import load_one_step_decoder
         model.direct = load_one_step_decoder(config.direct, model)
-    if config.compile or config.precision != '32-true': model.hasten(config.precision, config.compile)
+    if config.compile or config.precision != '32-true': model.optimize_inference(config.precision, config.compile)
     settings = _settings_of(config, 'name', 'input', 'precision', 'compile', 'direct')
     return _report_array(precompute_stage1(store, model, into=into, **settings), into.path, config.output, config)
 

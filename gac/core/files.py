@@ -199,8 +199,8 @@ def fingerprint_files(
     p, digest, n = root()/path, hashlib.sha256(), 0
     if not str(path) or not p.exists(): return []
     stat = p.stat()
-    for n, told in enumerate(files_below(p) if p.is_dir() else [(p.name, stat.st_size, stat.st_mtime_ns)], 1):
-        digest.update('\0'.join(map(str, told)).encode('utf-8', 'surrogateescape') + b'\n')
+    for n, facts in enumerate(files_below(p) if p.is_dir() else [(p.name, stat.st_size, stat.st_mtime_ns)], 1):
+        digest.update('\0'.join(map(str, facts)).encode('utf-8', 'surrogateescape') + b'\n')
     return [digest.hexdigest()[:16], n]
 
 # %% ../../nbs/lib/core/files.ipynb #dbe359bd

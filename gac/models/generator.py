@@ -89,7 +89,7 @@ class Generator(nn.Module):
     ):
         super().__init__()
         self.core, self.timesteps, self.gac = core.eval(), timesteps, getattr(core, 'gac', {})
-        self.precision, self.compiled, self.hastened, self.recorded = '32-true', False, False, None
+        self.precision, self.compiled, self.optimized, self.recorded = '32-true', False, False, None
         self.register_module('direct', None)  # codes -> standardised S2L2A in one pass, see distill_decoder
         self.inputs = {m: core.mod_name_mapping[m] for m in core.modalities}  # modality -> key
         self.outputs = {m: k for k, m in core.output_mod_name_mapping.items()}
@@ -104,7 +104,7 @@ class Generator(nn.Module):
         super()._apply(fn, recurse)
         for m in self.modules():
             if isinstance(m, nn.GroupNorm): m.float()
-        if self.hastened: self._renew()
+        if self.optimized: self._renew()
         return self
 
     @property
@@ -216,7 +216,7 @@ def _decoder_features(self:Generator, read:dict[str, Tensor], key:str) -> Tensor
 
 @patch
 def _seen(self:Generator, read:dict[str, Tensor], key:str) -> Tensor:
-    "Return the same features, from a CUDA graph after `hasten`."
+    "Return the same features, from a CUDA graph after `optimize_inference`."
     if self.recorded is None: return self._decoder_features(read, key)
     names = tuple(read)
     call = self.recorded.setdefault((names, key),
@@ -340,7 +340,7 @@ def decode(self:Generator,
 
 # %% ../../nbs/lib/models/generator.ipynb #ddfce5b7
 @patch
-def hasten(self:Generator,
+def optimize_inference(self:Generator,
     precision:str='16-true', # one of PRECISIONS, the type of the weights
     compiled:bool=False, # torch.compile on the diffusion decoder: takes a minute for every new shape
 ) -> 'Generator': # itself
@@ -352,7 +352,7 @@ def hasten(self:Generator,
         # a GPU's own group norm wants them first
         if compiled or self.device.type != 'cuda': tok.decoder.to(memory_format=torch.channels_last)
         if compiled: tok.decoder.compile(dynamic=False)
-    self.hastened = True
+    self.optimized = True
     self._renew()
     return self
 

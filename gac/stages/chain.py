@@ -135,9 +135,9 @@ def fit_chain(
 ) -> dict: # name of STAGES -> method
     "Train Stages 2 and 3 again with one seed; return the methods by name."
     out_dir = Path(out_dir)
-    made = {'Stage 1+2': fit_stage2(store, v1, recipe, out_dir/'stage2', seed)}
-    if no_refinement: made['Stage 1+3'] = fit_stage3(store, v1, recipe, out_dir/'stage3_no2', seed)
-    return made | {'Stage 1+2+3': fit_stage3(store, made['Stage 1+2'], recipe, out_dir/'stage3', seed)}
+    methods = {'Stage 1+2': fit_stage2(store, v1, recipe, out_dir/'stage2', seed)}
+    if no_refinement: methods['Stage 1+3'] = fit_stage3(store, v1, recipe, out_dir/'stage3_no2', seed)
+    return methods | {'Stage 1+2+3': fit_stage3(store, methods['Stage 1+2'], recipe, out_dir/'stage3', seed)}
 
 # %% ../../nbs/lib/stages/chain.ipynb #3bba1463
 def mean_of_seeds(

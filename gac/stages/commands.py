@@ -73,14 +73,14 @@ def _read_drawn(
         except GacError: return {}  # a repository without the file, or no network
     file, kinds = folder/DECODING_FILE, {f.name: f.type for f in fields(Decoding)}
     if not file.exists(): return {}
-    try: made = json.loads(file.read_text(encoding='utf-8'))
-    except ValueError: made = None
-    fits = lambda k: type(made[k]) is kinds[k] if k in kinds else isinstance(made[k], _DRAWN.get(k, ()))
-    if not isinstance(made, dict) or not made.keys() >= kinds.keys() or not all(map(fits, made)):
+    try: record = json.loads(file.read_text(encoding='utf-8'))
+    except ValueError: record = None
+    fits = lambda k: type(record[k]) is kinds[k] if k in kinds else isinstance(record[k], _DRAWN.get(k, ()))
+    if not isinstance(record, dict) or not record.keys() >= kinds.keys() or not all(map(fits, record)):
         fields_ = ', '.join(f'{k} ({t.__name__})' for k, t in kinds.items())
         raise GacError(f'{file} does not say how Stage 1 drew: expected JSON with {fields_}. Delete it to draw in the '
                        'default way.')
-    return made
+    return record
 
 # %% ../../nbs/lib/stages/commands.ipynb #97b9682d
 def read_decoding(
@@ -88,8 +88,8 @@ def read_decoding(
     head:str=REFINER_FILE, # main file of a checkpoint
 ) -> Decoding|None: # None: not recorded
     "Read the decoding of a checkpoint's training images."
-    made = _read_drawn(path, head)
-    try: return Decoding(**{k: v for k, v in made.items() if k not in _DRAWN}) if made else None
+    record = _read_drawn(path, head)
+    try: return Decoding(**{k: v for k, v in record.items() if k not in _DRAWN}) if record else None
     except GacError as e: raise GacError(f'{path}/{DECODING_FILE}: {e}') from None
 
 # %% ../../nbs/lib/stages/commands.ipynb #df327fbf
@@ -126,12 +126,12 @@ def check_drawn(
 # %% ../../nbs/lib/stages/commands.ipynb #6ed674a3
 def drawn_for(
     place, # store.Store with the images
-    array:str, # opt_v1, or an array made of it
+    array:str, # opt_v1, or an array computed from it
 ) -> dict: # empty: not known
     "Return the settings of Stage 1 behind an array."
-    made = dict(place.arrays[array].attrs) if array in place.arrays else {}
-    while made.get('source'): made = made['source']
-    return made
+    attrs = dict(place.arrays[array].attrs) if array in place.arrays else {}
+    while attrs.get('source'): attrs = attrs['source']
+    return attrs
 
 # %% ../../nbs/lib/stages/commands.ipynb #3bc33d93
 def open_images(

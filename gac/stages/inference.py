@@ -64,8 +64,8 @@ def stage3_batch_inference(
     parts, seen = {}, 0
     for batch in dataloader:
         batch = batch if isinstance(batch, dict) else dict(zip(('s1', 'opt_v2', 'truth'), batch))
-        made = stage3_inference(model, batch['s1'], batch['opt_v2'], timesteps)
-        out = {k: v for k, v in batch.items() if isinstance(v, Tensor)} | dict(opt_v3=made)
+        grounded = stage3_inference(model, batch['s1'], batch['opt_v2'], timesteps)
+        out = {k: v for k, v in batch.items() if isinstance(v, Tensor)} | dict(opt_v3=grounded)
         for k, v in out.items(): parts.setdefault(k, []).append(v)
         seen += len(out['opt_v3'])
         if verbose: print(f'stage 3: {seen} tiles', flush=True)
