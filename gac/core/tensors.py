@@ -24,7 +24,7 @@ def read_torch(
     except Exception as e:  # a damaged file makes its reader stumble in many ways
         why = (str(e) or 'it is empty').splitlines()[0]
         raise GacError(f'{path} is no readable Torch file of tensors ({why}): it may be truncated. '
-                       'Delete it, or copy it anew.') from e
+                       'Delete it, or copy it again.') from e
 
 # %% ../../nbs/lib/core/tensors.ipynb #1494b07d
 def read_safetensors(

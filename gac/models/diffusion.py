@@ -55,10 +55,10 @@ def diffuse(
     scheduler, image = scheduler_for(tokenizer, clamp), noise
     scheduler.set_timesteps(timesteps, mode='trailing')
     dtype, codes = next(tokenizer.decoder.parameters()).dtype, codes.to(next(tokenizer.decoder.parameters()).dtype)
-    paint = tokenizer.decoder if torch.is_grad_enabled() else getattr(tokenizer, 'recorded', tokenizer.decoder)
+    decoder = tokenizer.decoder if torch.is_grad_enabled() else getattr(tokenizer, 'recorded', tokenizer.decoder)
     for t in scheduler.timesteps:
         # the UNet's step embedding is always float32
         with torch.autocast(noise.device.type, dtype, enabled=dtype.itemsize < 4):
-            out = paint(image.to(dtype), torch.full_like(t, int(t), device=noise.device), codes)
+            out = decoder(image.to(dtype), torch.full_like(t, int(t), device=noise.device), codes)
         image = scheduler.step(out.float(), t, image).prev_sample
     return image
