@@ -17,14 +17,14 @@ from lightning.pytorch import Callback
 
 from ..core.files import GacError, root, write_file
 
-# %% ../../nbs/lib/products/plateau.ipynb #7e977bf5
+# %% ../../nbs/lib/products/plateau.ipynb #f52b9e5e
 def class_weights(
-    pixels:Sequence[float], # training pixels of each class
+    pixels:Sequence[float], # training pixels of each class, or their shares
     power:float=.5, # of the inverse share, 0–1
 ) -> list[float]: # weight of each class, of mean 1 over the labelled pixels; 0 for a class without pixels
     "Return the weights of the classes in a balanced loss."
     n = np.asarray(pixels, float)
-    w = np.where(n > 0, (n.sum()/np.maximum(n, 1))**power, 0)
+    w = np.where(n > 0, (n.sum()/np.where(n > 0, n, 1))**power, 0)
     return [round(float(x), 6) for x in w*n.sum()/(w*n).sum()]
 
 # %% ../../nbs/lib/products/plateau.ipynb #de6c663d
@@ -42,7 +42,7 @@ class StopRule:
                 f'{self.min_gain:g} in {self.patience} validations, and in {self.patience} further ones at a tenth of '
                 f'the learning rate')
 
-# %% ../../nbs/lib/products/plateau.ipynb #d25dc8ff
+# %% ../../nbs/lib/products/plateau.ipynb #d9c794e5
 class Plateau(Callback):
     "Lower the learning rate at the first plateau, stop at the second, keep the weights of the best validation."
     def __init__(self,
@@ -64,8 +64,9 @@ class Plateau(Callback):
             frozen = {k for k, p in task.named_parameters() if not p.requires_grad}
             self.best, self.best_step = value, step
             self.kept = {k: v.detach().cpu().clone() for k, v in task.state_dict().items() if k not in frozen}
-        if self.judge(step, value) == 'stop': trainer.should_stop = True
-        elif self.stale == 0 and self.dropped and self.curve[-1]['event'] == 'drop':
+        event = self.judge(step, value)
+        if event == 'stop': trainer.should_stop = True
+        if event == 'drop':
             for group in trainer.optimizers[0].param_groups: group['lr'] *= self.rule.drop
 
     def judge(self, step:int, value:float) -> str: # '', drop or stop
