@@ -257,7 +257,7 @@ class DownstreamConfig:
     precision:str = '32-true' # arithmetic {32-true, bf16-mixed, 16-mixed}
     balance:float = .5 # power of the inverse class share in the loss; 0: all pixels count alike [0, 1]
     val_every:int = 40 # optimizer steps between validations [1, 1000000]
-    patience:int = 2 # validations without a rise before the rate falls, and again before the end; 0: all steps [0, 1000]
+    patience:int = 2 # validations without a rise before the rate falls, and before the end; 0: all steps [0, 1000]
     train_tiles:int = 0 # labelled tiles at most; 0: all [0, inf]
     val_tiles:int = 16 # tiles validated on; 0: all [0, inf]
 
@@ -269,7 +269,7 @@ class NycConfig:
     lr:float = 4e-3 # learning rate [1e-7, 1]
     balance:float = .5 # power of the inverse class share in the loss; 0: all pixels count alike [0, 1]
     val_every:int = 32 # optimizer steps between validations [1, 1000000]
-    patience:int = 2 # validations without a rise before the rate falls, and again before the end; 0: all steps [0, 1000]
+    patience:int = 2 # validations without a rise before the rate falls, and before the end; 0: all steps [0, 1000]
 
 @dataclass(frozen=True)
 class ChipsConfig:

@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 from odc.geo.geobox import GeoBox
 
-from ..core.environment import progress
 from ..core.config import ChipsConfig
+from ..core.environment import progress
 from ..core.files import GacError, writable, write_file, writing
 from ..data.units import S1_UNITS, s1_unit
 from .chips import Chips, assign_splits, chip_places, finish, write_chip

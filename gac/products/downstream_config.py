@@ -122,7 +122,8 @@ def model_config(
         optimizer='AdamW',
         optimizer_hparams=dict(weight_decay=recipe.weight_decay), scheduler='OneCycleLR', scheduler_hparams=schedule,
         freeze_backbone=not recipe.lora_rank, plot_on_val=False,
-        class_weights=list(recipe.class_weights) or None, class_names=[LULC_CLASSES[k].replace('/', ' or ') for k in recipe.classes]))
+        class_weights=list(recipe.class_weights) or None,
+        class_names=[LULC_CLASSES[k].replace('/', ' or ') for k in recipe.classes]))
 
 # %% ../../nbs/lib/products/downstream_config.ipynb #524ae74a
 def data_config(
