@@ -31,6 +31,7 @@ from .downstream_config import DownstreamRecipe, config_of, encoder_args, hushed
 from .downstream_runs import Outcome, gains_of, mark_of, table_of
 from .labels import ARM_STEPS, LABEL_CODES, Windows, arm, as_classes
 from ..training.order import loader, seeded
+from ..training.settings import Settings
 
 # %% ../../nbs/lib/products/probe.ipynb #6416ffe3
 def patch_shares(
@@ -162,12 +163,13 @@ def encode_arm(
     stats = {m: statistics(recipe.name, m, a.bands) for m in images}
     means, stds = ({m: v[i] for m, v in stats.items()} for i in (0, 1))
     data, out = Windows(store, derived, rows, images, a.bands, means, stds, recipe.classes), []
-    encoder = probe_encoder_of(name, recipe)
+    device = Settings(accelerator=recipe.accelerator).device.replace('gpu', 'cuda')
+    encoder = probe_encoder_of(name, recipe).to(device)
     patch = next(iter(encoder.encoder_embeddings.values())).patch_size[0]
     with own_randomness(recipe.seed), hushed():
         for batch in loader(data, batch_size, False):
-            inputs = {m: pad_to_multiple(x, patch)[0] for m, x in batch['image'].items()}
-            out.append(encoder(inputs)[-1].half().numpy())
+            inputs = {m: pad_to_multiple(x, patch)[0].to(device) for m, x in batch['image'].items()}
+            out.append(encoder(inputs)[-1].half().cpu().numpy())
     return np.concatenate(out), patch
 
 # %% ../../nbs/lib/products/probe.ipynb #cf52babc
