@@ -287,8 +287,8 @@ def test_probes_of_all_arms_have_the_same_labels_and_see_the_image(store, tmp_pa
     one, two = (found[found.arm == a] for a in ('s1', 'bound'))
     assert one[['labels', 'draw']].values.tolist() == two[['labels', 'draw']].values.tolist()
     assert found.gradient.max() < .01  # at the optimum
-    truth = [m.sum(2) for m in (np.stack(one.matrices), np.stack(two.matrices))]
-    assert np.array_equal(truth[0].sum(1), truth[1].sum(1))
+    truth = [np.stack(a.matrices).sum((1, 3)) for a in (one, two)]
+    assert np.array_equal(*truth)
 
 def test_probe_reads_the_labels_of_its_tiles_alone(store):
     "Other labels of tiles that are not in the draw leave the probe as it is."
