@@ -92,7 +92,7 @@ def option_of(
 ) -> tuple: # as from opt
     "Return the option of a setting."
     kind, meaning = re.split(r'[ |\[]', p.kind)[0], re.sub(r' *[\[{][^\[{]*[\]}]$', '', p.help)
-    default = ','.join(p.default) if isinstance(p.default, list|tuple) else p.default
+    default = ','.join(map(str, p.default)) if isinstance(p.default, list|tuple) else p.default
     shown = given and default not in ('', None) and not (kind == 'bool' and 'action' in changes)
     how = dict(dest=p.name, default=None if given else p.default, help=meaning + f' (default: {default})'*shown)
     if 'action' in changes or 'type' in changes or 'choices' in changes: pass

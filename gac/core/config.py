@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOSS2_FIELDS', 'Stage2Config', 'Stage3Config', 'UNetConfig', 'config_parameters', 'config_of', 'TilesetConfig',
            'PrecomputeConfig', 'Precompute2Config', 'Precompute3Config', 'InferConfig', 'UncertaintyConfig',
-           'ExportConfig', 'ConvertConfig', 'SplitConfig']
+           'ExportConfig', 'DownstreamConfig', 'NycConfig', 'ChipsConfig', 'ConvertConfig', 'SplitConfig']
 
 # %% ../../nbs/lib/core/config.ipynb #e95d1298
 import importlib
@@ -242,6 +242,50 @@ class ExportConfig:
     split:str = '' # tiles of this split; empty: all {train, val, test}
     max_tiles:int = 0 # tiles at most, spread evenly over the store; 0: all [0, inf]
     overwrite:bool = False # replace files that were written with other settings
+
+# %% ../../nbs/lib/core/config.ipynb #b29967ca
+@dataclass(frozen=True)
+class DownstreamConfig:
+    "Settings of a training of the land-cover model."
+    name:str = 'terramind_mini' # encoder, as TerraTorch names it; the thinking one is called the same with _tim
+    size:int = 60 # px of a window, a divisor of the tiles' side; 0: whole tiles [0, 4096]
+    batch_size:int = 4 # windows [1, 4096]
+    steps:int = 120 # optimizer steps of every arm, at most [1, 10000000]
+    lr:float = 3e-3 # peak learning rate [0, 1]
+    lora_rank:int = 8 # of the adapters; 0: the encoder is frozen [0, 1024]
+    channels:list[int] = field(default_factory=lambda: [64, 32, 16, 16]) # of the decoder's blocks
+    precision:str = '32-true' # arithmetic {32-true, bf16-mixed, 16-mixed}
+    balance:float = .5 # power of the inverse class share in the loss; 0: all pixels count alike [0, 1]
+    val_every:int = 40 # optimizer steps between validations [1, 1000000]
+    patience:int = 2 # validations without a rise before the rate falls, and before the end; 0: all steps [0, 1000]
+    train_tiles:int = 0 # labelled tiles at most; 0: all [0, inf]
+    val_tiles:int = 16 # tiles validated on; 0: all [0, inf]
+
+@dataclass(frozen=True)
+class NycConfig:
+    "Settings of the trainings of `16_new_york`."
+    steps:int = 96 # optimizer steps of a run, at most [1, 1000000]
+    batch_size:int = 2 # chips of a step [1, 1024]
+    lr:float = 4e-3 # learning rate [1e-7, 1]
+    balance:float = .5 # power of the inverse class share in the loss; 0: all pixels count alike [0, 1]
+    val_every:int = 32 # optimizer steps between validations [1, 1000000]
+    patience:int = 2 # validations without a rise before the rate falls, and before the end; 0: all steps [0, 1000]
+
+@dataclass(frozen=True)
+class ChipsConfig:
+    "Settings of `gac nyc build`."
+    size:int = 224 # px of 10 m, side of a chip [1, inf]
+    per_block:int = 2 # chips along the side of a parent block [1, 1000]
+    guard:int = 32 # px, width of the strip without chips between parent blocks [0, inf]
+    timestamps:int = 4 # dates of the data set; another number of dates is refused [1, 1000]
+    test:int = 64 # test chips, where the area allows [1, inf]
+    val:float = .12 # share of the chips for validation [0, 1]
+    seed:int = 0 # seed of the split [0, inf]
+    min_label:float = .5 # smallest share of a chip with a label [0, 1]
+    min_seen:float = .6 # smallest share of a chip that every date shows [0, 1]
+    s2_offset:int|None = None # digital numbers to subtract; left out: by the pixels and the baseline [0, 20000]
+    s1_units:str = 'auto' # unit of Sentinel-1; auto: by documented rules {auto, dB, linear, amplitude}
+    suffix:str = '.tif' # of the files of a chip: .tif or .npy
 
 # %% ../../nbs/lib/core/config.ipynb #79030df4
 @dataclass
