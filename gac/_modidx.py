@@ -2612,5 +2612,7 @@ d = { 'settings': { 'branch': 'main',
                                                                                    'gac/training/settings.py'),
                                        'gac.training.settings.Settings.world': ( 'lib/training/settings.html#settings.world',
                                                                                  'gac/training/settings.py'),
+                                       'gac.training.settings.adamw_options': ( 'lib/training/settings.html#adamw_options',
+                                                                                'gac/training/settings.py'),
                                        'gac.training.settings.cosine_warmup': ( 'lib/training/settings.html#cosine_warmup',
                                                                                 'gac/training/settings.py')}}}
