@@ -131,7 +131,7 @@ def _model_settings(v:Variant, steps:int, lr:float, family:str, timestamps:int, 
     model |= dict(necks=[dict(n) for n in f.necks], **dict(f.head), num_classes=len(NYC_CLASSES))
     return _init('terratorch.tasks.SemanticSegmentationTask', model_factory='EncoderDecoderFactory', model_args=model,
                  loss='ce', ignore_index=-1, lr=lr, optimizer='AdamW',
-                 optimizer_hparams=dict(weight_decay=.05, **adamw_options()),
+                 optimizer_hparams=dict(weight_decay=.05, **(adamw_options('cpu') if family == 'mini' else {})),
                  **settling(steps), freeze_backbone=False, plot_on_val=False, class_names=list(NYC_CLASSES))
 
 # %% ../../nbs/lib/nyc/tim.ipynb #13bb7d4a

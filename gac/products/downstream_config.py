@@ -121,7 +121,7 @@ def model_config(
     return dict(class_path='terratorch.tasks.SemanticSegmentationTask', init_args=dict(
         model_factory='EncoderDecoderFactory', model_args=args, loss='ce', ignore_index=IGNORED, lr=recipe.lr,
         optimizer='AdamW',
-        optimizer_hparams=dict(weight_decay=recipe.weight_decay, **adamw_options()),
+        optimizer_hparams=dict(weight_decay=recipe.weight_decay, **adamw_options(precision=recipe.precision)),
         scheduler='OneCycleLR', scheduler_hparams=schedule,
         freeze_backbone=not recipe.lora_rank, plot_on_val=False,
         class_weights=list(recipe.class_weights) or None,

@@ -63,7 +63,7 @@ class Task(LightningModule):
         free = [p for p in self.parameters() if p.requires_grad]
         if not free: raise GacError('Nothing to train: every parameter is frozen.')
         optimizer = torch.optim.AdamW(free, lr=self.settings.lr, weight_decay=self.settings.weight_decay,
-                                      **adamw_options(free[0].device.type))
+                                      **adamw_options(free[0].device.type, self.settings.precision))
         return {'optimizer': optimizer,
                 'lr_scheduler': {'scheduler': cosine_warmup(optimizer, self.total_steps, self.settings.warmup),
                                  'interval': 'step'}}

@@ -84,10 +84,11 @@ class Settings:
 # %% ../../nbs/lib/training/settings.ipynb #9250b991
 def adamw_options(
     device:str='', # type of the device of the parameters; empty: cuda where there is one, else cpu
+    precision:str='32-true', # arithmetic of the training
 ) -> dict: # keyword arguments of torch.optim.AdamW
     "Return the options with which AdamW gives the same digits on every processor."
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    return dict(fused=True) if device == 'cpu' else {}
+    return dict(fused=True) if device == 'cpu' and precision.startswith('32') else {}
 
 # %% ../../nbs/lib/training/settings.ipynb #7c9fd2c5
 def cosine_warmup(
