@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from scipy import ndimage
 
-from gac.data.world.scenes import draw_scene
 from gac.core.vocabulary import OPT_INDEX, REFLECTANCE
+from gac.data.world.scenes import draw_scene
 from gac.measure.error_budget import PARTS, TOKEN, debias, error_parts, grid_energy, surface_errors, water_mask
 from gac.measure.metrics import psnr
 from gac.measure.statistics import pooled_psnr

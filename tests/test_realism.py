@@ -24,7 +24,8 @@ def blurred(x, s): return ndimage.gaussian_filter(x, (0, 0, s, s), mode='reflect
 
 def test_distances_rise_with_blur_and_noise(truth, judge):
     noise = np.random.default_rng(0).normal(size=truth.shape).astype('float32')
-    for images in ([truth, *(blurred(truth, s) for s in (.5, 1, 2, 4))], [truth + s*noise for s in (0, .005, .02, .05)]):
+    blurs = [truth, *(blurred(truth, s) for s in (.5, 1, 2, 4))]
+    for images in (blurs, [truth + s*noise for s in (0, .005, .02, .05)]):
         own = PrithviRealism(judge.encoder)
         paired = [float(own(x, truth, str(i)).mean()) for i, x in enumerate(images)]
         sets = [frechet_distance(own.sums['0'], s) for s in own.sums.values()]

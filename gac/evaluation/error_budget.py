@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PART_NAMES', 'BUDGET_DIGITS', 'PART_COLOURS', 'LEAST_SHARE', 'SURFACE_DIGITS', 'REALISM_DIGITS', 'error_budget',
-           'error_budget_figure', 'surface_table', 'frechet_floor', 'realism_input', 'realism_table',
-           'distortion_realism_figure']
+           'error_budget_figure', 'surface_table', 'frechet_floor', 'realism_table', 'distortion_realism_figure']
 
 # %% ../../nbs/lib/evaluation/error_budget.ipynb #6accd253
 import numpy as np
 import pandas as pd
+import torch
 
 from ..core.figures import COLOURS
 from .figures import CEILING_METHODS, data_label, label_points, method_look, short_name
@@ -46,7 +46,6 @@ def error_budget_figure(
     budget:pd.DataFrame, # of one or more data sets, from error_budget
 ): # matplotlib Figure
     "Draw the parts of the error as stacked bars, the world on the left, real places on the right, ceilings hatched."
-    import matplotlib.pyplot as plt
     names = list(dict.fromkeys(budget.data))
     most = budget.groupby('data').size().max()
     fig, axes = plt.subplots(1, len(names), figsize=(min(7 + 3*(len(names) - 1), 12), 1.3 + .27*most), squeeze=False)
@@ -110,16 +109,12 @@ def frechet_floor(
     for odd in (0, 1):
         at, sums = np.asarray(rows)[scene % 2 == odd], None
         for i in range(0, len(at), batch_size):
-            features = realism.of_truth(realism_input(load_tiles(store, at[i:i + batch_size])))
+            truth = torch.as_tensor(load_tiles(store, at[i:i + batch_size])['truth']).float()
+            features = realism.of_truth(truth)
             sums = (sums or FeatureSums(features.shape[-1])).add(features)
         halves.append(sums)
     enough = all(h and h.n > len(h.sum) for h in halves)
     return frechet_distance(*halves) if enough else np.nan
-
-def realism_input(batch:dict): # (n, 4, H, W) float32 tensor
-    "Return the truth of a batch as the encoder reads it."
-    import torch
-    return torch.as_tensor(batch['truth']).float()
 
 def realism_table(
     measured:pd.DataFrame, # from tables.measure_methods with `realism`
@@ -149,7 +144,6 @@ def distortion_realism_figure(
     table:pd.DataFrame, # of one data set, from realism_table
 ): # matplotlib Figure
     "Draw realism against PSNR, every method with its name: Fréchet distance above, gradient energy below."
-    import matplotlib.pyplot as plt
     what = {'frechet': 'Fréchet distance in features of Prithvi\n(smaller is more realistic)',
             'gradient_energy': 'gradient energy relative to the truth\n(1: as much as the truth)'}
     fig, axes = plt.subplots(2, 1, figsize=(8, 8.4), sharex=True)

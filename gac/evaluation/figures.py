@@ -55,9 +55,10 @@ def plot_crosses(
     ax.errorbar(part[x], part[y], yerr=ends[1], xerr=ends[0], fmt=mark, ms=5, lw=.8, capsize=2, color=colour)
 
 # %% ../../nbs/lib/evaluation/figures.ipynb #5eda9ea7
-SHORT_NAMES = {'Stage 1 as TerraMind: sampled, 10 steps': "Stage 1, TerraMind's sampling", 'mean by month': 'month mean',
+SHORT_NAMES = {'Stage 1 as TerraMind: sampled, 10 steps': "Stage 1, TerraMind's sampling",
+               'mean by month': 'month mean',
                'pixel regression, linear': 'regression, linear', 'pixel regression, trees': 'regression, trees',
-               'flat image of the true mean colour': 'flat, true colour', 'oracle of the ground': 'oracle of the ground',
+               'flat image of the true mean colour': 'flat, true colour',
                'tokenizer round trip': 'round trip'}
 
 def short_name(
@@ -66,9 +67,10 @@ def short_name(
     "Return the name of a method for a figure."
     return SHORT_NAMES.get(method, method)
 
-def _label_boxes(points, widths, height:float, scale:float) -> list: # per point: (places, 2) centres in px, distances in pt
-    "Return the places that a label may take: rings around its point, beside it first."
+def _label_places(points, widths, height:float, scale:float, crosses:bool) -> list: # per point: (centre in px, pt) …
+    "Return the places that a label may take: rings around its point; beside crosses the diagonals only."
     turns, places = np.linspace(0, 2*np.pi, 24, endpoint=False), []
+    if crosses: turns = np.pi/4 + np.pi/2*np.arange(4)
     for p, w in zip(points, widths):
         at = [(p + scale*np.array([r*np.cos(t), r*np.sin(t)]) + np.array([np.cos(t)*w/2, np.sin(t)*height/2]), r)
               for r in (6, 11, 18, 27, 38, 52, 70, 90) for t in turns]
@@ -81,6 +83,7 @@ def label_points(
     y, # (n,)
     texts, # n labels
     size:float=7.5, # pt
+    crosses:bool=False, # True: the points have intervals in both directions, which labels leave free
 ) -> None:
     "Write the label of every point beside it, where it covers no other point or label."
     x, y, texts, ax_ = np.asarray(x, float), np.asarray(y, float), list(texts), ax.figure
@@ -91,7 +94,7 @@ def label_points(
     extents = [n.get_window_extent() for n in notes]
     for n in notes: n.remove()
     widths, height = [e.width + 2*scale for e in extents], max((e.height for e in extents), default=0)
-    places = _label_boxes(points, widths, height, scale)
+    places = _label_places(points, widths, height, scale, crosses)
     lower, half, taken = np.array([frame.x0, frame.y0]), np.array([[w/2, height/2] for w in widths]), []
     def cost(i, centre, r):
         covered = (np.abs(points - centre) < half[i] + 3*scale).all(1).sum()
@@ -120,7 +123,8 @@ def bare(
 
 # %% ../../nbs/lib/evaluation/figures.ipynb #faa92704
 # measure -> what a gain in it is
-GAIN_LABELS = {'psnr': 'more PSNR, dB', 'mse': 'smaller squared error, 10⁻³', 'psnr_pooled': 'more PSNR of the pooled error, dB',
+GAIN_LABELS = {'psnr': 'more PSNR, dB', 'mse': 'smaller squared error, 10⁻³',
+               'psnr_pooled': 'more PSNR of the\npooled error, dB',
                'ssim': 'more SSIM (1 at most)', 'sam_deg': 'smaller spectral angle, °',
                'sar_edge_gap': "nearer to the truth's agreement\nwith radar edges, 0 to 1",
                'edge_recall': 'more of the radar\'s edges drawn,\nshare',
@@ -233,7 +237,7 @@ def methods_figure(
             ax.axvline(r.psnr, color=COLOURS[2], lw=.8, ls='--', zorder=0)
         ax.set(ylabel=name, xlim=(low, high))
         ax.margins(y=.22)
-        label_points(ax, part.psnr, part[y], part.method.map(short_name))
+        label_points(ax, part.psnr, part[y], part.method.map(short_name), crosses=True)
     axes[1].axhline(truth, color='.4', lw=1, ls=':', zorder=0)
     axes[1].text(high, truth, 'the truth\'s own', fontsize=8, ha='right', va='bottom', color='.35')
     axes[1].set_xlabel('PSNR, dB')

@@ -102,7 +102,8 @@ def measure_methods(
             image = method(batch)
             table = tile_metrics(image, batch['truth'], batch['id'], lpips, per_band, s1=batch['s1'], realism=realism,
                                  method=name, token=token)
-            table = table.assign(**{k: v.cpu().numpy() for k, v in surface_errors(image, batch['truth'], water).items()})
+            by_surface = surface_errors(image, batch['truth'], water)
+            table = table.assign(**{k: v.cpu().numpy() for k, v in by_surface.items()})
             parts.append(table.assign(scene=batch['scene'], method=name).set_index('method', append=True).swaplevel())
     return pd.concat(parts).loc[list(methods)]
 
