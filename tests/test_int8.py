@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from gac.core.files import root
+from gac.core.processor import release_processor
 
 CODE = '''
 import hashlib
@@ -22,7 +23,10 @@ print(hashlib.sha256(y.numpy().tobytes()).hexdigest(), int8_product_is_exact(), 
 
 def digest(**held) -> list[str]:
     "Return the digest of the layers' output, and whether torch._int_mm is exact, in a process of its own."
-    done = subprocess.run([sys.executable, '-c', CODE], cwd=root(), env=os.environ | held, capture_output=True, text=True)
+    env = dict(os.environ)
+    release_processor(env)  # all instructions of the processor, but for those held back here
+    done = subprocess.run([sys.executable, '-c', CODE], cwd=root(), env=env | held, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.split()
 

@@ -130,7 +130,8 @@ def describe_processor(
         return ' '.join(map(str, v)) if isinstance(v, list) else str(v)
     pins = record.get('pins') or {}
     pinned = ', '.join(f'{k}={v}' for k, v in pins.items()) or 'no pins recorded'
-    return f'processor {flat(record["processor"]) if record.get("processor") else "not recorded"}; {pinned}'
+    chip = ', '.join(flat(record[k]) for k in ('processor', 'instruction_sets') if record.get(k))
+    return f'processor {chip or "not recorded"}; {pinned}'
 
 def count_levels(
     verdicts:dict[str, TableVerdict], # from judge_reports
