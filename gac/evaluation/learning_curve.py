@@ -11,6 +11,7 @@ import hashlib
 import json
 from dataclasses import asdict
 
+import numpy as np
 import pandas as pd
 
 from ..core.figures import COLOURS
@@ -28,33 +29,48 @@ from ..stages.unet import UNETS
 RIVALS = {'random': 'the chain, random weights', 'pixel head on S1 alone': 'its head on the radar alone',
           'head without TerraMind features': 'the chain, Stage 3 without TerraMind\'s features'}  # names in the figure
 
+def _draw_gain(ax, rows:pd.DataFrame, x, j:int, name:str) -> None:
+    "Draw the gains over one rival: a dashed line and a band without pairs, else marks with bars a few points apart."
+    import matplotlib.pyplot as plt
+    from matplotlib.transforms import ScaledTranslation
+    colour, mark = COLOURS[j % len(COLOURS)], 'osD^vPX'[j % 7]
+    if name == NO_PAIRS:
+        ends = (x.min()/1.15, *x, x.max()*1.15)  # a level beyond the outer numbers of pairs
+        level = lambda c: (rows[c].iloc[0], *rows[c], rows[c].iloc[-1])
+        ax.plot(ends, level('gain'), color=colour, lw=1.4, ls='--', label=name)
+        ax.fill_between(ends, level('lo'), level('hi'), color=colour, alpha=.12, lw=0)
+        return
+    beside = ax.transData + ScaledTranslation(((j % 4) - 1.5)*5/72, 0, plt.gcf().dpi_scale_trans)
+    ax.plot(x, rows.gain, color=colour, lw=1.2, transform=beside)
+    for r, at in zip(rows.itertuples(), x):
+        ax.plot([at]*2, [r.lo, r.hi], color=colour, lw=1.4, transform=beside)
+        ax.plot(at, r.gain, mark, color=colour, ms=6, mfc=colour if r.seeds > 1 else 'white', transform=beside)
+    ax.plot([], [], color=colour, marker=mark, ms=6, label=RIVALS.get(name, name))
+
 def learning_curve_figure(
     gains:pd.DataFrame, # from learning_curve_gains
     val_tiles:int, # validation tiles, which count among the labelled ones
 ): # matplotlib Figure
-    "Plot the paired gain of the chain in PSNR over U-Nets (left) and over its controls (right)."
+    "Plot the paired gain of the chain in PSNR over U-Nets and, where they were trained, over its controls."
     import matplotlib.pyplot as plt
     part = gains[(gains.output == 'opt_v3') & (gains.metric == 'psnr')]
-    steps = list(dict.fromkeys(part.step))
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
-    for j, step in enumerate(steps):
-        rows, name = part[part.step == step].sort_values('pairs'), step.split(' → ')[0]
-        ax, colour, x = axes[int(name in RIVALS)], COLOURS[j % len(COLOURS)], rows.pairs + val_tiles
-        alone = name == NO_PAIRS
-        ax.plot(x, rows.gain, color=colour, lw=1.2, ls='--' if alone else '-')
-        for r, at in zip(rows.itertuples(), x):
-            ax.errorbar(at, r.gain, [[r.gain - r.lo], [r.hi - r.gain]], color=colour, capsize=2, lw=1.2,
-                        marker='' if alone else 'osD^vPX'[j % 7], ms=5, mfc=colour if r.seeds > 1 else 'white')
-        ax.plot([], [], color=colour, ls='--' if alone else '-', marker='' if alone else 'osD^vPX'[j % 7], ms=5,
-                label=RIVALS.get(name, name))
-    at = sorted(set(part.pairs))
-    for ax, title in zip(axes, ('over U-Nets', 'over the chain without its knowledge')):
+    names = {step: step.split(' → ')[0] for step in dict.fromkeys(part.step)}
+    titles = ['over U-Nets', 'over the chain without its knowledge'][:1 + any(n in RIVALS for n in names.values())]
+    fig, axes = plt.subplots(1, len(titles), figsize=(1.5 + 4*len(titles), 3.8), sharey=True, squeeze=False)
+    for j, (step, name) in enumerate(names.items()):
+        rows = part[part.step == step].sort_values('pairs')
+        _draw_gain(axes[0, int(name in RIVALS)], rows, rows.pairs + val_tiles, j, name)
+    at, ends = sorted(set(part.pairs)), part[['gain', 'lo', 'hi']].to_numpy(dtype=float)
+    low, high = min(0., np.nanmin(ends)), max(0., np.nanmax(ends))
+    for ax, title in zip(axes[0], titles):
         ax.axhline(0, color='.6', lw=.8, zorder=0)
         ax.set(xscale='log', xlabel='training pairs + validation tiles', title=title)
+        ax.set_ylim(low - .06*(high - low), high + .3*(high - low))
+        ax.set_xlim((min(at) + val_tiles)/1.3, (max(at) + val_tiles)*1.3)
         ax.set_xticks([n + val_tiles for n in at], [f'{n}\n+{val_tiles}' for n in at], fontsize=7.5)
         ax.minorticks_off()
-        if ax.get_legend_handles_labels()[0]: ax.legend(fontsize=7.5)
-    axes[0].set_ylabel('gain of the chain in PSNR, dB')
+        ax.legend(fontsize=7.5, loc='upper right')
+    axes[0, 0].set_ylabel('gain of the chain in PSNR, dB')
     return fig
 
 # %% ../../nbs/12_learning_curve.ipynb #lpbfa9c7
