@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from gac.stages.unet_pretraining import world_stats
 from swapping import swap
 
 from gac.core.config import UNetConfig
@@ -48,9 +49,7 @@ from gac.stages.unet import (
     unet_step,
     with_trial,
 )
-from gac.data.world.noise import PRETRAIN_BASE
 from gac.stages.unet_model import PRETRAINED, SIZE_TOLERANCE, build_unet, matched, pretrained_unet, weights_file
-from gac.stages.unet_pretraining import FIRST_SEED, Worlds, export_unet, pretrain_unet, world_stats
 from gac.training.checkpoints import load_checkpoint, save_checkpoint
 from gac.training.int8 import weigh_memory
 from gac.training.order import seeded
