@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from gac.stages.unet_pretraining import world_stats
 from swapping import swap
 
 from gac.core.config import UNetConfig
@@ -49,7 +48,15 @@ from gac.stages.unet import (
     unet_step,
     with_trial,
 )
-from gac.stages.unet_model import PRETRAINED, SIZE_TOLERANCE, build_unet, matched, pretrained_unet, weights_file
+from gac.stages.unet_model import (
+    PRETRAINED,
+    SIZE_TOLERANCE,
+    build_unet,
+    matched,
+    pretrained_unet,
+    weights_file,
+    world_stats,
+)
 from gac.training.checkpoints import load_checkpoint, save_checkpoint
 from gac.training.int8 import weigh_memory
 from gac.training.order import seeded
