@@ -123,6 +123,7 @@ class UNetConfig:
     augment:str = 'all' # mirroring {none, east-west, all}
     val_every:int = 100 # steps between validations [1, 1000000]
     precision:str = '32-true' # arithmetic {32-true, bf16-mixed, 16-mixed}
+    lr_pretrained:float = 5e-4 # peak learning rate of the fine-tuning of pretrained weights
     log_mse:float = 1. # weight of the logarithm of each tile's squared error
     l1:float = 0. # weight of the mean absolute error
     l2:float = 0. # weight of the mean squared error

@@ -41,7 +41,7 @@ def from_world(
     n_train:int, # tiles
     n_val:int, # tiles
     n_test:int, # tiles
-    seed:int=0, # 0–9
+    seed:int=0, # 0–9; 10–19: further scenes, of no run of the study
     size:int=120, # side of a tile, px
     batch:int=16, # tiles that a stopped writer may lose
     shard:int=SHARD, # tiles per shard file
@@ -50,8 +50,9 @@ def from_world(
     want = [(split, i) for split, n in zip(SPLITS, (n_train, n_val, n_test)) for i in range(n)]
     settings = dict(source='world', s1_product='S1GRD', seed=seed, size=size, n_train=n_train, n_val=n_val,
                     n_test=n_test)
-    if not 0 <= seed <= 9 or n_train > 800_000 or max(n_val, n_test) > 100_000:
-        raise GacError('The study has seeds 0–9, with 800,000 scenes to train on and 100,000 each for val and test.')
+    if not 0 <= seed <= 19 or n_train > 800_000 or max(n_val, n_test) > 100_000:
+        raise GacError('The study has seeds 0–9 (10–19: further scenes), with 800,000 scenes to train on and '
+                       '100,000 each for val and test.')
     store = _resume(path, settings)
     if store is None: store = Store.create(path, tile_arrays(size), settings, shard)  # an empty store is false
     todo = want[len(store):]
