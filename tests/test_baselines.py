@@ -11,14 +11,29 @@ from swapping import swap
 from gac.core.config import UNetConfig
 from gac.core.files import GacError, read_yaml, root, write_file
 from gac.data.stores import from_world
-from gac.evaluation.baselines import NEAREST, REGRESSIONS, MeanBy, Retrieval, descriptors, simple_baselines
-from gac.evaluation.learning_curve import learning_curve, learning_curve_gains
+from gac.data.world.noise import PRETRAIN_BASE
+from gac.evaluation.floors import (
+    MEAN,
+    NEAREST,
+    REGRESSIONS,
+    MeanBy,
+    MeanSpectrum,
+    PixelRegression,
+    Retrieval,
+    descriptors,
+    simple_baselines,
+)
+from gac.evaluation.learning_curve import best_unet, headline_contrasts, learning_curve, learning_curve_gains
 from gac.evaluation.methods import pairs_of, stage_methods, unet_methods
+from gac.evaluation.recalibration import LossRecalibration, fit_recalibrations
 from gac.evaluation.results import compare_with_unets
+from gac.evaluation.training_intervals import training_gain
 from gac.measure import metrics
 from gac.measure.tables import load_tiles, measure_methods, stored_method
 from gac.stages.chain import brief_recipe, recipe_of
 from gac.stages.grounding import build_stage3_model
+from gac.stages.pretrain import load_stage, pretrain_all
+from gac.stages.pretrain_objectives import PretrainPlan
 from gac.stages.refiner import build_prithvi_refiner, forecast_memory
 from gac.stages.unet import (
     brief_unet,
@@ -33,8 +48,16 @@ from gac.stages.unet import (
     unet_step,
     with_trial,
 )
-from gac.stages.unet_model import PRETRAINED, SIZE_TOLERANCE, build_unet, matched, weights_file
-from gac.stages.unet_pretraining import FIRST_SEED, Worlds, export_unet, pretrain_unet, world_stats
+from gac.stages.unet_model import (
+    PRETRAINED,
+    SIZE_TOLERANCE,
+    build_unet,
+    matched,
+    pretrained_unet,
+    weights_file,
+    world_stats,
+)
+from gac.training.checkpoints import load_checkpoint, save_checkpoint
 from gac.training.int8 import weigh_memory
 from gac.training.order import seeded
 
@@ -71,7 +94,7 @@ def test_descriptors_do_not_depend_on_how_many_tiles_there_are(store):
 def test_floors_hold_the_retrieval(store):
     train = tile_batch(store)
     made = simple_baselines(train, pixels=2000)
-    assert list(made) == ['band mean', 'mean by month', NEAREST, *REGRESSIONS]
+    assert list(made) == ['band mean', 'mean by month', MEAN, NEAREST, *REGRESSIONS]
     np.testing.assert_array_equal(made[NEAREST](train), train['truth'])
 
 def small(pairs=6, **settings) -> UNetConfig:
@@ -87,6 +110,104 @@ def test_unet_learns_its_tiles(store, tmp_path):
     kept, card = load_unet(tmp_path/'unet')
     np.testing.assert_array_equal(unet_method(kept)(train), learnt(train))
     assert (card['pairs'], card['params']['width'], card['steps']) == (6, 8, 24)
+
+@pytest.mark.parametrize('variant, kind', [('U-Net from scratch', 'mean spectrum'), ('U-Net with opt_v1', 'opt_v1'),
+                                           ('U-Net pretrained', 'pretrained weights')])
+def test_a_unet_that_only_harms_stays_at_its_reference(store, tmp_path, variant, kind):
+    "Let validation see truths that the reference meets exactly, and a training that leaves it."
+    train, val, test = (tile_batch(store, s) for s in ('train', 'val', 'test'))
+    images = lambda batch: batch['truth']  # a Stage 1 without error
+    spoilt = fit_unet(store, images, variant, small(steps=2, lr=.05, lr_pretrained=.05, width=16), tmp_path/'unet')
+    kept, card = load_unet(tmp_path/'unet')
+    assert card['reference'] == kept.reference.kind == kind and card['share'] == kept.share
+    assert card['metrics']['val_psnr_calibrated'] == pytest.approx(max(card['share_scores'].values()))
+    reference = {'mean spectrum': MeanSpectrum().fit(train).predict, 'opt_v1': images,
+                 'pretrained weights': unet_method(pretrained_unet())}[kind]
+    assert card['share_scores']['0.0'] == pytest.approx(psnr(reference(val), val), abs=.01)
+    assert psnr(unet_method(kept, images)(val), val) >= psnr(reference(val), val) - 1e-3  # never below its reference
+    np.testing.assert_allclose(unet_method(kept, images)(test), spoilt(test), atol=1e-6)  # loading applies the share
+    if kind == 'opt_v1':
+        assert kept.share == 0
+        np.testing.assert_allclose(unet_method(kept, images)(test), test['truth'], atol=1e-6)
+
+def test_a_checkpoint_of_an_earlier_version_has_share_one(store, tmp_path):
+    learnt = fit_unet(store, V1, 'U-Net from scratch', small(), tmp_path/'unet')
+    model, _ = load_unet(tmp_path/'unet')
+    state, card = load_checkpoint(tmp_path/'unet'/'unet.safetensors', 'unet')
+    old = {k: v for k, v in state.items() if not k.startswith('reference.')}
+    save_checkpoint(tmp_path/'old'/'unet.safetensors', old, 'unet', params=card['params'])
+    again, _ = load_unet(tmp_path/'old')
+    batch = tile_batch(store, 'test')
+    s1 = torch.from_numpy(batch['s1'])
+    assert (again.share, again.reference) == (1., None)
+    whole = unet_method(again)(batch)
+    reference = model.reference(s1, None, {k: batch[k] for k in ('month', 'biome', 'lat')}).numpy()
+    np.testing.assert_allclose(learnt(batch), reference + model.share*(whole - reference), atol=1e-5)
+
+def test_finetuning_has_a_rate_of_its_own(store, tmp_path):
+    rate = lambda variant: json.loads((tmp_path/slug(variant)/'made.json').read_text())['settings']['lr']
+    for variant in ('U-Net from scratch', 'U-Net pretrained'):
+        fit_unet(store, V1, variant, small(steps=2, lr_pretrained=3e-5, width=16), tmp_path/slug(variant))
+    assert (rate('U-Net from scratch'), rate('U-Net pretrained')) == (4e-3, 3e-5)
+
+def test_a_recalibration_follows_its_biomes_and_validation_may_refuse_it(store):
+    rng, n = np.random.default_rng(0), 40
+    images = rng.uniform(.05, .3, (n, 4, 12, 12)).astype('float32')
+    about = dict(month=rng.integers(1, 13, n), biome=np.repeat([4, 8], n//2), lat=np.full(n, 45.))
+    warm = np.where(about['biome'] == 4, 1.3, .8)[:, None, None, None].astype('float32')
+    batch = about | dict(truth=warm*images)
+    error = lambda r: float(np.abs(r.apply(images, batch) - batch['truth']).mean())
+    made = fit_recalibrations(images, batch, images, batch)
+    assert error(made['Stage 1, recalibrated per biome']) < .2*error(made['Stage 1, recalibrated'])
+    harmful = LossRecalibration(2).fit(images, batch, images, about | dict(truth=images))
+    assert harmful.share == 0 and np.array_equal(harmful.apply(images, batch), images)
+    stranger = about | dict(biome=np.full(n, 13))  # a biome without training tiles: the correction of all tiles
+    np.testing.assert_allclose(LossRecalibration(3).fit(images, batch).correction(images, stranger)[0],
+                               LossRecalibration(3).fit(images, batch).correction(images, stranger | dict(
+                                   month=np.full(n, 1)))[0])
+
+def test_a_recalibration_serves_every_tile_and_not_the_brightest():
+    "Shift dark tiles and leave one bright tile with a large error: least squares follow the bright one."
+    rng = np.random.default_rng(1)
+    images = rng.uniform(.05, .15, (20, 4, 8, 8)).astype('float32')
+    truth = images + .02
+    images[0], truth[0] = .5, .9
+    batch = dict(month=np.full(20, 7), biome=np.full(20, 4), truth=truth)
+    made = fit_recalibrations(images, batch)
+    dark = lambda name: float(np.square(made[name].apply(images, batch)[1:] - truth[1:]).mean())
+    assert dark('Stage 1, recalibrated') < .1*dark('Stage 1, recalibrated by least squares')
+
+def test_regressions_are_told_the_season_and_may_stay_at_the_mean(store):
+    train, val = tile_batch(store), tile_batch(store, 'val')
+    told = PixelRegression(pixels=3000).fit(train)
+    other = val | dict(month=(val['month'] + 5) % 12 + 1)
+    assert np.abs(told.predict(val) - told.predict(other)).max() > 1e-4
+    flat = val | dict(truth=MeanSpectrum().fit(train).predict(val))
+    still = PixelRegression(pixels=3000).fit(train, flat)
+    assert still.share == 0
+    np.testing.assert_allclose(still.predict(val), flat['truth'], atol=1e-6)
+
+def test_intervals_hold_the_chance_of_trainings_and_need_five_scenes():
+    rng = np.random.default_rng(2)
+    tile, chance = rng.normal(25, 3, 60), rng.normal(0, .4, (5, 1))
+    width = lambda a, b, **kw: np.subtract(*(training_gain(a, b, **kw)[k] for k in ('hi', 'lo')))
+    assert width(tile + chance, np.stack([tile]*5)) > .2 > width((tile + chance)[:1], tile) + .15
+    assert training_gain(tile + chance, tile)['trainings'] == 1
+    scenes = np.repeat(np.arange(4), 15)
+    assert np.isnan(training_gain(tile + 1, tile, scenes=scenes)['lo'])
+    assert training_gain(tile + 1, tile, 'mae')['gain'] == pytest.approx(-1)  # lower is better
+    # scenes are resampled for both sides together
+    assert width(tile + .1, tile) < 1e-9 < width(tile + rng.normal(0, 1, 60), tile)
+
+def test_the_rival_of_the_headline_is_chosen_on_validation_tiles():
+    rows = [dict(pairs=32, variant=v, seed=s, output='opt_v3', id=f't{i}', scene=f's{i}', psnr=p + .1*i, val_psnr=q)
+            for v, p, q in (('pretrained', 28., 28.), ('U-Net from scratch', 27., 26.), ('U-Net pretrained', 25., 27.))
+            for s in (0, 1) for i in range(6)]
+    told = pd.DataFrame(rows)
+    assert best_unet(told, 32) == 'U-Net pretrained' and best_unet(told, 256) == ''
+    row = headline_contrasts(told, (32, 256), 64).iloc[0]
+    assert (row.rival, row.pairs, row.val_tiles, row.seeds, row.exploratory) == ('U-Net pretrained', 32, 64, 2, 'no')
+    assert row.gain == pytest.approx(3)
 
 def test_unet_sees_the_radar_and_opt_v1_only_where_it_is_told_to(store, tmp_path):
     batch = tile_batch(store, 'test')
@@ -166,35 +287,27 @@ def test_resumed_training_equals_an_unbroken_one(store, tmp_path, monkeypatch):
     other = fit_unet(store, V1, 'U-Net from scratch', recipe, tmp_path/'whole', seed=1)
     assert np.abs(other(batch) - whole(batch)).max() > 1e-5  # another training replaces it
 
-def test_scenes_of_the_pretraining_are_those_of_the_world_and_are_held_apart():
-    from gac.data.world.noise import HELD_OUT_BASE, PRETRAIN_BASE
-    from gac.data.world.scenes import draw_scene
-    from gac.models.mini import SIZE
-    data = Worlds(FIRST_SEED, 3)
-    scene, one = draw_scene(FIRST_SEED + 2, SIZE), data[2]
-    np.testing.assert_allclose(one['s1'], scene['s1grd'], rtol=1e-6)
-    np.testing.assert_allclose(one['truth'], scene['s2'][[1, 2, 3, 7]]*1e-4, rtol=1e-6)
-    assert (one['month'], one['biome']) == (scene['month'], scene['biome'])
-    assert PRETRAIN_BASE <= FIRST_SEED < HELD_OUT_BASE
-
-def test_pretraining_is_exported_and_begins_the_next(store, tmp_path):
-    pretrain_unet(tmp_path/'one', 2, 2, val_scenes=2, width=8, crop=48)
-    card = export_unet(tmp_path/'one', tmp_path/'out', 'a test', .1)
-    file = tmp_path/'out'/f'{PRETRAINED}.safetensors'
+def test_pretraining_is_exported_and_fits_the_default_unet(tmp_path):
+    plan = PretrainPlan('unet', steps=2, batch=2, lr=1e-3, warmup=1, first_seed=PRETRAIN_BASE, workers=0)
+    card = pretrain_all([plan], tmp_path/'out', dest=tmp_path/'weights')[0]
+    file = tmp_path/'weights'/f'{PRETRAINED}.safetensors'
     assert json.loads(file.with_suffix('.json').read_text()) == json.loads(json.dumps(card))
     assert (card['scenes_seen'], card['steps_done'], card['seeds'][1] - card['seeds'][0]) == (4, 2, 3)
-    tuned, first = build_unet(5, str(file), width=8), load_unet(tmp_path/'one')[0]
+    tuned, first = build_unet(5, str(file)), load_stage(tmp_path/'out', 'unet')
     for k, v in first.state_dict().items():
         torch.testing.assert_close(tuned.state_dict()[k].float(), v.float(), rtol=2e-3, atol=1e-3)
-    with pytest.raises(GacError, match='does not fit'): build_unet(weights=str(file), width=16)
+    with pytest.raises(GacError, match='does not fit'): build_unet(weights=str(file), width=8)
     with pytest.raises(GacError, match='missing'): build_unet(weights=str(tmp_path/'no.safetensors'))
 
 def test_committed_weights_fit_the_default_unet_and_say_what_they_saw():
     model = build_unet(weights='mini')
     file = weights_file('mini')
     card = json.loads(file.with_suffix('.json').read_text())
-    assert file.stat().st_size < 2e6 and card['scenes_seen'] == card['steps_done']*card['settings']['batch_size']
-    assert card['config']['width'] == 16 and card['parameters'] == sum(p.numel() for p in model.parameters())
+    core = json.loads((file.parent/'terramind_mini.json').read_text())
+    assert file.stat().st_size < 2e6 and card['scenes_seen'] == card['steps_done']*card['plan']['batch']
+    assert card['scenes_seen'] == core['scenes_seen'] + 4760  # the first round of the core, which its card tells
+    assert '4760 scenes' in core['history']
+    assert card['parameters'] == sum(v.numel() for v in model.state_dict().values())
     np.testing.assert_allclose(model.mean.flatten(), world_stats()[0], rtol=2e-3)
 
 def test_search_ranks_trials_and_goes_on_where_it_stopped(store, tmp_path, monkeypatch):

@@ -14,7 +14,9 @@ from swapping import swap
 from gac.cli import COMMANDS, GROUPS, main
 from gac.core.config import (
     LOSS2_FIELDS,
+    DownstreamConfig,
     InferConfig,
+    NycConfig,
     PrecomputeConfig,
     Stage2Config,
     Stage3Config,
@@ -277,18 +279,19 @@ def test_a_setting_is_declared_once(cls, notebook):
 
 # command, notebook, names that differ
 COMMAND_SETTINGS = [(PrecomputeConfig, '07_stage1', dict(compile='compiled')), (UncertaintyConfig, '13_trust', {}),
-                    (InferConfig, '17_export', {})]
+                    (InferConfig, '17_export', {}), (DownstreamConfig, '15_downstream', dict(name='encoder_name')),
+                    (NycConfig, '16_new_york', {})]
 
 @pytest.mark.parametrize('cls, notebook, names', COMMAND_SETTINGS, ids=[c.__name__ for c, *_ in COMMAND_SETTINGS])
 def test_a_setting_of_a_command_is_declared_as_in_its_notebook(cls, notebook, names):
-    "Compare types, ranges and comments of the settings that both declare, and Stage 1's defaults with profile mini."
+    "Compare types, ranges and comments of the settings that both declare, and the defaults with profile mini."
     declared, known = notebook_parameters(root()/'nbs'/f'{notebook}.ipynb'), config_parameters(cls)
     shared = {n: names.get(n, n) for n in known if n != 'seed' and names.get(n, n) in declared}
     assert shared
     for name, other in shared.items():
         of, p = declared[other], known[name]
         assert (of.kind, of.help, of.low, of.high, of.choices) == (p.kind, p.help, p.low, p.high, p.choices), name
-    if cls is not PrecomputeConfig: return
+    if cls not in (PrecomputeConfig, DownstreamConfig, NycConfig): return
     mini = profile_values(notebook, 'mini')
     assert {n: mini[other] for n, other in shared.items()} == {n: known[n].default for n in shared}
 
@@ -307,6 +310,20 @@ def test_a_profile_gives_its_values_and_options_go_before_it(stage, tmp_path, ca
     assert code == 2 and 'Did you mean full' in said
     code, _, said = call(capsys, *words, '--dropout', '2')
     assert code == 2 and '--dropout: 2: expected 0 to 1' in said
+
+# options whose negative values mean nothing
+NOT_NEGATIVE = ('lr', 'steps', 'epochs', 'weight-decay', 'warmup', 'l1', 'lpips', 'lora-alpha')
+
+@pytest.mark.parametrize('stage', [2, 3])
+@pytest.mark.parametrize('name', NOT_NEGATIVE)
+def test_a_negative_setting_of_a_training_is_refused_by_the_parser(stage, name, capsys, tmp_path):
+    code, _, said = call(capsys, f'train-stage{stage}', '--data-dir', tmp_path, '--output-dir', tmp_path/'x',
+                         f'--{name}=-1')
+    assert code == 2 and re.search(rf'--{name}.*: -1: expected 0 to ', said), said
+
+def test_a_negative_rate_of_a_distillation_is_refused_by_the_parser(capsys, tmp_path):
+    code, _, said = call(capsys, 'distill', '--data-dir', tmp_path, '--output-dir', tmp_path/'x', '--lr=-1')
+    assert code == 2 and '--lr: -1: expected more than 0' in said
 
 def same_but_for_the_time(*files) -> None:
     "Every byte of the tensors, and the card without the time it was written."

@@ -7,9 +7,11 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback
 from swapping import swap
 
-from gac.core.files import GacError, root
+from gac.core.config import DownstreamConfig, config_of as settings_of
+from gac.core.files import GacError, relative_to_root, root
 from gac.core.vocabulary import OPT_BANDS
 from gac.data.store import Store
 from gac.data.stores import from_world
@@ -29,8 +31,11 @@ from gac.products.downstream_config import (
     terratorch,
     write_config,
 )
+from gac.products.downstream_images import recipe_of
 from gac.products.downstream_runs import gradient_check, mark_of, predicted, run_arms, truth_of
 from gac.products.labels import ARMS, LABEL_CODES, StoreData, as_classes
+from gac.products.plateau import read_plateau
+from gac.products.probe import ProbeSettings, draw_labels, fit_arm, probe_arms
 
 SHORT = DownstreamRecipe(size=24, batch_size=2, steps=2, channels=(16, 12, 8, 8),
                          require=('opt_v1', 'opt_v2', 'opt_v3'))
@@ -225,6 +230,79 @@ def test_command_writes_the_files(store, tmp_path, capsys):
     made = yaml.safe_load((tmp_path/'out'/'c_v2-1.yaml').read_text())
     assert ((made['seed_everything'], made['trainer']['max_steps'], made['data']['init_args']['images']['S2L2A']) == (
                 1, 7, 'opt_v2'))
+
+def test_a_profile_trains_what_the_notebook_trains(store, tmp_path, capsys):
+    "The file of `gac downstream --profile mini` is that of 15_downstream but for folders; options replace values."
+    from gac.cli import main
+    from gac.runner.profiles import profile_values
+    words = ['downstream', '--data-dir', str(store.path), '--output-dir', str(tmp_path/'out'), '--arms', 's1,c_v3',
+             '--profile', 'mini', '--tile-size', '24', '--configs-only']
+    assert not main(words)
+    values = profile_values('15_downstream', 'mini') | dict(name='terramind_mini', size=24)
+    recipe = recipe_of(store, settings_of(DownstreamConfig, values), ['opt_v3'])
+    made = yaml.safe_load((tmp_path/'out'/'c_v3-0.yaml').read_text())
+    place = relative_to_root((tmp_path/'out'/'c_v3-0').resolve())
+    expected = config_of(ARMS['c_v3'], recipe, relative_to_root(store.path), relative_to_root(store.path), place)
+    assert flat(made) == {k: list(v) if isinstance(v, tuple) else v for k, v in flat(expected).items()}
+    assert made['trainer']['val_check_interval'] == values['val_every'] and len(recipe.class_weights) > 2
+    assert not main([*words, '--max-steps', '7'])
+    assert yaml.safe_load((tmp_path/'out'/'c_v3-0.yaml').read_text())['trainer']['max_steps'] == 7
+
+def test_rare_classes_weigh_more_in_the_loss(store):
+    recipe = recipe_of(store, DownstreamConfig())
+    pixels = np.bincount(as_classes(store.read('lulc', store.rows('train')), recipe.classes).ravel() + 1)[1:]
+    w = np.array(recipe.class_weights)
+    assert (np.diff(w[np.argsort(pixels)]) <= 0).all() and w.max() > w.min()
+    assert (w*pixels).sum()/pixels.sum() == pytest.approx(1, abs=1e-4)
+
+def test_a_training_keeps_the_weights_of_its_best_validation(store, tmp_path):
+    "A head that a raised learning rate ruins after its best validation is tested with the best weights."
+    recipe = replace(SHORT, steps=6, val_every=1, patience=50)
+    run = open_config(write_config(tmp_path/'c.yaml', config(store, 'bound', tmp_path/'out', recipe)))
+    class Ruin(Callback):
+        def on_train_batch_start(self, trainer, task, batch, i):
+            if trainer.global_step == 3:
+                for p in task.model.head.parameters(): torch.nn.init.normal_(p, std=50.)
+    run.trainer.callbacks.insert(0, Ruin())
+    with hushed(): run.trainer.fit(run.model, run.datamodule)
+    ended = read_plateau(tmp_path/'out')
+    assert (ended['steps'], ended['plateau'], len(ended['curve'])) == (6, False, 6)
+    best = max(ended['curve'], key=lambda r: r['miou'])
+    assert ended['best_step'] == best['step'] and ended['val_miou'] == best['miou']
+    with hushed(): again = run.trainer.validate(run.model, run.datamodule, verbose=False)[0]
+    assert again['val/mIoU'] == pytest.approx(best['miou'], abs=1e-4)
+    kept = torch.load(tmp_path/'out'/'trained.ckpt', map_location='cpu', weights_only=False)['state_dict']
+    now = run.model.state_dict()
+    assert all(torch.equal(kept[k], now[k]) for k in kept if k.startswith('model.head.'))
+
+def test_a_training_ends_at_its_plateau(store, tmp_path):
+    recipe = replace(SHORT, steps=60, val_every=1, patience=1, lr=1e-12)  # nothing is learnt
+    fit_config(write_config(tmp_path/'c.yaml', config(store, 's1', tmp_path/'out', recipe)))
+    ended = read_plateau(tmp_path/'out')
+    assert ended['plateau'] and ended['steps'] < 10 and [c['event'] for c in ended['curve']][-1] == 'stop'
+
+def test_probes_of_all_arms_have_the_same_labels_and_see_the_image(store, tmp_path):
+    rows = {s: store.rows(s) for s in ('train', 'val', 'test')}
+    found = probe_arms(tmp_path, store, store, SHORT, ProbeSettings((2, 5), 2), ['s1', 'bound'], rows)
+    one, two = (found[found.arm == a] for a in ('s1', 'bound'))
+    assert one[['labels', 'draw']].values.tolist() == two[['labels', 'draw']].values.tolist()
+    assert found.gradient.max() < .01  # at the optimum
+    truth = [np.stack(a.matrices).sum((1, 3)) for a in (one, two)]
+    assert np.array_equal(*truth)
+
+def test_probe_reads_the_labels_of_its_tiles_alone(store):
+    "Other labels of tiles that are not in the draw leave the probe as it is."
+    r = np.random.default_rng(0)
+    features = {s: r.normal(size=(4, 64, 8)).astype('float16') for s in ('train', 'val', 'test')}
+    shares = {s: np.eye(3, dtype='float32')[r.integers(0, 3, (4, 64))] for s in ('train', 'val')}
+    truth, settings = r.integers(0, 3, (4, 48, 48)), ProbeSettings((2,), 1)
+    taken = draw_labels(4, settings)[0][2]
+    other = {**shares, 'train': shares['train'].copy()}
+    other['train'][np.setdiff1d(range(4), taken)] = np.eye(3)[0]
+    a, b = (fit_arm(features, s, truth, settings, 6).matrices.iloc[0] for s in (shares, other))
+    assert np.array_equal(a, b)
+    other['train'][taken] = np.eye(3)[0]
+    assert not np.array_equal(a, fit_arm(features, other, truth, settings, 6).matrices.iloc[0])
 
 @pytest.mark.slow
 def test_terratorch_runs_the_same_file(store, tmp_path):

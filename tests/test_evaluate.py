@@ -12,9 +12,11 @@ from gac.core.files import GacError, read_json
 from gac.core.run import start_run
 from gac.core.vocabulary import OPT_BANDS
 from gac.data.stores import from_world
-from gac.evaluation.baselines import NEAREST, MeanBy, PixelRegression, Recalibration, pixel_features, simple_baselines
-from gac.evaluation.learning_curve import learning_curve, learning_curve_gains, learning_curve_table, variant_methods
-from gac.evaluation.methods import grounder, stage_methods, training_tiles
+from gac.evaluation.chain_variants import variant_methods
+from gac.evaluation.floors import NEAREST, MeanBy, PixelRegression, pixel_features, simple_baselines
+from gac.evaluation.learning_curve import learning_curve, learning_curve_gains, learning_curve_table
+from gac.evaluation.methods import grounder, stage_methods, tiles_for_product
+from gac.evaluation.recalibration import Recalibration
 from gac.evaluation.results import by_rule, gains_of_stages, ranking, real_sets, results_table
 from gac.measure.metrics import PSNR_MAX
 from gac.measure.tables import RESULT_COLUMNS, load_tiles, measure_methods, stored_method
@@ -138,7 +140,7 @@ def test_real_chips_are_found_and_measured(real_data, tmp_path, monkeypatch):
     store = sets['real: bigearthnet_v2']
     table = measure_methods(store, store.rows(), simple_baselines(load_tiles(store, store.rows()), pixels=2000))
     # the nearest of tiles it was fitted on is the tile itself
-    assert table.drop(index=NEAREST, level='method').psnr.between(10, 60).all() and len(table) == 15
+    assert table.drop(index=NEAREST, level='method').psnr.between(10, 60).all() and len(table) == 18
     given = start_run('11_evaluate', 'smoke', 0, str(tmp_path/'given'), str(tmp_path/'reports'),
                         str(real_data/'bigearthnet_v2'))
     assert list(real_sets(given)) == ['real: bigearthnet_v2']
@@ -212,7 +214,7 @@ def test_grounding_of_the_other_radar_product_keeps_what_was_learned(trained, tm
 def test_floors_see_the_radar_product_of_the_tiles(trained):
     run, store = trained
     model = build_terramind_generator(('S1RTC',))
-    train, v1 = training_tiles(run, store, 'S1RTC', 4, model)
+    train, v1 = tiles_for_product(run, store, 'S1RTC', 'train', 4, model)
     own = load_tiles(store, store.rows('train')[:1])
     assert len(train['idx']) == 1 and v1.shape == own['truth'].shape
     assert np.abs(train['s1'] - own['s1']).mean() > .1  # the same scene, another product
@@ -268,7 +270,7 @@ def test_knowledge_goes_on_where_it_stopped_and_starts_anew_when_asked_for_somet
                    **ask | dict(pairs=[2], seeds=[0]))
     assert len(trained_) == 11
     table, gain = learning_curve_table(told), learning_curve_gains(told)
-    assert len(table) == 8 and list(table)[:5] == ['pairs', 'variant', 'seed', 'output', 'n_tiles']
+    assert len(table) == 8 and list(table)[:6] == ['pairs', 'val_tiles', 'variant', 'seed', 'output', 'n_tiles']
     assert table.n_tiles.eq(4).all()
     gain = gain[gain.metric == 'psnr']
     assert gain.seeds.eq(2).all() and gain.pairs.tolist() == [2, 4]

@@ -295,7 +295,7 @@ def test_what_is_spared_is_the_encoder_of_the_output(name):
     assert name != 'terramind_v1_large_generate' or spared > 90e6
 
 def test_a_generator_of_stage_1_draws_the_same_without_an_encoder_and_says_what_it_cannot_do():
-    from gac.evaluation.baselines import tokenizer_reconstruction
+    from gac.evaluation.floors import tokenizer_reconstruction
     from gac.models.decoding import Decoding
     from gac.stages.stage1 import build_terramind_generator
     lean, whole = (build_terramind_generator(tokenizer_encoder=k) for k in (False, True))

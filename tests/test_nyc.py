@@ -36,7 +36,7 @@ from gac.nyc.survey import (
     utm_grid,
     warped,
 )
-from gac.nyc.thoughts import generate_thoughts
+from gac.nyc.thoughts import LULC_OF, generate_thoughts, write_true_thoughts
 from gac.nyc.tim import (
     FAMILIES,
     THOUGHT,
@@ -52,6 +52,7 @@ from gac.nyc.tim import (
     standardisation,
 )
 from gac.products.downstream_config import at_root, open_config, write_config
+from gac.products.plateau import StopRule, class_weights, read_plateau, until_plateau
 
 DAYS = ('2021-01-12', '2021-04-15', '2021-07-20', '2021-10-23')
 S1_DAYS = ('2021-01-10', '2021-04-16', '2021-07-18', '2021-10-22')
@@ -520,6 +521,31 @@ def test_thinking_and_not_differ_in_the_thought_alone(family):
                                  run_settings(TIM_VARIANTS['no TiM, equal compute'], 'd', 'o', family=family,
                                               steps=150))
     assert {*longer} == {'trainer.max_steps', 'trainer.callbacks', 'model.init_args.scheduler_hparams.milestones'}
+
+def test_the_true_thought_differs_in_its_place_alone(town, tmp_path):
+    "The runs with the generated and with the true land cover read the same modality from two folders."
+    given, true = (run_settings(TIM_VARIANTS[n], 'd', 'o', thoughts=t)
+                   for n, t in (('LULC given', 'generated'), ('true LULC as thought', 'true')))
+    assert {*setting_differences(given, true)} == {'data.init_args.data_root.LULC'}
+    codes = write_true_thoughts(town, tmp_path/'true')
+    name = town.ids('train')[0]
+    label = town.read(name, 'LABEL')
+    read = np.load(tmp_path/'true'/f'{name}_LULC.npy').reshape(4, -1, 48, 48)
+    assert (read.sum(1) == 1).all() and (read.argmax(1) == codes[name]).all()
+    for c, code in LULC_OF.items(): assert (codes[name][:, label == NYC_CLASSES.index(c)] == code).all()
+
+def test_the_stop_rule_is_the_same_for_every_run(town, tmp_path):
+    "It changes no difference between runs, ends a run that learns nothing, and keeps the best weights in final.ckpt."
+    rule = StopRule(1, 1)
+    plain, thinking = (until_plateau(run_settings(TIM_VARIANTS[n], 'd', 'o'), 'o', rule, [1., 2.])
+                       for n in ('no TiM', 'TiM LULC'))
+    assert {*setting_differences(plain, thinking)} == {*THOUGHT}
+    path = configured(town, tmp_path, 'S1 alone', steps=30, lr=1e-12)
+    c = until_plateau(yaml.safe_load(path.read_text()), str(tmp_path/'run'), rule, class_weights([.2]*5))
+    tested = run_config(write_config(path, c))
+    ended = read_plateau(tmp_path/'run')
+    assert ended['plateau'] and ended['steps'] < 30 and (tmp_path/'run'/'final.ckpt').exists()
+    assert tested['confusion'].sum() == 4*48*48
 
 @pytest.mark.parametrize('profile', ['mini', 'paper'])
 def test_committed_configurations_differ_in_the_thought_alone(profile):

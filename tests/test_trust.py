@@ -221,8 +221,10 @@ def test_groups_and_their_gains():
     assert (got.gain[BIOMES[6]] == 1 and got.gain.drop(BIOMES[6]).eq(0).all() and got.n_tiles.eq(3).all()
             and got.few.eq('yes').all())
     assert got.before[BIOMES[4]] == pytest.approx(np.mean([20, 24, 28]))
-    assert not place_gains(measured.loc[measured.index.repeat(1)], pd.Series('all', index=table.id), 'world',
-                                 {'a→b': ('a', 'b')}, ('psnr',)).few.eq('yes').any()
+    assert got[['lo', 'hi']].isna().to_numpy().all(), 'three scenes are no interval'
+    whole = place_gains(measured.loc[measured.index.repeat(1)], pd.Series('all', index=table.id), 'world',
+                        {'a→b': ('a', 'b')}, ('psnr',))
+    assert not whole.few.eq('yes').any() and whole.lo.notna().all()
 
 @pytest.mark.parametrize('fold', ['cold', 'Americas', 'Finland'])
 def test_held_out_places_never_reach_a_training_elsewhere(fold):

@@ -6,8 +6,16 @@
 __all__ = ['STAGES', 'infer', 'export', 'uncertainty', 'downstream', 'nyc_build', 'nyc_publish']
 
 # %% ../../nbs/lib/cli/products.ipynb #ecd8c3fb
-from .options import SEED, WEIGHTS, at_least, checkpoint_option, command, config_from, opt, options_of, words
-from ..core.config import ExportConfig, InferConfig, UncertaintyConfig
+from .options import WEIGHTS, at_least, checkpoint_option, command, config_from, opt, options_of, words
+from gac.core.config import (
+    ChipsConfig,
+    DownstreamConfig,
+    ExportConfig,
+    InferConfig,
+    UncertaintyConfig,
+    config_of,
+    config_parameters,
+)
 
 # %% ../../nbs/lib/cli/products.ipynb #dd116dc8
 STAGES = (checkpoint_option(2, '; empty: without Stage 2', default=''),
@@ -72,23 +80,22 @@ def _seeds(text:str) -> list[int]: # type of an option
     opt('--arms', type=words, default=['s1', 's2', 'a', 'b', 'c_v1', 'c_v2', 'c_v3', 'bound', 'random'], metavar='A,B',
         help='inputs of the encoder that are compared, see 15_downstream'),
     opt('--seeds', type=_seeds, default=[0], metavar='N,M', help='seeds of the trainings of every arm'),
-    opt('--name', default='terramind_mini', help='encoder, as TerraTorch names it, e.g. terramind_v1_base'),
-    opt('--tile-size', dest='size', type=at_least(1), default=60, metavar='PX',
-        help='side of a window, a divisor of the side of the tiles; 0: whole tiles'),
-    opt('--batch-size', type=at_least(1), default=16, metavar='N', help='windows of a batch'),
-    opt('--max-steps', dest='steps', type=at_least(0), default=60, metavar='N', help='optimizer steps of every arm'),
-    opt('--lr', type=float, default=2e-3, metavar='RATE', help='peak learning rate'),
-    opt('--lora-rank', type=at_least(0), default=8, metavar='R', help='rank of the adapters; 0: the encoder is frozen'),
-    opt('--precision', choices=('32-true', 'bf16-mixed', '16-mixed'), default='32-true',
-        help='arithmetic; 16-mixed needs a GPU'),
-    opt('--max-tiles', dest='train_tiles', type=at_least(0), default=0, metavar='N',
-        help='labelled training tiles; 0: all'),
+    opt('--profile', default='', metavar='NAME', help='train what 15_downstream trains in this profile; further '
+                                                      'options replace its settings'),
+    *options_of(DownstreamConfig, True, size=dict(names=('--tile-size',)), steps=dict(names=('--max-steps',)),
+                train_tiles=dict(names=('--max-tiles',)), channels=dict(type=_seeds, metavar='N,M')),
     opt('--configs-only', action='store_true', help='write the files for terratorch fit, train nothing'), WEIGHTS)
-def downstream(configs_only, **options):
+def downstream(configs_only, profile, **options):
     """Compare land cover from the radar alone with land cover from true, TiM and generated images.
 Writes downstream.csv and downstream_gains.csv, and one file per training that `terratorch fit --config` also reads."""
+    given, values = {n: v for n in config_parameters(DownstreamConfig) if (v := options.pop(n)) is not None}, {}
+    if profile:
+        from gac.runner.profiles import profile_values
+        values = profile_values('15_downstream', profile)
+        values['name'] = values['encoder_name']
+    config = config_of(DownstreamConfig, values | given, 'this comparison')
     from gac.products.downstream_images import run_downstream
-    found = run_downstream(configs_only=configs_only, **options)
+    found = run_downstream(config=config, configs_only=configs_only, **options)
     columns = ['what', 'seed', 'miou', 'miou_lo', 'miou_hi', 'pixel_accuracy']
     print(*found, sep='\n') if configs_only else print(found[columns].round(3).to_string(index=False))
 
@@ -105,17 +112,7 @@ Writes downstream.csv and downstream_gains.csv, and one file per training that `
         help='days between a radar pass and the optical image at most'),
     opt('--output-dir', required=True, metavar='DIR',
         help='folder of the new data set; a stopped command continues from there'),
-    opt('--tile-size', dest='size', type=at_least(1), default=224, metavar='PX',
-        help='side of a chip in pixels of 10 m'),
-    opt('--guard', type=at_least(0), default=32, metavar='PX',
-        help='width of the strip without chips between parent blocks'),
-    opt('--timestamps', type=at_least(1), default=4, metavar='N',
-        help='dates of the data set; another number of dates is refused'),
-    opt('--test', type=at_least(1), default=64, metavar='N', help='test chips, where the area allows'),
-    opt('--s2-offset', type=int, metavar='DN', help='digital numbers to subtract; left out: '
-                                                    'by the pixels and the baseline'),
-    opt('--s1-units', choices=('auto', 'dB', 'linear', 'amplitude'), default='auto', help='unit of Sentinel-1'),
-    SEED)
+    *options_of(ChipsConfig, size=dict(names=('--tile-size',)), s2_offset=dict(metavar='DN')))
 def nyc_build(landcover, sources, catalog, dates, collections, s1_days, output_dir, **options):
     """Cut the New York data set: five-class labels, four dates of Sentinel-2 and Sentinel-1, terrain.
 Copies of one date, an all-zero terrain model and missing dates are refused."""

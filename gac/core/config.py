@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOSS2_FIELDS', 'Stage2Config', 'Stage3Config', 'UNetConfig', 'config_parameters', 'config_of', 'TilesetConfig',
            'PrecomputeConfig', 'Precompute2Config', 'Precompute3Config', 'InferConfig', 'UncertaintyConfig',
-           'ExportConfig', 'ConvertConfig', 'SplitConfig']
+           'ExportConfig', 'DownstreamConfig', 'NycConfig', 'ChipsConfig', 'ConvertConfig', 'SplitConfig']
 
 # %% ../../nbs/lib/core/config.ipynb #e95d1298
 import importlib
@@ -25,13 +25,13 @@ class Stage2Config:
     pretrained:bool = True # False: random weights, the control
     pairs:int = 0 # training pairs, the first of the train split; 0: all [0, 1000000]
     val_tiles:int = 0 # validation tiles that steer the training; 0: all [0, 100000]
-    epochs:float = 30. # passes over the pairs, where steps is 0
-    steps:int = 240 # optimizer steps; 0: as many as epochs needs
+    epochs:float = 30. # passes over the pairs, where steps is 0 [0, 1000000]
+    steps:int = 240 # optimizer steps; 0: as many as epochs needs [0, 10000000]
     batch_size:int = 8 # tiles per backward pass [1, 4096]
     grad_accum_steps:int = 1 # backward passes to a step [1, 4096]
-    lr:float = 2e-3 # peak learning rate
-    weight_decay:float = .05 # of AdamW
-    warmup:float = .1 # steps of rising rate, or their share
+    lr:float = 2e-3 # peak learning rate [0, 10]
+    weight_decay:float = .05 # of AdamW [0, 10]
+    warmup:float = .1 # steps of rising rate, or their share [0, 10000000]
     precision:str = '32-true' # arithmetic {32-true, bf16-mixed, 16-mixed}
     checkpointing:bool = False # compute the activations of the encoder's blocks twice: less memory, a third more time
     num_workers:int = 0 # processes that load tiles; none on Windows [0, 256]
@@ -43,7 +43,7 @@ class Stage2Config:
     early_stopping:bool = False # stop when validation PSNR no longer rises
     early_stopping_patience:int = 3 # validations without a rise [1, 10000]
     lora_rank:int = 8 # rank of the adapters; 0: none [0, 1024]
-    lora_alpha:int = 16 # their scale is alpha/rank
+    lora_alpha:int = 16 # their scale is alpha/rank [0, 1024]
     lora_reach:str = 'attention' # layers that get adapters {attention, wider}
     load_in_8bit:bool = False # frozen linear layers in 8 bits
     unfreeze_last_n_blocks:int = 0 # blocks of the encoder that train [0, 48]
@@ -53,12 +53,12 @@ class Stage2Config:
     dropout:float = .1 # in the head [0, 1]
     crop:int = 96 # px of a random training window; 0: whole tiles [0, 4096]
     augment:str = 'none' # mirroring {none, east-west, all}
-    log_mse:float = 1. # weight of the logarithm of each tile's squared error
-    l1:float = 0. # weight of the mean absolute error
-    l2:float = 0. # weight of the mean squared error
-    ms_ssim_weight:float = .1 # weight of 1 - MS-SSIM
-    sam:float = .1 # weight of the spectral angle
-    lpips:float = 0. # weight of the perceptual distance
+    log_mse:float = 1. # weight of the logarithm of each tile's squared error [0, 1000000]
+    l1:float = 0. # weight of the mean absolute error [0, 1000000]
+    l2:float = 0. # weight of the mean squared error [0, 1000000]
+    ms_ssim_weight:float = .1 # weight of 1 - MS-SSIM [0, 1000000]
+    sam:float = .1 # weight of the spectral angle [0, 1000000]
+    lpips:float = 0. # weight of the perceptual distance [0, 1000000]
 
 # %% ../../nbs/lib/core/config.ipynb #01d9998f
 @dataclass(frozen=True)
@@ -68,14 +68,14 @@ class Stage3Config:
     pairs:int = 0 # training pairs, the first of the train split; 0: all [0, 1000000]
     val_tiles:int = 0 # validation tiles that steer the training; 0: all [0, 100000]
     route:str = 'features' # route of opt_v3 {features, tokens, soft}
-    epochs:float = 50. # passes over the pairs, where steps is 0
-    steps:int = 240 # optimizer steps; 0: as many as epochs needs
+    epochs:float = 50. # passes over the pairs, where steps is 0 [0, 1000000]
+    steps:int = 240 # optimizer steps; 0: as many as epochs needs [0, 10000000]
     frozen:float = .97 # share of the steps in which the adapters rest [0, 1]
     batch_size:int = 12 # tiles per backward pass [1, 4096]
     grad_accum_steps:int = 1 # backward passes to a step [1, 4096]
-    lr:float = 2e-3 # peak learning rate
-    weight_decay:float = .05 # of AdamW
-    warmup:float = .1 # steps of rising rate, or their share
+    lr:float = 2e-3 # peak learning rate [0, 10]
+    weight_decay:float = .05 # of AdamW [0, 10]
+    warmup:float = .1 # steps of rising rate, or their share [0, 10000000]
     precision:str = '32-true' # arithmetic {32-true, bf16-mixed, 16-mixed}
     checkpointing:bool = False # compute the activations of TerraMind's blocks twice: less memory, a third more time
     num_workers:int = 0 # processes that load tiles; none on Windows [0, 256]
@@ -88,7 +88,7 @@ class Stage3Config:
     early_stopping_patience:int = 10 # validations without a fall [1, 10000]
     select:str = 'both' # criterion of the best checkpoint and residual scale {gap, raw, psnr, both}
     lora_rank:int = 8 # rank of the adapters; 0: none [0, 1024]
-    lora_alpha:int = 16 # their scale is alpha/rank
+    lora_alpha:int = 16 # their scale is alpha/rank [0, 1024]
     strength:bool = True # choose on validation how much of the correction is applied; else all of it
     reach:str = 'cross' # layers that get adapters {cross, attention, linear}
     timesteps:int = 1 # diffusion steps of the token routes [1, 1000]
@@ -99,12 +99,12 @@ class Stage3Config:
     crop:int = 36 # px of the window the head trains on; 0: whole tiles [0, 4096]
     augment:str = 'all' # mirroring {none, east-west, all}
     lies:float = .25 # share of training tiles that carry an injected artefact [0, 1]
-    relative:float = 1. # weight of the error relative to that of opt_v2
-    l1:float = .2 # weight of the mean absolute error
-    sar:float = .1 # weight of consistency with the radar
-    identity_weight:float = .02 # weight of staying near opt_v2
-    spectral:float = .1 # weight of the spectral angle
-    lpips:float = 0. # weight of the perceptual distance
+    relative:float = 1. # weight of the error relative to that of opt_v2 [0, 1000000]
+    l1:float = .2 # weight of the mean absolute error [0, 1000000]
+    sar:float = .1 # weight of consistency with the radar [0, 1000000]
+    identity_weight:float = .02 # weight of staying near opt_v2 [0, 1000000]
+    spectral:float = .1 # weight of the spectral angle [0, 1000000]
+    lpips:float = 0. # weight of the perceptual distance [0, 1000000]
 
 # %% ../../nbs/lib/core/config.ipynb #dc32a62f
 @dataclass(frozen=True)
@@ -123,6 +123,7 @@ class UNetConfig:
     augment:str = 'all' # mirroring {none, east-west, all}
     val_every:int = 100 # steps between validations [1, 1000000]
     precision:str = '32-true' # arithmetic {32-true, bf16-mixed, 16-mixed}
+    lr_pretrained:float = 5e-4 # peak learning rate of the fine-tuning of pretrained weights
     log_mse:float = 1. # weight of the logarithm of each tile's squared error
     l1:float = 0. # weight of the mean absolute error
     l2:float = 0. # weight of the mean squared error
@@ -242,6 +243,50 @@ class ExportConfig:
     split:str = '' # tiles of this split; empty: all {train, val, test}
     max_tiles:int = 0 # tiles at most, spread evenly over the store; 0: all [0, inf]
     overwrite:bool = False # replace files that were written with other settings
+
+# %% ../../nbs/lib/core/config.ipynb #b29967ca
+@dataclass(frozen=True)
+class DownstreamConfig:
+    "Settings of a training of the land-cover model."
+    name:str = 'terramind_mini' # encoder, as TerraTorch names it; the thinking one is called the same with _tim
+    size:int = 60 # px of a window, a divisor of the tiles' side; 0: whole tiles [0, 4096]
+    batch_size:int = 4 # windows [1, 4096]
+    steps:int = 120 # optimizer steps of every arm, at most [1, 10000000]
+    lr:float = 3e-3 # peak learning rate [0, 1]
+    lora_rank:int = 8 # of the adapters; 0: the encoder is frozen [0, 1024]
+    channels:list[int] = field(default_factory=lambda: [64, 32, 16, 16]) # of the decoder's blocks
+    precision:str = '32-true' # arithmetic {32-true, bf16-mixed, 16-mixed}
+    balance:float = .5 # power of the inverse class share in the loss; 0: all pixels count alike [0, 1]
+    val_every:int = 40 # optimizer steps between validations [1, 1000000]
+    patience:int = 2 # validations without a rise before the rate falls, and before the end; 0: all steps [0, 1000]
+    train_tiles:int = 0 # labelled tiles at most; 0: all [0, inf]
+    val_tiles:int = 16 # tiles validated on; 0: all [0, inf]
+
+@dataclass(frozen=True)
+class NycConfig:
+    "Settings of the trainings of `16_new_york`."
+    steps:int = 96 # optimizer steps of a run, at most [1, 1000000]
+    batch_size:int = 2 # chips of a step [1, 1024]
+    lr:float = 4e-3 # learning rate [1e-7, 1]
+    balance:float = .5 # power of the inverse class share in the loss; 0: all pixels count alike [0, 1]
+    val_every:int = 32 # optimizer steps between validations [1, 1000000]
+    patience:int = 2 # validations without a rise before the rate falls, and before the end; 0: all steps [0, 1000]
+
+@dataclass(frozen=True)
+class ChipsConfig:
+    "Settings of `gac nyc build`."
+    size:int = 224 # px of 10 m, side of a chip [1, inf]
+    per_block:int = 2 # chips along the side of a parent block [1, 1000]
+    guard:int = 32 # px, width of the strip without chips between parent blocks [0, inf]
+    timestamps:int = 4 # dates of the data set; another number of dates is refused [1, 1000]
+    test:int = 64 # test chips, where the area allows [1, inf]
+    val:float = .12 # share of the chips for validation [0, 1]
+    seed:int = 0 # seed of the split [0, inf]
+    min_label:float = .5 # smallest share of a chip with a label [0, 1]
+    min_seen:float = .6 # smallest share of a chip that every date shows [0, 1]
+    s2_offset:int|None = None # digital numbers to subtract; left out: by the pixels and the baseline [0, 20000]
+    s1_units:str = 'auto' # unit of Sentinel-1; auto: by documented rules {auto, dB, linear, amplitude}
+    suffix:str = '.tif' # of the files of a chip: .tif or .npy
 
 # %% ../../nbs/lib/core/config.ipynb #79030df4
 @dataclass

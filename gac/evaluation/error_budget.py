@@ -46,6 +46,7 @@ def error_budget_figure(
     budget:pd.DataFrame, # of one or more data sets, from error_budget
 ): # matplotlib Figure
     "Draw the parts of the error as stacked bars, the world on the left, real places on the right, ceilings hatched."
+    import matplotlib.pyplot as plt
     names = list(dict.fromkeys(budget.data))
     most = budget.groupby('data').size().max()
     fig, axes = plt.subplots(1, len(names), figsize=(min(7 + 3*(len(names) - 1), 12), 1.3 + .27*most), squeeze=False)
@@ -144,6 +145,7 @@ def distortion_realism_figure(
     table:pd.DataFrame, # of one data set, from realism_table
 ): # matplotlib Figure
     "Draw realism against PSNR, every method with its name: Fréchet distance above, gradient energy below."
+    import matplotlib.pyplot as plt
     what = {'frechet': 'Fréchet distance in features of Prithvi\n(smaller is more realistic)',
             'gradient_energy': 'gradient energy relative to the truth\n(1: as much as the truth)'}
     fig, axes = plt.subplots(2, 1, figsize=(8, 8.4), sharex=True)

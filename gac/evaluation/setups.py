@@ -199,7 +199,8 @@ def rows_of(
 
 # %% ../../nbs/lib/evaluation/setups.ipynb #ec65101a
 def _asks(setup:Setup, row:Row) -> bool:
-    "Tell whether a row differs from the default and leaves a loss to train on."
+    "Tell whether a row differs from the default, can have an effect, and leaves a loss to train on."
+    if row.question == 'clamp' and setup.decoding.timesteps == 1: return False  # one step ends in the range anyway
     new = changed(setup, row.change)
     losses = [(new.recipe.stage2, LOSS2_FIELDS), (new.recipe.stage3, LOSS3_FIELDS)]
     return bool(setup_differences(setup, new)) and all(sum(getattr(c, k) for k in names) > 0 for c, names in losses)

@@ -21,6 +21,7 @@ from ..core.files import GacError, write_file
 from ..core.vocabulary import BIOMES
 from .methods import evenly_spaced
 from .results import gains_of_stages, known_weights
+from .training_intervals import without_few_scenes
 from ..measure.tables import measure_methods
 from ..stages.chain import ChainRecipe, cached_method, fit_stage2, fit_stage3
 from ..stages.inference import stage3_method
@@ -62,14 +63,14 @@ def place_gains(
     seed:int=0, # of the bootstrap
     seeds:int=1, # trainings the measured values are means of
 ) -> pd.DataFrame: # data, group, step, metric, before, after, gain, lo, hi, n_tiles, n_scenes, few, seeds
-    "Return the gain of each step in each group, largest group first; positive is better."
+    "Return the gain of each step in each group, largest group first; fewer than five scenes get no interval."
     parts, of = [], groups.reindex(measured.index.get_level_values('id')).to_numpy()
     sizes = groups.loc[measured.index.unique('id')].value_counts().sort_index().sort_values(ascending=False,
         kind='stable')
     for group, n in sizes.items():
         part = measured[of == group]
         mean = part.drop(columns='scene').groupby(level='method').mean()
-        table = gains_of_stages(part, label, steps, columns, seed, seeds)
+        table = without_few_scenes(gains_of_stages(part, label, steps, columns, seed, seeds))
         at = lambda k: [mean.loc[steps[s][k], m] for s, m in zip(table.step, table.metric)]
         parts.append(table.assign(group=group, before=at(0), after=at(1), n_tiles=n, few='yes' if n < FEW_TILES
                                   else 'no'))

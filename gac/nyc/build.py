@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from odc.geo.geobox import GeoBox
 
+from ..core.config import ChipsConfig
 from ..core.environment import progress
 from ..core.files import GacError, writable, write_file, writing
 from ..data.units import S1_UNITS, s1_unit
@@ -25,20 +26,8 @@ from .survey import NO_LABEL, NYC_CLASSES, TO_CLASS, class_shares, majority, utm
 
 # %% ../../nbs/lib/nyc/build.ipynb #2738e307
 @dataclass(frozen=True)
-class BuildOptions:
-    "Hold the settings of a data set."
-    size:int = 224 # px, side of a chip
-    per_block:int = 2 # chips along the side of a parent block
-    guard:int = 32 # px, width of the strip between blocks
-    timestamps:int = 4 # number of dates
-    test:int = 64 # number of test chips
-    val:float = .12 # share of the chips for validation
-    seed:int = 0 # of the split
-    min_label:float = .5 # smallest share of a chip with a label
-    min_seen:float = .6 # smallest share of a chip that every date shows
-    s2_offset:int|None = None # DN to subtract; None: as of offset_of
-    s1_units:str = 'auto' # dB, linear, amplitude; auto: as of data.units
-    suffix:str = '.tif' # of the files of a chip: .tif or .npy
+class BuildOptions(ChipsConfig):
+    "Hold the settings of a data set, declared in `core.config`."
 
 # %% ../../nbs/lib/nyc/build.ipynb #0bb848d5
 def seen_optical(

@@ -23,10 +23,11 @@ from ..core.files import GacError, root
 from ..core.manifest import setting_differences
 from ..measure.classes import class_scores, count_pixels
 from ..models.build import build_model, weights_checksums
-from ..models.mini import MINI_STATS, PATCH, TERRAMIND_KEY_STATS
+from ..models.mini import MINI_STATS, TERRAMIND_KEY_STATS
 from ..models.modalities import LULC_LABELS, modality_key
 from .survey import NYC_CLASSES
 from ..products.downstream_config import SameStart, at_root, open_config
+from ..training.settings import adamw_options
 
 # %% ../../nbs/lib/nyc/tim.ipynb #c485d2fd
 TIM_INPUTS = ('S2L2A', 'S1RTC', 'DEM')  # modalities of the encoder
@@ -40,7 +41,8 @@ class Variant:
     name:str # name in tables
     modalities:tuple = TIM_INPUTS # modalities the encoder gets
     tim:tuple = () # modalities the encoder generates
-    given:tuple = () # generated modalities that come with the data
+    given:tuple = () # modalities that come with the data: generated in advance, or true
+    true:bool = False # True: what is given comes from the labels
     against:str = 'no TiM' # name of the run it is compared with
     as_dear_as:str = '' # name of a run whose arithmetic it spends, by more steps
 
@@ -52,6 +54,7 @@ TIM_VARIANTS = {v.name: v for v in (
     Variant('TiM NDVI', tim=('NDVI',)),
     Variant('TiM LULC+NDVI', tim=('LULC', 'NDVI')),
     Variant('LULC given', given=('LULC',)),
+    Variant('true LULC as thought', given=('LULC',), true=True),
     Variant('no TiM, equal compute', as_dear_as='TiM LULC'),
     Variant('S1 alone', modalities=('S1RTC',)),
     Variant('S1 alone, TiM LULC', modalities=('S1RTC',), tim=('LULC',), against='S1 alone'))}
@@ -72,8 +75,9 @@ _tokens = dict(name='ReshapeTokensToImage', remove_cls_token=False)
 # size of the backbones -> family
 FAMILIES = {
     'mini': Family('terramind_mini', 'terramind_mini_tim', 'terramind_mini_generate', 'mini',
-                   (('decoder', 'LinearDecoder'), ('decoder_upsampling_size', PATCH), ('decoder_num_classes', 32)),
-                   (dict(name='SelectIndices', indices=[3]), _tokens)),
+                   (('decoder', 'UNetDecoder'), ('decoder_channels', [64, 32, 16, 16])),
+                   (dict(name='SelectIndices', indices=[0, 1, 2, 3]), _tokens,
+                    dict(name='LearnedInterpolateToPyramidal'))),
     'base': Family('terramind_v1_base', 'terramind_v1_base_tim', 'terramind_v1_base_generate', 'v1',
                    (('decoder', 'UNetDecoder'), ('decoder_channels', [512, 256, 128, 64])),
                    (dict(name='SelectIndices', indices=[2, 5, 8, 11]), _tokens,
@@ -126,7 +130,8 @@ def _model_settings(v:Variant, steps:int, lr:float, family:str, timestamps:int, 
     if weights and family == 'mini': model |= dict(backbone_weights=str(weights))
     model |= dict(necks=[dict(n) for n in f.necks], **dict(f.head), num_classes=len(NYC_CLASSES))
     return _init('terratorch.tasks.SemanticSegmentationTask', model_factory='EncoderDecoderFactory', model_args=model,
-                 loss='ce', ignore_index=-1, lr=lr, optimizer='AdamW', optimizer_hparams=dict(weight_decay=.05),
+                 loss='ce', ignore_index=-1, lr=lr, optimizer='AdamW',
+                 optimizer_hparams=dict(weight_decay=.05, **(adamw_options('cpu') if family == 'mini' else {})),
                  **settling(steps), freeze_backbone=False, plot_on_val=False, class_names=list(NYC_CLASSES))
 
 # %% ../../nbs/lib/nyc/tim.ipynb #13bb7d4a
@@ -234,7 +239,7 @@ def relative_to_root_or_full(
     return path.relative_to(root()).as_posix() if path.is_relative_to(root()) else str(path)
 
 # %% ../../nbs/lib/nyc/tim.ipynb #49d08ddc
-TIM_VERSION = 1  # to be raised when a change of the code changes the training or the test of a run
+TIM_VERSION = 2  # to be raised when a change of the code changes the training or the test of a run
 
 def run_config(
     path, # .yaml file of a configuration

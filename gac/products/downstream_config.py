@@ -23,37 +23,30 @@ import torch
 import yaml
 from lightning.pytorch import Callback
 
+from ..core.config import DownstreamConfig
 from ..core.files import GacError, root, shown_path, write_file
 from ..core.vocabulary import LULC_CLASSES, S2_BANDS
 from ..measure.classes import IGNORED
 from ..models.mini import MINI_STATS, TERRAMIND_KEY_STATS
 from ..models.modalities import band_names, modality_key
 from .labels import LABEL_CODES, Arm
+from .plateau import StopRule, until_plateau
 from ..training.order import seeded
+from ..training.settings import adamw_options
 
 # %% ../../nbs/lib/products/downstream_config.ipynb #8605e0b3
 DEPTH = dict(mini=4, tiny=12, small=12, base=12, large=24)  # size of TerraMind -> blocks of its encoder
 LORA = r'encoder\.\d+\.attn\.(qkv|proj)'  # layers with adapters: attention of the encoder, not of its generator
 
 @dataclass(frozen=True)
-class DownstreamRecipe:
-    "Hold what all arms share: split, head and training budget."
-    name:str = 'terramind_mini' # encoder, as TerraTorch names it
+class DownstreamRecipe(DownstreamConfig):
+    "Hold what all arms share: the settings, and what follows from the tiles."
     weights:str = '' # folder of the weights of a miniature; empty: those of the repository
     product:str = 'S1GRD' # radar product: S1GRD or S1RTC
     classes:tuple = LABEL_CODES # land-cover codes
-    size:int = 60 # px, side of a window, a divisor of the side of a tile; 0: whole tiles
-    batch_size:int = 4 # windows per batch
-    steps:int = 120 # optimizer steps
-    lr:float = 3e-3 # peak learning rate
+    class_weights:tuple = () # of the classes in the loss; empty: all 1
     weight_decay:float = .01 # of AdamW
-    lora_rank:int = 8 # rank of the adapters; 0: none, the encoder is frozen
     lora_alpha:int = 16 # scale of the adapters: alpha/rank
-    channels:tuple = (64, 32, 16, 16) # channels of the blocks of the decoder
-    precision:str = '32-true' # 32-true, bf16-mixed or 16-mixed
-    val_every:int = 0 # steps between validations; 0: none
-    train_tiles:int = 0 # tiles at most; 0: all
-    val_tiles:int = 0 # tiles at most; 0: all
     test_tiles:int = 0 # tiles at most; 0: all
     require:tuple = () # arrays that a tile must have, in every arm
     num_workers:int = 0 # processes that read tiles
@@ -61,6 +54,9 @@ class DownstreamRecipe:
     devices:int = 1 # devices per node
     seed:int = 0 # of the training
 
+    @property
+    def rule(self) -> StopRule|None: # None: the training takes all its steps
+        return StopRule(min(self.val_every, self.steps), self.patience) if self.patience else None
     @property
     def mini(self) -> bool: return '_mini' in self.name
     @property
@@ -125,8 +121,10 @@ def model_config(
     return dict(class_path='terratorch.tasks.SemanticSegmentationTask', init_args=dict(
         model_factory='EncoderDecoderFactory', model_args=args, loss='ce', ignore_index=IGNORED, lr=recipe.lr,
         optimizer='AdamW',
-        optimizer_hparams=dict(weight_decay=recipe.weight_decay), scheduler='OneCycleLR', scheduler_hparams=schedule,
+        optimizer_hparams=dict(weight_decay=recipe.weight_decay, **adamw_options(precision=recipe.precision)),
+        scheduler='OneCycleLR', scheduler_hparams=schedule,
         freeze_backbone=not recipe.lora_rank, plot_on_val=False,
+        class_weights=list(recipe.class_weights) or None,
         class_names=[LULC_CLASSES[k].replace('/', ' or ') for k in recipe.classes]))
 
 # %% ../../nbs/lib/products/downstream_config.ipynb #524ae74a
@@ -151,18 +149,17 @@ def trainer_config(
     recipe:DownstreamRecipe, # what all arms share
     out_dir:str, # folder of this training, relative to the repository
 ) -> dict: # arguments of Trainer
-    "Return the trainer of Lightning: a budget of steps, one checkpoint at the end."
+    "Return the trainer of Lightning: a number of steps, one checkpoint at the end."
     call = lambda path, **kw: dict(class_path=path, init_args=kw)
-    checking = (dict(limit_val_batches=0) if not recipe.val_every
-                else dict(val_check_interval=recipe.val_every, check_val_every_n_epoch=None))
     return dict(accelerator=recipe.accelerator, devices=recipe.devices, precision=recipe.precision,
                 max_steps=recipe.steps, max_epochs=-1, gradient_clip_val=1., deterministic='warn',
                 num_sanity_val_steps=0, log_every_n_steps=10, enable_progress_bar=not recipe.mini,
-                enable_model_summary=False, use_distributed_sampler=False, default_root_dir=out_dir, **checking,
+                enable_model_summary=False, use_distributed_sampler=False, default_root_dir=out_dir,
+                limit_val_batches=0,
                 logger=call('lightning.pytorch.loggers.CSVLogger', save_dir=out_dir, name='', version='curve'),
                 callbacks=[call('gac.products.downstream_config.SameStart', seed=recipe.seed),
                            call('lightning.pytorch.callbacks.ModelCheckpoint', dirpath=out_dir, filename='trained',
-                                every_n_train_steps=recipe.val_every or recipe.steps, save_on_train_epoch_end=False,
+                                every_n_train_steps=recipe.steps, save_on_train_epoch_end=False,
                                 enable_version_counter=False)])
 
 # %% ../../nbs/lib/products/downstream_config.ipynb #4537c4e7
@@ -174,8 +171,9 @@ def config_of(
     out_dir:str='runs/downstream', # folder of this training, relative to the repository
 ) -> dict: # seed_everything, trainer, model, data
     "Return the whole configuration with which `terratorch fit` trains an arm."
-    return dict(seed_everything=recipe.seed, trainer=trainer_config(recipe, out_dir), model=model_config(arm, recipe),
-                data=data_config(arm, recipe, store, derived))
+    config = dict(seed_everything=recipe.seed, trainer=trainer_config(recipe, out_dir),
+                  model=model_config(arm, recipe), data=data_config(arm, recipe, store, derived))
+    return until_plateau(config, out_dir, recipe.rule) if recipe.rule else config
 
 # %% ../../nbs/lib/products/downstream_config.ipynb #240ebaa9
 def write_config(

@@ -22,7 +22,7 @@ from ..data.stores import MIN_PAIRS, enough, real_store
 SPLIT_OF = dict(  # parameter of a notebook -> split it takes tiles of
     **dict.fromkeys(('pairs', 'control_pairs', 'trial_pairs', 'direct_pairs', 'fit_tiles', 'train_tiles',
                      'transfer_pairs'), 'train'),
-    **dict.fromkeys(('val_tiles', 'solver_tiles', 'direct_tiles', 'transfer_val'), 'val'),
+    **dict.fromkeys(('val_tiles', 'solver_tiles', 'direct_tiles', 'transfer_val', 'score_tiles'), 'val'),
     **dict.fromkeys(('test_tiles', 'lie_tiles', 'sample_tiles', 'place_tiles', 'attention_tiles'), 'test'))
 OF_RUN = {('10_baselines', 'pairs')}  # 0: the number of Stage 2
 TRAINING = ('12_learning_curve', '14_ablations', '15_downstream')  # train on the tiles they test on
