@@ -34,15 +34,13 @@ def test_distances_rise_with_blur_and_noise(truth, judge):
         energy = [float(gradient_energy(x, truth).mean()) for x in images]
         assert abs(energy[0] - 1) < 1e-6 and energy in (sorted(energy), sorted(energy)[::-1])
 
-def test_colour_is_put_right_and_a_shift_is_seen_by_the_pair_alone(truth, judge):
+def test_colour_is_put_right_and_a_shift_is_seen_by_the_pair(truth, judge):
     own = PrithviRealism(judge.encoder)
     own(truth, truth, 'truth')
     assert float(own(truth + .1, truth, 'lighter').max()) < 1e-4
-    moved = np.roll(truth, (3, 3), (2, 3))
-    assert float(own(moved, truth, 'moved').mean()) > .01
-    other = own(blurred(truth, 2), truth, 'blurred')
-    at = {k: frechet_distance(own.sums['truth'], s) for k, s in own.sums.items()}
-    assert len(other) == 6 and at['lighter'] < at['moved'] < .5*at['blurred']
+    assert frechet_distance(own.sums['truth'], own.sums['lighter']) < 1e-4
+    near, far = (float(own(np.roll(truth, (s, s), (2, 3)), truth).mean()) for s in (1, 6))
+    assert .01 < near < far and set(own.sums) == {'truth', 'lighter'}  # without a name nothing is collected
 
 def test_order_of_batches_does_not_matter(truth, judge):
     whole, parts = PrithviRealism(judge.encoder), PrithviRealism(judge.encoder)
