@@ -46,7 +46,7 @@ def of_modules() -> dict[str, str]: # measure -> value
 def code_cells(path:Path) -> list[tuple]: # (source, tags, whether it shows a picture)
     "Return the code cells of a notebook."
     cells = json.loads(path.read_text(encoding='utf-8'))['cells']
-    has_picture = lambda c: any('image/png' in o.get('data', {}) for o in c['outputs'])
+    has_picture = lambda c: any(kind.startswith('image/') for o in c['outputs'] for kind in o.get('data', {}))
     return [(''.join(c['source']), c['metadata'].get('tags', []), has_picture(c)) for c in cells
             if c['cell_type'] == 'code']
 

@@ -11,6 +11,7 @@ from swapping import swap
 from gac.core.config import UNetConfig
 from gac.core.files import GacError, read_yaml, root, write_file
 from gac.data.stores import from_world
+from gac.data.world.noise import PRETRAIN_BASE
 from gac.evaluation.baselines import NEAREST, REGRESSIONS, MeanBy, Retrieval, descriptors, simple_baselines
 from gac.evaluation.learning_curve import learning_curve, learning_curve_gains
 from gac.evaluation.methods import pairs_of, stage_methods, unet_methods
@@ -19,6 +20,8 @@ from gac.measure import metrics
 from gac.measure.tables import load_tiles, measure_methods, stored_method
 from gac.stages.chain import brief_recipe, recipe_of
 from gac.stages.grounding import build_stage3_model
+from gac.stages.pretrain import load_stage, pretrain_all
+from gac.stages.pretrain_objectives import PretrainPlan
 from gac.stages.refiner import build_prithvi_refiner, forecast_memory
 from gac.stages.unet import (
     brief_unet,
@@ -33,8 +36,7 @@ from gac.stages.unet import (
     unet_step,
     with_trial,
 )
-from gac.stages.unet_model import PRETRAINED, SIZE_TOLERANCE, build_unet, matched, weights_file
-from gac.stages.unet_pretraining import FIRST_SEED, Worlds, export_unet, pretrain_unet, world_stats
+from gac.stages.unet_model import PRETRAINED, SIZE_TOLERANCE, build_unet, matched, weights_file, world_stats
 from gac.training.int8 import weigh_memory
 from gac.training.order import seeded
 
@@ -166,35 +168,27 @@ def test_resumed_training_equals_an_unbroken_one(store, tmp_path, monkeypatch):
     other = fit_unet(store, V1, 'U-Net from scratch', recipe, tmp_path/'whole', seed=1)
     assert np.abs(other(batch) - whole(batch)).max() > 1e-5  # another training replaces it
 
-def test_scenes_of_the_pretraining_are_those_of_the_world_and_are_held_apart():
-    from gac.data.world.noise import HELD_OUT_BASE, PRETRAIN_BASE
-    from gac.data.world.scenes import draw_scene
-    from gac.models.mini import SIZE
-    data = Worlds(FIRST_SEED, 3)
-    scene, one = draw_scene(FIRST_SEED + 2, SIZE), data[2]
-    np.testing.assert_allclose(one['s1'], scene['s1grd'], rtol=1e-6)
-    np.testing.assert_allclose(one['truth'], scene['s2'][[1, 2, 3, 7]]*1e-4, rtol=1e-6)
-    assert (one['month'], one['biome']) == (scene['month'], scene['biome'])
-    assert PRETRAIN_BASE <= FIRST_SEED < HELD_OUT_BASE
-
-def test_pretraining_is_exported_and_begins_the_next(store, tmp_path):
-    pretrain_unet(tmp_path/'one', 2, 2, val_scenes=2, width=8, crop=48)
-    card = export_unet(tmp_path/'one', tmp_path/'out', 'a test', .1)
-    file = tmp_path/'out'/f'{PRETRAINED}.safetensors'
+def test_pretraining_is_exported_and_fits_the_default_unet(tmp_path):
+    plan = PretrainPlan('unet', steps=2, batch=2, lr=1e-3, warmup=1, first_seed=PRETRAIN_BASE, workers=0)
+    card = pretrain_all([plan], tmp_path/'out', dest=tmp_path/'weights')[0]
+    file = tmp_path/'weights'/f'{PRETRAINED}.safetensors'
     assert json.loads(file.with_suffix('.json').read_text()) == json.loads(json.dumps(card))
     assert (card['scenes_seen'], card['steps_done'], card['seeds'][1] - card['seeds'][0]) == (4, 2, 3)
-    tuned, first = build_unet(5, str(file), width=8), load_unet(tmp_path/'one')[0]
+    tuned, first = build_unet(5, str(file)), load_stage(tmp_path/'out', 'unet')
     for k, v in first.state_dict().items():
         torch.testing.assert_close(tuned.state_dict()[k].float(), v.float(), rtol=2e-3, atol=1e-3)
-    with pytest.raises(GacError, match='does not fit'): build_unet(weights=str(file), width=16)
+    with pytest.raises(GacError, match='does not fit'): build_unet(weights=str(file), width=8)
     with pytest.raises(GacError, match='missing'): build_unet(weights=str(tmp_path/'no.safetensors'))
 
 def test_committed_weights_fit_the_default_unet_and_say_what_they_saw():
     model = build_unet(weights='mini')
     file = weights_file('mini')
     card = json.loads(file.with_suffix('.json').read_text())
-    assert file.stat().st_size < 2e6 and card['scenes_seen'] == card['steps_done']*card['settings']['batch_size']
-    assert card['config']['width'] == 16 and card['parameters'] == sum(p.numel() for p in model.parameters())
+    core = json.loads((file.parent/'terramind_mini.json').read_text())
+    assert file.stat().st_size < 2e6 and card['scenes_seen'] == card['steps_done']*card['plan']['batch']
+    assert card['scenes_seen'] == core['scenes_seen'] + 4760  # the first round of the core, which its card tells
+    assert '4760 scenes' in core['history']
+    assert card['parameters'] == sum(v.numel() for v in model.state_dict().values())
     np.testing.assert_allclose(model.mean.flatten(), world_stats()[0], rtol=2e-3)
 
 def test_search_ranks_trials_and_goes_on_where_it_stopped(store, tmp_path, monkeypatch):

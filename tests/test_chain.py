@@ -184,7 +184,7 @@ HOLDER = """
 import json, pathlib, sys, time
 from filelock import FileLock
 run = pathlib.Path(sys.argv[1])
-run.mkdir(parents=True)
+run.mkdir(parents=True, exist_ok=True)
 lock = FileLock(run/'guard')
 lock.acquire()
 (run/'chain.lock').write_text(json.dumps(dict(pid=int(sys.argv[2]))))
@@ -256,15 +256,29 @@ def test_one_that_fails_lets_its_neighbour_end_and_starts_nothing_more(forked, c
     (forked/'break_01_left').unlink()
     assert go(forked, dry_run=True) == ['unchanged', 'to run', 'unchanged', 'to run', 'to run']
 
-def test_nothing_brief_stands_in_for_what_a_chain_should_have_made(forked, tmp_path, capsys):
+def test_no_substitute_replaces_what_a_chain_should_have_computed(forked, tmp_path, capsys):
     "A notebook that declares no dependency and lacks an earlier output is refused in a chain, and prints a line alone."
     path = forked/'02_right.ipynb'
     path.write_text(path.read_text().replace('#| reads: 00_first', '#| reads: nothing').replace("print('here')",
-        "run.stand_in('opt_v1')"))
+        "run.note_fallback('opt_v1')"))
     with pytest.raises(GacError, match='(?s)02_right failed.*opt_v1 of .* is not there.*#. reads:'): go(forked)
     capsys.readouterr()
-    Run.open('02_right', 'toy', 0, str(tmp_path/'own'), str(tmp_path/'own_report'), '').stand_in('opt_v1')
-    assert capsys.readouterr().out.startswith('opt_v1 of this run is not there')
+    Run.open('02_right', 'toy', 0, str(tmp_path/'own'), str(tmp_path/'own_report'), '').note_fallback('opt_v1')
+    assert capsys.readouterr().out.startswith('opt_v1 of this run is missing')
+
+def test_the_lock_file_of_a_killed_chain_does_not_count(tmp_path, capsys):
+    "A notebook that runs alone computes a substitute beside the file, and is refused while a chain holds the lock."
+    run = Run.open('02_right', 'toy', 0, str(tmp_path/'run'), str(tmp_path/'report'), '')
+    chain = subprocess.Popen([sys.executable, '-c', HOLDER, str(run.dir), '12345'], stdout=subprocess.PIPE)
+    try:
+        assert chain.stdout.readline() == b'holds\n'
+        with pytest.raises(GacError, match='has to run first'): run.note_fallback('opt_v1')
+    finally:
+        chain.kill()
+        chain.communicate()
+    assert (run.dir/'chain.lock').exists()
+    run.note_fallback('opt_v1')
+    assert capsys.readouterr().out.startswith('opt_v1 of this run is missing')
 
 @pytest.mark.parametrize('line, message', [('#| reads: 00_frist', "reads '00_frist'.*Did you mean 00_first"),
                                            ('#| reads: 04_last', "reads '04_last': expected the full names of "

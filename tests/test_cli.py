@@ -311,6 +311,20 @@ def test_a_profile_gives_its_values_and_options_go_before_it(stage, tmp_path, ca
     code, _, said = call(capsys, *words, '--dropout', '2')
     assert code == 2 and '--dropout: 2: expected 0 to 1' in said
 
+# options whose negative values mean nothing
+NOT_NEGATIVE = ('lr', 'steps', 'epochs', 'weight-decay', 'warmup', 'l1', 'lpips', 'lora-alpha')
+
+@pytest.mark.parametrize('stage', [2, 3])
+@pytest.mark.parametrize('name', NOT_NEGATIVE)
+def test_a_negative_setting_of_a_training_is_refused_by_the_parser(stage, name, capsys, tmp_path):
+    code, _, said = call(capsys, f'train-stage{stage}', '--data-dir', tmp_path, '--output-dir', tmp_path/'x',
+                         f'--{name}=-1')
+    assert code == 2 and re.search(rf'--{name}.*: -1: expected 0 to ', said), said
+
+def test_a_negative_rate_of_a_distillation_is_refused_by_the_parser(capsys, tmp_path):
+    code, _, said = call(capsys, 'distill', '--data-dir', tmp_path, '--output-dir', tmp_path/'x', '--lr=-1')
+    assert code == 2 and '--lr: -1: expected more than 0' in said
+
 def same_but_for_the_time(*files) -> None:
     "Every byte of the tensors, and the card without the time it was written."
     tensors, cards = [], []

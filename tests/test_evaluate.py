@@ -104,12 +104,17 @@ def test_gains_are_paired_and_positive_when_better():
 
 def test_results_have_the_columns_of_the_study():
     table = results_table(measured(a=[20., 24, 30, 28]), 'world', {'a': 7})
-    expected = ['data', 'method', 'pairs', 'n_tiles', *(f'{m}{e}' for m in RESULT_COLUMNS for e in ('', '_lo', '_hi')),
-                'seeds']
+    expected = ['data', 'method', 'pairs', 'n_tiles', *(f'{m}{e}' for m in (*RESULT_COLUMNS, 'psnr_pooled')
+                                                  for e in ('', '_lo', '_hi')), 'seeds']
     assert list(table.columns) == expected
     row = table.iloc[0]
     assert (row.pairs, row.n_tiles, row.psnr) == (7, 4, 25.5) and 20 <= row.psnr_lo < 25.5 < row.psnr_hi <= 30
     assert np.isnan(row.lpips)
+    # the worst tile decides: 10·log10 of the mean of 1/PSNR², which stands for the MSE here
+    assert row.psnr_pooled == pytest.approx(-10*np.log10(np.mean([v**-2 for v in (20., 24, 30, 28)])))
+    realism = dict(psnr_debiased=30., gradient_energy=[.01, 1, 1, 100])
+    more = results_table(measured(a=[20., 24, 30, 28]).assign(**realism), 'world', {})
+    assert (more.psnr_debiased[0], more.gradient_energy[0]) == (30, pytest.approx(1))  # a geometric mean
 
 def test_panels_follow_the_rule():
     assert by_rule(pd.Series([5., 1, 9, 7, 3], list('abcde'))) == dict(best='c', median='a', worst='b')

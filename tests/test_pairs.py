@@ -21,7 +21,7 @@ from gac.products.blocks import draw_block
 from gac.products.cog import write_cog
 from gac.products.scene import open_scene
 from gac.products.tiling import Tiling
-from gac.stages.stage3 import PARTS, _ids
+from gac.stages.stage3_parts import PARTS, ids_digest
 from gac.stages.trained import begin_training
 from gac.training.settings import Settings
 
@@ -194,7 +194,7 @@ def test_a_stage3_training_sees_that_the_split_changed(tmp_path):
         def __init__(self, ids):
             self.store, self.rows = type('S', (), dict(table=pd.DataFrame(dict(id=ids)))), np.arange(3)
         def __len__(self): return 3
-    begin = lambda ids: begin_training(tmp_path, dict(tiles=_ids(Some(ids))), Settings(), PARTS)
+    begin = lambda ids: begin_training(tmp_path, dict(tiles=ids_digest(Some(ids))), Settings(), PARTS)
     assert begin(['a', 'b', 'c'])
     (tmp_path/'head').mkdir()
     torch.save(dict(gac={}), tmp_path/'head'/'last.ckpt')

@@ -248,6 +248,12 @@ def test_a_journal_in_a_folder_that_is_read_only_is_read_where_it_is(tmp_path, m
     assert len(store) == 21 and store.table['id'].tolist() == [f't{i:03d}' for i in range(21)]
     np.testing.assert_array_equal(store.read('s1', [20])[0], writer.record(20)['s1'])
     np.testing.assert_array_equal(store.read('opt_v1', [4, 9]), writer.drawn([4, 9]))
+    data = store.xarray()
+    assert data.sizes['tile'] == 21 and data['id'].values.tolist() == store.table['id'].tolist()
+    for name in writer.ARRAYS:
+        np.testing.assert_array_equal(data[name].values, store.read(name, slice(None)))
+    np.testing.assert_array_equal(data['opt_v1'].values[[1, 4, 9]], writer.drawn([1, 4, 9]))
+    assert data['opt_v1'].values[20].max() == 0  # without a value
     del store
     assert writer.tree(path) == before
 
@@ -524,6 +530,14 @@ def test_a_stopped_conversion_goes_on_with_the_same_bytes(tmp_path, monkeypatch)
     a.pop('report.csv'), b.pop('report.csv')
     assert a == b
 
+def test_a_repeated_conversion_keeps_the_notes_of_its_report(tmp_path):
+    layouts.geotiff(tmp_path/'tif', 3, s2=lambda x, i: x//10*10 if i == 1 else x)
+    first = convert(tmp_path/'tif', tmp_path/'s')
+    assert first['reason'].str.contains('multiple of').any()
+    again = convert(tmp_path/'tif', tmp_path/'s')
+    pd.testing.assert_frame_equal(again, first)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path/'s'/'report.csv', keep_default_na=False), first)
+
 def test_a_run_keeps_its_real_store_until_data_or_options_change(tmp_path, monkeypatch, capsys):
     run = Run('02_tiles', 'smoke', 0, tmp_path/'run', tmp_path/'reports', str(layouts.npz(tmp_path/'npz')))
     assert len(real_store(run)) == 3
@@ -541,7 +555,7 @@ def test_tiles_of_an_earlier_format_are_made_anew_by_their_run_and_refused_elsew
     group.write_text(group.read_text().replace(f'"format": {FORMAT}', '"format": 1'))
     with pytest.raises(GacError, match='format 1, this version reads 2. Convert the tiles again'): Store(store.path)
     np.testing.assert_array_equal(study_store(run, 2, 1, 1, size=32).read('s1', slice(None)), want)
-    assert 'tiles of format 1 are made anew in format 2' in capsys.readouterr().out
+    assert 'tiles of format 1 are made again in format 2' in capsys.readouterr().out
     group.write_text('{"attributes": []}')  # damaged, and not taken for old
     with pytest.raises(GacError): study_store(run)
     assert group.exists()
@@ -842,7 +856,7 @@ def test_a_split_with_few_tiles_to_train_on_says_so_and_what_it_dropped(tmp_path
             and f'train has {counts["train"]} tiles where 21 were asked for' in capsys.readouterr().out)
     Store(tmp_path/'s').ensure_array('opt_v2', (4, 32, 32), 'int16', dict(trained='feed'))
     split_store(tmp_path/'s', SplitRule('random', seed=3), overwrite=True)
-    assert 'opt_v2 dropped. Train the stages that drew them anew' in capsys.readouterr().out
+    assert 'opt_v2 dropped. Train the stages that computed them again' in capsys.readouterr().out
 
 def test_a_store_is_no_folder_above_its_tiles(tmp_path):
     layouts.npz(tmp_path/'all'/'my_tiles', 2)

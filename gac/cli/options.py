@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'GROUPS', 'PROFILE', 'SEED', 'WEIGHTS', 'LAYOUT', 'STRICT', 'opt', 'command', 'at_least', 'in_range',
-           'words', 'distance', 'side', 'option_of', 'options_of', 'config_from', 'given_of', 'checkpoint_option']
+           'above_zero', 'words', 'distance', 'side', 'option_of', 'options_of', 'config_from', 'given_of',
+           'checkpoint_option']
 
 # %% ../../nbs/lib/cli/options.ipynb #f3e9dc8c
 import argparse
@@ -57,6 +58,14 @@ def in_range(
         return value
     number.__name__ = kind.__name__
     return number
+
+# %% ../../nbs/lib/cli/options.ipynb #46ac1b33
+def above_zero(text:str) -> float:
+    "Read a number above zero."
+    value = float(text)
+    if not value > 0: raise argparse.ArgumentTypeError(f'{text}: expected more than 0')
+    return value
+above_zero.__name__ = 'float'  # argparse shows this name
 
 # %% ../../nbs/lib/cli/options.ipynb #b3690a27
 def words(text:str) -> list[str]: # e.g. S1GRD,S2L2A

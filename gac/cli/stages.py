@@ -16,6 +16,7 @@ from gac.cli.options import (
     SEED,
     STRICT,
     WEIGHTS,
+    above_zero,
     at_least,
     checkpoint_option,
     command,
@@ -71,7 +72,7 @@ out; the exit code is then 1."""
     if config.direct:
         from gac.stages.one_step_decoder import load_one_step_decoder
         model.direct = load_one_step_decoder(config.direct, model)
-    if config.compile or config.precision != '32-true': model.hasten(config.precision, config.compile)
+    if config.compile or config.precision != '32-true': model.optimize_inference(config.precision, config.compile)
     settings = _settings_of(config, 'name', 'input', 'precision', 'compile', 'direct')
     return _report_array(precompute_stage1(store, model, into=into, **settings), into.path, config.output, config)
 
@@ -82,7 +83,7 @@ out; the exit code is then 1."""
     opt('--max-tiles', type=at_least(0), default=0, metavar='N', help='training tiles; 0: all'),
     opt('--max-steps', type=at_least(0), default=1200, metavar='N', help='optimizer steps'),
     opt('--batch-size', type=at_least(1), default=8, metavar='N', help='tiles at a time'),
-    opt('--lr', type=float, default=1e-3, help='peak learning rate'),
+    opt('--lr', type=above_zero, default=1e-3, metavar='X', help='peak learning rate'),
     SEED, WEIGHTS,
     opt('--name', default='terramind_mini_generate', help='generator, as `gac info` lists them'))
 def distill(data_dir, output_dir, max_tiles, max_steps, batch_size, lr, seed, weights, name):
@@ -112,12 +113,10 @@ A stopped command can be repeated: it continues and leaves the same bytes. Worke
 Tiles without opt_v1 are listed and left out; the exit code is then 1."""
     config = config_from(Precompute2Config, options)
     from gac.core.files import check_place
-    from gac.stages.commands import check_drawn, drawn_for
+    from gac.stages.commands import open_images
     from gac.stages.stage2 import load_stage2, precompute_stage2
-    from gac.stages.tileset import open_tiles
-    store, into = open_tiles(data_dir, stage1_dir)
+    store, into = open_images(data_dir, stage1_dir, 'opt_v1', stage2_checkpoint)
     check_place(into.path)
-    check_drawn(stage2_checkpoint, drawn_for(into, 'opt_v1'))
     model = load_stage2(stage2_checkpoint, weights=weights)
     if config.device: model.to(config.device)
     report = precompute_stage2(store, model, into=into, **_settings_of(config))
@@ -139,13 +138,11 @@ Tiles without opt_v2 or usable radar are listed and left out; the exit code is t
     config = config_from(Precompute3Config, options)
     from gac.core.files import check_place
     from gac.evaluation.methods import grounder
-    from gac.stages.commands import check_drawn, drawn_for
+    from gac.stages.commands import open_images
     from gac.stages.inference import precompute_stage3
     from gac.stages.stage3 import GROUNDING_FILE
-    from gac.stages.tileset import open_tiles
-    store, into = open_tiles(data_dir, stage2_dir)
+    store, into = open_images(data_dir, stage2_dir, 'opt_v2', stage3_checkpoint, GROUNDING_FILE)
     check_place(into.path)
-    check_drawn(stage3_checkpoint, drawn_for(into, 'opt_v2'), GROUNDING_FILE)
     model = grounder(stage3_checkpoint, store.attrs.get('s1_product', 'S1GRD'), stage2_checkpoint, weights)
     if config.device: model.to(config.device)
     report = precompute_stage3(store, model, into=into, **_settings_of(config))
@@ -212,12 +209,10 @@ Needs opt_v1 (gac precompute). Writes the best checkpoint as adapters in the for
 def _make_opt_v2(data_dir:str, stage1_dir:str, checkpoint:str, weights:str) -> None:
     "Compute opt_v2 of every tile that has opt_v1; processes that train together expect it to exist."
     from gac.core.files import GacError
-    from gac.stages.commands import check_drawn, drawn_for
+    from gac.stages.commands import open_images
     from gac.stages.stage2 import load_stage2, precompute_stage2
-    from gac.stages.tileset import open_tiles
     from gac.training.order import launched
-    store, into = open_tiles(data_dir, stage1_dir)
-    check_drawn(checkpoint, drawn_for(into, 'opt_v1'))
+    store, into = open_images(data_dir, stage1_dir, 'opt_v1', checkpoint)
     if launched() == 1: return precompute_stage2(store, load_stage2(checkpoint, weights=weights), into=into)
     lacks = lambda: 'opt_v1' in into.arrays and (into.written('opt_v1') & ~into.written('opt_v2')).any()
     if 'opt_v2' not in into.arrays or lacks():

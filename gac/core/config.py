@@ -25,13 +25,13 @@ class Stage2Config:
     pretrained:bool = True # False: random weights, the control
     pairs:int = 0 # training pairs, the first of the train split; 0: all [0, 1000000]
     val_tiles:int = 0 # validation tiles that steer the training; 0: all [0, 100000]
-    epochs:float = 30. # passes over the pairs, where steps is 0
-    steps:int = 240 # optimizer steps; 0: as many as epochs needs
+    epochs:float = 30. # passes over the pairs, where steps is 0 [0, 1000000]
+    steps:int = 240 # optimizer steps; 0: as many as epochs needs [0, 10000000]
     batch_size:int = 8 # tiles per backward pass [1, 4096]
     grad_accum_steps:int = 1 # backward passes to a step [1, 4096]
-    lr:float = 2e-3 # peak learning rate
-    weight_decay:float = .05 # of AdamW
-    warmup:float = .1 # steps of rising rate, or their share
+    lr:float = 2e-3 # peak learning rate [0, 10]
+    weight_decay:float = .05 # of AdamW [0, 10]
+    warmup:float = .1 # steps of rising rate, or their share [0, 10000000]
     precision:str = '32-true' # arithmetic {32-true, bf16-mixed, 16-mixed}
     checkpointing:bool = False # compute the activations of the encoder's blocks twice: less memory, a third more time
     num_workers:int = 0 # processes that load tiles; none on Windows [0, 256]
@@ -43,7 +43,7 @@ class Stage2Config:
     early_stopping:bool = False # stop when validation PSNR no longer rises
     early_stopping_patience:int = 3 # validations without a rise [1, 10000]
     lora_rank:int = 8 # rank of the adapters; 0: none [0, 1024]
-    lora_alpha:int = 16 # their scale is alpha/rank
+    lora_alpha:int = 16 # their scale is alpha/rank [0, 1024]
     lora_reach:str = 'attention' # layers that get adapters {attention, wider}
     load_in_8bit:bool = False # frozen linear layers in 8 bits
     unfreeze_last_n_blocks:int = 0 # blocks of the encoder that train [0, 48]
@@ -53,12 +53,12 @@ class Stage2Config:
     dropout:float = .1 # in the head [0, 1]
     crop:int = 96 # px of a random training window; 0: whole tiles [0, 4096]
     augment:str = 'none' # mirroring {none, east-west, all}
-    log_mse:float = 1. # weight of the logarithm of each tile's squared error
-    l1:float = 0. # weight of the mean absolute error
-    l2:float = 0. # weight of the mean squared error
-    ms_ssim_weight:float = .1 # weight of 1 - MS-SSIM
-    sam:float = .1 # weight of the spectral angle
-    lpips:float = 0. # weight of the perceptual distance
+    log_mse:float = 1. # weight of the logarithm of each tile's squared error [0, 1000000]
+    l1:float = 0. # weight of the mean absolute error [0, 1000000]
+    l2:float = 0. # weight of the mean squared error [0, 1000000]
+    ms_ssim_weight:float = .1 # weight of 1 - MS-SSIM [0, 1000000]
+    sam:float = .1 # weight of the spectral angle [0, 1000000]
+    lpips:float = 0. # weight of the perceptual distance [0, 1000000]
 
 # %% ../../nbs/lib/core/config.ipynb #01d9998f
 @dataclass(frozen=True)
@@ -68,14 +68,14 @@ class Stage3Config:
     pairs:int = 0 # training pairs, the first of the train split; 0: all [0, 1000000]
     val_tiles:int = 0 # validation tiles that steer the training; 0: all [0, 100000]
     route:str = 'features' # route of opt_v3 {features, tokens, soft}
-    epochs:float = 50. # passes over the pairs, where steps is 0
-    steps:int = 240 # optimizer steps; 0: as many as epochs needs
+    epochs:float = 50. # passes over the pairs, where steps is 0 [0, 1000000]
+    steps:int = 240 # optimizer steps; 0: as many as epochs needs [0, 10000000]
     frozen:float = .97 # share of the steps in which the adapters rest [0, 1]
     batch_size:int = 12 # tiles per backward pass [1, 4096]
     grad_accum_steps:int = 1 # backward passes to a step [1, 4096]
-    lr:float = 2e-3 # peak learning rate
-    weight_decay:float = .05 # of AdamW
-    warmup:float = .1 # steps of rising rate, or their share
+    lr:float = 2e-3 # peak learning rate [0, 10]
+    weight_decay:float = .05 # of AdamW [0, 10]
+    warmup:float = .1 # steps of rising rate, or their share [0, 10000000]
     precision:str = '32-true' # arithmetic {32-true, bf16-mixed, 16-mixed}
     checkpointing:bool = False # compute the activations of TerraMind's blocks twice: less memory, a third more time
     num_workers:int = 0 # processes that load tiles; none on Windows [0, 256]
@@ -88,7 +88,7 @@ class Stage3Config:
     early_stopping_patience:int = 10 # validations without a fall [1, 10000]
     select:str = 'both' # criterion of the best checkpoint and residual scale {gap, raw, psnr, both}
     lora_rank:int = 8 # rank of the adapters; 0: none [0, 1024]
-    lora_alpha:int = 16 # their scale is alpha/rank
+    lora_alpha:int = 16 # their scale is alpha/rank [0, 1024]
     strength:bool = True # choose on validation how much of the correction is applied; else all of it
     reach:str = 'cross' # layers that get adapters {cross, attention, linear}
     timesteps:int = 1 # diffusion steps of the token routes [1, 1000]
@@ -99,12 +99,12 @@ class Stage3Config:
     crop:int = 36 # px of the window the head trains on; 0: whole tiles [0, 4096]
     augment:str = 'all' # mirroring {none, east-west, all}
     lies:float = .25 # share of training tiles that carry an injected artefact [0, 1]
-    relative:float = 1. # weight of the error relative to that of opt_v2
-    l1:float = .2 # weight of the mean absolute error
-    sar:float = .1 # weight of consistency with the radar
-    identity_weight:float = .02 # weight of staying near opt_v2
-    spectral:float = .1 # weight of the spectral angle
-    lpips:float = 0. # weight of the perceptual distance
+    relative:float = 1. # weight of the error relative to that of opt_v2 [0, 1000000]
+    l1:float = .2 # weight of the mean absolute error [0, 1000000]
+    sar:float = .1 # weight of consistency with the radar [0, 1000000]
+    identity_weight:float = .02 # weight of staying near opt_v2 [0, 1000000]
+    spectral:float = .1 # weight of the spectral angle [0, 1000000]
+    lpips:float = 0. # weight of the perceptual distance [0, 1000000]
 
 # %% ../../nbs/lib/core/config.ipynb #dc32a62f
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from .files import root
+from .processor import instruction_sets, pins_in_force, processor_name
 
 # %% ../../nbs/lib/core/environment.ipynb #7c784b83
 def seed_everything(
@@ -116,10 +117,12 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError: return 'not installed'
     return {n: found(n) for n in ['gac', *(re.split(r'[<>=!~;\[ ]', r)[0] for r in requirements())]}
 
-def provenance() -> dict: # time, python, platform, cores, device, commit, changed, weights, packages
+def provenance() -> dict: # time, python, platform, cores, device, processor, pins, threads, commit, weights, …
     "Return versions, commit, weights, device and time of this run."
     import torch
     return dict(time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), python=platform.python_version(),
                 platform=f'{platform.system()} {platform.machine()}', cores=os.cpu_count(),
                 device=torch.cuda.get_device_name(0) if torch.cuda.is_available() else 'cpu',
+                processor=processor_name(), instruction_sets=' '.join(instruction_sets()), pins=pins_in_force(),
+                threads=torch.get_num_threads(),
                 **code_state(), weights=weights_in_use(), packages=dict(_versions()))

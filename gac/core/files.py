@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GacError', 'root', 'real_data', 'writing', 'replacing', 'writable', 'check_place', 'write_file', 'read_yaml',
-           'did_you_mean', 'files_below', 'fingerprint_files', 'relative_to_root', 'shown_path', 'read_json']
+           'did_you_mean', 'is_free', 'files_below', 'fingerprint_files', 'relative_to_root', 'shown_path', 'read_json']
 
 # %% ../../nbs/lib/core/files.ipynb #5fda38c1
 import errno
@@ -19,6 +19,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import yaml
+from filelock import FileLock, Timeout
 
 # %% ../../nbs/lib/core/files.ipynb #d7676522
 class GacError(ValueError):
@@ -164,6 +165,17 @@ def did_you_mean(
     return (f'{hint}Nearest of {len(known)}: {", ".join(get_close_matches(str(name), known, n=5, cutoff=0.))}. '
             f'`{lister}` lists them all.')
 
+# %% ../../nbs/lib/core/files.ipynb #93671b28
+def is_free(
+    path:Path, # a lock file
+) -> bool:
+    "Return True if nobody holds a lock."
+    lock = FileLock(path)
+    try: lock.acquire(timeout=0)
+    except Timeout: return False
+    lock.release()
+    return True
+
 # %% ../../nbs/lib/core/files.ipynb #327c6c85
 def files_below(
     path:Path, # a folder
@@ -187,8 +199,8 @@ def fingerprint_files(
     p, digest, n = root()/path, hashlib.sha256(), 0
     if not str(path) or not p.exists(): return []
     stat = p.stat()
-    for n, told in enumerate(files_below(p) if p.is_dir() else [(p.name, stat.st_size, stat.st_mtime_ns)], 1):
-        digest.update('\0'.join(map(str, told)).encode('utf-8', 'surrogateescape') + b'\n')
+    for n, facts in enumerate(files_below(p) if p.is_dir() else [(p.name, stat.st_size, stat.st_mtime_ns)], 1):
+        digest.update('\0'.join(map(str, facts)).encode('utf-8', 'surrogateescape') + b'\n')
     return [digest.hexdigest()[:16], n]
 
 # %% ../../nbs/lib/core/files.ipynb #dbe359bd

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .environment import seed_everything
 from .figures import check_file_name, escape_latex, format_table, save_picture, style
-from .files import GacError, root, shown_path, writable, write_file
+from .files import GacError, is_free, root, shown_path, writable, write_file
 
 # %% ../../nbs/lib/core/run.ipynb #14ae77b3
 @dataclass
@@ -94,13 +94,13 @@ class Run:
         self.record['notes'][key] = value
         self._save()
 
-    def stand_in(self, what:str) -> None:
+    def note_fallback(self, what:str) -> None:
         "Print that a short substitute replaces the output of an earlier notebook; refuse it in a chain."
-        if (self.dir/'chain.lock').exists():
+        if (self.dir/'chain.lock').exists() and not is_free(self.dir/'guard'):  # a killed chain leaves its file
             raise GacError(f'{self.notebook}: {what} of {shown_path(self.dir)} is not there. '
                            'The notebook that makes it has to run first: leave --only and --from out. '
                            'If it has run, the line `#| reads:` of this one lacks it.')
-        print(f'{what} of this run is not there: something brief stands in for it.')
+        print(f'{what} of this run is missing: a short substitute is computed.')
 
     def missing(self, what:str, why:str) -> None:
         "Record for the report why a cell reads n/a."

@@ -124,7 +124,7 @@ def hastened(
     how = {'this project, hastened': (f'{HALF[device]}-true', False)} | ({'this project, recorded': ('32-true', False)}
         if device == 'cuda' else {})
     if compiled: how['this project, compiled'] = (f'{HALF[device]}-true', True)
-    return {k: copy.deepcopy(model).hasten(*way) for k, way in how.items()}
+    return {k: copy.deepcopy(model).optimize_inference(*way) for k, way in how.items()}
 
 # %% ../../nbs/lib/cost/bench.ipynb #5c6c9cea
 def generation(
@@ -206,7 +206,7 @@ def quality(
     "Return the PSNR of the miniature's images in every precision."
     mini = build_generator().to(device)
     batch, out = load_tiles(store, rows), []
-    for fast in (mini, *(copy.deepcopy(mini).hasten(p) for p in ('16-true', 'bf16-true'))):
+    for fast in (mini, *(copy.deepcopy(mini).optimize_inference(p) for p in ('16-true', 'bf16-true'))):
         for tokens, k in itertools.product(TOKENS, steps):
             images = generate_tiles(fast, batch['s1'], batch['id'], Decoding(k, tokens), seed)
             out.append(dict(device=device, precision=fast.precision, tokens=tokens, steps=k,

@@ -98,14 +98,14 @@ class Part:
     prefix:str = '' # before the name of each source
 
 # %% ../../nbs/lib/data/convert.ipynb #8bfb0901
-def _part_of(store:Store, made:dict) -> dict|None: # source, layout, options, units, prefix; None: absent
+def _part_of(store:Store, entry:dict) -> dict|None: # source, layout, options, units, prefix; None: absent
     "Return the entry of a data set in the attributes of a store."
     first = {k: store.attrs.get(k) for k in ('source', 'place', 'layout', 'options', 'size', 'units')} | dict(prefix='')
-    return next((p for p in (first, *store.attrs.get('parts', [])) if p['place'] == made['place']), None)
+    return next((p for p in (first, *store.attrs.get('parts', [])) if p['place'] == entry['place']), None)
 
-def _check_part(store:Store, part:dict, made:dict) -> None:
+def _check_part(store:Store, part:dict, entry:dict) -> None:
     "Refuse to continue a conversion with other options."
-    agree_or_refuse(f'{store.path}: the part of {made["source"]}', part, made,
+    agree_or_refuse(f'{store.path}: the part of {entry["source"]}', part, entry,
                     'Give the same options, delete the folder, or choose another store.', free=['source'])
 
 def _say_order(samples:list) -> None:
@@ -115,7 +115,7 @@ def _say_order(samples:list) -> None:
 # %% ../../nbs/lib/data/convert.ipynb #1177f14c
 def _begin_part(
     store:Store, # that exists
-    made:dict, # source, place, layout, options, size
+    entry:dict, # source, place, layout, options, size
     src:Path,
     jobs:list,
     look:Callable, # () -> list of some sources
@@ -125,13 +125,13 @@ def _begin_part(
     found = look()
     if not found: return Part(store, None)
     _say_order(found)
-    if made['size'] != store.attrs.get('size'):
+    if entry['size'] != store.attrs.get('size'):
         raise GacError(f'{store.path} holds tiles of {store.attrs.get("size")} px. Say --tile-size '
                        f'{store.attrs.get("size")} for {src}, or choose another store.')
     units, product = find_units(found, opt, str(src)), found[0].product or opt.s1_product or 'S1GRD'
     if product != (have := store.attrs.get('s1_product', 'S1GRD')):
         # a GeoTIFF folder is named after its product
-        say = '' if made['layout'] == 'geotiff' else f'say --s1-product {have} if that is what it is, or '
+        say = '' if entry['layout'] == 'geotiff' else f'say --s1-product {have} if that is what it is, or '
         raise GacError(f'{src} holds {product} and {store.path} {have}: one store is of one product. '
                        f'{f"{say}choose another store."[:1].upper()}{f"{say}choose another store."[1:]}')
     lacks = [b for b in store.arrays['s2'].attrs['bands'] if not all(b in s.s2_bands for s in found)]
@@ -141,13 +141,13 @@ def _begin_part(
     prefix = _prefix(src, [j.name for j in jobs], set(store.table['scene']))
     if prefix:
         print(f'{src.name}: some names are in {store.path.name} already, so these begin with {prefix}', flush=True)
-    note_attributes(store, parts=[*store.attrs.get('parts', []), dict(made, units=asdict(units), prefix=prefix)])
+    note_attributes(store, parts=[*store.attrs.get('parts', []), dict(entry, units=asdict(units), prefix=prefix)])
     return Part(store, units, prefix)
 
 # %% ../../nbs/lib/data/convert.ipynb #2ffe589f
 def _open_part(
     dst:Path,
-    made:dict, # source, place, layout, options, size
+    entry:dict, # source, place, layout, options, size
     src:Path,
     jobs:list,
     look:Callable, # () -> list of some sources
@@ -156,13 +156,13 @@ def _open_part(
 ) -> Part:
     "Open an existing store with this data set begun or found in it."
     store = Store(dst)
-    if part := _part_of(store, made):
-        _check_part(store, part, made)
+    if part := _part_of(store, entry):
+        _check_part(store, part, entry)
         return Part(store, DatasetUnits(**part['units']), part['prefix'])
     if not append:
         raise GacError(f'{dst} holds tiles of {store.attrs.get("source", "another source")}. Add these to them '
                        '(--append), delete the folder, or choose another store.')
-    return _begin_part(store, made, src, jobs, look, opt)
+    return _begin_part(store, entry, src, jobs, look, opt)
 
 # %% ../../nbs/lib/data/convert.ipynb #68be754a
 def _say_splits(store:Store, said:bool) -> None: # said: the split of these tiles is an option
@@ -223,10 +223,11 @@ def convert(
     if opt.size == 'auto':
         size = Store(dst).attrs['size'] if there else auto_size(look(), str(src)) if look() else 120
         opt = replace(opt, size=size)
-    made = dict(source=src.name, place=source_digest(src), layout=layout, options=options_as_json(asked), size=opt.size)
-    former = _former(dst, jobs) if append and there else None
+    entry = dict(source=src.name, place=source_digest(src), layout=layout, options=options_as_json(asked),
+                 size=opt.size)
+    former, known_notes = _former(dst, jobs) if append and there else None, _notes_before(dst)
     if there:
-        part = _open_part(dst, made, src, jobs, look, opt, append)
+        part = _open_part(dst, entry, src, jobs, look, opt, append)
         store, units, prefix = part.store if part.units else None, part.units, part.prefix
     with writing(dst): (dst/'report.csv').unlink(missing_ok=True)
     if not there:
@@ -241,7 +242,7 @@ def convert(
             extra = tuple(k for k in ('dem', 'lulc', 'ndvi') if all(k in s.extra for s in samples))
             product = samples[0].product or opt.s1_product or 'S1GRD'
             store = Store.create(dst, tile_arrays(opt.size, s2_bands, extra),
-                                 dict(made, units=asdict(units), s1_product=product, sources=fingerprint_files(src)))
+                                 dict(entry, units=asdict(units), s1_product=product, sources=fingerprint_files(src)))
         _say_order(samples)
     if store is None:
         why = pd.DataFrame([tuple(map(shown_name, (j.name, j.file, 'error', j.excluded or _why(j))))
@@ -275,7 +276,7 @@ def convert(
                     failed(job.name, job, GacError(STALE))
                     continue
                 before += len(done[job.name])
-                for name in done[job.name]: taken(name, job)
+                for name in done[job.name]: taken(name, job, known_notes.get(name, ''))
             else:
                 mark, note = _mark(job), ''
                 try:
@@ -296,9 +297,9 @@ def convert(
     report = pd.DataFrame([tuple(map(shown_name, row)) for row in report], columns=['id', 'file', 'status', 'reason'])
     write_whole(dst/'report.csv', pd.concat([former, report]).to_csv(index=False).encode())
     for kind in dict(notes): print(_first(text for k, text in notes if k == kind), flush=True)
-    told = report['status'].value_counts().to_dict()
-    told = dict(told, ok=told.get('ok', 0) - before) | ({'there before': before} if before else {})
-    print(f'{src.name}: ' + (', '.join(f'{n} {s}' for s, n in told.items() if n) or 'nothing'), flush=True)
+    counts = report['status'].value_counts().to_dict()
+    counts = dict(counts, ok=counts.get('ok', 0) - before) | ({'there before': before} if before else {})
+    print(f'{src.name}: ' + (', '.join(f'{n} {s}' for s, n in counts.items() if n) or 'nothing'), flush=True)
     if stale: print(f'{stale} of the errors: {STALE}', flush=True)
     for line in frequent_reasons(report): print(f'  {line}', flush=True)
     _say_splits(store, said)
@@ -306,7 +307,7 @@ def convert(
 
 # %% ../../nbs/lib/data/convert.ipynb #95fb2748
 STALE = ('the source has changed since it was converted, and the store still holds what it was. Convert into a new '
-         'folder, or delete this store and what was made of it.')
+         'folder, or delete this store and all that was computed from it.')
 
 def _note_of(source:Source, opt:Options) -> str:
     "Return the remark on a source that is accepted; empty: none."
@@ -323,8 +324,8 @@ def _mark(job:Job) -> str: # 12 digits
     "Return a digest of the names, sizes and times of the files of a source."
     files = [p for f in job.files for p in (sorted(f.iterdir()) if f.is_dir() else [f]) if is_visible(p)
              and p.is_file()]
-    told = [(p.name, s.st_size, s.st_mtime_ns) for p in files for s in [p.stat()]]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12] if told else ''
+    facts = [(p.name, s.st_size, s.st_mtime_ns) for p in files for s in [p.stat()]]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12] if facts else ''
 
 def _changed(job:Job, cut:Callable, store:Store, names:list) -> bool:
     "Return whether a source gives other tiles than the store holds; a new time stamp alone does not count."
@@ -340,6 +341,12 @@ def _former(dst:Path, jobs:list) -> pd.DataFrame: # as convert returns it
     if not (dst/'report.csv').exists(): return None
     report = pd.read_csv(dst/'report.csv', keep_default_na=False)
     return report[~report['file'].isin({j.file for j in jobs})]
+
+def _notes_before(dst:Path) -> dict: # id -> note
+    "Return the notes on accepted tiles in an earlier report; a later run reads neither these tiles nor their files."
+    if not (dst/'report.csv').exists(): return {}
+    report = pd.read_csv(dst/'report.csv', keep_default_na=False)
+    return report[report['status'] == 'ok'].set_index('id')['reason'].to_dict()
 
 # %% ../../nbs/lib/data/convert.ipynb #20d3e47c
 def options_as_json(

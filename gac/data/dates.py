@@ -49,11 +49,11 @@ def date_of(
 ) -> tuple[str, str]: # ISO date, empty: unknown; remark on a second date that differs
     "Return the date of an image from its Sentinel name, its tag datetime, any other name, or TIFFTAG_DATETIME."
     of = lambda tag: next(((tag, d) for t in tags if (d := parse_date(_iso(t.get(tag, ''))))), (tag, ''))
-    told = [('name', product_date(name)), of('datetime'), ('name', parse_date(name)), of('TIFFTAG_DATETIME')]
-    told = [(k, d) for k, d in told if d]
-    if not told: return '', ''
-    other = next((f'its {k} {d[:10]}' for k, d in told if d[:10] != told[0][1][:10]), '')
-    return told[0][1], f'its {told[0][0]} says {told[0][1][:10]}, {other}: the first counts' if other else ''
+    stated = [('name', product_date(name)), of('datetime'), ('name', parse_date(name)), of('TIFFTAG_DATETIME')]
+    stated = [(k, d) for k, d in stated if d]
+    if not stated: return '', ''
+    other = next((f'its {k} {d[:10]}' for k, d in stated if d[:10] != stated[0][1][:10]), '')
+    return stated[0][1], f'its {stated[0][0]} says {stated[0][1][:10]}, {other}: the first counts' if other else ''
 
 # %% ../../nbs/lib/data/dates.ipynb #5c0a1e12
 APART = 30  # days between radar and optical image, above which the report gives the interval

@@ -273,10 +273,10 @@ class Raster:
     ): # a Raster
         "Return the raster with a factor in the place of an absent scale tag."
         if not factor: return self
-        told = {(s, o) for i in self.bands for s, o in [(self.scales[i - 1], self.offsets[i - 1])]} - {(1., 0.)}
-        if any(o or not np.isclose(s, factor, rtol=1e-4) for s, o in told):
-            raise GacError(f'{self.path}: its tags say scale {", ".join(f"{s:g}" for s, _ in sorted(told))}'
-                           f'{" and an offset" if any(o for _, o in told) else ""}, {option} says {factor:g}. Leave '
+        tagged = {(s, o) for i in self.bands for s, o in [(self.scales[i - 1], self.offsets[i - 1])]} - {(1., 0.)}
+        if any(o or not np.isclose(s, factor, rtol=1e-4) for s, o in tagged):
+            raise GacError(f'{self.path}: its tags say scale {", ".join(f"{s:g}" for s, _ in sorted(tagged))}'
+                           f'{" and an offset" if any(o for _, o in tagged) else ""}, {option} says {factor:g}. Leave '
                            'the option out.')
         return replace(self, scales=(float(factor),)*len(self.scales))
 
@@ -360,19 +360,19 @@ def open_raster(
         bands = tuple(i for i in range(1, f.count + 1) if i != alpha)
         of = lambda m: MaskFlags.alpha not in m and MaskFlags.all_valid not in m and m != [MaskFlags.nodata]
         placed = f.transform != rasterio.Affine.identity()
-        made = Raster(path, f.height, f.width, f.crs.to_string() if f.crs else '',
+        raster = Raster(path, f.height, f.width, f.crs.to_string() if f.crs else '',
                       tuple(f.transform)[:6] if placed else NOWHERE, bands,
                       tuple(f.descriptions[i - 1] or '' for i in bands), tuple(colours[i - 1].name for i in bands),
                       f.dtypes[0],
                       tuple(None if n is None or np.isnan(n) else n for n in f.nodatavals), tuple(map(float, f.scales)),
                       tuple(map(float, f.offsets)), tuple(map(of, flags)), alpha, f.tags(), blob)
         gcps = bool(f.gcps[0])
-    if made.dtype.startswith('complex'):
-        raise GacError(f'{path}: {made.dtype} values are single-look complex; expected calibrated, terrain-corrected '
+    if raster.dtype.startswith('complex'):
+        raise GacError(f'{path}: {raster.dtype} values are single-look complex; expected calibrated, terrain-corrected '
                        'backscatter.')
-    check_opened(path, made.scales, made.offsets)
-    if grid: check_grid(str(path), made.crs, made.transform, *made.shape, gcps)
-    return made
+    check_opened(path, raster.scales, raster.offsets)
+    if grid: check_grid(str(path), raster.crs, raster.transform, *raster.shape, gcps)
+    return raster
 
 # %% ../../nbs/lib/data/raster.ipynb #0b67d92d
 # message on a file with unnamed radar bands

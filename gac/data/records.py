@@ -77,29 +77,30 @@ def _check_scale(samples:list, unit:str, where:str='') -> None: # unit: found by
         raise GacError(f'{where}Sentinel-2 values from {range_of([s.s2 for s in samples])}: {why}, or --s2-units '
                        f'{unit} if they are {"DN" if unit == "dn" else unit}.')
 
-def _clean_s1(x:np.ndarray, unit:str, told:bool=False) -> np.ndarray: # told: the unit is an option
+def _clean_s1(x:np.ndarray, unit:str, stated:bool=False) -> np.ndarray: # stated: the unit is an option
     "Return the Sentinel-1 of a tile in dB, or refuse it."
-    check_radar([x], unit, told)
+    check_radar([x], unit, stated)
     if why := why_missing(x, unit): raise GacError(f'Sentinel-1: {why}.')
     db = to_db(x, unit)
-    try: check_db(db, told)
+    try: check_db(db, stated)
     except GacError as e: raise GacError(f'Sentinel-1 from {e}') from None
     return db
 
-def _clean_s2(x:np.ndarray, offset:int, told:bool, eight:str='') -> np.ndarray: # told: unit is an option; eight: file
+# stated: the unit is an option; eight: file
+def _clean_s2(x:np.ndarray, offset:int, stated:bool, eight:str='') -> np.ndarray:
     "Return the Sentinel-2 of a tile as uint16 DN without offset, or refuse it."
     if not np.isfinite(x).all():
         raise GacError(f'Sentinel-2: {int((~np.isfinite(x)).any(0).sum())} px are NaN or without data.')
     empty = int((x == 0).all(0).sum())
     if empty: raise GacError(f'Sentinel-2: {empty} px are 0 in every band, which marks no data.')
     if x.min() == x.max(): raise GacError(f'Sentinel-2: {x.min():g} everywhere, in every band, so it shows nothing.')
-    if not told and np.percentile(x, 99.9) <= 50:
+    if not stated and np.percentile(x, 99.9) <= 50:
         raise GacError(f'Sentinel-2 from {range_of([x])}: no DN but reflectance? Say --s2-units, or convert this tile '
                        'apart.')
     check_negative(x, offset)
     if x.min() < -2000 or x.max() > 65535:
         raise GacError(f'Sentinel-2 from {range_of([x])} DN: outside what a DN can be (no data value?).')
-    if not told: _check_bright(x, eight)
+    if not stated: _check_bright(x, eight)
     return np.clip(np.rint(x.astype('float64') - offset), 0, 65535).astype('uint16')
 
 # %% ../../nbs/lib/data/records.ipynb #a40ad0b9
@@ -173,4 +174,4 @@ def records_of(
             yield name, dict(meta, id=name, scene=source.name, crs=source.crs, transform=place, **clean)
         except GacError as e: yield name, e
         except (ValueError, TypeError, ArithmeticError, RuntimeError) as e:
-            yield name, GacError(f'what is told about the tile cannot be used ({type(e).__name__}: {e}).')
+            yield name, GacError(f'the metadata of the tile cannot be used ({type(e).__name__}: {e}).')

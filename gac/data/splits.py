@@ -175,9 +175,9 @@ def _nearest(table:pd.DataFrame, a:np.ndarray, b:np.ndarray, side:float, part:in
 
 # %% ../../nbs/lib/data/splits.ipynb #5b11a0d5
 def _learnt(store:Store) -> list[str]: # names
-    "Return the arrays that trained models made."
-    made = {n: dict(z.attrs) for n, z in store.arrays.items() if n not in store.attrs['tiles']}
-    return [n for n, a in made.items() if 'trained' in a or a.get('decoder') == 'direct']
+    "Return the arrays of trained models."
+    arrays = {n: dict(z.attrs) for n, z in store.arrays.items() if n not in store.attrs['tiles']}
+    return [n for n, a in arrays.items() if 'trained' in a or a.get('decoder') == 'direct']
 
 def _check_split(store:Store, rule:dict, overwrite:bool) -> None:
     "Refuse to replace a split that came with the tiles, or one that later stages were trained under."
@@ -214,15 +214,15 @@ def split_store(
     "Deal the tiles of a store into train, val and test, and write the split into its table."
     store = Store(path)
     if not len(store): raise GacError(f'{path} has no tiles. Fill it first (gac data convert).')
-    split, made = deal_split(store.table, rule, tile_side(store))
-    if store.attrs.get('split') == asdict(made) and (split == store.table['split'].to_numpy()).all():
+    split, applied = deal_split(store.table, rule, tile_side(store))
+    if store.attrs.get('split') == asdict(applied) and (split == store.table['split'].to_numpy()).all():
         print(f'{store.path.name}: split so already', flush=True)
-    else: _write_split(store, split, asdict(made), overwrite)
+    else: _write_split(store, split, asdict(applied), overwrite)
     unplaced = int((~_placed(store.table)).sum())
-    if unplaced and made.by in ('block', 'place'):
+    if unplaced and applied.by in ('block', 'place'):
         print(f'{unplaced} of {len(store)} tiles have no coordinates: they stay with their scene, and no guard '
               'distance is held to them', flush=True)
-    _say_split(store, made)
+    _say_split(store, applied)
     return store.table['split'].value_counts().to_dict()
 
 # %% ../../nbs/lib/data/splits.ipynb #fc976e02
@@ -246,7 +246,7 @@ def _write_split(store:Store, split:np.ndarray, rule:dict, overwrite:bool) -> No
         write_table(store.path, store.table.assign(split=split.astype(str)))
         store.refresh()
     if learnt:
-        print(f'{store.path.name}: {", ".join(learnt)} dropped. Train the stages that drew them anew, in other '
+        print(f'{store.path.name}: {", ".join(learnt)} dropped. Train the stages that computed them again, in other '
               'folders: they have learnt from tiles that may be tested on now', flush=True)
 
 # %% ../../nbs/lib/data/splits.ipynb #8ee4c809

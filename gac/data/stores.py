@@ -48,11 +48,12 @@ def from_world(
 ) -> Store:
     "Make a store of procedural scenes, or continue an unfinished one."
     want = [(split, i) for split, n in zip(SPLITS, (n_train, n_val, n_test)) for i in range(n)]
-    made = dict(source='world', s1_product='S1GRD', seed=seed, size=size, n_train=n_train, n_val=n_val, n_test=n_test)
+    settings = dict(source='world', s1_product='S1GRD', seed=seed, size=size, n_train=n_train, n_val=n_val,
+                    n_test=n_test)
     if not 0 <= seed <= 9 or n_train > 800_000 or max(n_val, n_test) > 100_000:
         raise GacError('The study has seeds 0–9, with 800,000 scenes to train on and 100,000 each for val and test.')
-    store = _resume(path, made)
-    if store is None: store = Store.create(path, tile_arrays(size), made, shard)  # an empty store is false
+    store = _resume(path, settings)
+    if store is None: store = Store.create(path, tile_arrays(size), settings, shard)  # an empty store is false
     todo = want[len(store):]
     if not todo: return store
     if len(store):
@@ -74,11 +75,11 @@ def _world_tile(seed:int, split:str, size:int) -> dict:
     return dict(meta, id=f'world-{seed}', split=split, country=str(s.get('region', '')), crs=crs, transform=transform,
                 source=f'world scene {seed}', s1=s['s1grd'], s2=s['s2'], dem=s['dem'], lulc=s['lulc'])
 
-def _resume(path, made:dict) -> Store|None:
+def _resume(path, settings:dict) -> Store|None:
     "Open an existing store, if it was begun with the same settings."
     if not (Path(path)/'table.parquet').exists(): return None
     store = Store(path)
-    agree_or_refuse(str(path), store.attrs, made, 'Delete the folder or choose another run_dir.')
+    agree_or_refuse(str(path), store.attrs, settings, 'Delete the folder or choose another run_dir.')
     return store
 
 # %% ../../nbs/lib/data/stores.ipynb #848a3b80
@@ -88,7 +89,7 @@ def drop_older(
     "Delete tiles of a run that an earlier version of this code made."
     attrs = read_json(path/'arrays'/'zarr.json').get('attributes')
     if isinstance(attrs, dict) and attrs.get('format') in range(1, FORMAT):
-        print(f'{path.name}: tiles of format {attrs["format"]} are made anew in format {FORMAT}', flush=True)
+        print(f'{path.name}: tiles of format {attrs["format"]} are made again in format {FORMAT}', flush=True)
         shutil.rmtree(path)
 
 # %% ../../nbs/lib/data/stores.ipynb #3dbae6b2

@@ -54,12 +54,12 @@ def to_db(
 # %% ../../nbs/lib/data/units.ipynb #fdebc962
 def check_db(
     db:np.ndarray, # dB, NaN where there is no data
-    told:bool=False, # the unit was given as an option
+    stated:bool=False, # the unit was given as an option
 ) -> None:
     "Refuse values in dB that backscatter cannot have."
     if not np.isfinite(db).any(): return
     if np.nanmin(db) < OUTSIDE[0] or np.nanmax(db) > OUTSIDE[1]:
-        more = '' if told else ', or another unit (--s1-units), or another scale (--s1-scale)'
+        more = '' if stated else ', or another unit (--s1-units), or another scale (--s1-scale)'
         raise GacError(f'{range_of([db])} dB, outside −100 to 60 dB. Is that a no-data value the file does not mark '
                        f'(gdal_edit.py -a_nodata marks it){more}?')
 
@@ -67,7 +67,7 @@ def check_db(
 def check_radar(
     samples:list, # arrays (2, H, W) in the unit of the file
     unit:str, # of S1_UNITS
-    told:bool=False, # the unit was given as an option
+    stated:bool=False, # the unit was given as an option
 ) -> None:
     "Refuse constant radar, and decibels without a negative value."
     seen = [np.concatenate([s[i][np.isfinite(s[i])].ravel() for s in samples]) for i in (0, 1)]
@@ -75,7 +75,7 @@ def check_radar(
         raise GacError(f'Sentinel-1: VV or VH is one value everywhere (all goes from {range_of(samples)}), so it '
                        'shows nothing.')
     if unit == 'dB' and all(v.size and v.min() >= 0 for v in seen):
-        way = 'It was said with --s1-units; convert it apart' if told else 'Say --s1-units, or convert it apart'
+        way = 'It was said with --s1-units; convert it apart' if stated else 'Say --s1-units, or convert it apart'
         raise GacError(f'Sentinel-1 from {range_of(samples)}: no negative value in a data set of dB. {way}.')
 
 # %% ../../nbs/lib/data/units.ipynb #4a394ca7

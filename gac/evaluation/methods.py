@@ -122,6 +122,7 @@ def measure_all(
     batch_size:int=8, # tiles at a time
     lpips=None, # perception.LPIPS; None: used where its weights are found
     as_published:bool=True, # measure Stage 1 with the sampling settings of TerraMind too
+    realism=None, # realism.PrithviRealism; None: no distance in its features
 ) -> tuple: # table with index (method, id); method -> number of its training pairs
     "Measure stages, U-Nets, baselines, tokenizer and truth on one data set."
     decoding = chosen_decoding(run)[2]
@@ -139,7 +140,8 @@ def measure_all(
     else:
         run.missing('tokenizer round trip',
             f'{store.path.name} holds {store.arrays["s2"].shape[1]} Sentinel-2 bands, the tokenizer reads all 12')
-    measured = measure_methods(store, rows, below | nets | stages | methods, batch_size, lpips, per_band=True)
+    measured = measure_methods(store, rows, below | nets | stages | methods, batch_size, lpips, per_band=True,
+                               realism=realism, token=model.tokenizer().patch_size)
     return measured, dict.fromkeys(below, n) | pairs_of(run, [*stages, *nets])
 
 # %% ../../nbs/lib/evaluation/methods.ipynb #2964643c

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.files import GacError
+from ..core.tensors import in_float64
 from .metrics import banded, gaussian_window
 
 # %% ../../nbs/lib/measure/edges.ipynb #834b2027
@@ -32,7 +33,7 @@ def edge_map(
         filters = gaussian_window(EDGE_SCALE, round(3*EDGE_SCALE), x)
         (g, d), (gt, dt) = ([banded(f, n, mirror=False) for f in filters] for n in (H, W))
         square = (g @ x @ dt.T).square() + (d @ x @ gt.T).square()  # (B, C, H - 12, W - 12)
-        return (square.mean(1) + EDGE_EPS**2).sqrt()
+        return in_float64(torch.sqrt, square.mean(1) + EDGE_EPS**2)
 
 # %% ../../nbs/lib/measure/edges.ipynb #2fedb1fb
 def radar_edges(
@@ -46,14 +47,14 @@ def image_edges(
     x, # (B, 4, H, W) reflectance
 ) -> Tensor: # (B, H - 12, W - 12), relative change per px
     "Return the edge map of the image at the scale of the radar."
-    return edge_map((torch.as_tensor(x).clamp_min(0) + DARK_REFLECTANCE).log())
+    return edge_map(in_float64(torch.log, torch.as_tensor(x).clamp_min(0) + DARK_REFLECTANCE))
 
 # %% ../../nbs/lib/measure/edges.ipynb #abfbba05
 def _correlation(a:Tensor, b:Tensor) -> Tensor: # (B,) of two (B, h, w)
     "Return the correlation over the pixels of a tile, 0 if one map is flat."
     a, b = (v.flatten(1) - v.flatten(1).mean(1, keepdim=True) for v in (a, b))
-    return (a*b).mean(1)/((a.square().mean(1) + EDGE_EPS**2)
-                          *(b.square().mean(1) + EDGE_EPS**2)).sqrt()
+    return (a*b).mean(1)/in_float64(torch.sqrt, (a.square().mean(1) + EDGE_EPS**2)
+                                    *(b.square().mean(1) + EDGE_EPS**2))
 
 # %% ../../nbs/lib/measure/edges.ipynb #7dc0bd98
 def edge_agreement(

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, spectral_angle_mapper
 
 from ..core.files import GacError
+from ..core.tensors import in_float64
 from ..core.vocabulary import OPT_BANDS, REFLECTANCE, S2_BANDS, TERRAMIND_STATS
 
 # %% ../../nbs/lib/measure/metrics.ipynb #93c74059
@@ -61,7 +62,7 @@ def rmse(
     per_band:bool=False, # True: one value per band
 ) -> Tensor: # (B,), or (B, C) per band
     "Return the root of the mean squared error of each tile."
-    return mse(pred, truth, per_band).sqrt()
+    return in_float64(torch.sqrt, mse(pred, truth, per_band))
 
 # %% ../../nbs/lib/measure/metrics.ipynb #0f556a4a
 def mae(

@@ -17,7 +17,9 @@ from ..core.vocabulary import OPT_BANDS
 from ..data.arrays import to_reflectance
 from ..data.store import Store
 from .edges import SAR_MEASURES
+from .error_budget import TOKEN, surface_errors, water_mask
 from .perception import LPIPS
+from .realism import PrithviRealism
 from .statistics import summary
 from .tile_metrics import tile_metrics
 from ..models.decoding import SPEC, Decoding, generate_tiles
@@ -88,13 +90,20 @@ def measure_methods(
     batch_size:int=16, # tiles at a time
     lpips=None, # perception.LPIPS; None: a new LPIPS()
     per_band:bool=False, # True: add the columns psnr_B02 …
+    realism:PrithviRealism|None=None, # adds prithvi_distance, and collects features by method; None: no encoder
+    token:int=TOKEN, # px, side of a token, whose pattern mse_grid holds
 ) -> pd.DataFrame: # index (method, id); scene and a column per measure
     "Return all measures of every tile and method."
     lpips, parts = lpips or LPIPS(), []
     for i in range(0, len(rows), batch_size):
         batch = load_tiles(store, rows[i:i + batch_size])
+        water = water_mask(batch['truth'], store.read('lulc', batch['idx']) if 'lulc' in store.arrays else None)
         for name, method in methods.items():
-            table = tile_metrics(method(batch), batch['truth'], batch['id'], lpips, per_band, s1=batch['s1'])
+            image = method(batch)
+            table = tile_metrics(image, batch['truth'], batch['id'], lpips, per_band, s1=batch['s1'], realism=realism,
+                                 method=name, token=token)
+            by_surface = surface_errors(image, batch['truth'], water)
+            table = table.assign(**{k: v.cpu().numpy() for k, v in by_surface.items()})
             parts.append(table.assign(scene=batch['scene'], method=name).set_index('method', append=True).swaplevel())
     return pd.concat(parts).loc[list(methods)]
 

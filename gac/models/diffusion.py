@@ -34,7 +34,13 @@ def scheduler_for(
     plain = config.sample_max_value == 1  # the quantile is limited to 1, so thresholding is clipping
     clip, threshold = config.clip_sample or (config.thresholding and plain), config.thresholding and not plain
     if clamp == 'off': clip = threshold = False
-    return type(tokenizer.noise_scheduler).from_config(config, clip_sample=clip, thresholding=threshold)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # the schedule's square roots; rounded, every processor has the same digits
+    try: scheduler = type(tokenizer.noise_scheduler).from_config(config, clip_sample=clip, thresholding=threshold)
+    finally: torch.set_default_dtype(default)
+    scheduler.alphas_cumprod, scheduler.final_alpha_cumprod = (
+        x.to(default) for x in (scheduler.alphas_cumprod, scheduler.final_alpha_cumprod))
+    return scheduler
 
 # %% ../../nbs/lib/models/diffusion.ipynb #da27c674
 def diffuse(
@@ -49,10 +55,10 @@ def diffuse(
     scheduler, image = scheduler_for(tokenizer, clamp), noise
     scheduler.set_timesteps(timesteps, mode='trailing')
     dtype, codes = next(tokenizer.decoder.parameters()).dtype, codes.to(next(tokenizer.decoder.parameters()).dtype)
-    paint = tokenizer.decoder if torch.is_grad_enabled() else getattr(tokenizer, 'recorded', tokenizer.decoder)
+    decoder = tokenizer.decoder if torch.is_grad_enabled() else getattr(tokenizer, 'recorded', tokenizer.decoder)
     for t in scheduler.timesteps:
         # the UNet's step embedding is always float32
         with torch.autocast(noise.device.type, dtype, enabled=dtype.itemsize < 4):
-            out = paint(image.to(dtype), torch.full_like(t, int(t), device=noise.device), codes)
+            out = decoder(image.to(dtype), torch.full_like(t, int(t), device=noise.device), codes)
         image = scheduler.step(out.float(), t, image).prev_sample
     return image

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 
 import torch
+from fastcore.basics import patch
 from terratorch.models.backbones.terramind.model.terramind import TerraMind
 from terratorch.models.backbones.terramind.model.terramind_generation import TerraMindGeneration
 from terratorch.models.backbones.terramind.tokenizer.vqvae import DiVAE
@@ -88,7 +89,7 @@ class Generator(nn.Module):
     ):
         super().__init__()
         self.core, self.timesteps, self.gac = core.eval(), timesteps, getattr(core, 'gac', {})
-        self.precision, self.compiled, self.hastened, self.recorded = '32-true', False, False, None
+        self.precision, self.compiled, self.optimized, self.recorded = '32-true', False, False, None
         self.register_module('direct', None)  # codes -> standardised S2L2A in one pass, see distill_decoder
         self.inputs = {m: core.mod_name_mapping[m] for m in core.modalities}  # modality -> key
         self.outputs = {m: k for k, m in core.output_mod_name_mapping.items()}
@@ -103,32 +104,8 @@ class Generator(nn.Module):
         super()._apply(fn, recurse)
         for m in self.modules():
             if isinstance(m, nn.GroupNorm): m.float()
-        if self.hastened: self._renew()
+        if self.optimized: self._renew()
         return self
-
-    def hasten(self,
-        precision:str='16-true', # one of PRECISIONS, the type of the weights
-        compiled:bool=False, # torch.compile on the diffusion decoder: takes a minute for every new shape
-    ) -> 'Generator': # itself
-        "Speed up `generate`: half precision, channels-last decoder, and CUDA graphs of both networks on a GPU."
-        if precision not in PRECISIONS: raise GacError(f'precision is {precision!r}: expected {", ".join(PRECISIONS)}.')
-        self.precision, self.compiled = precision, compiled
-        self.to(PRECISIONS[precision])
-        for tok in self.core.tokenizer.values():
-            # a GPU's own group norm wants them first
-            if compiled or self.device.type != 'cuda': tok.decoder.to(memory_format=torch.channels_last)
-            if compiled: tok.decoder.compile(dynamic=False)
-        self.hastened = True
-        self._renew()
-        return self
-
-    def _renew(self) -> None:
-        "Discard CUDA graphs after the weights have moved; they hold addresses in memory."
-        on = self.device.type == 'cuda'
-        self.recorded = {} if on else None
-        for tok in self.core.tokenizer.values():
-            vars(tok).pop('recorded', None)
-            if on and isinstance(tok, DiVAE): tok.recorded = CudaGraph(tok.decoder)
 
     @property
     def net(self) -> TerraMind: return self.core.sampler.model
@@ -151,156 +128,6 @@ class Generator(nn.Module):
                                               for k in self.inputs.values()]
         if isinstance(tok, DiVAE): sides.append(tok.decoder.P_H*2**(len(tok.decoder.channel_mult) - 1))
         return math.lcm(tok.patch_size, *sides)
-
-    def _read(self,
-        inputs:Tensor|dict[str, Tensor], # modality -> tensor; a tensor is the first modality
-        input_bands:Sequence[str]|None, # of a Sentinel-2 input with fewer than 12 bands
-        output:str,
-    ) -> tuple[dict[str, Tensor], Callable]: # modality key -> padded standardised tensor; how to crop back
-        "Return standardised, padded inputs; the caller's dictionary and tensors stay unchanged."
-        inputs = inputs if isinstance(inputs, dict) else {next(iter(self.inputs)): inputs}
-        if not inputs: raise GacError('No input given.')
-        for m in inputs:
-            if m not in self.inputs:
-                raise GacError(f'This generator does not read {m}: it reads {", ".join(self.inputs)}.')
-        sides = {m: tuple(x.shape[-2:]) for m, x in inputs.items()}
-        H, W = next(iter(sides.values()))
-        if H != W:
-            raise GacError(f'The tile is {H}x{W} pixels: TerraMind decodes square tiles only. Cut it into squares.')
-        if len(set(sides.values())) > 1: raise GacError(f'Inputs of different sizes: {sides}.')
-        bands = lambda x: S2_BANDS if x.shape[1] == len(S2_BANDS) else tuple(input_bands or OPT_BANDS)
-        read, crop = {}, None
-        for m, x in inputs.items():
-            x = self.units.inward(x.to(self.device), self.inputs[m], bands(x) if m == 'S2L2A' else S2_BANDS)
-            read[self.inputs[m]], crop = pad_to_multiple(x, self.multiple(output))
-        return read, lambda y: crop_back(y, crop)
-
-    def _who(self, x:Tensor, tile_seeds:Sequence[int]|None) -> list[str]:
-        "Return the identity of each tile: the caller's number, else a hash of its pixels."
-        if tile_seeds is None: return tile_identity(x)
-        if len(tile_seeds) != len(x): raise GacError(f'{len(tile_seeds)} tile_seeds for {len(x)} tiles.')
-        return [str(int(t)) for t in tile_seeds]
-
-    def _decoder_features(self, read:dict[str, Tensor], key:str) -> Tensor:
-        "Return the decoder's features of each token of modality `key`, (B,N,D)."
-        net, dtype = self.net, next(self.net.parameters()).dtype
-        embedded = []
-        for k, x in read.items():
-            x = self.core.tokenizer[k].encode(x)[-1] if k in self.core.tokenizer else x.to(dtype)
-            embedded.append(net.encoder_embeddings[k](x))
-        where = torch.cat([e['emb'] for e in embedded], 1)  # position and modality, (B, M, D)
-        context = net.decoder_proj_context(net.forward_encoder(torch.cat([e['x'] for e in embedded], 1) + where,
-                                                               None)) + where
-        side = next(iter(read.values())).shape[-1]//self.core.tokenizer[key].patch_size
-        empty = torch.zeros(1, side**2, dtype=torch.long, device=self.device)
-        query = net.mask_token + net.decoder_embeddings[key].forward_embed({'tensor': empty})['emb']  # (1, N, D)
-        return net.forward_decoder(query.expand(len(where), -1, -1), context, None, None)
-
-    def _seen(self, read:dict[str, Tensor], key:str) -> Tensor:
-        "Return the same features, from a CUDA graph after `hasten`."
-        if self.recorded is None: return self._decoder_features(read, key)
-        names = tuple(read)
-        call = self.recorded.setdefault((names, key),
-                                        CudaGraph(lambda *x: self._decoder_features(dict(zip(names, x)), key)))
-        return call(*read.values())
-
-    def decoder_features(self, inputs:Tensor|dict, output:str='', input_bands:Sequence[str]|None=None) -> Tensor:
-        "Return the decoder's last features of each token, (B,N,D); gradients flow."
-        return self._decoder_features(self._read(inputs, input_bands, output)[0], self._output(output))
-
-    def token_logits(self, inputs:Tensor|dict, output:str='', input_bands:Sequence[str]|None=None) -> Tensor:
-        "Return a logit for every code of every token, (B,N,V); gradients flow."
-        return self.net.decoder_embeddings[self._output(output)].forward_logits(self.decoder_features(inputs, output,
-            input_bands))
-
-    def codes(self,
-        logits:Tensor, # (B,N,V)
-        tokens:str='sample', # sample, argmax or expected
-        generators:Sequence[torch.Generator]=(), # one per tile, for `sample`
-        output:str='', # modality
-        top_p:float=.8, # for `sample`
-    ) -> Tensor: # (B,L,h,w)
-        "Return codes chosen by the logits of the tokens."
-        if tokens not in TOKENS: raise GacError(f'tokens is {tokens!r}: expected {", ".join(TOKENS)}.')
-        book, side = self.tokenizer(output).quantize.codebook.float(), math.isqrt(logits.shape[1])
-        if tokens == 'expected': codes = logits.float().softmax(-1) @ book
-        elif tokens == 'argmax': codes = book[logits.argmax(-1)]
-        else: codes = book[top_p_tokens(logits,
-                                        per_tile_random(torch.rand, logits.shape[1:2], generators, logits.device),
-                                        top_p)]
-        return codes.movedim(-1, 1).unflatten(-1, (side, side))
-
-    def _image(self, codes:Tensor, key:str, timesteps:int, clamp:str, generators:Sequence[torch.Generator]) -> Tensor:
-        "Decode codes to the tokenizer's standardised image."
-        tok = self.core.tokenizer[key]
-        if self.direct is not None and key == self.outputs.get('S2L2A'):
-            return self.direct(codes.to(next(self.direct.parameters()).dtype)).float()
-        if not isinstance(tok, DiVAE): return tok.decode_quant(codes.to(next(tok.parameters()).dtype))
-        size = [n*tok.patch_size for n in codes.shape[-2:]]
-        return diffuse(tok, codes, per_tile_random(torch.randn, (tok.n_channels, *size), generators, codes.device),
-                       timesteps, clamp)
-
-    @torch.no_grad()
-    def generate(self,
-        s1:Tensor|dict[str, Tensor], # (B,2,H,W) dB; or modality -> tensor in physical units
-        timesteps:int|None=None, # diffusion steps
-        tokens:str='sample', # choice of a code: sample, argmax or expected
-        clamp:str='pretraining', # limit of the predicted image: pretraining (±1 standardised) or off
-        seed:int=0, # of tokens and noise
-        n_samples:int=1, # independent samples whose mean is returned
-        tile_seeds:Sequence[int]|None=None, # identity of each tile; None: its pixels
-        bands:Sequence[str]=OPT_BANDS, # Sentinel-2 bands to return
-        output:str='', # modality; empty: the first the generator was built for
-        input_bands:Sequence[str]|None=None, # of a Sentinel-2 input with fewer than 12 bands; None: the study's four
-        top_p:float=.8, # probability held by the codes `sample` draws from
-    ) -> Tensor: # (B,len(bands),H,W) reflectance; land cover (B,H,W) codes
-        "Generate a modality for every tile; global random state is neither read nor written."
-        if n_samples < 1: raise GacError(f'n_samples is {n_samples}: expected at least 1.')
-        if clamp not in CLAMPS: raise GacError(f'clamp is {clamp!r}: expected {" or ".join(CLAMPS)}.')
-        timesteps, key = self.timesteps if timesteps is None else timesteps, self._output(output)
-        read, crop = self._read(s1, input_bands, output)
-        who = self._who(next(iter(s1.values())) if isinstance(s1, dict) else s1, tile_seeds)
-        logits = self.net.decoder_embeddings[key].forward_logits(self._seen(read, key))
-        total = 0
-        for k in range(n_samples):
-            own = lambda use: [tile_generator(seed, t, k, use) for t in who]
-            total = total + self._image(self.codes(logits, tokens, own('tokens'), output, top_p), key, timesteps, clamp,
-                                        own('noise'))
-        return self.units.outward(crop(total/n_samples), key, bands)
-
-    forward = generate
-
-    @torch.no_grad()
-    def tokenize(self, x:Tensor, output:str='') -> Tensor: # (B,12,H,W) reflectance; land cover (B,H,W) codes
-        "Return the tokens of an image, (B,h,w), computed in float32 (autocast gives wrong ones)."
-        key = self._output(output)
-        tok = self.core.tokenizer[key]
-        if not hasattr(tok, 'encoder'):
-            raise GacError(f'{output or next(iter(self.outputs))} cannot be tokenized, and makes no round trip: this '
-                           'generator was built without the encoder of '
-                                 'its tokenizer. Build it with tokenizer_encoder=True.')
-        x = pad_to_multiple(self.units.inward(x.to(self.device), key), self.multiple(output))[0]
-        with torch.autocast(self.device.type, enabled=False): return tok.tokenize(x)
-
-    @torch.no_grad()
-    def decode(self,
-        tokens:Tensor, # (B,h,w) tokens, or (B,L,h,w) codes
-        size:int|None=None, # side of the tile, if it was padded
-        timesteps:int|None=None, clamp:str='pretraining', seed:int=0,
-        tile_seeds:Sequence[int]|None=None, # as for `generate`
-        bands:Sequence[str]=OPT_BANDS, # Sentinel-2 bands to return
-        output:str='', # modality
-    ) -> Tensor: # as `generate`
-        "Decode tokens or codes to an image; after `tokenize` this is the reconstruction by the tokenizer."
-        key = self._output(output)
-        codes = (tokens if tokens.is_floating_point()
-                 else self.core.tokenizer[key].quantize.indices_to_embedding(tokens.to(self.device)))
-        noise = [tile_generator(seed, t, 0, 'noise') for t in self._who(codes, tile_seeds)]
-        image = self._image(codes.to(self.device), key, self.timesteps if timesteps is None else timesteps, clamp,
-                            noise)
-        if size:
-            image = crop_back(image, pad_to_multiple(image.new_zeros(1, 1, size, size), self.multiple(output))[1])
-        return self.units.outward(image, key, bands)
 
 # %% ../../nbs/lib/models/generator.ipynb #0527b5cb
 def to_device(
@@ -337,3 +164,203 @@ def build_generator(
     read = {core.mod_name_mapping[m] for m in core.modalities}
     if not tokenizer_encoder: spare(core, read)
     return Generator(core, timesteps)
+
+# %% ../../nbs/lib/models/generator.ipynb #f33c80ef
+@patch
+def _read(self:Generator,
+    inputs:Tensor|dict[str, Tensor], # modality -> tensor; a tensor is the first modality
+    input_bands:Sequence[str]|None, # of a Sentinel-2 input with fewer than 12 bands
+    output:str,
+) -> tuple[dict[str, Tensor], Callable]: # modality key -> padded standardised tensor; how to crop back
+    "Return standardised, padded inputs; the caller's dictionary and tensors stay unchanged."
+    inputs = inputs if isinstance(inputs, dict) else {next(iter(self.inputs)): inputs}
+    if not inputs: raise GacError('No input given.')
+    for m in inputs:
+        if m not in self.inputs:
+            raise GacError(f'This generator does not read {m}: it reads {", ".join(self.inputs)}.')
+    sides = {m: tuple(x.shape[-2:]) for m, x in inputs.items()}
+    H, W = next(iter(sides.values()))
+    if H != W:
+        raise GacError(f'The tile is {H}x{W} pixels: TerraMind decodes square tiles only. Cut it into squares.')
+    if len(set(sides.values())) > 1: raise GacError(f'Inputs of different sizes: {sides}.')
+    bands = lambda x: S2_BANDS if x.shape[1] == len(S2_BANDS) else tuple(input_bands or OPT_BANDS)
+    read, crop = {}, None
+    for m, x in inputs.items():
+        x = self.units.inward(x.to(self.device), self.inputs[m], bands(x) if m == 'S2L2A' else S2_BANDS)
+        read[self.inputs[m]], crop = pad_to_multiple(x, self.multiple(output))
+    return read, lambda y: crop_back(y, crop)
+
+@patch
+def _who(self:Generator, x:Tensor, tile_seeds:Sequence[int]|None) -> list[str]:
+    "Return the identity of each tile: the caller's number, else a hash of its pixels."
+    if tile_seeds is None: return tile_identity(x)
+    if len(tile_seeds) != len(x): raise GacError(f'{len(tile_seeds)} tile_seeds for {len(x)} tiles.')
+    return [str(int(t)) for t in tile_seeds]
+
+# %% ../../nbs/lib/models/generator.ipynb #3f9445c9
+@patch
+def _decoder_features(self:Generator, read:dict[str, Tensor], key:str) -> Tensor:
+    "Return the decoder's features of each token of modality `key`, (B,N,D)."
+    net, dtype = self.net, next(self.net.parameters()).dtype
+    embedded = []
+    for k, x in read.items():
+        x = self.core.tokenizer[k].encode(x)[-1] if k in self.core.tokenizer else x.to(dtype)
+        embedded.append(net.encoder_embeddings[k](x))
+    where = torch.cat([e['emb'] for e in embedded], 1)  # position and modality, (B, M, D)
+    context = net.decoder_proj_context(net.forward_encoder(torch.cat([e['x'] for e in embedded], 1) + where,
+                                                           None)) + where
+    side = next(iter(read.values())).shape[-1]//self.core.tokenizer[key].patch_size
+    empty = torch.zeros(1, side**2, dtype=torch.long, device=self.device)
+    query = net.mask_token + net.decoder_embeddings[key].forward_embed({'tensor': empty})['emb']  # (1, N, D)
+    return net.forward_decoder(query.expand(len(where), -1, -1), context, None, None)
+
+@patch
+def _seen(self:Generator, read:dict[str, Tensor], key:str) -> Tensor:
+    "Return the same features, from a CUDA graph after `optimize_inference`."
+    if self.recorded is None: return self._decoder_features(read, key)
+    names = tuple(read)
+    call = self.recorded.setdefault((names, key),
+                                    CudaGraph(lambda *x: self._decoder_features(dict(zip(names, x)), key)))
+    return call(*read.values())
+
+@patch
+def decoder_features(self:Generator, inputs:Tensor|dict, output:str='', input_bands:Sequence[str]|None=None) -> Tensor:
+    "Return the decoder's last features of each token, (B,N,D); gradients flow."
+    return self._decoder_features(self._read(inputs, input_bands, output)[0], self._output(output))
+
+@patch
+def token_logits(self:Generator, inputs:Tensor|dict, output:str='', input_bands:Sequence[str]|None=None) -> Tensor:
+    "Return a logit for every code of every token, (B,N,V); gradients flow."
+    return self.net.decoder_embeddings[self._output(output)].forward_logits(self.decoder_features(inputs, output,
+        input_bands))
+
+# %% ../../nbs/lib/models/generator.ipynb #052e627e
+@patch
+def codes(self:Generator,
+    logits:Tensor, # (B,N,V)
+    tokens:str='sample', # sample, argmax or expected
+    generators:Sequence[torch.Generator]=(), # one per tile, for `sample`
+    output:str='', # modality
+    top_p:float=.8, # for `sample`
+) -> Tensor: # (B,L,h,w)
+    "Return codes chosen by the logits of the tokens."
+    if tokens not in TOKENS: raise GacError(f'tokens is {tokens!r}: expected {", ".join(TOKENS)}.')
+    book, side = self.tokenizer(output).quantize.codebook.float(), math.isqrt(logits.shape[1])
+    if tokens == 'expected': codes = logits.float().softmax(-1) @ book
+    elif tokens == 'argmax': codes = book[logits.argmax(-1)]
+    else: codes = book[top_p_tokens(logits,
+                                    per_tile_random(torch.rand, logits.shape[1:2], generators, logits.device),
+                                    top_p)]
+    return codes.movedim(-1, 1).unflatten(-1, (side, side))
+
+@patch
+def _image(self:Generator,
+    codes:Tensor, # (B,L,h,w)
+    key:str, # of the modality
+    timesteps:int, # diffusion steps
+    clamp:str, # limit of the predicted image, one of CLAMPS
+    generators:Sequence[torch.Generator], # one per tile
+) -> Tensor: # (B,C,H,W), standardised
+    "Decode codes to the tokenizer's standardised image."
+    tok = self.core.tokenizer[key]
+    if self.direct is not None and key == self.outputs.get('S2L2A'):
+        return self.direct(codes.to(next(self.direct.parameters()).dtype)).float()
+    if not isinstance(tok, DiVAE): return tok.decode_quant(codes.to(next(tok.parameters()).dtype))
+    size = [n*tok.patch_size for n in codes.shape[-2:]]
+    return diffuse(tok, codes, per_tile_random(torch.randn, (tok.n_channels, *size), generators, codes.device),
+                   timesteps, clamp)
+
+# %% ../../nbs/lib/models/generator.ipynb #3394f41b
+@patch
+@torch.no_grad()
+def generate(self:Generator,
+    s1:Tensor|dict[str, Tensor], # (B,2,H,W) dB; or modality -> tensor in physical units
+    timesteps:int|None=None, # diffusion steps
+    tokens:str='sample', # choice of a code: sample, argmax or expected
+    clamp:str='pretraining', # limit of the predicted image: pretraining (±1 standardised) or off
+    seed:int=0, # of tokens and noise
+    n_samples:int=1, # independent samples whose mean is returned
+    tile_seeds:Sequence[int]|None=None, # identity of each tile; None: its pixels
+    bands:Sequence[str]=OPT_BANDS, # Sentinel-2 bands to return
+    output:str='', # modality; empty: the first the generator was built for
+    input_bands:Sequence[str]|None=None, # of a Sentinel-2 input with fewer than 12 bands; None: the study's four
+    top_p:float=.8, # probability held by the codes `sample` draws from
+) -> Tensor: # (B,len(bands),H,W) reflectance; land cover (B,H,W) codes
+    "Generate a modality for every tile; global random state is neither read nor written."
+    if n_samples < 1: raise GacError(f'n_samples is {n_samples}: expected at least 1.')
+    if clamp not in CLAMPS: raise GacError(f'clamp is {clamp!r}: expected {" or ".join(CLAMPS)}.')
+    timesteps, key = self.timesteps if timesteps is None else timesteps, self._output(output)
+    read, crop = self._read(s1, input_bands, output)
+    who = self._who(next(iter(s1.values())) if isinstance(s1, dict) else s1, tile_seeds)
+    logits = self.net.decoder_embeddings[key].forward_logits(self._seen(read, key))
+    total = 0
+    for k in range(n_samples):
+        own = lambda use: [tile_generator(seed, t, k, use) for t in who]
+        total = total + self._image(self.codes(logits, tokens, own('tokens'), output, top_p), key, timesteps, clamp,
+                                    own('noise'))
+    return self.units.outward(crop(total/n_samples), key, bands)
+
+# %% ../../nbs/lib/models/generator.ipynb #6bd89d2a
+Generator.forward = Generator.generate
+
+# %% ../../nbs/lib/models/generator.ipynb #7a70dcf5
+@patch
+@torch.no_grad()
+def tokenize(self:Generator, x:Tensor, output:str='') -> Tensor: # (B,12,H,W) reflectance; land cover (B,H,W) codes
+    "Return the tokens of an image, (B,h,w), computed in float32 (autocast gives wrong ones)."
+    key = self._output(output)
+    tok = self.core.tokenizer[key]
+    if not hasattr(tok, 'encoder'):
+        raise GacError(f'{output or next(iter(self.outputs))} cannot be tokenized, and makes no round trip: this '
+                       'generator was built without the encoder of '
+                             'its tokenizer. Build it with tokenizer_encoder=True.')
+    x = pad_to_multiple(self.units.inward(x.to(self.device), key), self.multiple(output))[0]
+    with torch.autocast(self.device.type, enabled=False): return tok.tokenize(x)
+
+@patch
+@torch.no_grad()
+def decode(self:Generator,
+    tokens:Tensor, # (B,h,w) tokens, or (B,L,h,w) codes
+    size:int|None=None, # side of the tile, if it was padded
+    timesteps:int|None=None, clamp:str='pretraining', seed:int=0,
+    tile_seeds:Sequence[int]|None=None, # as for `generate`
+    bands:Sequence[str]=OPT_BANDS, # Sentinel-2 bands to return
+    output:str='', # modality
+) -> Tensor: # as `generate`
+    "Decode tokens or codes to an image; after `tokenize` this is the reconstruction by the tokenizer."
+    key = self._output(output)
+    codes = (tokens if tokens.is_floating_point()
+             else self.core.tokenizer[key].quantize.indices_to_embedding(tokens.to(self.device)))
+    noise = [tile_generator(seed, t, 0, 'noise') for t in self._who(codes, tile_seeds)]
+    image = self._image(codes.to(self.device), key, self.timesteps if timesteps is None else timesteps, clamp,
+                        noise)
+    if size:
+        image = crop_back(image, pad_to_multiple(image.new_zeros(1, 1, size, size), self.multiple(output))[1])
+    return self.units.outward(image, key, bands)
+
+# %% ../../nbs/lib/models/generator.ipynb #ddfce5b7
+@patch
+def optimize_inference(self:Generator,
+    precision:str='16-true', # one of PRECISIONS, the type of the weights
+    compiled:bool=False, # torch.compile on the diffusion decoder: takes a minute for every new shape
+) -> 'Generator': # itself
+    "Speed up `generate`: half precision, channels-last decoder, and CUDA graphs of both networks on a GPU."
+    if precision not in PRECISIONS: raise GacError(f'precision is {precision!r}: expected {", ".join(PRECISIONS)}.')
+    self.precision, self.compiled = precision, compiled
+    self.to(PRECISIONS[precision])
+    for tok in self.core.tokenizer.values():
+        # a GPU's own group norm wants them first
+        if compiled or self.device.type != 'cuda': tok.decoder.to(memory_format=torch.channels_last)
+        if compiled: tok.decoder.compile(dynamic=False)
+    self.optimized = True
+    self._renew()
+    return self
+
+@patch
+def _renew(self:Generator) -> None:
+    "Discard CUDA graphs after the weights have moved; they hold addresses in memory."
+    on = self.device.type == 'cuda'
+    self.recorded = {} if on else None
+    for tok in self.core.tokenizer.values():
+        vars(tok).pop('recorded', None)
+        if on and isinstance(tok, DiVAE): tok.recorded = CudaGraph(tok.decoder)

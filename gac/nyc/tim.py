@@ -27,6 +27,7 @@ from ..models.mini import MINI_STATS, TERRAMIND_KEY_STATS
 from ..models.modalities import LULC_LABELS, modality_key
 from .survey import NYC_CLASSES
 from ..products.downstream_config import SameStart, at_root, open_config
+from ..training.settings import adamw_options
 
 # %% ../../nbs/lib/nyc/tim.ipynb #c485d2fd
 TIM_INPUTS = ('S2L2A', 'S1RTC', 'DEM')  # modalities of the encoder
@@ -129,7 +130,8 @@ def _model_settings(v:Variant, steps:int, lr:float, family:str, timestamps:int, 
     if weights and family == 'mini': model |= dict(backbone_weights=str(weights))
     model |= dict(necks=[dict(n) for n in f.necks], **dict(f.head), num_classes=len(NYC_CLASSES))
     return _init('terratorch.tasks.SemanticSegmentationTask', model_factory='EncoderDecoderFactory', model_args=model,
-                 loss='ce', ignore_index=-1, lr=lr, optimizer='AdamW', optimizer_hparams=dict(weight_decay=.05),
+                 loss='ce', ignore_index=-1, lr=lr, optimizer='AdamW',
+                 optimizer_hparams=dict(weight_decay=.05, **(adamw_options('cpu') if family == 'mini' else {})),
                  **settling(steps), freeze_backbone=False, plot_on_val=False, class_names=list(NYC_CLASSES))
 
 # %% ../../nbs/lib/nyc/tim.ipynb #13bb7d4a

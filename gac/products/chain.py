@@ -52,7 +52,7 @@ class SceneChain(ImageChain):
                            f'trained on images drawn with {names(drawn["weights"])}. Name the folder of those '
                            '(--weights).')
         half = drawn.get('precision', '32-true').split(',')[0]  # torch.compile does not change the precision
-        if half != '32-true': self.generator.hasten(half)
+        if half != '32-true': self.generator.optimize_inference(half)
 
     @cached_property
     def steps(self) -> list[dict]: return super().steps # as of lineage, computed once

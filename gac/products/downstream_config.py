@@ -32,6 +32,7 @@ from ..models.modalities import band_names, modality_key
 from .labels import LABEL_CODES, Arm
 from .plateau import StopRule, until_plateau
 from ..training.order import seeded
+from ..training.settings import adamw_options
 
 # %% ../../nbs/lib/products/downstream_config.ipynb #8605e0b3
 DEPTH = dict(mini=4, tiny=12, small=12, base=12, large=24)  # size of TerraMind -> blocks of its encoder
@@ -120,7 +121,8 @@ def model_config(
     return dict(class_path='terratorch.tasks.SemanticSegmentationTask', init_args=dict(
         model_factory='EncoderDecoderFactory', model_args=args, loss='ce', ignore_index=IGNORED, lr=recipe.lr,
         optimizer='AdamW',
-        optimizer_hparams=dict(weight_decay=recipe.weight_decay), scheduler='OneCycleLR', scheduler_hparams=schedule,
+        optimizer_hparams=dict(weight_decay=recipe.weight_decay, **adamw_options(precision=recipe.precision)),
+        scheduler='OneCycleLR', scheduler_hparams=schedule,
         freeze_backbone=not recipe.lora_rank, plot_on_val=False,
         class_weights=list(recipe.class_weights) or None,
         class_names=[LULC_CLASSES[k].replace('/', ' or ') for k in recipe.classes]))

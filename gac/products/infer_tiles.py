@@ -32,9 +32,10 @@ from .scene import open_scene
 from .tiles import chosen_tiles, must_write, tile_file_name
 from .tiling import Tiling
 from ..stages.commands import DECODING_FILE, drawn_otherwise, read_decoding, read_generator
-from ..stages.stage2 import REFINER_FILE, checkpoint_file
+from ..stages.stage2 import REFINER_FILE
 from ..stages.stage3 import GROUNDING_FILE
 from ..stages.tileset import open_tiles, read_radar
+from ..stages.trained import checkpoint_file
 
 # %% ../../nbs/lib/products/infer_tiles.ipynb #fa5aaeb0
 # note that is printed for tiles with Stage 3

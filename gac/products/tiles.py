@@ -129,7 +129,7 @@ def export_tiles(
     ids=(), # ids of tiles; empty: all
     split:str='', # train, val or test; empty: all
     max_tiles:int=0, # tiles at most, spread evenly; 0: all
-    overwrite:bool=False, # replace files made with other settings
+    overwrite:bool=False, # replace files that were written with other settings
     batch:int=32, # tiles read at a time
 ) -> dict: # written; skipped: there already; missing: no product for the tile; output
     """Write products as Cloud-Optimised GeoTIFFs; return what was written.
@@ -151,8 +151,8 @@ def export_tiles(
                 if must_write(*one[:2], overwrite): todo.append((r, *one))
             for x, (_, path, tags, row) in zip(reader.values(p, [r for r, *_ in todo]) if todo else (), todo):
                 write_cog(path, x, reader.layer(p), row.crs, row['transform'], tags)
-            made = int(there[p][some].sum())
-            now = dict(written=len(todo), skipped=made - len(todo), missing=len(some) - made)
+            present = int(there[p][some].sum())
+            now = dict(written=len(todo), skipped=present - len(todo), missing=len(some) - present)
             count = {k: count[k] + now[k] for k in count}
     return count | dict(output=str(out))
 

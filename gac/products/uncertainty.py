@@ -66,10 +66,10 @@ def mean_and_spread(
     batch_size:int=4, # tiles at a time
 ) -> None:
     "Write the arrays mean_… and spread_… of the generations of some tiles, in reflectance x 10000."
-    made, shape = dict(kept.arrays[array].attrs) | dict(bands=list(OPT_BANDS)), kept.arrays[array].shape[2:]
+    attrs, shape = dict(kept.arrays[array].attrs) | dict(bands=list(OPT_BANDS)), kept.arrays[array].shape[2:]
     for what in ('mean', 'spread'):
-        drop_other(kept, f'{what}_{array}', made)
-        kept.ensure_array(f'{what}_{array}', shape, 'int16', made)
+        drop_other(kept, f'{what}_{array}', attrs)
+        kept.ensure_array(f'{what}_{array}', shape, 'int16', attrs)
     try:
         for i in range(0, len(rows), batch_size):
             some = rows[i:i + batch_size]

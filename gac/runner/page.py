@@ -64,10 +64,11 @@ def _section(name:str, entry:dict, report:Path) -> dict:
 
 # %% ../../nbs/lib/runner/page.ipynb #e0394f78
 MAIN = {  # measure of results.csv -> heading
-    'psnr': 'PSNR, dB', 'ssim': 'SSIM', 'sam_deg': 'spectral angle, °',
+    'psnr': 'PSNR, dB', 'psnr_pooled': 'PSNR of the pooled error, dB',
+    'psnr_debiased': 'PSNR without error of colour, dB', 'ssim': 'SSIM', 'sam_deg': 'spectral angle, °',
     'sar_edge_gap': "distance to the truth's agreement with the radar",
     'hallucination': 'share of edges without support'}
-MAIN_FIGURES = ('tiles_real', 'panels', 'stage_gains')
+MAIN_FIGURES = ('error_budget', 'tiles_real', 'panels', 'stage_gains')
 
 def _main_table(caption:str, csv:Path) -> dict:
     "Return the main table for the template: a few columns, intervals in brackets."

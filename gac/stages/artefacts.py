@@ -78,13 +78,13 @@ def inject_artefact(
 # %% ../../nbs/lib/stages/artefacts.ipynb #19e2d6a7
 def removed_share(
     clean:np.ndarray, # (4, H, W) output for opt_v2
-    lied:np.ndarray, # (4, H, W) output for opt_v2 with the artefact
+    changed:np.ndarray, # (4, H, W) output for opt_v2 with the artefact
     delta:np.ndarray, # (4, H, W) the artefact
     mask:np.ndarray, # (H, W) bool
 ) -> float: # 0: it stays, 1: it is gone
     "Return the removed share of an artefact."
     d = delta[:, mask].astype(np.float64)
-    return float(1 - ((lied - clean)[:, mask]*d).sum()/(d*d).sum())
+    return float(1 - ((changed - clean)[:, mask]*d).sum()/(d*d).sum())
 
 # %% ../../nbs/lib/stages/artefacts.ipynb #9eaa68fe
 def artefact_test(
@@ -100,11 +100,11 @@ def artefact_test(
     for k, kind in enumerate(kinds):
         injected = [inject_artefact(v, r, kind, (seed, tile_number(i) % 2**32, k, 5))
                     for v, r, i in zip(opt_v2, s1, ids)]
-        lied = np.stack([x for x, _ in injected])
+        changed = np.stack([x for x, _ in injected])
         for m, f in methods.items():
-            made = np.asarray(f(s1, lied))
+            out = np.asarray(f(s1, changed))
             rows += [dict(method=m, kind=kind, id=i,
-                          share=removed_share(clean[m][n], made[n], lied[n] - opt_v2[n], injected[n][1]))
+                          share=removed_share(clean[m][n], out[n], changed[n] - opt_v2[n], injected[n][1]))
                      for n, i in enumerate(ids)]
     return pd.DataFrame(rows)
 

@@ -135,9 +135,9 @@ def fit_chain(
 ) -> dict: # name of STAGES -> method
     "Train Stages 2 and 3 again with one seed; return the methods by name."
     out_dir = Path(out_dir)
-    made = {'Stage 1+2': fit_stage2(store, v1, recipe, out_dir/'stage2', seed)}
-    if no_refinement: made['Stage 1+3'] = fit_stage3(store, v1, recipe, out_dir/'stage3_no2', seed)
-    return made | {'Stage 1+2+3': fit_stage3(store, made['Stage 1+2'], recipe, out_dir/'stage3', seed)}
+    methods = {'Stage 1+2': fit_stage2(store, v1, recipe, out_dir/'stage2', seed)}
+    if no_refinement: methods['Stage 1+3'] = fit_stage3(store, v1, recipe, out_dir/'stage3_no2', seed)
+    return methods | {'Stage 1+2+3': fit_stage3(store, methods['Stage 1+2'], recipe, out_dir/'stage3', seed)}
 
 # %% ../../nbs/lib/stages/chain.ipynb #3bba1463
 def mean_of_seeds(
@@ -178,11 +178,11 @@ def trained_before(
     "Train missing stages of a run for a few steps, and return its recipe."
     v1, brief = stored_method(drawn_before(run, store)), brief_recipe()
     if not both_trained(run.dir):
-        run.stand_in('Stage 2 or Stage 3')
+        run.note_fallback('Stage 2 or Stage 3')
         recipe = replace(brief, stage3=replace(brief.stage3, **stage3))
         fit_chain(store, v1, recipe, run.dir, run.seed, no_refinement=False)
     if unets and not (run.dir/'unets'/UNET_RECIPE).exists():
-        run.stand_in('the U-Net')
+        run.note_fallback('the U-Net')
         for k in UNETS: fit_unet(store, v1, k, brief.unet, run.dir/'unets'/slug(k), run.seed)
         write_file(run.dir/'unets'/UNET_RECIPE, json.dumps(asdict(brief.unet)))
     return recipe_of(run)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DECODING_FILE', 'keep_decoding', 'read_decoding', 'read_generator', 'drawn_otherwise', 'check_drawn', 'drawn_for',
-           'open_inputs', 'training_report', 'run_stage2', 'save_stage2_panels', 'run_stage3', 'save_stage3_panels']
+           'open_images', 'open_inputs', 'training_report', 'run_stage2', 'save_stage2_panels', 'run_stage3',
+           'save_stage3_panels']
 
 # %% ../../nbs/lib/stages/commands.ipynb #831ec98d
 import json
@@ -72,14 +73,14 @@ def _read_drawn(
         except GacError: return {}  # a repository without the file, or no network
     file, kinds = folder/DECODING_FILE, {f.name: f.type for f in fields(Decoding)}
     if not file.exists(): return {}
-    try: made = json.loads(file.read_text(encoding='utf-8'))
-    except ValueError: made = None
-    fits = lambda k: type(made[k]) is kinds[k] if k in kinds else isinstance(made[k], _DRAWN.get(k, ()))
-    if not isinstance(made, dict) or not made.keys() >= kinds.keys() or not all(map(fits, made)):
+    try: record = json.loads(file.read_text(encoding='utf-8'))
+    except ValueError: record = None
+    fits = lambda k: type(record[k]) is kinds[k] if k in kinds else isinstance(record[k], _DRAWN.get(k, ()))
+    if not isinstance(record, dict) or not record.keys() >= kinds.keys() or not all(map(fits, record)):
         fields_ = ', '.join(f'{k} ({t.__name__})' for k, t in kinds.items())
         raise GacError(f'{file} does not say how Stage 1 drew: expected JSON with {fields_}. Delete it to draw in the '
                        'default way.')
-    return made
+    return record
 
 # %% ../../nbs/lib/stages/commands.ipynb #97b9682d
 def read_decoding(
@@ -87,8 +88,8 @@ def read_decoding(
     head:str=REFINER_FILE, # main file of a checkpoint
 ) -> Decoding|None: # None: not recorded
     "Read the decoding of a checkpoint's training images."
-    made = _read_drawn(path, head)
-    try: return Decoding(**{k: v for k, v in made.items() if k not in _DRAWN}) if made else None
+    record = _read_drawn(path, head)
+    try: return Decoding(**{k: v for k, v in record.items() if k not in _DRAWN}) if record else None
     except GacError as e: raise GacError(f'{path}/{DECODING_FILE}: {e}') from None
 
 # %% ../../nbs/lib/stages/commands.ipynb #df327fbf
@@ -125,14 +126,28 @@ def check_drawn(
 # %% ../../nbs/lib/stages/commands.ipynb #6ed674a3
 def drawn_for(
     place, # store.Store with the images
-    array:str, # opt_v1, or an array made of it
+    array:str, # opt_v1, or an array computed from it
 ) -> dict: # empty: not known
     "Return the settings of Stage 1 behind an array."
-    made = dict(place.arrays[array].attrs) if array in place.arrays else {}
-    while made.get('source'): made = made['source']
-    return made
+    attrs = dict(place.arrays[array].attrs) if array in place.arrays else {}
+    while attrs.get('source'): attrs = attrs['source']
+    return attrs
 
 # %% ../../nbs/lib/stages/commands.ipynb #3bc33d93
+def open_images(
+    data_dir, # tile store
+    images_dir='', # store or derived store with the images of the stage before; empty: data_dir
+    array:str='opt_v1', # these images, opt_v1 or opt_v2
+    checkpoint:str|Path='', # of the stage that reads them; empty: not checked
+    head:str=REFINER_FILE, # main file of the checkpoint
+) -> tuple: # store with the radar; store with the images
+    "Open the tiles and the images that a stage reads; refuse images that the checkpoint was not trained on."
+    store, _ = open_tiles(data_dir)
+    beside = images_dir and Path(images_dir).resolve() != store.path.resolve()
+    place = derived_store(store, images_dir) if beside else store
+    if checkpoint: check_drawn(checkpoint, drawn_for(place, array), head)
+    return store, place
+
 def open_inputs(
     data_dir, # tile store with radar and truth
     images_dir, # store or derived store with the images; empty: data_dir
@@ -141,9 +156,7 @@ def open_inputs(
     output_dir, # folder of the training, checked before any work
 ) -> tuple: # store; store with the images; train, val -> positions with an image
     "Open the tiles of a training and the images of the stage before; refuse tiles without images."
-    store, _ = open_tiles(data_dir)
-    beside = images_dir and Path(images_dir).resolve() != store.path.resolve()
-    place = derived_store(store, images_dir) if beside else store
+    store, place = open_images(data_dir, images_dir, array)
     if array not in place.arrays: raise GacError(f'{place.path} has no {array}. {remedy}')
     check_place(output_dir)
     return store, place, paired_rows(store, place, array)

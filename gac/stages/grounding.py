@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.files import GacError
+from ..core.tensors import in_float64
 from ..core.vocabulary import OPT_BANDS, REFLECTANCE, S2_BANDS
 from ..data.arrays import crop_back, pad_to_multiple
 from ..measure.edges import DARK_REFLECTANCE
@@ -53,7 +54,7 @@ def despeckled(
 ) -> Tensor: # the same shape, dB
     "Return the local mean of the radar's power, in dB."
     power = F.pad(10**(s1/10), [window//2]*4, mode='reflect')
-    return 10*F.avg_pool2d(power, window, 1).clamp_min(1e-6).log10()
+    return 10*in_float64(torch.log10, F.avg_pool2d(power, window, 1).clamp_min(1e-6))
 
 # %% ../../nbs/lib/stages/grounding.ipynb #90665606
 GAIN = .5  # correction for an output of 1, relative to opt_v2

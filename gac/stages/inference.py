@@ -26,8 +26,8 @@ from ..measure.metrics import mae, mse
 from ..measure.tables import stored_method
 from .grounding import Stage3GroundingModel, build_stage3_model, check_inputs
 from .stage1 import grid_store
-from .stage2 import opt_v2_of
-from .stage3 import STAGE3, load_stage3, read_stage3
+from .stage2_inference import opt_v2_of
+from .stage3_checkpoint import STAGE3, load_stage3, read_stage3
 from .tileset import Workload, read_radar
 from .trained import precompute_trained
 from ..training.int8 import weigh_memory
@@ -64,8 +64,8 @@ def stage3_batch_inference(
     parts, seen = {}, 0
     for batch in dataloader:
         batch = batch if isinstance(batch, dict) else dict(zip(('s1', 'opt_v2', 'truth'), batch))
-        made = stage3_inference(model, batch['s1'], batch['opt_v2'], timesteps)
-        out = {k: v for k, v in batch.items() if isinstance(v, Tensor)} | dict(opt_v3=made)
+        grounded = stage3_inference(model, batch['s1'], batch['opt_v2'], timesteps)
+        out = {k: v for k, v in batch.items() if isinstance(v, Tensor)} | dict(opt_v3=grounded)
         for k, v in out.items(): parts.setdefault(k, []).append(v)
         seen += len(out['opt_v3'])
         if verbose: print(f'stage 3: {seen} tiles', flush=True)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.files import GacError
+from ..core.tensors import in_float64
 from ..measure.edges import edge_agreement, edge_metrics
 from ..measure.metrics import SSIM_WINDOW, psnr
 from ..measure.perception import LPIPS, rgb
@@ -50,8 +51,8 @@ def spectral_angle(
     truth:Tensor, # the same shape
 ) -> Tensor: # scalar, rad
     "Return the mean angle between spectra; its gradient is finite everywhere."
-    lengths = (pred.square().sum(1)*truth.square().sum(1)).clamp_min(1e-12).sqrt()
-    return torch.acos(((pred*truth).sum(1)/lengths).clamp(-1 + 1e-6, 1 - 1e-6)).mean()
+    lengths = in_float64(torch.sqrt, (pred.square().sum(1)*truth.square().sum(1)).clamp_min(1e-12))
+    return in_float64(torch.acos, ((pred*truth).sum(1)/lengths).clamp(-1 + 1e-6, 1 - 1e-6)).mean()
 
 # %% ../../nbs/lib/stages/losses.ipynb #22e7129d
 class Stage2Loss(nn.Module):
@@ -81,7 +82,7 @@ class Stage2Loss(nn.Module):
 
     def term(self, name:str, pred:Tensor, truth:Tensor) -> Tensor:
         "Return one term, a scalar."
-        if name == 'log_mse': return ((pred - truth).square().mean((1, 2, 3)) + FLOOR).log10().mean()
+        if name == 'log_mse': return in_float64(torch.log10, (pred - truth).square().mean((1, 2, 3)) + FLOOR).mean()
         if name == 'l1': return F.l1_loss(pred, truth)/STEP
         if name == 'l2': return F.mse_loss(pred, truth)/STEP**2
         if name == 'sam': return spectral_angle(pred, truth)
@@ -107,7 +108,7 @@ def texture(
 ) -> Tensor: # (B, H - window + 1, W - window + 1), mean over channels
     "Return the local standard deviation."
     mean, square = F.avg_pool2d(x, window, 1), F.avg_pool2d(x*x, window, 1)
-    return (square - mean**2).clamp_min(1e-8).sqrt().mean(1)
+    return in_float64(torch.sqrt, (square - mean**2).clamp_min(1e-8)).mean(1)
 
 # %% ../../nbs/lib/stages/losses.ipynb #ca19c759
 def texture_agreement(
@@ -117,7 +118,7 @@ def texture_agreement(
     "Return one minus the correlation of local standard deviations of image and despeckled radar."
     a, b = texture(pred).flatten(1), texture(despeckled(s1, 3)).flatten(1)
     a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
-    return 1 - (a*b).sum(1)/(a.square().sum(1)*b.square().sum(1) + 1e-12).sqrt()
+    return 1 - (a*b).sum(1)/in_float64(torch.sqrt, a.square().sum(1)*b.square().sum(1) + 1e-12)
 
 # %% ../../nbs/lib/stages/losses.ipynb #e5c0b1ec
 def steepness(
@@ -127,7 +128,7 @@ def steepness(
     x = F.avg_pool2d(F.pad(x, [1]*4, mode='replicate'), 3, 1)
     dx = F.pad(x[..., 2:] - x[..., :-2], (1, 1, 0, 0), mode='replicate')
     dy = F.pad(x[..., 2:, :] - x[..., :-2, :], (0, 0, 1, 1), mode='replicate')
-    size = (dx.square() + dy.square() + 1e-12).sqrt().mean(1, keepdim=True)
+    size = in_float64(torch.sqrt, dx.square() + dy.square() + 1e-12).mean(1, keepdim=True)
     return size/size.mean((2, 3), keepdim=True).clamp_min(1e-6)
 
 # %% ../../nbs/lib/stages/losses.ipynb #e557df35
@@ -157,7 +158,7 @@ class Stage3Loss(nn.Module):
         if name == 'l1': return F.l1_loss(pred, truth)/.1
         if name == 'relative':
             new, old = ((x - truth).square().mean((1, 2, 3)) + self.floor for x in (pred, opt_v2))
-            return .5*(new/old).log().mean()
+            return .5*in_float64(torch.log, new/old).mean()
         if name == 'sar':
             return sum((f(pred, s1) - f(truth, s1)).abs().mean() for f in (edge_agreement, texture_agreement))
         if name == 'spectral': return spectral_angle(pred, truth)

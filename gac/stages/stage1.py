@@ -29,13 +29,13 @@ def build_terramind_generator(
     name:str='terramind_mini_generate', # as TerraTorch names it; registry.available() lists them
     weights:str='', # folder of weight files, 'hub', or empty: the committed miniatures or the Hugging Face cache
     tokenizer_encoder:bool=False, # keep the tokenizer's encoder, for the codes of a true image
-    precision:str='32-true', # of the weights, see generator.Generator.hasten
+    precision:str='32-true', # of the weights, see generator.Generator.optimize_inference
     compiled:bool=False, # diffusion decoder through torch.compile
 ): # generator.Generator, in evaluation mode
     "Return the pretrained generator of Stages 1 and 3."
     model = to_device(build_generator(name, input_modalities, output_modalities, timesteps, pretrained, weights,
                                       tokenizer_encoder))
-    return model.hasten(precision, compiled) if compiled or precision != '32-true' else model
+    return model.optimize_inference(precision, compiled) if compiled or precision != '32-true' else model
 
 # %% ../../nbs/07_stage1.ipynb #f1110003
 def precompute_stage1(
@@ -118,7 +118,7 @@ def drawn_before(
     "Return a store with opt_v1: precomputed by 07_stage1, else computed now."
     place = grid_store(run, store)
     if 'opt_v1' not in place.arrays:
-        run.stand_in('opt_v1')
+        run.note_fallback('opt_v1')
         name, weights, decoding = chosen_decoding(run)
         model = build_terramind_generator((store.attrs.get('s1_product', 'S1GRD'),), name=name, weights=weights)
         precompute_stage1(store, model, **asdict(decoding), seed=run.seed, into=place)

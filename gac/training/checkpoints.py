@@ -36,11 +36,11 @@ def save_checkpoint(
     "Write tensors and metadata, and the metadata as JSON beside them."
     path = Path(path)
     if path.suffix != '.safetensors': raise GacError(f'{path}: the name of a checkpoint ends in .safetensors.')
-    made = provenance()
+    facts = provenance()
     meta = dict(kind=kind, backbone=backbone, bands=list(bands), params=dict(params or {}), seed=seed,
                 metrics=dict(metrics or {}),
-                gac=made['packages']['gac'], commit=made['commit'], changed=made['changed'], device=made['device'],
-                time=made['time'], **more)
+                gac=facts['packages']['gac'], commit=facts['commit'], changed=facts['changed'], device=facts['device'],
+                time=facts['time'], **more)
     text = json.dumps(meta, indent=1, default=str)
     with replacing(path) as partly:
         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, partly,

@@ -29,7 +29,7 @@ from .adapters import account_for_tensors
 from .checkpoints import trained_state
 from .int8 import check_precision
 from .order import process_rank
-from .settings import STRATEGIES, Settings, cosine_warmup
+from .settings import STRATEGIES, Settings, adamw_options, cosine_warmup
 
 # %% ../../nbs/lib/training/loop.ipynb #ee968dc2
 class Task(LightningModule):
@@ -62,7 +62,8 @@ class Task(LightningModule):
     def configure_optimizers(self) -> dict:
         free = [p for p in self.parameters() if p.requires_grad]
         if not free: raise GacError('Nothing to train: every parameter is frozen.')
-        optimizer = torch.optim.AdamW(free, lr=self.settings.lr, weight_decay=self.settings.weight_decay)
+        optimizer = torch.optim.AdamW(free, lr=self.settings.lr, weight_decay=self.settings.weight_decay,
+                                      **adamw_options(free[0].device.type, self.settings.precision))
         return {'optimizer': optimizer,
                 'lr_scheduler': {'scheduler': cosine_warmup(optimizer, self.total_steps, self.settings.warmup),
                                  'interval': 'step'}}

@@ -226,11 +226,11 @@ def draw_place_dates(
     if dates == 1 and not odd:
         s = draw_scene(seed, size)
         return dict(s, dates=s['s2'][None], months=np.array(months), wide=False)
-    made = (_wide if odd else _plain)(seed, at, size, months)
-    s2 = made['dates'][0]
+    scene = (_wide if odd else _plain)(seed, at, size, months)
+    s2 = scene['dates'][0]
     red, nir = (s2[S2_BANDS.index(b)].astype(np.float32) for b in ('B04', 'B08'))
     return dict(at, seed=int(seed), month=months[0], s2=s2, ndvi=(nir - red)/(nir + red), months=np.array(months),
-                wide=odd, **made)
+                wide=odd, **scene)
 
 # %% ../../../nbs/lib/data/world/stream.ipynb #d099a7de
 def draw_batch(
