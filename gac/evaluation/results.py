@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGE_STEPS', 'RESULT_DIGITS', 'RANKING_COLUMNS', 'CHIPS', 'further_measures', 'results_table', 'pooled_gain',
-           'gains_of_stages', 'ranking', 'band_table', 'seed_folder', 'known_weights', 'own_spectrum',
+           'chain_gain', 'gains_of_stages', 'ranking', 'band_table', 'seed_folder', 'known_weights', 'own_spectrum',
            'results_sentence', 'compare_with_unets', 'by_rule', 'real_sets', 'panel_of']
 
 # %% ../../nbs/lib/evaluation/results.ipynb #52154342
@@ -20,6 +20,7 @@ from ..core.vocabulary import OPT_BANDS
 from ..data.arrays import to_reflectance
 from ..data.stores import real_store
 from .methods import METHOD_ARRAYS
+from .training_intervals import training_gain
 from ..measure.edges import SAR_MEASURES
 from ..measure.metrics import psnr
 from ..measure.panels import in_one_line, panels
@@ -91,6 +92,20 @@ def pooled_gain(
     lo, hi = percentile_interval(ratio(drawn)) if len(sums) > 1 else (np.nan, np.nan)
     return float(ratio(sums.sum(0))), float(lo), float(hi)
 
+def chain_gain(
+    tables, # measured tables of the trainings of a chain, the first one with the methods without training
+    before:str, # name of METHOD_ARRAYS
+    after:str, # another one
+    measure:str, # column
+    seed:int=0, # of the bootstrap
+) -> tuple: # gain, lo, hi; positive is better
+    "Return the gain of a stage; its interval draws scenes, and both stages of the same training."
+    first = tables[0].loc[before]
+    old, new = (np.stack([(t if k in t.index else tables[0]).loc[k][measure].reindex(first.index) for t in tables])
+                for k in (before, after))
+    found = training_gain(new - old, np.zeros_like(old), measure, first.scene, seed=seed)
+    return found['gain'], found['lo'], found['hi']
+
 def gains_of_stages(
     measured:pd.DataFrame, # from tables.measure_methods
     data:str, # world, or 'real: …'
@@ -99,13 +114,18 @@ def gains_of_stages(
     seed:int=0, # of the bootstrap
     seeds:int=1, # trainings the measured values are means of
     pooled:bool=False, # True: add the gain in PSNR of the pooled error
+    tables=(), # measured tables of the single trainings; empty: `measured` is that of one
 ) -> pd.DataFrame: # data, step, metric, gain, lo, hi, n_scenes, seeds
-    "Return paired differences between methods; positive is better."
+    """Return paired differences between methods; positive is better.
+
+    Intervals resample scenes, and the trainings of a chain with them where there are several."""
     named, rows = steps if isinstance(steps, dict) else {f'{a} → {b}': (a, b) for a, b in steps}, []
     for name, (a, b) in named.items():
         old, new = measured.loc[a], measured.loc[b]
         for m in columns:
-            gain, lo, hi = paired_gain(new[m], old[m], m, scenes=old.scene, seed=seed)
+            if len(tables) > 1 and b in METHOD_ARRAYS and a in METHOD_ARRAYS:
+                gain, lo, hi = chain_gain(tables, a, b, m, seed)
+            else: gain, lo, hi = paired_gain(new[m], old[m], m, scenes=old.scene, seed=seed)
             rows.append(dict(data=data, step=name, metric=m, gain=gain, lo=lo, hi=hi, n_scenes=old.scene.nunique(),
                              seeds=seeds))
         if pooled:

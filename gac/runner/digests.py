@@ -43,7 +43,7 @@ def run_computations(
 ) -> Iterator[tuple[str, str]]: # name of DIGESTS, digest
     "Yield the digest of each computation."
     from gac.data.stores import from_world
-    from gac.evaluation.baselines import PixelRegression
+    from gac.evaluation.floors import PixelRegression
     from gac.measure.tables import load_tiles, stage1_method
     from gac.measure.tile_metrics import tile_metrics
     from gac.models.decoding import Decoding
