@@ -265,11 +265,11 @@ class DownstreamConfig:
 @dataclass(frozen=True)
 class NycConfig:
     "Settings of the trainings of `16_new_york`."
-    steps:int = 96 # optimizer steps of a run, at most [1, 1000000]
+    steps:int = 84 # optimizer steps of a run, at most [1, 1000000]
     batch_size:int = 2 # chips of a step [1, 1024]
     lr:float = 4e-3 # learning rate [1e-7, 1]
     balance:float = .5 # power of the inverse class share in the loss; 0: all pixels count alike [0, 1]
-    val_every:int = 32 # optimizer steps between validations [1, 1000000]
+    val_every:int = 28 # optimizer steps between validations [1, 1000000]
     patience:int = 2 # validations without a rise before the rate falls, and before the end; 0: all steps [0, 1000]
 
 @dataclass(frozen=True)

@@ -66,8 +66,16 @@ class Plateau(Callback):
             self.kept = {k: v.detach().cpu().clone() for k, v in task.state_dict().items() if k not in frozen}
         event = self.judge(step, value)
         if event == 'stop': trainer.should_stop = True
-        if event == 'drop':
-            for group in trainer.optimizers[0].param_groups: group['lr'] *= self.rule.drop
+        if event == 'drop': self.lower(trainer)
+
+    def on_train_batch_start(self, trainer, task, batch, batch_idx) -> None:
+        if not self.dropped and trainer.global_step >= .8*trainer.max_steps:
+            self.dropped, self.stale = True, 0
+            self.lower(trainer)
+
+    def lower(self, trainer) -> None:
+        "Lower the learning rate."
+        for group in trainer.optimizers[0].param_groups: group['lr'] *= self.rule.drop
 
     def judge(self, step:int, value:float) -> str: # '', drop or stop
         "Record a validation and return what follows from it."
