@@ -20,7 +20,7 @@ from fastcore.basics import patch
 
 from ..core.files import GacError, writable, writing
 from ..core.manifest import agree_or_refuse
-from .journal import has_journal, read_journal
+from .journal import has_journal, read_journal, with_tiles
 from .locks import Locks
 from gac.data.shards import (
     ABSENT,
@@ -483,16 +483,6 @@ def _collect_journal(self:Store) -> None:
 
 # %% ../../nbs/lib/data/store.ipynb #a67b30ce
 @patch
-def _with_journal(self:Store, name:str, data): # data: xarray.Dataset of one array
-    "Return the array with the tiles that only the journal of a read-only folder has; they are in memory."
-    more, z = self.collected.get(name, {}), self.arrays[name]
-    if not more and not self._new: return data
-    values = np.full((len(self), *z.shape[1:]), z.fill_value, z.dtype)
-    values[:data.sizes['tile']] = data[name].values
-    for row, tile in more.items(): values[row] = tile
-    return data.drop_vars(name).assign({name: (data[name].dims, values, data[name].attrs)})
-
-@patch
 def xarray(self:Store): # xarray.Dataset, values read when they are used
     "Return the store as one Dataset: arrays as variables, the table as coordinates, bands by name."
     import xarray as xr
@@ -500,8 +490,8 @@ def xarray(self:Store): # xarray.Dataset, values read when they are used
     table, arrays = self.table, set(self.arrays)
     opened = lambda name: xr.open_zarr(self.path/'arrays', consolidated=False, chunks=None,
                                        drop_variables=arrays - {name}).isel(tile=slice(len(self._saved)))
-    # one by one: tiles that are being added lengthen one array after the other
-    data = xr.merge([self._with_journal(name, opened(name)) for name in self.arrays])
+    data = xr.merge([with_tiles(opened(name), name, len(self), self.collected.get(name, {}), z.fill_value)
+                     for name, z in self.arrays.items()])  # tiles that are being added lengthen one after the other
     numbers = lambda column: column.to_numpy(dtype=None if column.dtype.kind in 'if' else object)
     coords = {c: ('tile', numbers(table[c])) for c in table.columns if c != 'transform'}
     coords['transform'] = (('tile', 'affine'), np.array(table['transform'].tolist(), float).reshape(-1, 6))
