@@ -54,7 +54,7 @@ def error_budget_figure(
         part = budget[budget.data == data].reset_index(drop=True)
         left, edge = np.zeros(len(part)), part.mse.max()
         for k in PARTS:
-            bars = ax.barh(part.index, 1e3*part[k], left=left, color=PART_COLOURS[k], label=PART_NAMES[k], height=.74)
+            bars = ax.barh(part.index, 1e3*part[k], left=left, color=PART_COLOURS[k], height=.74)
             for bar, c in zip(bars, part.ceiling):
                 if c: bar.set(hatch='////', edgecolor='white', linewidth=0)
             left += 1e3*part[k]
@@ -63,12 +63,13 @@ def error_budget_figure(
         ax.set(yticks=part.index, yticklabels=[short_name(m) + (' (ceiling)' if c else '')
                                                for m, c in zip(part.method, part.ceiling)],
                xlabel='mean squared error, 10⁻³ of squared reflectance', xlim=(0, 1150*edge),
-               title=f'{data_label(data)}: {part.n_tiles[0]} tiles, {part.n_scenes[0]} scenes'
+               title=f'{data_label(data)}\n{part.n_tiles[0]} tiles, {part.n_scenes[0]} scenes'
                      + ('' if len(names) > 1 else ' (no real tiles were measured)'))
         ax.title.set_fontsize(9)
         ax.invert_yaxis()
         ax.tick_params(axis='y', labelsize=8, length=0)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside upper center', ncols=4, fontsize=8.5)
+    keys = [plt.Rectangle((0, 0), 1, 1, color=PART_COLOURS[k], label=PART_NAMES[k]) for k in PARTS]
+    fig.legend(handles=keys, loc='outside upper center', ncols=4, fontsize=8.5)
     return fig
 
 # %% ../../nbs/lib/evaluation/error_budget.ipynb #ba77f391

@@ -9,12 +9,12 @@ __all__ = ['SHORT_NAMES', 'GAIN_LABELS', 'STEP_LABELS', 'CEILING_METHODS', 'METH
 
 # %% ../../nbs/lib/evaluation/figures.ipynb #a5374eaf
 from collections.abc import Sequence
+from textwrap import fill
 
 import numpy as np
 import pandas as pd
 
 from ..core.figures import COLOURS
-from ..stages.unet import UNETS
 
 # %% ../../nbs/lib/evaluation/figures.ipynb #d707e0fa
 def interval_ends(
@@ -52,14 +52,19 @@ def plot_crosses(
 ) -> None:
     "Draw a method as a point with its intervals in both measures."
     ends = [np.nan_to_num(np.abs(part[[f'{m}_lo', f'{m}_hi']].to_numpy(float)[:, None] - part[m])) for m in (x, y)]
-    ax.errorbar(part[x], part[y], yerr=ends[1], xerr=ends[0], fmt=mark, ms=5, lw=.8, capsize=2, color=colour)
+    ax.errorbar(part[x], part[y], yerr=ends[1], xerr=ends[0], fmt='none', lw=.8, capsize=2, ecolor=colour, alpha=.4)
+    ax.plot(part[x], part[y], mark, ms=5, color=colour)
 
 # %% ../../nbs/lib/evaluation/figures.ipynb #5eda9ea7
 SHORT_NAMES = {'Stage 1 as TerraMind: sampled, 10 steps': "Stage 1, TerraMind's sampling",
                'mean by month': 'month mean',
                'pixel regression, linear': 'regression, linear', 'pixel regression, trees': 'regression, trees',
                'flat image of the true mean colour': 'flat, true colour',
-               'tokenizer round trip': 'round trip'}
+               'tokenizer round trip': 'round trip',
+               'Stage 1, recalibrated by least squares': 'recalibrated, least squares',
+               'Stage 1, recalibrated per biome and season': 'recalibrated, biome × season',
+               'Stage 1, recalibrated per biome': 'recalibrated, biome', 'Stage 1, recalibrated': 'recalibrated',
+               'mean by season and biome': 'season × biome mean'}
 
 def short_name(
     method:str, # name of a method
@@ -98,9 +103,11 @@ def label_points(
     lower, half, taken = np.array([frame.x0, frame.y0]), np.array([[w/2, height/2] for w in widths]), []
     def cost(i, centre, r):
         covered = (np.abs(points - centre) < half[i] + 3*scale).all(1).sum()
+        far = np.hypot(*np.maximum(np.abs(points - centre) - half[i], 0).T)  # px from the label to each point
+        nearer = (np.delete(far, i) < far[i]).sum()
         overlaps = sum((np.abs(c - centre) < half[i] + h).all() for c, h in taken)
         outside = (centre - half[i] < lower).any() or (centre + half[i] > lower + [frame.width, frame.height]).any()
-        return 10*covered + 12*overlaps + 15*outside + .12*r
+        return 10*covered + 12*overlaps + 15*outside + 2*nearer + .12*r
     crowd = [(np.hypot(*((points - p)/scale).T) < 40).sum() for p in points]
     for i in np.argsort(np.negative(crowd), kind='stable'):
         centre, r = min(places[i], key=lambda place: cost(i, *place))
@@ -173,7 +180,8 @@ def method_look(
     method:str, # name of a method
 ) -> tuple: # colour, mark
     "Return the colour and the mark of a method, by its kind."
-    kind = 0 if method.startswith('Stage') else 1 if method in UNETS else 3 if method in CEILING_METHODS else 2
+    known = (method.startswith('Stage'), method.startswith('U-Net'), True, method in CEILING_METHODS)
+    kind = 3 if known[3] else known.index(True)
     colour, mark = list(METHOD_KINDS.values())[kind]
     return COLOURS[colour], mark
 
@@ -206,17 +214,17 @@ def psnr_figure(
 # %% ../../nbs/lib/evaluation/figures.ipynb #486a95b1
 def _psnr_range(table:pd.DataFrame) -> tuple: # dB, ends of the axis
     "Return the range of PSNR of stages, U-Nets and the better baselines, with a margin for labels."
-    own = table[[m.startswith('Stage') or m in UNETS for m in table.method]]
+    own = table[[m.startswith(('Stage', 'U-Net')) for m in table.method]]
     own = own if len(own) else table
     return own.psnr.min() - 1., max(own.psnr.max() + 1., own.psnr.min() + 2)
 
-def _outside(ax, table:pd.DataFrame, low:float, high:float) -> None:
-    "Name the methods beyond the ends of the PSNR axis at that end."
-    for part, x, ha in ((table[table.psnr < low], .01, 'left'), (table[table.psnr > high], .99, 'right')):
-        if len(part):
-            text = '\n'.join(f'{short_name(r.method)}: {r.psnr:.1f} dB' for _, r in part.sort_values('psnr').iterrows())
-            title = 'below the axis' if ha == 'left' else 'above the axis'
-            ax.text(x, .02, f'{title}\n{text}', transform=ax.transAxes, ha=ha, va='bottom', fontsize=7, color='.35')
+def _outside(table:pd.DataFrame, low:float, high:float) -> str:
+    "Return the names and PSNRs of the methods beyond the ends of the PSNR axis, a line per end."
+    lines = []
+    for part, end in ((table[table.psnr < low], 'Below the axis'), (table[table.psnr > high], 'Above the axis')):
+        names = [f'{short_name(m)} {p:.1f}' for m, p in part.sort_values('psnr')[['method', 'psnr']].values]
+        if names: lines.append(f'{end}: {", ".join(names)} dB')
+    return '\n'.join(fill(line, 105) for line in lines)
 
 def methods_figure(
     table:pd.DataFrame, # results of one data set: method, psnr, sar_edge and sar_edge_gap with their bounds
@@ -231,17 +239,19 @@ def methods_figure(
     names = {'sar_edge_gap': "distance to the truth's agreement with\nthe radar (sar_edge_gap): less is better",
              'sar_edge': 'raw disagreement with the radar (sar_edge):\n0 copies the radar, speckle and all'}
     for ax, (y, name) in zip(axes, names.items()):
-        part = table[table.psnr.between(low, high)]
+        part = table[table.psnr.between(low, high) & ~table.method.isin(CEILING_METHODS)]
         for _, r in part.iterrows(): plot_crosses(ax, r, 'psnr', y, *method_look(r.method))
         for _, r in ceilings[ceilings.psnr.between(low, high)].iterrows():
-            ax.axvline(r.psnr, color=COLOURS[2], lw=.8, ls='--', zorder=0)
+            ax.axvline(r.psnr, color=COLOURS[2], lw=1, ls='--', zorder=0)
+            if ax is axes[0]: ax.text(r.psnr, .99, f'{short_name(r.method)} ', transform=ax.get_xaxis_transform(),
+                                      rotation=90, ha='right', va='top', fontsize=7.5, color=COLOURS[2])
         ax.set(ylabel=name, xlim=(low, high))
         ax.margins(y=.22)
         label_points(ax, part.psnr, part[y], part.method.map(short_name), crosses=True)
     axes[1].axhline(truth, color='.4', lw=1, ls=':', zorder=0)
     axes[1].text(high, truth, 'the truth\'s own', fontsize=8, ha='right', va='bottom', color='.35')
-    axes[1].set_xlabel('PSNR, dB')
-    _outside(axes[0], table, low, high)
-    handles = [_handle(COLOURS[c], mark, kind) for kind, (c, mark) in METHOD_KINDS.items()]
+    axes[1].set_xlabel('\n'.join(['PSNR, dB', _outside(table, low, high)]).strip())
+    seen = {method_look(m) for m in part.method}
+    handles = [_handle(COLOURS[c], m, kind) for kind, (c, m) in METHOD_KINDS.items() if (COLOURS[c], m) in seen]
     fig.legend(handles=handles, loc='outside upper center', ncols=4, fontsize=8.5)
     return fig
