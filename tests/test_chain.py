@@ -233,8 +233,8 @@ def test_what_builds_on_nothing_open_runs_side_by_side(forked):
     assert all(seen['00_first'][1] <= seen[n][0] for n in ('01_left', '02_right')) and all(v[1] <= seen['04_last'][0]
         for k, v in seen.items() if k != '04_last')
     kept = json.loads((forked/'run/chain.json').read_text())
-    # notebooks that run at the same time share the clock
-    assert 1.2*kept['01_left']['seconds'] < kept['03_timed']['seconds']
+    # notebooks that run at the same time share the clock: each waits two seconds, and half of them count
+    assert kept['01_left']['seconds'] + .5 < kept['03_timed']['seconds']
     for p in times(forked): (forked/p).unlink()
     assert go(forked, jobs=1, force=True) == ['ran']*5
     seen = times(forked)

@@ -215,11 +215,14 @@ def test_the_official_catalogue_is_looked_through_in_seconds(real_data, tmp_path
     source = real_data/'bigearthnet_v2_official_metadata'
     for p in source.glob('*.parquet'): os.symlink(p.resolve(), tmp_path/p.name)
     for name in ('BigEarthNet-S1', 'BigEarthNet-S2'): (tmp_path/name).mkdir()
+    began = time.process_time()
+    sum(i*i for i in range(10**7))
+    unit = time.process_time() - began  # what this processor takes to add ten million squares, a third of a second on another
     before, began = psutil.Process().memory_info().rss, time.process_time()
     found, n = check_data(str(tmp_path), {})
     seconds, grown = time.process_time() - began, (psutil.Process().memory_info().rss - before)/1e6
     print(*found, f'{seconds:.1f} s, {grown:.0f} MB', sep='\n')
-    assert n == 480_038 and ('data', 'missing') in states(found) and seconds < 30 and grown < 1000
+    assert n == 480_038 and ('data', 'missing') in states(found) and seconds < 90*unit and grown < 1000
 
 @pytest.mark.slow
 def test_a_tree_of_many_small_files_is_converted_and_resumed(tmp_path):
