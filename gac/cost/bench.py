@@ -348,6 +348,103 @@ CAPTIONS = dict(
     efficiency_memory='Training steps of Stages 2 and 3, one tile of 120 px at a time, with the process held to so '
                       'many gigabytes of the card; MB.')
 
+
+# %% ../../nbs/lib/cost/bench.ipynb #be0000b1
+class _Bench:
+    "Hold what the parts of the measurements share: report, tiles, radar and generator."
+    def __init__(self, out, name, backbone, weights, batch, side, steps, repeats, drawn, seed, training_alone):
+        self.began = time.perf_counter()
+        self.run = start_run('bench', 'gpu', seed, reports_dir=str(Path(out).resolve()))
+        self.device = 'cuda' if torch.cuda.is_available() else 'cpu'
+        self.name, self.backbone, self.batch, self.side, self.steps = name, backbone, batch, side, steps
+        self.repeats, self.drawn, self.seed = repeats, drawn, seed
+        self.known = dict(pretrained=bool(weights) or model_entry(name).mini, weights=weights)
+        self.folder = tempfile.TemporaryDirectory()
+        self.store = from_world(Path(self.folder.name)/'tiles', 32, 1, 1, size=side)
+        self.model = None if training_alone else build_terramind_generator(name=name, **self.known)
+        if self.model is not None and not self.known['pretrained']: fill_zero_layers(self.model)
+        # the statistics of TerraTorch are plain tensors, which only its own `to` moves
+        if self.model is not None: self.model.core.to(self.device)
+        s1 = np.resize(load_tiles(self.store, np.arange(32))['s1'],
+                       (batch, 2, side, side)) + np.random.default_rng(seed).normal(0, .1, (batch, 2, side, side))
+        self.s1 = torch.from_numpy(s1.astype(np.float32)).to(self.device)
+        if self.model is not None: self.s1 = padded_call(self.model, self.s1)
+        self.ways = functools.cache(lambda compiled=False: hastened(self.model, compiled))
+        self.run.note('deterministic algorithms', torch.are_deterministic_algorithms_enabled())
+        self.run.note('TF32 in matrix products', torch.backends.cuda.matmul.allow_tf32)
+        self.run.note('TF32 in convolutions', torch.backends.cudnn.allow_tf32)
+        self.say(f'{self.device}, {batch} tiles of {side} px' + ('' if self.model is None else f': {name} is built'))
+
+    def say(self, *what): print(f'[{time.perf_counter() - self.began:.0f} s]', *what, flush=True)
+
+    def save(self, table, key, digits=None):
+        "Write a table with its caption."
+        self.run.save_table(table, key, CAPTIONS[key], digits)
+        self.say(key + '\n' + table.round(3).to_string(index=False))
+
+    def release(self):
+        "Forget the generator, whose memory the trainings need."
+        self.model = self.s1 = None
+        self.ways.cache_clear()
+
+    def finish(self, failed):
+        "Write provenance and page of the report."
+        write_file(self.run.reports/'provenance.json', json.dumps(dict(profile='gpu', data='random weights',
+            layout='') | provenance() | dict(notebooks=dict(bench=self.run.record | dict(
+                seconds=time.perf_counter() - self.began, **code_state()))), indent=1, default=str) + '\n')
+        write_page(self.run.reports)
+        self.say(f'{failed} parts failed' if failed else f'done: {relative_to_root(self.run.reports)}')
+
+# %% ../../nbs/lib/cost/bench.ipynb #be0000b2
+def _agreement(b:_Bench):
+    few = b.s1[:min(b.batch, 16)]
+    b.save(pd.DataFrame([dict(device=b.device, steps=k, tiles=len(few), tolerance=TOLERANCE,
+                              **agreement(b.model, few, k, b.seed)) for k in b.steps]),
+           'efficiency_agreement', dict(pixels=6))
+
+def _generation(b:_Bench, compiled=False):
+    apart, table = generation(b.model, b.ways(compiled), b.s1, b.steps, b.repeats, min(2, b.batch), b.side)
+    b.save(apart.assign(weights='trained' if b.known['pretrained'] else 'random'), 'efficiency_drift', 6)
+    b.save(table, 'efficiency', DIGITS)
+
+def _levers(b:_Bench):
+    b.save(speedups(b.model, b.s1[:min(b.batch, 16)], max(b.steps), 2), 'efficiency_levers',
+           dict(before_ms=2, after_ms=2, ratio=2, lowest=2, highest=2, difference=6))
+
+def _modes(b:_Bench, compiled=False):
+    b.save(modes(b.model, b.s1), 'efficiency_modes', 2)
+    b.save(pd.concat([profile_kernels(lambda: m.generate(b.s1, 2), b.device).assign(method=k, precision=m.precision)
+                      for k, m in (dict(eager=b.model) | b.ways(compiled)).items()]),
+           'efficiency_kernels', dict(ms=1, share=3))
+
+def _quality(b:_Bench):
+    b.save(quality(b.store, np.arange(32), b.steps, b.device, b.seed), 'efficiency_quality', dict(psnr=3, less=4))
+
+# %% ../../nbs/lib/cost/bench.ipynb #be0000b3
+def _chain(b:_Bench, compiled=False):
+    cuda = b.device == 'cuda'
+    fast = list(b.ways(compiled).values())[-1] if cuda else b.model
+    many = repeated(Path(b.folder.name)/'many', b.store, b.drawn + b.batch)
+    refiner, grounder = build_prithvi_refiner(b.backbone, **b.known), build_stage3_model(name=b.name, **b.known)
+    b.save(chain(many, fast, refiner, grounder, b.batch, max(b.steps), '16-mixed' if cuda else '32-true'),
+           'efficiency_chain', dict(seconds=1, tiles_per_s=1, minutes_for_all=1))
+
+def _training(b:_Bench):
+    b.release()
+    data, rows, precision = training_items(b.store, np.arange(16)), [], '16-mixed' if b.device == 'cuda' else '32-true'
+    cases = [('Stage 2', f'{b.backbone}, int8',
+              lambda: build_prithvi_refiner(b.backbone, load_in_8bit=True, **b.known), stage2_step(Stage2Loss()), 1400),
+             ('Stage 3', b.name, lambda: build_stage3_model(name=b.name, **b.known),
+              stage3_step(Stage3Loss(), GroundingTraining(crop=0)), 3800)]
+    for stage, what, build, step, claimed in cases:
+        build = functools.cache(build)  # built under the limit, then trained without and with checkpointing
+        for checkpointing in (False, True):
+            rows.append(dict(device=b.device, stage=stage, model=what, batch=1,
+                **training_cost(build, step, data, precision, checkpointing=checkpointing), claimed_mb=claimed))
+        del build
+        b.save(pd.DataFrame(rows), 'efficiency_memory', 1)
+
+# %% ../../nbs/lib/cost/bench.ipynb #be0000b4
 def run_bench(
     out:str|Path='reports/gpu', # folder of the report
     name:str='terramind_v1_large_generate', # generator, as TerraTorch names it
@@ -363,98 +460,21 @@ def run_bench(
     only=(), # parts: agreement, generation, compiled, chain, training, modes, levers, quality; empty: all
 ) -> int: # parts that failed
     "Measure on this machine and write every table as soon as it is there; return the number of failed parts."
-    run, began, failed = start_run('bench', 'gpu', seed, reports_dir=str(Path(out).resolve())), time.perf_counter(), 0
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    say = lambda *a: print(f'[{time.perf_counter() - began:.0f} s]', *a, flush=True)
-    pretrained = bool(weights) or model_entry(name).mini
-    known = dict(pretrained=pretrained, weights=weights)
-    def save(table, key, digits=None):
-        run.save_table(table, key, CAPTIONS[key], digits)
-        say(key + '\n' + table.round(3).to_string(index=False))
-    folder = tempfile.TemporaryDirectory()
-    store = from_world(Path(folder.name)/'tiles', 32, 1, 1, size=side)
-    model = build_terramind_generator(name=name, **known) if set(only) != {'training'} else None
-    if model is not None and not pretrained: fill_zero_layers(model)
-    # the statistics of TerraTorch are plain tensors, which only its own `to` moves
-    if model is not None: model.core.to(device)
-    s1 = np.resize(load_tiles(store, np.arange(32))['s1'],
-                   (batch, 2, side, side)) + np.random.default_rng(seed).normal(0, .1, (batch, 2, side, side))
-    s1 = torch.from_numpy(s1.astype(np.float32)).to(device)
-    if model is not None: s1 = padded_call(model, s1)
-    run.note('deterministic algorithms', torch.are_deterministic_algorithms_enabled())
-    run.note('TF32 in matrix products', torch.backends.cuda.matmul.allow_tf32)
-    run.note('TF32 in convolutions', torch.backends.cudnn.allow_tf32)
-    say(f'{device}, {batch} tiles of {side} px' + (f': {name} is built' if model is not None else ''))
-
-    ways = functools.cache(lambda compiled=False: hastened(model, compiled))
-
-    def do_agreement():
-        few = s1[:min(batch, 16)]
-        save(pd.DataFrame([dict(device=device, steps=k, tiles=len(few), tolerance=TOLERANCE,
-                                **agreement(model, few, k, seed)) for k in steps]),
-             'efficiency_agreement', dict(pixels=6))
-
-    def do_compiled(): do_generation(True)
-
-    def do_generation(compiled=False):
-        apart, table = generation(model, ways(compiled), s1, steps, repeats, min(2, batch), side)
-        save(apart.assign(weights='trained' if pretrained else 'random'), 'efficiency_drift', 6)
-        save(table, 'efficiency', DIGITS)
-
-    def do_levers():
-        save(speedups(model, s1[:min(batch, 16)], max(steps), 2), 'efficiency_levers',
-             dict(before_ms=2, after_ms=2, ratio=2, lowest=2, highest=2, difference=6))
-
-    def do_modes():
-        save(modes(model, s1), 'efficiency_modes', 2)
-        save(pd.concat([profile_kernels(lambda: m.generate(s1, 2), device).assign(method=k, precision=m.precision)
-                        for k, m in (dict(eager=model) | ways(compiled)).items()]),
-             'efficiency_kernels', dict(ms=1, share=3))
-
-    def do_quality():
-        save(quality(store, np.arange(32), steps, device, seed), 'efficiency_quality', dict(psnr=3, less=4))
-
-    def do_chain():
-        fast = list(ways(compiled).values())[-1] if device == 'cuda' else model
-        many = repeated(Path(folder.name)/'many', store, drawn + batch)
-        refiner = build_prithvi_refiner(backbone, **known)
-        grounder = build_stage3_model(name=name, **known)
-        save(chain(many, fast, refiner, grounder, batch, max(steps), '16-mixed' if device == 'cuda' else '32-true'),
-             'efficiency_chain', dict(seconds=1, tiles_per_s=1, minutes_for_all=1))
-
-    def do_training():
-        data, rows, precision = training_items(store, np.arange(16)), [], '16-mixed' if device == 'cuda' else '32-true'
-        cases = [('Stage 2', f'{backbone}, int8', lambda: build_prithvi_refiner(backbone, load_in_8bit=True, **known),
-                  stage2_step(Stage2Loss()), 1400),
-                 ('Stage 3', name, lambda: build_stage3_model(name=name, **known),
-                  stage3_step(Stage3Loss(), GroundingTraining(crop=0)), 3800)]
-        for stage, what, build, step, claimed in cases:
-            build = functools.cache(build)  # built under the limit, then trained without and with checkpointing
-            for checkpointing in (False, True):
-                rows.append(dict(device=device, stage=stage, model=what, batch=1,
-                    **training_cost(build, step, data, precision, checkpointing=checkpointing), claimed_mb=claimed))
-            del build
-            save(pd.DataFrame(rows), 'efficiency_memory', 1)
-
-    parts = dict(agreement=do_agreement, generation=do_generation, compiled=do_compiled, chain=do_chain, modes=do_modes,
-                 levers=do_levers, quality=do_quality, training=do_training)
+    parts = dict(agreement=_agreement, generation=_generation, compiled=lambda b: _generation(b, True),
+                 chain=lambda b: _chain(b, compiled), modes=lambda b: _modes(b, compiled), levers=_levers,
+                 quality=_quality, training=_training)
     if not compiled: parts.pop('compiled')
     if unknown := set(only) - set(parts): raise GacError(f'part {", ".join(unknown)}: expected {", ".join(parts)}.')
+    bench = _Bench(out, name, backbone, weights, batch, side, steps, repeats, drawn, seed, set(only) == {'training'})
+    failed = 0
     for part, do in parts.items():
         if only and part not in only: continue
-        if part == 'training':
-            del model, s1
-            ways.cache_clear()
-        try: do()
+        try: do(bench)
         except Exception:
             failed += 1
-            run.missing(part, traceback.format_exc(limit=-1).splitlines()[-1])
-            say(f'{part} failed\n{traceback.format_exc()}')
+            bench.run.missing(part, traceback.format_exc(limit=-1).splitlines()[-1])
+            bench.say(f'{part} failed\n{traceback.format_exc()}')
         gc.collect()
-        if device == 'cuda': torch.cuda.empty_cache()
-    write_file(run.reports/'provenance.json', json.dumps(dict(profile='gpu', data='random weights',
-        layout='') | provenance() | dict(notebooks=dict(bench=run.record | dict(seconds=time.perf_counter() - began,
-            **code_state()))), indent=1, default=str) + '\n')
-    write_page(run.reports)
-    say(f'{failed} parts failed' if failed else f'done: {relative_to_root(run.reports)}')
+        if bench.device == 'cuda': torch.cuda.empty_cache()
+    bench.finish(failed)
     return failed
