@@ -14,7 +14,8 @@ from gac.stages.inference import precompute_stage3
 from gac.stages.losses import Stage2Loss
 from gac.stages.refiner import build_prithvi_refiner
 from gac.stages.stage1 import build_terramind_generator, precompute_stage1
-from gac.stages.stage2 import precompute_stage2, stage2_step
+from gac.stages.stage2 import stage2_step
+from gac.stages.stage2_inference import precompute_stage2
 from gac.training.checkpoints import trained_state
 from gac.training.fit import fit_model
 from gac.training.order import process_rank

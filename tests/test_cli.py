@@ -209,8 +209,8 @@ def test_later_stages_are_drawn_by_any_number_of_workers(tmp_path, capsys, monke
 
     from gac.stages.grounding import build_stage3_model
     from gac.stages.refiner import build_prithvi_refiner
-    from gac.stages.stage2 import save_stage2
-    from gac.stages.stage3 import save_stage3
+    from gac.stages.stage2_checkpoint import save_stage2
+    from gac.stages.stage3_checkpoint import save_stage3
     from gac.stages.tileset import derived_store
     store = from_world(tmp_path/'tiles', 6, 1, 1, size=48, shard=4)
     refiner, grounder = build_prithvi_refiner(), build_stage3_model()

@@ -22,7 +22,7 @@ from gac.measure.metrics import PSNR_MAX
 from gac.measure.tables import RESULT_COLUMNS, load_tiles, measure_methods, stored_method
 from gac.stages.chain import brief_recipe, fit_chain, fit_stage3, mean_of_seeds, recipe_of
 from gac.stages.stage1 import build_terramind_generator, grid_store
-from gac.stages.stage3 import save_stage3
+from gac.stages.stage3_checkpoint import save_stage3
 
 
 def batch(n:int, size:int=32, seed:int=0, months=None, truth=None) -> dict:

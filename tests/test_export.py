@@ -37,7 +37,7 @@ from gac.products.tiles import ProductReader, export_tiles
 from gac.products.tiling import Tiling
 from gac.stages.commands import keep_decoding
 from gac.stages.grounding import build_stage3_model
-from gac.stages.stage3 import save_stage3
+from gac.stages.stage3_checkpoint import save_stage3
 from gac.stages.tileset import derived_store, stage1_settings
 
 sys.path.insert(0, str(Path(__file__).parent))

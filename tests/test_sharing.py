@@ -20,8 +20,8 @@ from gac.models.registry import model_entry
 from gac.stages.commands import keep_decoding, read_decoding
 from gac.stages.grounding import build_stage3_model
 from gac.stages.refiner import build_prithvi_refiner
-from gac.stages.stage2 import fingerprint_stage2, load_stage2, read_stage2, save_stage2
-from gac.stages.stage3 import load_stage3, save_stage3
+from gac.stages.stage2_checkpoint import fingerprint_stage2, load_stage2, read_stage2, save_stage2
+from gac.stages.stage3_checkpoint import load_stage3, save_stage3
 from gac.training.adapters import ADAPTER_FILES
 from gac.training.checkpoints import load_checkpoint, write_card
 

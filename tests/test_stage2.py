@@ -25,20 +25,13 @@ from gac.measure.metrics import psnr
 from gac.measure.tables import load_tiles
 from gac.models.mini import MINI_STATS
 from gac.stages.commands import run_stage2
+from gac.stages.conditions import CONDITIONED
 from gac.stages.datasets import Pairs
 from gac.stages.losses import Stage2Loss
 from gac.stages.refiner import PrithviRefiner, build_prithvi_refiner
-from gac.stages.stage2 import (
-    CONDITIONED,
-    REFINER_FILE,
-    STAGE2_SETTINGS,
-    fingerprint_stage2,
-    load_stage2,
-    precompute_stage2,
-    read_stage2,
-    refine,
-    train_stage2,
-)
+from gac.stages.stage2 import STAGE2_SETTINGS, train_stage2
+from gac.stages.stage2_checkpoint import REFINER_FILE, fingerprint_stage2, load_stage2, read_stage2
+from gac.stages.stage2_inference import precompute_stage2, refine
 from gac.stages.tileset import Workload, derived_store, run_tileset
 from gac.training.adapters import merge_lora
 from gac.training.checkpoints import load_checkpoint, trained_state

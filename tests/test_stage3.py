@@ -21,16 +21,11 @@ from gac.stages.commands import run_stage3
 from gac.stages.datasets import Triples, remember
 from gac.stages.grounding import build_stage3_model
 from gac.stages.inference import grounding_report, infer_files, precompute_stage3, stage3_inference
-from gac.stages.stage2 import REFINER_FILE
-from gac.stages.stage3 import (
-    GroundingTraining,
-    keep_constants,
-    load_stage3,
-    save_stage3,
-    stage3_step,
-    train_stage3,
-    validation_scores,
-)
+from gac.stages.losses import validation_scores
+from gac.stages.stage2_checkpoint import REFINER_FILE
+from gac.stages.stage3 import GroundingTraining, stage3_step, train_stage3
+from gac.stages.stage3_checkpoint import load_stage3, save_stage3
+from gac.stages.stage3_parts import keep_constants
 from gac.training.checkpoints import save_checkpoint
 from gac.training.settings import Settings
 

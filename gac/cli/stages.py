@@ -114,7 +114,8 @@ Tiles without opt_v1 are listed and left out; the exit code is then 1."""
     config = config_from(Precompute2Config, options)
     from gac.core.files import check_place
     from gac.stages.commands import open_images
-    from gac.stages.stage2 import load_stage2, precompute_stage2
+    from gac.stages.stage2_checkpoint import load_stage2
+    from gac.stages.stage2_inference import precompute_stage2
     store, into = open_images(data_dir, stage1_dir, 'opt_v1', stage2_checkpoint)
     check_place(into.path)
     model = load_stage2(stage2_checkpoint, weights=weights)
@@ -140,7 +141,7 @@ Tiles without opt_v2 or usable radar are listed and left out; the exit code is t
     from gac.evaluation.methods import grounder
     from gac.stages.commands import open_images
     from gac.stages.inference import precompute_stage3
-    from gac.stages.stage3 import GROUNDING_FILE
+    from gac.stages.stage3_checkpoint import GROUNDING_FILE
     store, into = open_images(data_dir, stage2_dir, 'opt_v2', stage3_checkpoint, GROUNDING_FILE)
     check_place(into.path)
     model = grounder(stage3_checkpoint, store.attrs.get('s1_product', 'S1GRD'), stage2_checkpoint, weights)
@@ -210,7 +211,8 @@ def _make_opt_v2(data_dir:str, stage1_dir:str, checkpoint:str, weights:str) -> N
     "Compute opt_v2 of every tile that has opt_v1; processes that train together expect it to exist."
     from gac.core.files import GacError
     from gac.stages.commands import open_images
-    from gac.stages.stage2 import load_stage2, precompute_stage2
+    from gac.stages.stage2_checkpoint import load_stage2
+    from gac.stages.stage2_inference import precompute_stage2
     from gac.training.order import launched
     store, into = open_images(data_dir, stage1_dir, 'opt_v1', checkpoint)
     if launched() == 1: return precompute_stage2(store, load_stage2(checkpoint, weights=weights), into=into)

@@ -55,7 +55,8 @@ from ..stages.inference import precompute_stage3
 from ..stages.losses import Stage2Loss, Stage3Loss
 from ..stages.refiner import build_prithvi_refiner
 from ..stages.stage1 import build_terramind_generator, precompute_stage1
-from ..stages.stage2 import precompute_stage2, stage2_step
+from ..stages.stage2 import stage2_step
+from ..stages.stage2_inference import precompute_stage2
 from ..stages.stage3 import GroundingTraining, stage3_step
 from ..training.fit import fit_model
 from ..training.int8 import autocast_for, weigh_memory

@@ -18,7 +18,7 @@ from ..measure.tables import load_tiles, stage1_method
 from ..models.decoding import Decoding
 from ..stages.chain import ChainRecipe, cached_method, fit_stage2, fit_stage3, recipe_of, unet_recipe
 from ..stages.stage1 import build_terramind_generator, chosen_decoding, decoding_grid, opt_v1_of
-from ..stages.stage3 import GROUNDING_FILE
+from ..stages.stage3_checkpoint import GROUNDING_FILE
 from ..stages.unet import UNETS, fit_unet, slug
 from ..training.order import seeded
 

@@ -30,8 +30,10 @@ from ..stages.chain import fit_stage2, fit_stage3
 from ..stages.datasets import Triples
 from ..stages.inference import stage3_method
 from ..stages.stage1 import build_terramind_generator, chosen_decoding, opt_v1_of
-from ..stages.stage2 import REFINER_FILE, load_stage2, stage2_method
-from ..stages.stage3 import GROUNDING_FILE, fit_residual_scale3, load_stage3
+from ..stages.stage2_checkpoint import REFINER_FILE, load_stage2
+from ..stages.stage2_inference import stage2_method
+from ..stages.stage3 import fit_residual_scale3
+from ..stages.stage3_checkpoint import GROUNDING_FILE, load_stage3
 
 # %% ../../nbs/lib/evaluation/maker.ipynb #ab3viewc
 class View:

@@ -21,8 +21,9 @@ from ..stages.chain import cached_method
 from ..stages.image_chain import grounder
 from ..stages.inference import stage3_method
 from ..stages.stage1 import chosen_decoding, grid_store, opt_v1_of
-from ..stages.stage2 import REFINER_FILE, load_stage2, read_stage2, stage2_method
-from ..stages.stage3 import GROUNDING_FILE, read_stage3
+from ..stages.stage2_checkpoint import REFINER_FILE, load_stage2, read_stage2
+from ..stages.stage2_inference import stage2_method
+from ..stages.stage3_checkpoint import GROUNDING_FILE, read_stage3
 from ..stages.unet import FILE, UNETS, load_unet, slug, unet_method
 from ..stages.unet_model import pretrained_unet
 

@@ -33,7 +33,7 @@ from gac.measure.statistics import (
     sum_by_scene,
 )
 from ..measure.tables import RESULT_COLUMNS, load_tiles, summarise
-from ..stages.stage2 import read_stage2
+from ..stages.stage2_checkpoint import read_stage2
 from ..stages.unet import UNETS
 from ..stages.unet_model import PRETRAINED
 

@@ -24,10 +24,12 @@ from .results import gains_of_stages, known_weights
 from .training_intervals import without_few_scenes
 from ..measure.tables import measure_methods
 from ..stages.chain import ChainRecipe, cached_method, fit_stage2, fit_stage3
+from ..stages.conditions import CONDITIONED
 from ..stages.inference import stage3_method
 from ..stages.stage1 import opt_v1_of
-from ..stages.stage2 import CONDITIONED, load_stage2, stage2_method
-from ..stages.stage3 import load_stage3
+from ..stages.stage2_checkpoint import load_stage2
+from ..stages.stage2_inference import stage2_method
+from ..stages.stage3_checkpoint import load_stage3
 
 # %% ../../nbs/lib/evaluation/transfer.ipynb #e8f3ee0f
 FEW_TILES = 10  # tiles; smaller groups are marked in the tables

@@ -16,8 +16,8 @@ from ..models.decoding import Decoding
 from ..models.registry import model_entry
 from ..stages.image_chain import ImageChain, grounder
 from ..stages.stage1 import build_terramind_generator
-from ..stages.stage2 import load_stage2, read_stage2
-from ..stages.stage3 import read_stage3
+from ..stages.stage2_checkpoint import load_stage2, read_stage2
+from ..stages.stage3_checkpoint import read_stage3
 from ..stages.tileset import stage1_settings
 
 # %% ../../nbs/lib/products/chain.ipynb #f53149b2

@@ -30,7 +30,8 @@ from .plateau import class_weights
 from ..stages.chain import trained_before
 from ..stages.inference import precompute_stage3
 from ..stages.stage1 import build_terramind_generator, chosen_decoding, grid_store, precompute_stage1
-from ..stages.stage2 import load_stage2, precompute_stage2
+from ..stages.stage2_checkpoint import load_stage2
+from ..stages.stage2_inference import precompute_stage2
 from ..stages.tileset import derived_store
 from ..training.int8 import check_precision
 from ..training.settings import Settings

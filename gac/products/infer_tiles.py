@@ -32,8 +32,8 @@ from .scene import open_scene
 from .tiles import chosen_tiles, must_write, tile_file_name
 from .tiling import Tiling
 from ..stages.commands import DECODING_FILE, drawn_otherwise, read_decoding, read_generator
-from ..stages.stage2 import REFINER_FILE
-from ..stages.stage3 import GROUNDING_FILE
+from ..stages.stage2_checkpoint import REFINER_FILE
+from ..stages.stage3_checkpoint import GROUNDING_FILE
 from ..stages.tileset import open_tiles, read_radar
 from ..stages.trained import checkpoint_file
 

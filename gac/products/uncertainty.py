@@ -21,7 +21,7 @@ from ..models.decoding import Decoding
 from .infer_tiles import generator_for
 from ..stages.image_chain import ImageChain
 from ..stages.stage1 import build_terramind_generator
-from ..stages.stage2 import load_stage2
+from ..stages.stage2_checkpoint import load_stage2
 from ..stages.tileset import drop_other, open_tiles
 
 # %% ../../nbs/lib/products/uncertainty.ipynb #88a4afb2

@@ -49,8 +49,8 @@ def run_computations(
     from gac.models.decoding import Decoding
     from gac.stages.chain import brief_recipe, fit_stage2, fit_stage3
     from gac.stages.stage1 import build_terramind_generator
-    from gac.stages.stage2 import REFINER_FILE
-    from gac.stages.stage3 import GROUNDING_FILE
+    from gac.stages.stage2_checkpoint import REFINER_FILE
+    from gac.stages.stage3_checkpoint import GROUNDING_FILE
     from gac.stages.unet import FILE, brief_unet, fit_unet
     folder = Path(folder)
     tiles = from_world(folder/'tiles', 4, 2, 2, size=SIZE)

@@ -32,8 +32,11 @@ from gac.stages.recipes import (
     stage3_training,
 )
 from .stage1 import drawn_before
-from .stage2 import read_stage2, stage2_method, train_stage2
-from .stage3 import both_trained, train_stage3
+from .stage2 import train_stage2
+from .stage2_checkpoint import read_stage2
+from .stage2_inference import stage2_method
+from .stage3 import train_stage3
+from .stage3_checkpoint import both_trained
 from .trained import MANIFEST_FILE
 from .unet import UNETS, brief_unet, fit_unet, slug
 

@@ -38,8 +38,11 @@ from gac.stages.recipes import (
     stage3_training,
 )
 from .refiner import PrithviRefiner
-from .stage2 import REFINER_FILE, read_stage2, refine, train_stage2
-from .stage3 import read_stage3, train_stage3
+from .stage2 import train_stage2
+from .stage2_checkpoint import REFINER_FILE, read_stage2
+from .stage2_inference import refine
+from .stage3 import train_stage3
+from .stage3_checkpoint import read_stage3
 from .tileset import derived_store, open_tiles, paired_rows
 from ..training.adapters import ADAPTER_FILES
 from ..training.checkpoints import CARD_FILE

@@ -15,11 +15,13 @@ import numpy as np
 from ..core.files import GacError
 from ..models.build import weights_checksums
 from ..models.decoding import Decoding, generate_tiles
+from .conditions import CONDITIONED
 from .grounding import build_stage3_model
 from .inference import stage3_inference
 from .stage1 import build_terramind_generator, chosen_decoding
-from .stage2 import CONDITIONED, REFINER_FILE, STAGE2, fingerprint_stage2, load_stage2, refine
-from .stage3 import GROUNDING_FILE, STAGE3, fingerprint_stage3, load_stage3
+from .stage2_checkpoint import REFINER_FILE, STAGE2, fingerprint_stage2, load_stage2
+from .stage2_inference import refine
+from .stage3_checkpoint import GROUNDING_FILE, STAGE3, fingerprint_stage3, load_stage3
 from .tileset import stage1_settings
 from .trained import model_settings
 

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESIDUAL_SCALES', 'ground_tiles', 'GroundingTraining', 'stage3_step', 'fit_residual_scale3', 'train_stage3',
-           'train_stage3_from_spec', 'GROUNDING_FILE', 'PARTS', 'STAGE3', 'both_trained', 'check_stage2',
-           'fingerprint_stage3', 'keep_constants', 'load_stage3', 'part_settings', 'read_stage3', 'save_stage3']
+           'train_stage3_from_spec']
 
 # %% ../../nbs/09_stage3.ipynb #6a2d00f4
 from collections.abc import Callable
@@ -25,10 +24,7 @@ from .datasets import FLIPS, Triples, padded, random_window
 from .grounding import Stage3GroundingModel, build_stage3_model
 from .losses import MONITORS, Stage3Loss, validation_scores
 from gac.stages.stage3_checkpoint import (
-    GROUNDING_FILE,
     STAGE3,
-    both_trained,
-    check_stage2,
     fingerprint_stage3,
     load_stage3,
     read_stage3,
@@ -46,10 +42,6 @@ from gac.stages.trained import (
 from ..training.fit import Fit
 from ..training.order import by_first
 from ..training.settings import Settings
-
-# names of the library that belong to Stage 3
-_all_ = [GROUNDING_FILE, PARTS, STAGE3, both_trained, check_stage2, fingerprint_stage3, keep_constants, load_stage3,
-         part_settings, read_stage3, save_stage3]
 
 # %% ../../nbs/09_stage3.ipynb #7069dd48
 def ground_tiles(

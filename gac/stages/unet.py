@@ -29,6 +29,7 @@ from ..core.tensors import read_torch
 from ..core.vocabulary import OPT_BANDS
 from ..measure.metrics import psnr, ssim
 from ..measure.tables import load_tiles
+from .conditions import CONDITIONED
 from .datasets import Pairs
 from .losses import Stage2Loss
 from gac.stages.recipes import (
@@ -44,7 +45,8 @@ from gac.stages.recipes import (
     stage3_training,
 )
 from .spectra import group_codes, mean_spectra
-from .stage2 import CONDITIONED, read_stage2, train_stage2
+from .stage2 import train_stage2
+from .stage2_checkpoint import read_stage2
 from .stage3 import train_stage3
 from .trained import MANIFEST_FILE
 from .unet_model import UNet, build_unet, channel_stats

@@ -14,9 +14,8 @@ from torch.utils.data import Dataset
 
 from ..core.files import GacError
 from ..measure.metrics import psnr
-from .conditions import METADATA, metadata_codes
+from .conditions import CONDITIONED, METADATA, metadata_codes
 from .spectra import group_codes
-from .stage2 import CONDITIONED
 from .unet_model import UNet, build_unet
 from ..training.checkpoints import load_trained
 
