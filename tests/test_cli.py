@@ -90,7 +90,7 @@ def test_a_mistake_is_one_line_without_traceback():
     (('precompute', '--data-dir', 'x', '--batch-size', 'many'), 'invalid int'),
     (('world', '--output-dir', 'x', '--train', '-3'), '--train: -3: expected 0 or more'),
     (('precompute', '--data-dir', 'x', '--timesteps', '0'), '--timesteps: 0: expected 1 to 1000'),
-    (('train-stage2', '--data-dir', 'x', '--output-dir', 'y', '--lr', 'nan'), '--lr: nan: expected a number'),
+    (('train-stage2', '--data-dir', 'x', '--output-dir', 'y', '--lr', 'nan'), '--lr: nan: expected 0 to 10'),
     (('bench', '--output-dir', 'x', '--timesteps', '1', '0'), '--timesteps: 0: expected 1 or more'),
     (('uncertainty', '--samples', '1'), 'expected 2 to 1000'),
     (('run', '--set', '07.x'), '--set 07.x: expected KEY=VALUE'),
