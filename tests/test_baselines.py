@@ -1,6 +1,7 @@
 "Baselines on tiles whose answer is known; U-Nets that learn, look where they may, and go on where they stopped."
 import json
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -57,6 +58,7 @@ from gac.stages.unet_model import (
     weights_file,
     world_stats,
 )
+from gac.stages.unet_share import fit_share
 from gac.training.checkpoints import load_checkpoint, save_checkpoint
 from gac.training.int8 import weigh_memory
 from gac.training.order import seeded
@@ -209,7 +211,12 @@ def test_the_rival_of_the_headline_is_chosen_on_validation_tiles():
     assert (row.rival, row.pairs, row.val_tiles, row.seeds, row.exploratory) == ('U-Net pretrained', 32, 64, 2, 'no')
     assert row.gain == pytest.approx(3)
 
-def test_unet_sees_the_radar_and_opt_v1_only_where_it_is_told_to(store, tmp_path):
+def whole_correction(monkeypatch):
+    "Use the whole output of every U-Net: after a few steps validation prefers the reference."
+    swap(monkeypatch, 'gac.stages.unet_share', 'fit_share', partial(fit_share, shares=(1.,)))
+
+def test_unet_sees_the_radar_and_opt_v1_only_where_it_is_told_to(store, tmp_path, monkeypatch):
+    whole_correction(monkeypatch)
     batch = tile_batch(store, 'test')
     made = {k: fit_unet(store, V1, k, small(steps=4), tmp_path/slug(k))
             for k in ('U-Net from scratch', 'U-Net with opt_v1')}
@@ -263,6 +270,7 @@ def test_parameters_match_the_chain():
         matched(build_unet(width=trial['width']), chain, SIZE_TOLERANCE)
 
 def test_resumed_training_equals_an_unbroken_one(store, tmp_path, monkeypatch):
+    whole_correction(monkeypatch)
     recipe = small(steps=6, val_every=2)
     whole = fit_unet(store, V1, 'U-Net from scratch', recipe, tmp_path/'whole')
     step, calls = unet_step, []
