@@ -7,6 +7,7 @@ __all__ = ['scrub_paths', 'strip_widgets', 'execute_notebook']
 
 # %% ../../nbs/lib/runner/execute.ipynb #7dac2c4b
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -20,7 +21,7 @@ def scrub_paths(text:str) -> str:
     for path, name in sorted({str(root()): '.', str(Path(sys.prefix)): 'env', str(Path(tempfile.gettempdir())): 'tmp',
                               str(Path.home()): '~'}.items(), key=lambda kv: -len(kv[0])):
         if len(path) > 1: text = text.replace(json.dumps(path)[1:-1], name).replace(path, name)
-    return text
+    return re.sub(r'env[/\\][^\s"]*site-packages[/\\]+', '', text)  # a warning of a library names its file
 
 # %% ../../nbs/lib/runner/execute.ipynb #46be5cb8
 def _scrub_notebook(x, key:str=''): # part of a notebook; its name
